@@ -1,0 +1,242 @@
+"""Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
+from utils.images import Augmentation, DataConfig, ImageDataset
+from utils.table import split_rows
+from vqvae import VQVAE, VQVAEConfig
+
+PICTURES = 32  # validation images that are shown
+LOW_USAGE = 20  # percent
+LOW_USAGE_WARNING = (
+    "warning: only {:.0f} % of the codebook is in use, so that the images will lack detail; use a "
+    "smaller --codebook_size, a lower --learning_rate or a higher --revive_below"
+)
+
+
+def train_step(
+    forward: nn.Module, images: Tensor, precision: str, accumulate: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Add the gradients of one batch: its losses, and the indices that it was encoded to."""
+    values: dict[str, Tensor] = {}
+    indices = []
+    for part in images.chunk(accumulate):
+        with processes.autocast(images.device, precision):
+            reconstruction, quantized = forward(part)
+        loss = F.mse_loss(reconstruction.float(), part)  # on the scale [-1, 1]
+        ((loss + sum(quantized.losses.values())) / accumulate).backward()
+        parts = {"mse": loss / 4} | {f"{key}_loss": x for key, x in quantized.losses.items()}
+        for name, value in parts.items():
+            values[name] = values.get(name, 0.0) + value.detach() / accumulate
+        indices.append(quantized.indices.flatten())
+    return values, torch.cat(indices)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: processes.Processes
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Validation metrics, and the first images with their reconstructions."""
+    model.eval()
+    counts = torch.zeros(model.config.codebook_size, device=group.device)
+    sums: dict[str, Tensor] = {}
+    shown: list[tuple[Tensor, Tensor]] = []
+    for images in dataset.batches(group.share(rows).split(batch_size), group.device):
+        reconstruction, quantized = model(images)
+        reconstruction = reconstruction.clamp(-1, 1)
+        values = {"mse": metrics.squared_error(images, reconstruction).mean()}
+        values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * len(images)
+        counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        if len(shown) * batch_size < PICTURES:
+            shown.append((images.cpu(), reconstruction.cpu()))
+    model.train()
+    values = {name: float(group.sum(value)) / len(rows) for name, value in sums.items()}
+    values["psnr"] = metrics.psnr(values["mse"])
+    values |= metrics.codebook_metrics(group.sum(counts))
+    originals, reconstructions = (torch.cat(part)[:PICTURES] for part in zip(*shown, strict=True))
+    return values, originals, reconstructions
+
+
+def main(arguments: argparse.Namespace) -> None:
+    config = cli.read_flags(training.TrainingConfig, arguments)
+    data = cli.read_flags(DataConfig, arguments)
+    model_config = cli.read_flags(VQVAEConfig, arguments)
+    resumed = resume.find_checkpoint(config.resume, config.output_dir)
+    group = processes.join_processes(config.device, config.seed)
+    precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
+
+    # The images
+    dataset = ImageDataset(
+        data.path_to_data,
+        size=model_config.image_size,
+        channels=model_config.in_channels,
+        random_crop=data.random_crop,
+        allow_outside_paths=data.allow_outside_paths,
+        num_workers=config.num_workers,
+        processes=group.count,
+    )
+    train_rows, val_rows = split_rows(
+        dataset.rows, val_fraction=data.val_fraction, seed=config.seed
+    )
+    schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
+
+    # The model
+    model_config = cli.build(
+        replace, model_config, image_size=dataset.size, in_channels=dataset.channels
+    )
+    model = VQVAE(model_config).to(group.device, memory_format=torch.channels_last)
+    optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
+    progress = resume.restore_training(resumed, model, optimizer)
+    if config.compile:
+        model.compile()
+    forward = group.wrap(model)
+
+    # The run
+    name = f"tokenizer-{model_config.quantizer}-K{model_config.codebook_size}"
+    output_dir = training.find_output_dir(
+        config, resumed, default_name=f"{name}-f{model_config.downsampling}"
+    )
+    run = tracking.Run(
+        output_dir,
+        stage="tokenizer",
+        run_id=progress.run_id or None,
+        continued=resumed is not None,
+        experiment=config.experiment,
+        run_name=config.run_name,
+        enabled=group.first,
+        config=asdict(config) | asdict(data) | asdict(model_config),
+        params={
+            "data": Path(data.path_to_data).name,
+            "image_size": dataset.size,
+            "latent_dim": model_config.latent_dim,
+            "quantizer": model_config.quantizer,
+            "codebook_size": model_config.codebook_size,
+            "codebook_dim": model_config.codebook_dim,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "batch_size": config.batch_size,
+            "learning_rate": config.learning_rate,
+        },
+    )
+    progress.run_id = run.run_id
+    group.print(dataset)
+    group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
+    group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
+
+    def evaluation() -> float:
+        """Evaluate, and log figures and pictures; the validation MSE."""
+        values, *pictures = evaluate(model, dataset, val_rows, config.batch_size, group)
+        run.metrics("val", values, progress.step)
+        run.picture("reconstructions", figures.comparison(*pictures), progress.step)
+        group.print(
+            f"step {progress.step:>6,}  val mse {values['mse']:.5f}  psnr {values['psnr']:.1f} dB"
+            f"  usage {values['codebook_usage']:.0f} %  perplexity {values['perplexity']:.0f}"
+        )
+        return values["mse"]
+
+    def save(*, best: bool) -> None:
+        if group.first:
+            provenance = checkpoint.Provenance(
+                run.run_id, cli.command_line(), config.seed, data.val_fraction
+            )
+            files = checkpoint.model_files(model, provenance)
+            if best:
+                checkpoint.write_folder(output_dir / "best", files)
+            files |= resume.training_files(optimizer, progress)
+            checkpoint.write_folder(output_dir / "last", files)
+
+    with run, training.StopRequest() as stop:
+        if resumed is None:
+            evaluation()
+        averages = metrics.Averages()
+        counts = torch.zeros(model_config.codebook_size, device=group.device)
+
+        def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
+            augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
+            return dataset.batches(batches, group.device, augmentation)
+
+        for images in schedule.batches(train_rows, progress, group, load):
+            learning_rate = schedule.learning_rate(progress.step)
+            values, indices = train_step(forward, images, precision, config.accumulate)
+            norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            progress.step += 1
+            averages.add({**values, "gradient_norm": norm, "learning_rate": learning_rate})
+            counts += torch.bincount(indices, minlength=len(counts))
+
+            if schedule.logs(progress.step):
+                values = averages.take() | metrics.codebook_metrics(group.sum(counts))
+                values["psnr"] = metrics.psnr(values["mse"])
+                values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
+                run.metrics("train", values, progress.step)
+                counts.zero_()
+            if schedule.evaluates(progress.step):
+                if values["codebook_usage"] < LOW_USAGE:
+                    group.print(LOW_USAGE_WARNING.format(values["codebook_usage"]))
+                save(best=progress.improved(evaluation()))
+                averages.restart()
+            stop.obeyed(group, partial(save, best=False))
+            if progress.exhausted(config.patience):
+                group.print(f"no better validation mse in {config.patience} evaluations: stopping")
+                break
+
+        if group.first:
+            best = checkpoint.load_model(output_dir / "best", VQVAE, VQVAEConfig, group.device)
+            alone = replace(group, count=1)
+            values, *pictures = evaluate(best.model, dataset, val_rows, config.batch_size, alone)
+            run.metrics("best", values, progress.step)
+            run.picture("final/reconstructions", figures.comparison(*pictures), 0)
+            run.table("reconstructions", picture_table(dataset, val_rows, *pictures))
+            run.folder(output_dir / "best", "checkpoints/best")
+            print(
+                f"best: val mse {values['mse']:.5f}, psnr {values['psnr']:.1f} dB, "
+                f"usage {values['codebook_usage']:.1f} %, perplexity {values['perplexity']:.0f}"
+            )
+            print(run.how_to_look)
+    if group.first:
+        print(
+            cli.next_command(
+                "quantize_dataset.py",
+                "--model_dir",
+                output_dir / "best",
+                "--path_to_data",
+                data.path_to_data,
+                "--run_id",
+                run.run_id,
+            )
+        )
+
+
+def picture_table(
+    dataset: ImageDataset, rows: Tensor, originals: Tensor, reconstructions: Tensor
+) -> dict[str, list]:
+    """A table of validation images, the same in every run on the same split."""
+    errors = metrics.squared_error(originals, reconstructions).tolist()
+    return {
+        "image_path": [dataset.rows[row].image_path for row in rows[: len(originals)]],
+        "original": [figures.enlarge(figures.to_pil(image), 128) for image in originals],
+        "reconstruction": [
+            figures.enlarge(figures.to_pil(image), 128) for image in reconstructions
+        ],
+        "mse": errors,
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    for config_class in (DataConfig, VQVAEConfig, training.TrainingConfig):
+        cli.add_flags(parser, config_class)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,0 +1,103 @@
+"""Stage 4: draw new grids of codebook indices from a GPT."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from transformer import GPT, GPTConfig, generate
+from utils import checkpoint, cli, processes, tracking
+from utils.indices import IndicesMeta, write_indices
+from utils.table import Row
+from utils.vocabulary import read_vocabulary
+
+
+def main(arguments: argparse.Namespace) -> None:
+    device = processes.pick_device(arguments.device)
+    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
+    vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
+    vocabulary.check_model(gpt.model.config, gpt.folder)
+    if arguments.unconditional:
+        names = [""]
+    else:
+        names = arguments.labels or list(vocabulary.class_names) or [""]
+    labels = [names[number % len(names)] for number in range(arguments.num_images)]
+    prefix = torch.tensor(vocabulary.tokens(labels))
+    origin = gpt.provenance
+    output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
+    run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
+
+    with run, tqdm(total=len(prefix), unit=" images", disable=None) as bar:
+        try:
+            indices = generate(
+                gpt.model,
+                prefix,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+                progress=bar.update,
+            )
+        except ValueError as error:
+            raise cli.UserError(str(error)) from error
+        meta = IndicesMeta(
+            codebook_size=vocabulary.codebook_size,
+            latent_dim=vocabulary.latent_dim,
+            tokenizer_sha256=vocabulary.tokenizer_sha256,
+            tokenizer_run_id=vocabulary.tokenizer_run_id,
+            gpt_run_id=origin.run_id,
+            made_by=cli.command_line(),
+        )
+        rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
+        write_indices(output_dir, indices, rows, meta, text=arguments.text)
+        run.folder(output_dir, output_dir.name)
+
+    print(f"{len(indices):,} grids in {output_dir}")
+    tokenizer = arguments.model_dir or "<folder of the tokenizer>"
+    print(
+        cli.next_command(
+            "vqvae/images_from_indexes.py", "--indexes_path", output_dir, "--model_dir", tokenizer
+        )
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--model_path", required=True, help="GPT: a folder, or runs:/<run id>/checkpoints"
+    )
+    parser.add_argument(
+        "--vocabulary_path", help="vocabulary.json of the GPT (default: beside the model)"
+    )
+    parser.add_argument("--run_id", help="MLflow run to log to (default: the GPT's)")
+    parser.add_argument(
+        "--output_dir", help="indices folder to write (default: samples beside the GPT)"
+    )
+    parser.add_argument(
+        "--num_images", type=cli.positive, default=64, help="how many (default: 64)"
+    )
+    parser.add_argument(
+        "--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)"
+    )
+    parser.add_argument(
+        "--unconditional", action="store_true", help='draw images of "no class" in particular'
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="below 1 the likely gets likelier"
+    )
+    parser.add_argument(
+        "--top_k", type=int, default=0, help="draw from the k likeliest indices (default: all)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="draw from the likeliest that reach p together"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
+    parser.add_argument("--text", action="store_true", help="also write indices.txt")
+    cli.add_inference_flags(parser, batch_size=256)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,0 +1,174 @@
+"""Config dataclasses to argparse flags and back, and what a script does with its errors."""
+
+import argparse
+import dataclasses
+import itertools
+import shlex
+import sys
+import traceback
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something that the user can mend: one line of what, where, and what to do."""
+
+
+class Stopped(Exception):
+    """A signal asked the script to stop, and it did in good order."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(f"stopped by signal {signal_number}")
+        self.exit_code = 128 + signal_number
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """`1,2,4` -> (1, 2, 4)."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers like 1,2,4, got {text!r}") from None
+
+
+def height_and_width(text: str) -> tuple[int, int]:
+    """`28` -> (28, 28), `24,40` -> (24, 40)."""
+    values = integers(text)
+    if len(values) > 2 or min(values) < 1:
+        raise argparse.ArgumentTypeError(f"expected H or H,W of 1 or more, got {text!r}")
+    return values[0], values[-1]
+
+
+def _value_type(annotation: object) -> Callable[[str], object]:
+    """What turns a flag's text into a field of type `annotation`."""
+    options = typing.get_args(annotation)
+    if isinstance(annotation, types.UnionType):  # X | None
+        (annotation,) = (option for option in options if option is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        fixed_length = typing.get_args(annotation)[-1] is not Ellipsis
+        return height_and_width if fixed_length else integers
+    return typing.cast(type, annotation)
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add one flag for each field of a config dataclass that carries a help text."""
+    group = parser.add_argument_group(config_class.__name__)
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if "help" not in field.metadata:
+            continue
+        required = field.default is dataclasses.MISSING
+        options: dict[str, object] = {"help": field.metadata["help"].replace("%", "%%")}
+        if required:
+            options["required"] = True
+        else:
+            options["default"] = field.default
+            if field.default not in (None, False, ""):
+                shown = field.default
+                shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
+                options["help"] += f" (default: {shown})"
+        if hints[field.name] is bool:
+            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        else:
+            options["type"] = _value_type(hints[field.name])
+            options["choices"] = field.metadata.get("choices")
+            options["metavar"] = None if options["choices"] else field.metadata.get("metavar", "X")
+        group.add_argument(f"--{field.name}", **options)
+
+
+def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
+    """Build a config from the parsed flags; `known` are fields that are found out otherwise.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    names = {field.name for field in dataclasses.fields(config_class) if "help" in field.metadata}
+    values = {name: getattr(arguments, name) for name in names} | known
+    return build(config_class, **values)
+
+
+def build(make: Callable[..., typing.Any], *arguments: object, **values: object) -> typing.Any:
+    """`make(*arguments, **values)`, whose complaint about a value is the user's to read.
+
+    Raises:
+        UserError: a value is out of its range.
+    """
+    try:
+        return make(*arguments, **values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of 1 or more, got {text!r}")
+    return int(text)
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The parser that all scripts start from."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument(
+        "--debug", action="store_true", help="show the traceback of an error, not only its line"
+    )
+    return parser
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
+    """Parse the flags, run `main`, and exit: 0, 2 after an error of the user, 130 or 143."""
+    run_with(main, parser.parse_args())
+
+
+def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+    """`run` with flags that are parsed already."""
+    try:
+        main(arguments)
+    except UserError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except Stopped as stop:
+        print(f"{stop}; what it had is saved", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def command_line() -> str:
+    """The command that this process was started with."""
+    return shlex.join(["python", *sys.argv])
+
+
+def unused(path: Path) -> Path:
+    """`path`, or where that exists already the first of path-2, path-3, ..."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+
+
+def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """The flags of all scripts that run a model without training it."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=positive,
+        default=batch_size,
+        help=f"images at once (default: {batch_size})",
+    )
+
+
+def next_command(*words: object) -> str:
+    """The line that a script ends with: what to type next."""
+    return f"\nnext:\n  python {shlex.join(map(str, words))}"
+
+
+def first_few(items: Sequence[str], total: int | None = None, limit: int = 5) -> str:
+    """The first items and how many there are: `a, b, c, d, e and 7 more`."""
+    total = len(items) if total is None else total
+    rest = total - min(limit, len(items))
+    return ", ".join(items[:limit]) + (f" and {rest} more" if rest else "")

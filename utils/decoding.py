@@ -1,0 +1,119 @@
+"""One image file: its header, and its pixels whatever the file holds."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+ORIENTATION = 0x0112  # the EXIF tag
+
+
+class Header(NamedTuple):
+    """What an image file says of itself before its pixels are read."""
+
+    size: tuple[int, int]  # height, width in pixels, as it is looked at
+    grey: bool
+    alpha: bool
+
+
+def read_header(file: str) -> Header | str:
+    """The header of an image file, or what is wrong with it."""
+    try:
+        with Image.open(file) as image:
+            # PNG files may carry EXIF after the pixels: only what stands before them counts.
+            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
+            width, height = image.size
+            size = (width, height) if exif.get(ORIENTATION) in ROTATED else (height, width)
+            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
+            if image.mode == "P" and image.palette is not None:
+                colours = np.frombuffer(image.palette.getdata()[1], np.uint8)
+                grey = image.palette.mode == "RGB" and bool(
+                    (colours.reshape(-1, 3) == colours.reshape(-1, 3)[:, :1]).all()
+                )
+            return Header(size, grey, image.has_transparency_data)
+    except Exception as error:  # Pillow raises nearly everything on damaged files
+        return complaint(file, error)
+
+
+def complaint(file: str, error: Exception) -> str:
+    """What Pillow has to say about a file that it could not read, in one line."""
+    if os.path.getsize(file) == 0:
+        return "the file is empty"
+    return " ".join(str(error).replace(repr(file), "").split()) or type(error).__name__
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit and float images to 8 bits; Pillow's own conversion would clip them."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        values = values * 255 if values.max(initial=0) <= 1 else values
+    elif image.mode.startswith("I"):
+        values = np.asarray(image)
+        # 32-bit containers hold 16-bit values; a 16-bit white is 65535.
+        values = values / 257 if values.max(initial=0) > 255 or image.mode != "I" else values
+    else:
+        return image
+    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+
+
+def decode_image(file: str | Path, channels: int, size: tuple[int, int]) -> np.ndarray:
+    """An image file as a picture of the given size: resized to cover it, then cut in the middle.
+
+    Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, of an animation the
+    first frame is taken. Without an alpha channel in the result, transparent parts become white.
+
+    Args:
+        file: anything that Pillow opens.
+        channels: 1, 3 or 4.
+        size: height and width.
+
+    Returns:
+        (channels, height, width), uint8.
+
+    Raises:
+        Exception: of any type, where Pillow cannot read the file.
+    """
+    with Image.open(file) as image:
+        height, width = size
+        if image.format == "JPEG":  # decodes at a fraction of the size where that is enough
+            image.draft(None, (2 * max(size), 2 * max(size)))
+        image = ImageOps.exif_transpose(_to_eight_bits(image))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            if channels != 4:
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+        image = image.convert(MODES[channels])
+        if image.size != (width, height):
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image)
+    return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
+
+
+def read_headers(files: Sequence[str]) -> list[Header | str]:
+    """The header of each file, or what is wrong with it."""
+    return [read_header(file) for file in files]
+
+
+def decode_images(
+    files: Sequence[str], channels: int, size: tuple[int, int]
+) -> tuple[np.ndarray, dict[int, str]]:
+    """`decode_image` of each file.
+
+    Returns:
+        (N, channels, height, width), uint8, zeros where a file cannot be read;
+        what is wrong with those files, by position.
+    """
+    pixels = np.zeros((len(files), channels, *size), np.uint8)
+    complaints = {}
+    for position, file in enumerate(files):
+        try:
+            pixels[position] = decode_image(file, channels, size)
+        except Exception as error:  # Pillow raises nearly everything on damaged files
+            complaints[position] = complaint(file, error)
+    return pixels, complaints

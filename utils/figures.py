@@ -1,0 +1,50 @@
+"""Pictures that trainings and evaluations share."""
+
+import math
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
+GAP = 1  # pixels between images
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1], C of 1, 3 or 4 -> a picture, values outside clamped."""
+    pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    array = pixels.permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def enlarge(picture: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:
+    """The picture enlarged by a whole factor, pixels sharp, until its sides reach `min_side`."""
+    factor = max(1, math.ceil(min_side / max(picture.size)))
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
+
+
+def grid(images: Tensor, columns: int | None = None) -> Image.Image:
+    """Images (N, C, H, W) in [-1, 1] in rows, a near-square by default."""
+    count, channels, height, width = images.shape
+    if columns is None:
+        columns = min(count, max(1, round(math.sqrt(count * height / width))))
+    rows = math.ceil(count / columns)
+    canvas = torch.zeros(
+        channels, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
+    )  # mid-grey
+    for number, image in enumerate(images.float().cpu()):
+        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
+        canvas[:, top : top + height, left : left + width] = image
+    return enlarge(to_pil(canvas))
+
+
+def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
+    """Pairs of original (left) and reconstruction (right), in a near-square grid.
+
+    Args:
+        originals, reconstructions: (N, C, H, W) in [-1, 1].
+    """
+    pairs = torch.cat([originals.float().cpu(), reconstructions.float().cpu()], dim=3)
+    return grid(pairs)

@@ -1,0 +1,270 @@
+"""The indices folder: grids of codebook indices on disk, written and read."""
+
+import csv
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.checkpoint import LoadedModel, read_json
+from utils.cli import UserError, build
+from utils.table import Row
+
+SHARD_BYTES = 1 << 30  # of one .npy file
+
+
+@dataclass(frozen=True)
+class IndicesMeta:
+    """meta.json: what the indices belong to.
+
+    Attributes:
+        codebook_size: K; every index is below it.
+        latent_dim: rows and columns (h, w) of a grid.
+        tokenizer_sha256: of the model.safetensors that made the indices or decodes them.
+        tokenizer_run_id, gpt_run_id: MLflow runs of the models, where there are any.
+        made_by: the command line.
+    """
+
+    codebook_size: int
+    latent_dim: tuple[int, int]
+    tokenizer_sha256: str = ""
+    tokenizer_run_id: str = ""
+    gpt_run_id: str = ""
+    made_by: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.codebook_size, int) or self.codebook_size < 2:
+            raise ValueError(f"codebook_size must be 2 or more, got {self.codebook_size}")
+        grid = tuple(self.latent_dim)
+        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
+            raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
+        object.__setattr__(self, "latent_dim", grid)
+
+    def check_tokenizer(self, tokenizer: LoadedModel, path: Path) -> None:
+        """Refuse a tokenizer that is not the one that the indices at `path` belong to.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if self.tokenizer_sha256 not in ("", tokenizer.sha256):
+            raise UserError(
+                f"{path} belongs to the tokenizer {self.tokenizer_sha256[:12]} (run "
+                f"{self.tokenizer_run_id or 'unknown'}), but {tokenizer.folder} is "
+                f"{tokenizer.sha256[:12]}; use indices and models of one tokenizer"
+            )
+
+
+@dataclass(frozen=True)
+class Indices:
+    """Grids of codebook indices and what each of them is.
+
+    Attributes:
+        shards: arrays (n, h, w) of the smallest unsigned type, memory-mapped where read.
+        rows: one for each grid, in order.
+        meta: what they belong to; None for a plain text file, which does not say.
+    """
+
+    shards: Sequence[np.ndarray]
+    rows: Sequence[Row]
+    meta: IndicesMeta | None
+
+    def __len__(self) -> int:
+        return sum(len(shard) for shard in self.shards)
+
+    @property
+    def latent_dim(self) -> tuple[int, int]:
+        """Rows and columns (h, w) of a grid."""
+        return self.shards[0].shape[1:]
+
+    def tensor(self) -> Tensor:
+        """All grids as one tensor (N, h, w), in the type of the shards."""
+        return torch.from_numpy(np.concatenate(self.shards))
+
+    def largest(self) -> int:
+        """The largest index."""
+        return max(int(shard.max()) for shard in self.shards)
+
+
+def smallest_type(codebook_size: int) -> np.dtype:
+    """The smallest unsigned type that holds every index of a codebook."""
+    return np.min_scalar_type(codebook_size - 1)
+
+
+def write_indices(
+    folder: str | Path,
+    indices: Tensor,
+    rows: Sequence[Row],
+    meta: IndicesMeta,
+    *,
+    text: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write an indices folder: indices.npy (or shards of it), manifest.csv and meta.json.
+
+    The folder appears whole or not at all, and takes the place of an indices folder before it.
+
+    Args:
+        folder: where to.
+        indices: (N, h, w) of any integer type.
+        rows: N rows.
+        meta: see `IndicesMeta`.
+        text: also write indices.txt, a line of space-separated indices for each grid.
+        shard_bytes: above this size the array is written in shards, indices-00000.npy and so on.
+
+    Raises:
+        UserError: the folder exists and is no indices folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
+        raise UserError(
+            f"{folder} exists and is no indices folder; choose another --output_dir or empty it"
+        )
+    staging = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    array = indices.cpu().numpy().astype(smallest_type(meta.codebook_size))
+    per_shard = max(1, shard_bytes // max(1, array[:1].nbytes))
+    if len(array) <= per_shard:
+        np.save(staging / "indices.npy", array)
+    else:
+        for number, start in enumerate(range(0, len(array), per_shard)):
+            np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
+    with (staging / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(Row._fields)
+        writer.writerows(rows)
+    if text:
+        np.savetxt(staging / "indices.txt", array.reshape(len(array), -1), fmt="%d")
+    (staging / "meta.json").write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    staging.rename(folder)
+    return folder
+
+
+def read_indices(
+    path: str | Path, *, latent_dim: tuple[int, int] | None = None, codebook_size: int | None = None
+) -> Indices:
+    """Read an indices folder, or a plain text file of indices, one line for each grid.
+
+    Args:
+        path: the folder or the file.
+        latent_dim: the grid; a folder says it itself, and is refused where it differs. A text
+            file without it must hold squares.
+        codebook_size: refuse indices from there on; None: what meta.json says.
+
+    Raises:
+        UserError: no such path, something else than indices, or indices that do not fit.
+    """
+    path = Path(path)
+    if path.is_dir():
+        indices = _read_folder(path)
+        if latent_dim is not None and latent_dim != indices.latent_dim:
+            raise UserError(
+                f"--latent_dim {_shown(latent_dim)} does not fit {path}, whose grids are "
+                f"{_shown(indices.latent_dim)}; leave the flag away"
+            )
+        if codebook_size is not None and indices.meta.codebook_size != codebook_size:
+            raise UserError(
+                f"{path} was made with a codebook of {indices.meta.codebook_size} codes, but the "
+                f"model has {codebook_size}; use indices and models of one tokenizer"
+            )
+        return indices
+    if path.is_file():
+        return _read_text(path, latent_dim, codebook_size)
+    raise UserError(
+        f"no indices at {path}; give a folder of quantize_dataset.py or transformer_generation.py, "
+        "or a text file of indices"
+    )
+
+
+def _read_folder(folder: Path) -> Indices:
+    if not (folder / "meta.json").is_file():
+        raise UserError(f"{folder} is no indices folder: it has no meta.json")
+    try:
+        meta = build(IndicesMeta, **read_json(folder / "meta.json"))
+    except TypeError as error:
+        raise UserError(f"{folder / 'meta.json'} is damaged: {error}; make it again") from error
+    files = sorted(folder.glob("indices*.npy"))
+    if not files:
+        raise UserError(f"{folder} has no indices.npy; make it again")
+    shards = []
+    for file in files:
+        try:
+            shard = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{file} is damaged: {error}; make it again") from error
+        if shard.shape[1:] != meta.latent_dim or shard.dtype.kind != "u" or len(shard) == 0:
+            raise UserError(
+                f"{file} holds {shard.dtype} {shard.shape}, but meta.json says grids of "
+                f"{_shown(meta.latent_dim)}; make it again"
+            )
+        shards.append(shard)
+    with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:
+        rows = [Row(*fields) for fields in csv.reader(file)][1:]
+    indices = Indices(shards, rows, meta)
+    if len(rows) != len(indices):
+        raise UserError(
+            f"{folder}: manifest.csv has {len(rows)} rows for {len(indices)} grids; make it again"
+        )
+    if indices.largest() >= meta.codebook_size:
+        raise UserError(
+            f"{folder} holds the index {indices.largest()}, but its codebook has only "
+            f"{meta.codebook_size} codes; make it again"
+        )
+    return indices
+
+
+def _read_text(
+    path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None
+) -> Indices:
+    grids: list[list[int]] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        grid = []
+        for column, word in enumerate(line.split()):
+            if not (word.isascii() and word.isdecimal()):
+                raise UserError(
+                    f"{path} line {number + 1}, number {column + 1}: {word[:20]!r} is no index; "
+                    "write integers of 0 or more, separated by spaces"
+                )
+            if int(word[:20]) >= (codebook_size or 1 << 32):
+                raise UserError(
+                    f"{path} line {number + 1}, number {column + 1}: index {word[:20]} is out of "
+                    f"range, the codebook has {codebook_size or 1 << 32} codes"
+                )
+            grid.append(int(word))
+        grids.append(grid)
+        if len(grid) != len(grids[0]):
+            raise UserError(
+                f"{path} line {number + 1} has {len(grid)} indices, but line 1 has "
+                f"{len(grids[0])}; all lines need the same number"
+            )
+    if not grids or not grids[0]:
+        raise UserError(f"{path} is empty; write one line of indices for each image")
+    length = len(grids[0])
+    if latent_dim is None:
+        side = round(length**0.5)
+        if side * side != length:
+            raise UserError(
+                f"{path}: lines of {length} indices make no square; say the grid by "
+                "--latent_dim H,W"
+            )
+        latent_dim = side, side
+    if latent_dim[0] * latent_dim[1] != length:
+        raise UserError(
+            f"{path} line 1 has {length} indices, but a grid of {_shown(latent_dim)} takes "
+            f"{latent_dim[0] * latent_dim[1]}"
+        )
+    array = np.array(grids, np.uint32).reshape(-1, *latent_dim)
+    array = array.astype(smallest_type(max(codebook_size or 0, int(array.max()) + 1, 2)))
+    return Indices(
+        [array], [Row(f"line {number + 1}", "", "") for number in range(len(array))], None
+    )
+
+
+def _shown(grid: tuple[int, int]) -> str:
+    return f"{grid[0]},{grid[1]}"

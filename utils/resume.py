@@ -1,0 +1,109 @@
+"""Where a training is, beside its weights: saved with each checkpoint, restored from it."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import WEIGHTS, read_json, read_tensors
+from utils.cli import UserError
+
+
+@dataclass
+class Progress:
+    """Where a training is: what a resumed one must know besides weights and optimiser.
+
+    Attributes:
+        step: optimiser steps done.
+        epoch: epochs done.
+        offset: batches of the current epoch done.
+        best: the best validation figure so far (lower is better).
+        bad_evaluations: evaluations since then.
+        run_id: the MLflow run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    best: float = math.inf
+    bad_evaluations: int = 0
+    run_id: str = ""
+
+    def improved(self, value: float) -> bool:
+        """Take in an evaluation. Is it the best so far?"""
+        better = value < self.best
+        self.best = min(value, self.best)
+        self.bad_evaluations = 0 if better else self.bad_evaluations + 1
+        return better
+
+    def exhausted(self, patience: int) -> bool:
+        """Whether `patience` evaluations (0: any number) went by without a better one."""
+        return 0 < patience <= self.bad_evaluations
+
+
+STATE, PROGRESS = "training.safetensors", "training.json"
+
+
+def training_files(
+    optimizer: torch.optim.Optimizer, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    """The files that a checkpoint has beyond its model: optimiser, random numbers, progress."""
+    tensors = {"random.cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["random.cuda"] = torch.cuda.get_rng_state()
+    for number, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
+    return {STATE: tensors, PROGRESS: vars(progress)}
+
+
+def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+    """The checkpoint that `--resume` names, or None where a new training is to start.
+
+    Raises:
+        UserError: there is none where one was named.
+    """
+    if not resume:
+        return None
+    if resume == "auto":
+        if not output_dir:
+            raise UserError("--resume auto needs --output_dir, to know where to go on")
+        folder = Path(output_dir) / "last"
+        return folder if folder.exists() else None
+    for folder in (Path(resume) / "last", Path(resume)):
+        if (folder / STATE).is_file():
+            return folder
+    raise UserError(f"--resume {resume}: no checkpoint there; give the output folder of a training")
+
+
+def restore_training(
+    folder: Path | None, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Progress:
+    """Fill in weights, optimiser and random numbers from a checkpoint; nothing without one.
+
+    Raises:
+        UserError: the folder is no checkpoint of such a training.
+    """
+    if folder is None:
+        return Progress()
+    tensors = read_tensors(folder / STATE)
+    try:
+        model.load_state_dict(read_tensors(folder / WEIGHTS))
+        torch.set_rng_state(tensors.pop("random.cpu"))
+        if "random.cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["random.cuda"])
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, number, name = key.split(".")
+                state.setdefault(int(number), {})[name] = value
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        return Progress(**read_json(folder / PROGRESS))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} does not fit this training: {line}; resume with the flags it began with"
+        ) from error

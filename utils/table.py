@@ -1,0 +1,125 @@
+"""The CSV of a data set: its rows, and which of them train."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.cli import UserError, first_few
+
+SPLITS = ("train", "val")
+
+
+class Row(NamedTuple):
+    """One line of the CSV; label and split are "" where the CSV has none."""
+
+    image_path: str  # as written, relative to the CSV
+    label: str
+    split: str
+
+
+def read_csv(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row]:
+    """Read and check a CSV of images.
+
+    All values are text: the label `0001` stays `0001`, and `NA` stays `NA`.
+
+    Raises:
+        UserError: no such file, no column image_path, no rows, a line with too many or too few
+            fields, an unknown split, files that are missing or outside the CSV's folder.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no such CSV file: {path}; --path_to_data takes a CSV of image paths")
+    rows = []
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(lines, [])]
+            if "image_path" not in header:
+                raise UserError(
+                    f"{path} has no column image_path; its first line is {','.join(header)!r}"
+                )
+            for fields in lines:
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise UserError(
+                        f"{path} line {lines.line_num}: {len(fields)} fields, but the first line "
+                        f"names {len(header)} columns; quote values that contain a comma"
+                    )
+                values = dict(zip(header, fields, strict=True))
+                row = Row(values["image_path"], values.get("label", ""), values.get("split", ""))
+                if not row.image_path:
+                    raise UserError(f"{path} line {lines.line_num}: image_path is empty")
+                if "split" in header and row.split not in SPLITS:
+                    raise UserError(
+                        f"{path} line {lines.line_num}: split is {row.split!r}; use train or val"
+                    )
+                rows.append(row)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} is no CSV in UTF-8: {error}") from error
+    if not rows:
+        raise UserError(f"{path} lists no images; add a line for each below the header")
+    _check_files(path, rows, allow_outside_paths)
+    return rows
+
+
+def _check_files(path: Path, rows: list[Row], allow_outside_paths: bool) -> None:
+    folder = os.path.realpath(path.parent)
+    missing, outside = [], []
+    for row in rows:
+        file = os.path.join(folder, row.image_path)
+        if not os.path.isfile(file):
+            missing.append(row.image_path)
+        elif not allow_outside_paths and not os.path.realpath(file).startswith(folder + os.sep):
+            outside.append(row.image_path)
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(rows)} files in {path} do not exist: {first_few(missing)}; "
+            "paths are relative to the folder of the CSV"
+        )
+    if outside:
+        raise UserError(
+            f"{len(outside)} of {len(rows)} files in {path} are outside its folder: "
+            f"{first_few(outside)}; --allow_outside_paths accepts them"
+        )
+
+
+def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Numbers of the training rows and of the validation rows.
+
+    The split column decides where there is one. Otherwise `val_fraction` of the files are drawn,
+    by a hash of seed and path, so that all rows of one file are on the same side.
+
+    Returns:
+        two int64 tensors in ascending order; the second may be empty.
+    """
+    if rows[0].split:
+        validation = {number for number, row in enumerate(rows) if row.split == "val"}
+    else:
+        paths = {os.path.normpath(row.image_path) for row in rows}
+        shuffled = sorted(
+            paths, key=lambda path: hashlib.sha256(f"{seed}/{path}".encode()).digest()
+        )
+        chosen = set(shuffled[: round(val_fraction * len(shuffled))])
+        validation = {
+            number for number, row in enumerate(rows) if os.path.normpath(row.image_path) in chosen
+        }
+    train = [number for number in range(len(rows)) if number not in validation]
+    return torch.tensor(train, dtype=torch.long), torch.tensor(sorted(validation), dtype=torch.long)
+
+
+def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
+    """`rows` in the order of one epoch, a function of seed and epoch alone."""
+    return rows[torch.randperm(len(rows), generator=seeded("order", seed, epoch))]
+
+
+def seeded(purpose: str, seed: int, epoch: int) -> torch.Generator:
+    """A generator of random numbers for one purpose in one epoch."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))

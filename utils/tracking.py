@@ -1,0 +1,353 @@
+"""MLflow: the only file that imports it, and only when a run is opened.
+
+Everything is first written to the output folder (metrics.jsonl, pictures/). A thread of its own
+then passes it on, so that a slow or dead MLflow server neither stops nor slows the training.
+"""
+
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock
+from PIL import Image
+
+from utils.cli import Stopped, UserError, command_line
+
+DEFAULT_EXPERIMENT = "image-synthesis"
+COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
+ADDRESSES = ("runs:/", "models:/")
+START_TIMEOUT = 5  # seconds until a silent server counts as missing
+RETRY_SECONDS = 10  # between attempts after the server was lost
+
+
+def _client() -> Any:
+    """An MLflow client of the tracking store, which is created or checked first.
+
+    Raises:
+        UserError: there is a tracking server in MLFLOW_TRACKING_URI, and it does not answer.
+    """
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
+    # MLflow's own patience is four minutes a call.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(START_TIMEOUT))
+    address = os.environ["MLFLOW_TRACKING_URI"]
+    if address.startswith(("http://", "https://")):
+        try:
+            urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=START_TIMEOUT).close()
+        except urllib.error.HTTPError:
+            pass  # it answers; what it does not let us do, it will say itself
+        except OSError as error:
+            raise UserError(
+                f"no MLflow server answers at {address} ({error}); start it, or unset "
+                "MLFLOW_TRACKING_URI to write to ./mlflow.db"
+            ) from error
+
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    client = mlflow.MlflowClient(address)
+    if address.startswith("sqlite:///"):
+        # Two first starts at once would both create the tables, and both break.
+        with FileLock(address.removeprefix("sqlite:///") + ".lock"):
+            client.search_experiments(max_results=1)
+    return client
+
+
+def _existing_run(client: Any, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        raise UserError(
+            f"no MLflow run {run_id!r} in {os.environ['MLFLOW_TRACKING_URI']}; "
+            "copy the run id from mlflow ui or from the output of the stage before"
+        ) from error
+
+
+def fetch(address: str) -> Path:
+    """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
+
+    Raises:
+        UserError: an address that MLflow does not know.
+    """
+    if not address.startswith(ADDRESSES):
+        return Path(address)
+    _client()
+
+    import mlflow
+
+    try:
+        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
+    except Exception as error:  # each artifact store has its own
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"cannot fetch {address} from MLflow: {line}") from error
+
+
+def experiment_of(run_id: str) -> str:
+    """The name of the experiment that a run belongs to; "" for no run, or one that is gone."""
+    if not run_id:
+        return ""
+    client = _client()
+    try:
+        run = _existing_run(client, run_id)
+    except UserError:
+        return ""
+    return client.get_experiment(run.info.experiment_id).name
+
+
+def continue_run(output_dir: Path, run_id: str | None, default_run_id: str) -> "Run":
+    """Open the run that the user names, else the default one if this MLflow store has it.
+
+    Raises:
+        UserError: the user named a run that does not exist.
+    """
+    if run_id is not None:
+        return Run(output_dir, run_id=run_id)
+    if default_run_id and experiment_of(default_run_id):
+        return Run(output_dir, run_id=default_run_id)
+    print("not logged to MLflow: the model's run is not in this store; --run_id names another")
+    return Run(output_dir, enabled=False)
+
+
+class Run:
+    """One MLflow run and its output folder; a context manager that also says how it ended.
+
+    Attributes:
+        run_id: the MLflow run's id.
+        output_dir: where everything is written first.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        stage: str = "",
+        run_id: str | None = None,
+        experiment: str = "",
+        run_name: str = "",
+        config: dict[str, Any] | None = None,
+        params: dict[str, Any] | None = None,
+        tags: dict[str, str] | None = None,
+        continued: bool = False,
+        enabled: bool = True,
+    ) -> None:
+        """Open a new run, or with `run_id` an existing one.
+
+        Args:
+            output_dir: is made where it is missing.
+            stage: tokenizer or gpt, of a new run.
+            run_id: of an existing run.
+            experiment, run_name: of a new run.
+            config: all settings, for config.json.
+            params: at most 10 of them, since MLflow prints all of them on every picture.
+            tags: further tags of a new run.
+            continued: the existing run goes on training: it counts as running until closed.
+            enabled: False in all processes but the first, where nothing is written.
+
+        Raises:
+            UserError: no such run, or a tracking server that does not answer.
+        """
+        self.output_dir = output_dir
+        self.run_id, self._lost = run_id or "", False
+        self._queue: queue.Queue | None = None
+        self._owned = continued or run_id is None
+        if not enabled:
+            return
+        output_dir.mkdir(parents=True, exist_ok=True)
+        self._client = _client()
+        if run_id is not None:
+            run = _existing_run(self._client, run_id)
+            if continued:
+                self._client.update_run(run_id, status="RUNNING")
+        else:
+            run = self._create(stage, experiment, run_name, params or {}, tags or {})
+        self.run_id = run.info.run_id
+        if config is not None:
+            (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self._experiment_id = run.info.experiment_id
+        self._queue = queue.Queue()
+        self._closing = threading.Event()
+        self._worker = threading.Thread(target=self._pass_on, daemon=True)
+        self._worker.start()
+        if config is not None:
+            self.file(output_dir / "config.json")
+
+    def _create(
+        self, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
+    ) -> Any:
+        from mlflow.entities import Param
+
+        if len(params) > 10:
+            raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
+        experiment = experiment or DEFAULT_EXPERIMENT
+        found = self._client.get_experiment_by_name(experiment)
+        if found is None:
+            try:
+                experiment_id = self._client.create_experiment(experiment)
+            except Exception:  # another process was first
+                found = self._client.get_experiment_by_name(experiment)
+                if found is None:
+                    raise
+        if found is not None:
+            experiment_id = found.experiment_id
+        command = command_line()
+        run = self._client.create_run(
+            experiment_id,
+            run_name=name or self.output_dir.name,
+            tags={
+                "stage": stage,
+                "mlflow.source.name": Path(sys.argv[0]).name,
+                "mlflow.source.type": "LOCAL",
+                "mlflow.runColor": COLOURS[stage],
+                "mlflow.note.content": f"```\n{command}\n```\n\nOutput folder: `{self.output_dir}`",
+                **tags,
+            },
+        )
+        self._client.log_batch(
+            run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()]
+        )
+        return run
+
+    @property
+    def link(self) -> str:
+        """Where `mlflow ui` shows the run's curves and pictures."""
+        server = os.environ["MLFLOW_TRACKING_URI"]
+        server = server.rstrip("/") if server.startswith("http") else "http://127.0.0.1:5000"
+        return (
+            f"{server}/#/experiments/{self._experiment_id}/runs/{self.run_id}/model-metrics"
+            "?workflowType=machine_learning"
+        )
+
+    @property
+    def how_to_look(self) -> str:
+        """The lines that tell the user how to see the run."""
+        if self._queue is None:
+            return ""
+        address = os.environ["MLFLOW_TRACKING_URI"]
+        start = "" if address.startswith("http") else f"\n  mlflow ui --backend-store-uri {address}"
+        return f"\nbrowse:{start}\n  {self.link}"
+
+    def metrics(self, section: str, values: dict[str, float], step: int) -> None:
+        """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
+        if self._queue is None:
+            return
+        values = {f"{section}/{name}": value for name, value in values.items()}
+        now = time.time()
+        with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+
+        def send() -> None:
+            from mlflow.entities import Metric
+
+            self._client.log_batch(
+                self.run_id,
+                metrics=[
+                    Metric(key, value, int(now * 1000), step) for key, value in values.items()
+                ],
+            )
+
+        self._queue.put(send)
+
+    def picture(self, key: str, image: Image.Image, step: int) -> Path:
+        """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
+        path = self.output_dir / "pictures" / f"{key.replace('/', '-')}-{step:08}.png"
+        if self._queue is None:
+            return path
+        path.parent.mkdir(exist_ok=True)
+        image.save(path)
+        self._queue.put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
+        return path
+
+    def table(self, name: str, columns: dict[str, list[Any]]) -> None:
+        """Log a table; columns may hold pictures."""
+        if self._queue is None:
+            return
+
+        def send() -> None:
+            import mlflow
+
+            data = {
+                key: [mlflow.Image(v) if isinstance(v, Image.Image) else v for v in values]
+                for key, values in columns.items()
+            }
+            self._client.log_table(self.run_id, data, artifact_file=f"tables/{name}.json")
+
+        self._queue.put(send)
+
+    def folder(self, path: Path, name: str) -> None:
+        """Log all files of a folder as artifacts under `name`."""
+        if self._queue is not None:
+            self._queue.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
+
+    def file(self, path: Path, name: str = "") -> None:
+        """Log one file as an artifact in the folder `name`."""
+        if self._queue is not None:
+            self._queue.put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
+
+    def _pass_on(self) -> None:
+        """The thread: send everything in order; try again later what fails."""
+        while (send := self._queue.get()) is not None:
+            while not self._attempt(send):
+                if self._closing.is_set():
+                    return
+                self._closing.wait(RETRY_SECONDS)
+
+    def _attempt(self, send: Callable[[], object]) -> bool:
+        try:
+            send()
+        except Exception as error:  # whatever MLflow, its database or the network come up with
+            if not self._lost:
+                self._lost = True
+                line = " ".join(str(error).split())[:150]
+                print(
+                    f"warning: MLflow does not take what is logged ({line}); training goes on, "
+                    f"everything is in {self.output_dir}, and MLflow is tried again every "
+                    f"{RETRY_SECONDS} s",
+                    file=sys.stderr,
+                )
+            return False
+        self._lost = False
+        return True
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        status = "FINISHED"
+        if error is not None:
+            status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
+        self.close(status)
+
+    def close(self, status: str = "FINISHED") -> None:
+        """Send what is left, and tell MLflow how a run that was opened here ended."""
+        if self._queue is None:
+            return
+        if self._owned:
+            self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
+        self._queue.put(None)
+        self._closing.set()
+        self._worker.join()  # every call of MLflow has a time limit, and one failure now ends it
+        self._queue = None
+        if self._lost:
+            print(
+                f"warning: MLflow did not come back; run {self.run_id} is incomplete there, "
+                f"all of it is in {self.output_dir}",
+                file=sys.stderr,
+            )

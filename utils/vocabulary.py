@@ -1,0 +1,98 @@
+"""vocabulary.json: what the tokens of a GPT mean."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from utils.checkpoint import read_json
+from utils.cli import UserError, build, first_few
+
+FILE = "vocabulary.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Attributes:
+    codebook_size: K, the indices of the grid.
+    latent_dim: rows and columns (h, w) of the grid.
+    class_names: the labels in the order of their prefix tokens 0, 1, ...
+    tokenizer_sha256: of the tokenizer's model.safetensors, "" if not known.
+    tokenizer_run_id: its MLflow run, "" if not known.
+    """
+
+    codebook_size: int
+    latent_dim: tuple[int, int]
+    class_names: tuple[str, ...] = ()
+    tokenizer_sha256: str = ""
+    tokenizer_run_id: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "latent_dim", tuple(self.latent_dim))
+        object.__setattr__(self, "class_names", tuple(self.class_names))
+        if len(self.latent_dim) != 2 or len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("latent_dim must be rows and columns, class_names must be distinct")
+
+    @property
+    def prefix_tokens(self) -> dict[str, int]:
+        """The prefix token of each class."""
+        return {name: token for token, name in enumerate(self.class_names)}
+
+    @property
+    def no_class(self) -> int:
+        """The prefix token of "no class"."""
+        return len(self.class_names)
+
+    def tokens(self, labels: tuple[str, ...] | list[str]) -> list[int]:
+        """Prefix tokens of labels; the empty label is "no class".
+
+        Raises:
+            UserError: labels that are no class.
+        """
+        unknown = sorted({label for label in labels if label and label not in self.class_names})
+        if unknown:
+            known = first_few(self.class_names, limit=20) or "none, it was trained without labels"
+            raise UserError(f"unknown label {first_few(unknown)}; the classes are: {known}")
+        return [self.prefix_tokens.get(label, self.no_class) for label in labels]
+
+    def check_model(self, config: Any, folder: Path) -> None:
+        """Refuse a GPT (by its config) that this vocabulary is not the one of.
+
+        Raises:
+            UserError: they differ.
+        """
+        for name, own, theirs in (
+            ("codes", self.codebook_size, config.codebook_size),
+            ("a grid", self.latent_dim, config.latent_dim),
+            ("classes", len(self.class_names), config.num_classes),
+        ):
+            if own != theirs:
+                raise UserError(
+                    f"the vocabulary does not belong to the GPT in {folder}: it has {name} of "
+                    f"{own}, the GPT {theirs}; give the {FILE} that lies beside the GPT"
+                )
+
+    def content(self) -> dict:
+        """What vocabulary.json holds."""
+        return asdict(self) | {"prefix_tokens": self.prefix_tokens, "no_class": self.no_class}
+
+
+def read_vocabulary(path: str | Path) -> Vocabulary:
+    """Read vocabulary.json: the file, its folder, or an output folder with `best` in it.
+
+    Raises:
+        UserError: no such file, or something else.
+    """
+    path = Path(path)
+    for candidate in (path, path / FILE, path / "best" / FILE):
+        if candidate.is_file():
+            values = read_json(candidate)
+            values = {
+                name: value
+                for name, value in values.items()
+                if name not in ("prefix_tokens", "no_class")
+            }
+            try:
+                return build(Vocabulary, **values)
+            except (TypeError, UserError) as error:
+                raise UserError(f"{candidate} is no vocabulary: {error}") from error
+    raise UserError(f"no vocabulary at {path}; it is saved beside the GPT as {FILE}")

@@ -1,0 +1,6 @@
+"""Image tokenizer: an encoder, a learned codebook and a decoder, in PyTorch alone."""
+
+from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput
+from vqvae.quantizers import QUANTIZERS, Quantized
+
+__all__ = ["QUANTIZERS", "VQVAE", "Quantized", "VQVAEConfig", "VQVAEOutput"]

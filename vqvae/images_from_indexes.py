@@ -1,0 +1,101 @@
+"""Stage 5: turn grids of codebook indices into images: PNG files and one grid of them all."""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+if not __package__:  # run by its path: the packages are one folder up
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+from tqdm import tqdm
+
+from utils import checkpoint, cli, figures, processes, tracking
+from utils.indices import read_indices
+from vqvae import VQVAE, VQVAEConfig
+
+SHOWN = 100  # images in the grid, at most
+LIST = "images.csv"
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, and clear it of the images of an earlier call.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not (folder / LIST).is_file():
+        raise cli.UserError(
+            f"{folder} is not empty and was not made by this script; choose another --output_dir"
+        )
+    for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST):
+        file.unlink(missing_ok=True)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    device = processes.pick_device(arguments.device)
+    tokenizer = checkpoint.load_model(
+        tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
+    )
+    path = tracking.fetch(arguments.indexes_path)
+    indices = read_indices(
+        path, latent_dim=arguments.latent_dim, codebook_size=tokenizer.model.config.codebook_size
+    )
+    if indices.meta is not None:
+        indices.meta.check_tokenizer(tokenizer, path)
+    if arguments.output_dir:
+        output_dir = Path(arguments.output_dir)
+    else:
+        output_dir = cli.unused(path.with_name(f"{path.stem}-images"))
+    gpt_run_id = indices.meta.gpt_run_id if indices.meta is not None else ""
+    default_run_id = gpt_run_id or tokenizer.provenance.run_id
+    run = tracking.continue_run(output_dir.parent, arguments.run_id, default_run_id)
+    prepare(output_dir)
+
+    grids = indices.tensor()
+    shown = []
+    with run, torch.inference_mode(), tqdm(total=len(grids), unit=" images", disable=None) as bar:
+        for part in grids.split(arguments.batch_size):
+            images = tokenizer.model.decode(part.long().to(device)).cpu()
+            for number, image in enumerate(images, start=bar.n):
+                figures.to_pil(image).save(output_dir / f"{number:05}.png")
+            shown.append(images[: max(0, SHOWN - bar.n)])
+            bar.update(len(images))
+        figures.grid(torch.cat(shown)).save(output_dir / "grid.png")
+        with (output_dir / LIST).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image_path", "label"])
+            writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
+        run.file(output_dir / "grid.png", output_dir.name)
+        run.picture("final/samples", figures.grid(torch.cat(shown)), 0)
+
+    print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
+    print(run.how_to_look)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--indexes_path", required=True, help="indices folder, or a text file of indices"
+    )
+    parser.add_argument(
+        "--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints"
+    )
+    parser.add_argument(
+        "--latent_dim",
+        type=cli.height_and_width,
+        metavar="H,W",
+        help="grid of a text file (default: a square)",
+    )
+    parser.add_argument("--run_id", help="MLflow run to log to (default: the indices')")
+    parser.add_argument(
+        "--output_dir", help="folder of PNG files (default: <indices>-images beside the indices)"
+    )
+    cli.add_inference_flags(parser, batch_size=64)
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

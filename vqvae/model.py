@@ -1,0 +1,142 @@
+"""The image tokenizer: VQVAE = Encoder + quantizer + Decoder."""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from vqvae.decoder import Decoder
+from vqvae.encoder import Encoder
+from vqvae.quantizers import QUANTIZERS, Quantized
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Everything that is needed to build a `VQVAE`; each field with help is a flag.
+
+    Raises:
+        ValueError: a value is out of its range, or the image does not divide into cells.
+    """
+
+    image_size: tuple[int, int] | None = field(
+        default=None, metadata={"help": "H or H,W in pixels; default: what the data has"}
+    )
+    in_channels: int | None = field(
+        default=None,
+        metadata={
+            "help": "1 grey, 3 RGB, 4 RGB + alpha; default: what the data has",
+            "choices": (1, 3, 4),
+        },
+    )
+    patch_size: int = field(
+        default=4,
+        metadata={"help": "side of the pixel blocks that the stem moves into channels"},
+    )
+    channels: int = field(default=64, metadata={"help": "width of the first level"})
+    channel_multipliers: tuple[int, ...] = field(
+        default=(1,),
+        metadata={
+            "help": "width of each level over --channels, as 1,2,4; every level after the "
+            "first halves the resolution, so f = patch_size * 2^(levels - 1)"
+        },
+    )
+    num_res_blocks: int = field(default=1, metadata={"help": "residual blocks a level"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout in the residual blocks"})
+    quantizer: str = field(
+        default="cosine",
+        metadata={
+            "help": "vq: nearest code by distance; cosine: by angle, on the unit sphere",
+            "choices": tuple(QUANTIZERS),
+        },
+    )
+    codebook_size: int = field(default=512, metadata={"help": "number of codes K"})
+    codebook_dim: int = field(default=8, metadata={"help": "dimension of a code D"})
+    commitment_cost: float = field(
+        default=0.25, metadata={"help": "beta, the weight of the encoder's term"}
+    )
+    revive_below: float = field(
+        default=0.03,
+        metadata={
+            "help": "replace codes used less than this share of 1/K; 0 leaves dead codes dead"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "channels", "num_res_blocks", "codebook_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.codebook_size < 2:
+            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
+        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+            raise ValueError(
+                f"channel_multipliers must be 1 or more each, got {self.channel_multipliers}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.commitment_cost < 0 or self.revive_below < 0:
+            raise ValueError("commitment_cost and revive_below must not be negative")
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer must be one of {tuple(QUANTIZERS)}, got {self.quantizer}")
+        if self.image_size is not None:
+            height, width = self.image_size
+            if min(height, width) < 1 or height % self.downsampling or width % self.downsampling:
+                raise ValueError(
+                    f"image_size {height},{width} is not a multiple of the downsampling factor "
+                    f"{self.downsampling} (patch_size {self.patch_size}, "
+                    f"{len(self.channel_multipliers)} channel_multipliers)"
+                )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels on a side of one latent cell, f."""
+        return self.patch_size * 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def latent_dim(self) -> tuple[int, int]:
+        """Rows and columns (h, w) of the latent grid."""
+        if self.image_size is None:
+            raise ValueError("image_size is not known yet")
+        return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
+
+
+class VQVAEOutput(NamedTuple):
+    """reconstruction: (B, C, H, W); quantized: what the quantizer made of the encoding."""
+
+    reconstruction: Tensor
+    quantized: Quantized
+
+
+class VQVAE(nn.Module):
+    """Image tokenizer (arXiv 1711.00937): images to a grid of codebook indices and back.
+
+    >>> tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3)).eval()
+    >>> indices = tokenizer.encode(images)  # (B, 3, 24, 40) in [-1, 1] -> (B, 6, 10)
+    >>> images = tokenizer.decode(indices)  # and back, clamped to [-1, 1]
+    """
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        super().__init__()
+        if config.image_size is None or config.in_channels is None:
+            raise ValueError("a VQVAE needs image_size and in_channels")
+        self.config = config
+        self.encoder = Encoder(config)
+        self.quantizer = QUANTIZERS[config.quantizer](
+            config.codebook_size,
+            config.codebook_dim,
+            commitment_cost=config.commitment_cost,
+            revive_below=config.revive_below,
+        )
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor) -> VQVAEOutput:
+        """Images (B, C, H, W) in [-1, 1] -> reconstruction, indices and quantizer losses."""
+        quantized = self.quantizer(self.encoder(images))
+        return VQVAEOutput(self.decoder(quantized.z_q), quantized)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> indices (B, h, w), int64 in [0, codebook_size)."""
+        return self.quantizer.nearest(self.encoder(images))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) -> images (B, C, H, W), clamped to [-1, 1]."""
+        return self.decoder(self.quantizer.embed(indices)).clamp(-1, 1)
