@@ -55,10 +55,10 @@ def main(arguments: argparse.Namespace) -> None:
         run.folder(output_dir, output_dir.name)
 
     print(f"{len(indices):,} grids in {output_dir}")
-    tokenizer = arguments.model_dir or "<folder of the tokenizer>"
     print(
         cli.next_command(
-            "vqvae/images_from_indexes.py", "--indexes_path", output_dir, "--model_dir", tokenizer
+            *("vqvae/images_from_indexes.py", "--indexes_path", output_dir),
+            *("--model_dir", f"runs:/{vocabulary.tokenizer_run_id}/checkpoints"),
         )
     )
 

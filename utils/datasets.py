@@ -1,4 +1,4 @@
-"""Public data sets as PNG files and a CSV: `python -m utils.datasets mnist --output_dir data/mnist`."""
+"""Public data sets as PNG files and a CSV, for `python -m utils.datasets`."""
 
 import argparse
 import csv
@@ -15,7 +15,10 @@ from utils import cli
 # name: (class in torchvision.datasets, address it downloads from)
 DOWNLOADS = {
     "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist/"),
-    "fashion-mnist": ("FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+    "fashion-mnist": (
+        "FashionMNIST",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    ),
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
 }
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation

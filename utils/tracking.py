@@ -162,6 +162,7 @@ class Run:
         self.output_dir = output_dir
         self.run_id, self._lost = run_id or "", False
         self._queue: queue.Queue | None = None
+        self._experiment_id: str | None = None
         self._owned = continued or run_id is None
         if not enabled:
             return
@@ -233,8 +234,8 @@ class Run:
     @property
     def how_to_look(self) -> str:
         """The lines that tell the user how to see the run."""
-        if self._queue is None:
-            return ""
+        if self._experiment_id is None:
+            return "not logged to MLflow"
         address = os.environ["MLFLOW_TRACKING_URI"]
         start = "" if address.startswith("http") else f"\n  mlflow ui --backend-store-uri {address}"
         return f"\nbrowse:{start}\n  {self.link}"

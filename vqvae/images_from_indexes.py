@@ -57,19 +57,21 @@ def main(arguments: argparse.Namespace) -> None:
     grids = indices.tensor()
     shown = []
     with run, torch.inference_mode(), tqdm(total=len(grids), unit=" images", disable=None) as bar:
-        for part in grids.split(arguments.batch_size):
-            images = tokenizer.model.decode(part.long().to(device)).cpu()
-            for number, image in enumerate(images, start=bar.n):
+        for start in range(0, len(grids), arguments.batch_size):
+            part = grids[start : start + arguments.batch_size].long().to(device)
+            images = tokenizer.model.decode(part).cpu()
+            for number, image in enumerate(images, start):
                 figures.to_pil(image).save(output_dir / f"{number:05}.png")
-            shown.append(images[: max(0, SHOWN - bar.n)])
+            shown.append(images[: max(0, SHOWN - start)])
             bar.update(len(images))
-        figures.grid(torch.cat(shown)).save(output_dir / "grid.png")
+        picture = figures.grid(torch.cat(shown))
+        picture.save(output_dir / "grid.png")
         with (output_dir / LIST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["image_path", "label"])
             writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
         run.file(output_dir / "grid.png", output_dir.name)
-        run.picture("final/samples", figures.grid(torch.cat(shown)), 0)
+        run.picture("final/generated", picture, 0)
 
     print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
     print(run.how_to_look)
