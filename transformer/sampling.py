@@ -70,7 +70,7 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generate(
     model: GPT,
     prefix: Tensor,
