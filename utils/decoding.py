@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -25,26 +25,40 @@ def read_header(file: str) -> Header | str:
     """The header of an image file, or what is wrong with it."""
     try:
         with Image.open(file) as image:
-            # PNG files may carry EXIF after the pixels: only what stands before them counts.
-            exif = image.getexif() if image.format != "PNG" or "exif" in image.info else {}
             width, height = image.size
-            size = (width, height) if exif.get(ORIENTATION) in ROTATED else (height, width)
+            # Pillow has swapped those of a TIFF file already.
+            rotated = image.format != "TIFF" and _says_rotation(image)
+            if rotated and image.getexif().get(ORIENTATION) in ROTATED:
+                height, width = width, height
             grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
             if image.mode == "P" and image.palette is not None:
-                colours = np.frombuffer(image.palette.getdata()[1], np.uint8)
-                grey = image.palette.mode == "RGB" and bool(
-                    (colours.reshape(-1, 3) == colours.reshape(-1, 3)[:, :1]).all()
-                )
-            return Header(size, grey, image.has_transparency_data)
+                grey = _is_grey(image.palette)
+            return Header((height, width), grey, image.has_transparency_data)
     except Exception as error:  # Pillow raises nearly everything on damaged files
         return complaint(file, error)
 
 
+def _says_rotation(image: Image.Image) -> bool:
+    """Whether EXIF counts: in PNG files it may stand after the pixels, where no header is."""
+    return image.format != "PNG" or "exif" in image.info
+
+
+def _is_grey(palette: ImagePalette.ImagePalette) -> bool:
+    """Whether all colours of a palette are greys, in whatever order its format stores them."""
+    layout, colours = palette.getdata()
+    image = Image.new("P", (1, 1))
+    image.putpalette(colours, layout)
+    red_green_blue = np.array(image.getpalette()).reshape(-1, 3)
+    return bool((red_green_blue == red_green_blue[:, :1]).all())
+
+
 def complaint(file: str, error: Exception) -> str:
     """What Pillow has to say about a file that it could not read, in one line."""
-    if os.path.getsize(file) == 0:
+    if os.path.exists(file) and os.path.getsize(file) == 0:
         return "the file is empty"
-    return " ".join(str(error).replace(repr(file), "").split()) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):
+        return "no image file of a kind that Pillow knows"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -78,11 +92,14 @@ def decode_image(file: str | Path, channels: int, size: tuple[int, int]) -> np.n
     Raises:
         Exception: of any type, where Pillow cannot read the file.
     """
-    with Image.open(file) as image:
+    # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
+    with open(file, "rb") as stream, Image.open(stream) as image:
         height, width = size
         if image.format == "JPEG":  # decodes at a fraction of the size where that is enough
             image.draft(None, (2 * max(size), 2 * max(size)))
-        image = ImageOps.exif_transpose(_to_eight_bits(image))
+        if _says_rotation(image):
+            image = ImageOps.exif_transpose(image)
+        image = _to_eight_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             if channels != 4:

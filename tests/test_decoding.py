@@ -1,0 +1,255 @@
+"""Every kind of image file becomes the pixels that a viewer shows, or a complaint."""
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils.decoding import Header, decode_image, decode_images, read_header
+
+WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
+HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, white right
+
+
+def save(image: Image.Image, file: Path, **options: object) -> str:
+    image.save(file, **options)
+    return str(file)
+
+
+def pixel(file: str, channels: int = 3) -> tuple[int, ...]:
+    """The upper left pixel of the decoded file, at its own size."""
+    header = read_header(file)
+    assert isinstance(header, Header), header
+    return tuple(decode_image(file, channels, header.size)[:, 0, 0].tolist())
+
+
+def palette_image(*colours: tuple[int, int, int]) -> Image.Image:
+    """6x4 pixels of the first colour in a palette."""
+    image = Image.new("P", (6, 4), 0)
+    image.putpalette([value for colour in colours for value in colour])
+    return image
+
+
+@pytest.mark.parametrize("ending", ["png", "gif", "bmp", "tif"])
+def test_palette(tmp_path: Path, ending: str) -> None:
+    """The palette of a BMP file has four bytes a colour, which was called a damaged file."""
+    file = save(palette_image(RED, WHITE), tmp_path / f"a.{ending}")
+    assert read_header(file) == Header((4, 6), grey=False, alpha=False)
+    assert pixel(file) == RED
+    greys = save(palette_image((7, 7, 7), (9, 9, 9)), tmp_path / f"grey.{ending}")
+    assert read_header(greys).grey
+    assert pixel(greys, 1) == (7,)
+
+
+@pytest.mark.parametrize("ending", ["png", "gif"])
+def test_transparent_palette_entry_becomes_white_or_alpha(tmp_path: Path, ending: str) -> None:
+    file = save(palette_image(RED, (0, 0, 0)), tmp_path / f"a.{ending}", transparency=0)
+    assert read_header(file).alpha
+    assert pixel(file) == WHITE
+    assert pixel(file, 4)[3] == 0
+    other = save(palette_image(RED, (0, 0, 0)), tmp_path / f"b.{ending}", transparency=1)
+    assert pixel(other) == RED
+
+
+def test_grey_with_alpha(tmp_path: Path) -> None:
+    file = save(Image.new("LA", (6, 4), (100, 128)), tmp_path / "a.png")
+    assert read_header(file) == Header((4, 6), grey=True, alpha=True)
+    assert pixel(file, 4) == (100, 100, 100, 128)
+    assert pixel(file, 1)[0] == pytest.approx(100 * 128 / 255 + 255 * 127 / 255, abs=1)
+
+
+def test_colour_with_alpha(tmp_path: Path) -> None:
+    file = save(Image.new("RGBA", (6, 4), CLEAR), tmp_path / "a.png")
+    assert read_header(file) == Header((4, 6), grey=False, alpha=True)
+    assert pixel(file) == WHITE
+    assert pixel(file, 4) == CLEAR
+
+
+def test_cmyk_jpeg(tmp_path: Path) -> None:
+    file = save(Image.new("CMYK", (6, 4), (0, 255, 255, 0)), tmp_path / "a.jpg")
+    assert read_header(file) == Header((4, 6), grey=False, alpha=False)
+    red, green, blue = pixel(file)
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+@pytest.mark.parametrize(("value", "expected"), [(65535, 255), (0, 0), (257 * 100, 100), (200, 1)])
+def test_16_bit_grey(tmp_path: Path, ending: str, value: int, expected: int) -> None:
+    image = Image.fromarray(np.full((4, 6), value, np.uint16))
+    file = save(image, tmp_path / f"a.{ending}")
+    assert read_header(file) == Header((4, 6), grey=True, alpha=False)
+    assert pixel(file, 1) == (expected,)
+    assert pixel(file, 3) == (expected,) * 3
+
+
+def test_1_bit(tmp_path: Path) -> None:
+    file = save(Image.fromarray(HALVES).convert("1"), tmp_path / "a.png")
+    assert read_header(file) == Header((1, 6), grey=True, alpha=False)
+    assert decode_image(file, 1, (1, 6)).tolist() == [[[0, 0, 0, 255, 255, 255]]]
+
+
+@pytest.mark.parametrize(("scale", "ending"), [(1, "tif"), (255, "tif")])
+def test_32_bit_float(tmp_path: Path, scale: int, ending: str) -> None:
+    file = save(Image.fromarray(HALVES.astype(np.float32) / 255 * scale), tmp_path / f"a.{ending}")
+    assert read_header(file) == Header((1, 6), grey=True, alpha=False)
+    assert decode_image(file, 1, (1, 6)).tolist() == [[[0, 0, 0, 255, 255, 255]]]
+
+
+@pytest.mark.parametrize("ending", ["gif", "png"])
+def test_the_first_frame_of_an_animation(tmp_path: Path, ending: str) -> None:
+    frames = [Image.new("RGB", (6, 4), colour) for colour in (RED, WHITE, (0, 0, 9))]
+    file = save(frames[0], tmp_path / f"a.{ending}", save_all=True, append_images=frames[1:])
+    with Image.open(file) as image:
+        assert image.n_frames == 3
+    assert pixel(file) == RED
+
+
+# orientation: where the stored upper left corner is seen (top, left)
+CORNERS = {1: (0, 0), 3: (1, 1), 6: (0, 1), 8: (1, 0)}
+
+
+@pytest.mark.parametrize("orientation", CORNERS)
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif"])
+def test_exif_rotation(tmp_path: Path, ending: str, orientation: int) -> None:
+    stored = np.full((16, 32), 255, np.uint8)
+    stored[:8, :8] = 0
+    file = str(tmp_path / f"a.{ending}")
+    _save_rotated(Image.fromarray(stored), file, orientation)
+    size = (32, 16) if orientation in (6, 8) else (16, 32)
+    assert read_header(file).size == size
+    (seen,) = decode_image(file, 1, size)
+    top, left = CORNERS[orientation]
+    assert seen[-4 if top else 4, -4 if left else 4] < 20
+    assert (seen < 128).sum() == 64
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_exif_rotation_of_16_bit_images(tmp_path: Path, ending: str) -> None:
+    """Its EXIF was lost with the conversion to 8 bits, and a part of the image cut away."""
+    stored = np.full((16, 32), 65535, np.uint16)
+    stored[:8, :8] = 0
+    file = str(tmp_path / f"a.{ending}")
+    _save_rotated(Image.fromarray(stored), file, 6)
+    assert read_header(file).size == (32, 16)
+    (seen,) = decode_image(file, 1, (32, 16))
+    assert (seen[:8, -8:] == 0).all()
+    assert seen.sum() == 255 * (16 * 32 - 64)
+
+
+def _save_rotated(image: Image.Image, file: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    if file.endswith("tif"):
+        image.save(file, tiffinfo={0x0112: orientation})
+    else:
+        image.save(file, exif=exif)
+
+
+def test_exif_behind_the_pixels_counts_neither_in_header_nor_in_pixels(tmp_path: Path) -> None:
+    """The header said 16x32, but the pixels were rotated and lost their ends."""
+    file = tmp_path / "a.png"
+    _save_rotated(Image.fromarray(np.arange(512, dtype=np.uint8).reshape(16, 32)), str(file), 6)
+    content = file.read_bytes()
+    start = content.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+    tail = content.index(b"IEND") - 4
+    file.write_bytes(content[:start] + content[end:tail] + content[start:end] + content[tail:])
+    assert read_header(str(file)).size == (16, 32)
+    assert np.array_equal(
+        decode_image(file, 1, (16, 32))[0], np.arange(512, dtype=np.uint8).reshape(16, 32)
+    )
+
+
+@pytest.mark.parametrize(("content", "complaint"), [(b"", "empty"), (b"hello\n", "no image")])
+def test_what_is_no_image(tmp_path: Path, content: bytes, complaint: str) -> None:
+    file = tmp_path / "a.png"
+    file.write_bytes(content)
+    for text in (read_header(str(file)), decode_images([str(file)], 3, (4, 4))[1][0]):
+        assert complaint in text
+        assert "\n" not in text
+
+
+def test_a_file_that_vanished_is_a_complaint(tmp_path: Path) -> None:
+    assert "No such file" in read_header(str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "webp", "tif"])
+def test_truncated(tmp_path: Path, ending: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    good = save(Image.fromarray(noise), tmp_path / f"good.{ending}")
+    bad = tmp_path / f"bad.{ending}"
+    bad.write_bytes(Path(good).read_bytes()[:-400])
+    pixels, complaints = decode_images([good, str(bad), good], 3, (32, 32))
+    assert list(complaints) == [1]
+    assert complaints[1]
+    assert np.array_equal(pixels[0], pixels[2])
+    assert not pixels[1].any()
+
+
+def test_flipped_bits_in_png_files_crash_nothing(tmp_path: Path) -> None:
+    """torchvision's PNG decoder kills the process on most of such files."""
+    noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "png")
+    draw = random.Random(0)
+    files = []
+    for number in range(300):
+        content = bytearray(stream.getvalue())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        files.append(str(tmp_path / f"{number}.png"))
+        Path(files[-1]).write_bytes(content)
+    pixels, complaints = decode_images(files, 3, (16, 16))
+    assert len(complaints) > 200
+    assert all(text and "\n" not in text for text in complaints.values())
+    assert not pixels[list(complaints)].any()
+    for file in files:
+        assert isinstance(read_header(file), Header | str)
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "kept"),
+    [
+        # height x width of the file, of the result, and (rows, columns) of the file that are seen
+        ((8, 8), (4, 8), (slice(2, 6), slice(0, 8))),
+        ((8, 8), (8, 4), (slice(0, 8), slice(2, 6))),
+        ((12, 8), (8, 8), (slice(2, 10), slice(0, 8))),
+        ((4, 16), (2, 2), (slice(0, 4), slice(6, 10))),
+        ((24, 8), (2, 4), (slice(10, 14), slice(0, 8))),
+    ],
+)
+def test_resized_to_cover_and_cut_in_the_middle(
+    tmp_path: Path, stored: tuple, size: tuple, kept: tuple
+) -> None:
+    """What is cut away is 9, what is kept is 100: nothing of the one may show, nor be lost."""
+    blur = 0 if stored[0] == size[0] or stored[1] == size[1] else 6  # of the edge, when resizing
+    pixels = np.full(stored, 9, np.uint8)
+    pixels[kept] = 100
+    file = save(Image.fromarray(pixels), tmp_path / "a.png")
+    assert np.abs(decode_image(file, 1, size).astype(int) - 100).max() <= blur
+    pixels[kept][0], pixels[kept][-1] = 200, 0  # its first and last row must show as such
+    file = save(Image.fromarray(pixels), tmp_path / "a.png")
+    (seen,) = decode_image(file, 1, size).astype(int)
+    assert (seen[0] > 100).all()
+    assert (seen[-1] < 100).all()
+
+
+def test_halving_averages_what_lies_under_a_pixel(tmp_path: Path) -> None:
+    pixels = np.kron(np.array([[10, 90], [50, 130]], np.uint8), np.ones((64, 64), np.uint8))
+    checks = pixels + np.tile(np.array([[0, 20], [20, 0]], np.uint8), (64, 64))
+    (seen,) = decode_image(save(Image.fromarray(checks), tmp_path / "a.png"), 1, (64, 64))
+    for quarter, value in (((8, 8), 20), ((8, 50), 100), ((50, 8), 60), ((50, 50), 140)):
+        assert seen[quarter] == pytest.approx(value, abs=1)
+
+
+def test_large_jpeg_shrinks_to_the_same_picture(tmp_path: Path) -> None:
+    """Read at a fraction of its size, it may not differ from the slow way, nor lose its middle."""
+    ramp = np.linspace(0, 255, 640).astype(np.uint8)
+    image = Image.fromarray(np.broadcast_to(ramp, (320, 640)).copy())
+    fast = decode_image(save(image, tmp_path / "a.jpg", quality=95), 1, (16, 16))
+    slow = decode_image(save(image, tmp_path / "a.png"), 1, (16, 16))
+    assert np.abs(fast.astype(int) - slow).max() <= 3
+    assert fast[0, 0, 0] == pytest.approx(64 + 4, abs=3)  # the left quarter is cut away
