@@ -88,14 +88,28 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
     for path in (*staging.iterdir(), staging):
         _flush(path)
-    # Between the two renames only the old folder's name is wrong: nothing is ever half there.
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    swap_in(staging, folder)
+    _flush(folder.parent)
+
+
+def swap_in(staging: Path, folder: Path) -> None:
+    """Put a finished folder in the place of another, of which nothing is ever half there."""
+    old = _old_name(folder)
     if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     staging.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    _flush(folder.parent)
+
+
+def whole(folder: Path) -> Path:
+    """`folder`, or what it was if a crash hit `swap_in` between its renames."""
+    old = _old_name(folder)
+    return old if not folder.exists() and old.exists() else folder
+
+
+def _old_name(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".old")
 
 
 def _flush(path: Path) -> None:
@@ -122,19 +136,28 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def verify(path: Path) -> None:
+    """Check a file against the SHA-256 that its folder holds, where it does.
+
+    Raises:
+        UserError: the file is another than was written.
+    """
+    if (path.parent / CHECKSUMS).is_file():
+        expected = read_json(path.parent / CHECKSUMS).get(path.name)
+        if expected is not None and expected != sha256(path):
+            raise UserError(
+                f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again"
+            )
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, checked against the folder's SHA-256 where it has one.
+    """The tensors of a safetensors file, verified.
 
     Raises:
         UserError: no such file, or a damaged one.
     """
     try:
-        if (path.parent / CHECKSUMS).is_file():
-            expected = read_json(path.parent / CHECKSUMS).get(path.name)
-            if expected is not None and expected != sha256(path):
-                raise UserError(
-                    f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again"
-                )
+        verify(path)
         return safetensors.torch.load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
@@ -153,7 +176,7 @@ def find_model_folder(path: str | Path) -> Path:
         UserError: neither is one.
     """
     path = Path(path)
-    for folder in (path, path / "best"):
+    for folder in (path, whole(path / "best")):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if not path.exists():
@@ -175,6 +198,7 @@ def load_model(
         UserError: no model folder, another kind of model, or damaged files.
     """
     folder = find_model_folder(path)
+    verify(folder / CONFIG)
     values = read_json(folder / CONFIG)
     kind = values.pop("model", None)
     if kind != model_class.__name__:
@@ -183,7 +207,7 @@ def load_model(
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }
     try:
-        model = model_class(build(config_class, **values))
+        model = model_class(_build_config(config_class, values, folder))
         model.load_state_dict(read_tensors(folder / WEIGHTS))
         written = folder / PROVENANCE
         provenance = Provenance(**read_json(written)) if written.is_file() else Provenance()
@@ -191,3 +215,10 @@ def load_model(
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {line}") from error
     return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
+
+
+def _build_config(config_class: type, values: dict[str, Any], folder: Path) -> Any:
+    try:
+        return build(config_class, **values)
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG} is damaged: {error}") from error

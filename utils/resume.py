@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import WEIGHTS, read_json, read_tensors
+from utils.checkpoint import WEIGHTS, read_json, read_tensors, whole
 from utils.cli import UserError
 
 
@@ -70,9 +70,9 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     if resume == "auto":
         if not output_dir:
             raise UserError("--resume auto needs --output_dir, to know where to go on")
-        folder = Path(output_dir) / "last"
+        folder = whole(Path(output_dir) / "last")
         return folder if folder.exists() else None
-    for folder in (Path(resume) / "last", Path(resume)):
+    for folder in (whole(Path(resume) / "last"), Path(resume)):
         if (folder / STATE).is_file():
             return folder
     raise UserError(f"--resume {resume}: no checkpoint there; give the output folder of a training")

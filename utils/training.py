@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from utils.checkpoint import whole
 from utils.cli import Stopped, UserError, unused
 from utils.processes import Processes
 from utils.resume import Progress
@@ -173,7 +174,7 @@ def find_output_dir(config: TrainingConfig, resumed: Path | None, default_name: 
         return resumed.parent
     if config.output_dir:
         folder = Path(config.output_dir)
-        if (folder / "last").exists():
+        if whole(folder / "last").exists():
             raise UserError(
                 f"{folder} holds a training already; choose another --output_dir, or go on with "
                 f"it by --resume {folder}"

@@ -1,0 +1,224 @@
+"""Model folders: whole or not at all, verified when read, of the right kind, without pickle."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.checkpoint import (
+    Provenance,
+    find_model_folder,
+    load_model,
+    model_files,
+    read_json,
+    read_tensors,
+    write_folder,
+)
+from utils.cli import UserError
+
+
+@dataclass(frozen=True)
+class NetConfig:
+    width: int = 3
+    shape: tuple[int, ...] = (2, 2)
+
+    def __post_init__(self) -> None:
+        if self.width < 1:
+            raise ValueError(f"width must be at least 1, got {self.width}")
+
+
+class Net(nn.Module):
+    """Weights that are tied, a view, half precision, a scalar, and channels_last."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.first = nn.Linear(config.width, config.width)
+        self.tied = nn.Linear(config.width, config.width)
+        self.tied.weight = self.first.weight
+        self.conv = nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last)
+        self.register_buffer("low", torch.randn(4, dtype=torch.bfloat16))
+        self.register_buffer("scalar", torch.tensor(7))
+        self.register_buffer("turned", torch.randn(4, 4).T)
+
+
+class Other(Net):
+    pass
+
+
+PROVENANCE = Provenance("run", "python train.py", 5, 0.2)
+
+
+def saved(folder: Path, seed: int = 0, width: int = 3) -> Net:
+    torch.manual_seed(seed)
+    net = Net(NetConfig(width))
+    write_folder(folder, model_files(net, PROVENANCE))
+    return net
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(one[key], other[key]) and one[key].dtype == other[key].dtype for key in one
+    )
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    net = saved(tmp_path / "deep" / "best", width=5)
+    for path in (tmp_path / "deep" / "best", str(tmp_path / "deep")):
+        loaded = load_model(path, Net, NetConfig)
+        assert same(loaded.model.state_dict(), net.state_dict())
+        assert loaded.model.config == NetConfig(5)
+        assert not loaded.model.training
+        assert loaded.provenance == PROVENANCE
+        assert loaded.folder == tmp_path / "deep" / "best"
+    again = saved(tmp_path / "again", width=5)
+    assert load_model(tmp_path / "again", Net, NetConfig).sha256 == loaded.sha256
+    assert same(again.state_dict(), net.state_dict())
+    saved(tmp_path / "again", seed=1)
+    assert load_model(tmp_path / "again", Net, NetConfig).sha256 != loaded.sha256
+
+
+def test_it_works_beside_the_folder_it_came_from(tmp_path: Path) -> None:
+    saved(tmp_path / "outputs" / "run" / "best")
+    (tmp_path / "outputs" / "run" / "config.json").write_text("{}")
+    saved(tmp_path / "elsewhere")
+    assert load_model(tmp_path / "outputs" / "run", Net, NetConfig).home == (
+        tmp_path / "outputs" / "run"
+    )
+    assert load_model(tmp_path / "elsewhere", Net, NetConfig).home == Path("outputs/run")
+
+
+def test_what_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no such model folder: .*none"):
+        find_model_folder(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is no model folder: it has no config\.json and model"):
+        find_model_folder(tmp_path)
+
+
+def test_wrong_kind(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    with pytest.raises(UserError, match="holds a Net, but a Other is needed here"):
+        load_model(tmp_path / "net", Other, NetConfig)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
+    """safetensors does not notice; and a digit of config.json may be another model."""
+    saved(tmp_path / "net")
+    file = tmp_path / "net" / name
+    content = bytearray(file.read_bytes())
+    for position in (0, len(content) // 2, len(content) - 1):
+        content[position] ^= 4
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name} is damaged: its SHA-256"):
+            load_model(tmp_path / "net", Net, NetConfig)
+        content[position] ^= 4
+    file.write_bytes(content)
+    load_model(tmp_path / "net", Net, NetConfig)
+
+
+def test_without_checksums_damage_is_still_one_line(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    (tmp_path / "net" / "sha256.json").unlink()
+    file = tmp_path / "net" / "model.safetensors"
+    good = file.read_bytes()
+    for bad in (b"", good[:5], good[:-1], b"x" * 100):
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
+            load_model(tmp_path / "net", Net, NetConfig)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"width": 4}, "do not fit together"),
+        ({"width": 0}, "net.*width must be at least 1, got 0"),
+        ({"width": None}, "do not fit together"),
+        ({"colour": "red"}, "do not fit together: .*colour"),
+    ],
+)
+def test_a_config_that_does_not_fit(tmp_path: Path, change: dict, complaint: str) -> None:
+    saved(tmp_path / "net")
+    (tmp_path / "net" / "sha256.json").unlink()
+    file = tmp_path / "net" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=complaint):
+        load_model(tmp_path / "net", Net, NetConfig)
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", "\xff"])
+def test_unreadable_json(tmp_path: Path, content: str) -> None:
+    (tmp_path / "a.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match=r"a\.json"):
+        read_json(tmp_path / "a.json")
+
+
+def count_steps(write: object, monkeypatch: pytest.MonkeyPatch, fail_at: int | None) -> int:
+    """Run `write`, interrupted at its nth flush or rename; how many of them there were."""
+    steps = 0
+
+    def interruptible(real: object) -> object:
+        def step(*arguments: object) -> object:
+            nonlocal steps
+            if steps == fail_at:
+                raise KeyboardInterrupt
+            steps += 1
+            return real(*arguments)
+
+        return step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interruptible(os.fsync))
+        patch.setattr(Path, "rename", interruptible(Path.rename))
+        if fail_at is None:
+            write()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                write()
+    return steps
+
+
+def test_interrupted_at_any_step_the_folder_is_the_old_or_the_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its two renames there was no folder, and the next training began anew."""
+    folder = tmp_path / "best"
+    states = [saved(folder, seed).state_dict() for seed in (2, 1)]
+    steps = count_steps(lambda: saved(folder, 1), monkeypatch, None)
+    assert steps >= 7  # the files, the folder, two renames, the parent
+    found = set()
+    for step in range(steps):
+        saved(folder, 2)
+        assert same(load_model(tmp_path, Net, NetConfig).model.state_dict(), states[0])
+        count_steps(lambda: saved(folder, 1), monkeypatch, step)
+        state = load_model(tmp_path, Net, NetConfig).model.state_dict()
+        (number,) = (number for number in (0, 1) if same(state, states[number]))
+        found.add(number)
+        # and once more at the same place: what is left over does no harm
+        count_steps(lambda: saved(folder, 1), monkeypatch, min(step, 4))
+        load_model(tmp_path, Net, NetConfig)
+    assert found == {0, 1}
+    saved(folder, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+def test_no_pickle_is_read(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    (tmp_path / "net" / "sha256.json").unlink()
+    torch.save({"a": torch.zeros(1)}, tmp_path / "net" / "model.safetensors")
+    with pytest.raises(UserError, match="cannot read"):
+        load_model(tmp_path / "net", Net, NetConfig)
+    with pytest.raises(UserError, match="cannot read"):
+        read_tensors(tmp_path / "net" / "model.safetensors")
+
+
+def test_no_pickle_is_written(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    names = sorted(file.name for file in (tmp_path / "net").iterdir())
+    assert names == ["config.json", "model.safetensors", "provenance.json", "sha256.json"]
+    config = json.loads((tmp_path / "net" / "config.json").read_text())
+    assert config == {"model": "Net", "width": 3, "shape": [2, 2]}
