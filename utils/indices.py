@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel, read_json
+from utils.checkpoint import LoadedModel, read_json, swap_in, whole
 from utils.cli import UserError, build
 from utils.table import Row
 
+META, MANIFEST = "meta.json", "manifest.csv"
 SHARD_BYTES = 1 << 30  # of one .npy file
 
 
@@ -95,6 +97,20 @@ def smallest_type(codebook_size: int) -> np.dtype:
     return np.min_scalar_type(codebook_size - 1)
 
 
+def check_writable(folder: Path) -> None:
+    """Refuse to write indices over something else.
+
+    Raises:
+        UserError: something else than an indices folder is there.
+    """
+    if folder.is_dir() and ((folder / META).is_file() or not any(folder.iterdir())):
+        return
+    if folder.exists():
+        raise UserError(
+            f"{folder} exists and is no indices folder; choose another --output_dir or empty it"
+        )
+
+
 def write_indices(
     folder: str | Path,
     indices: Tensor,
@@ -117,12 +133,16 @@ def write_indices(
         shard_bytes: above this size the array is written in shards, indices-00000.npy and so on.
 
     Raises:
-        UserError: the folder exists and is no indices folder.
+        UserError: something else than an indices folder is there.
+        ValueError: an index is not below the codebook size, or the rows are not as many.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / "meta.json").is_file():
-        raise UserError(
-            f"{folder} exists and is no indices folder; choose another --output_dir or empty it"
+    check_writable(folder)
+    if len(rows) != len(indices):
+        raise ValueError(f"{len(rows)} rows for {len(indices)} grids")
+    if indices.numel() and not 0 <= indices.min() <= indices.max() < meta.codebook_size:
+        raise ValueError(
+            f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -134,15 +154,14 @@ def write_indices(
     else:
         for number, start in enumerate(range(0, len(array), per_shard)):
             np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
-    with (staging / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+    with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(Row._fields)
         writer.writerows(rows)
     if text:
         np.savetxt(staging / "indices.txt", array.reshape(len(array), -1), fmt="%d")
-    (staging / "meta.json").write_text(json.dumps(asdict(meta), indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    staging.rename(folder)
+    (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    swap_in(staging, folder)
     return folder
 
 
@@ -160,7 +179,7 @@ def read_indices(
     Raises:
         UserError: no such path, something else than indices, or indices that do not fit.
     """
-    path = Path(path)
+    path = whole(Path(path))
     if path.is_dir():
         indices = _read_folder(path)
         if latent_dim is not None and latent_dim != indices.latent_dim:
@@ -183,33 +202,33 @@ def read_indices(
 
 
 def _read_folder(folder: Path) -> Indices:
-    if not (folder / "meta.json").is_file():
-        raise UserError(f"{folder} is no indices folder: it has no meta.json")
+    if not (folder / META).is_file():
+        raise UserError(f"{folder} is no indices folder: it has no {META}")
     try:
-        meta = build(IndicesMeta, **read_json(folder / "meta.json"))
-    except TypeError as error:
-        raise UserError(f"{folder / 'meta.json'} is damaged: {error}; make it again") from error
+        meta = build(IndicesMeta, **read_json(folder / META))
+    except (TypeError, UserError) as error:
+        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
     files = sorted(folder.glob("indices*.npy"))
     if not files:
         raise UserError(f"{folder} has no indices.npy; make it again")
     shards = []
     for file in files:
         try:
-            shard = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{file} is damaged: {error}; make it again") from error
+            shard = np.lib.format.open_memmap(file, mode="r")
+        except Exception as error:  # numpy raises nearly everything on a damaged header
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"{file} is damaged: {line}; make it again") from error
         if shard.shape[1:] != meta.latent_dim or shard.dtype.kind != "u" or len(shard) == 0:
             raise UserError(
-                f"{file} holds {shard.dtype} {shard.shape}, but meta.json says grids of "
+                f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
                 f"{_shown(meta.latent_dim)}; make it again"
             )
         shards.append(shard)
-    with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:
-        rows = [Row(*fields) for fields in csv.reader(file)][1:]
+    rows = _read_manifest(folder / MANIFEST)
     indices = Indices(shards, rows, meta)
     if len(rows) != len(indices):
         raise UserError(
-            f"{folder}: manifest.csv has {len(rows)} rows for {len(indices)} grids; make it again"
+            f"{folder}: {MANIFEST} has {len(rows)} rows for {len(indices)} grids; make it again"
         )
     if indices.largest() >= meta.codebook_size:
         raise UserError(
@@ -219,45 +238,61 @@ def _read_folder(folder: Path) -> Indices:
     return indices
 
 
+def _read_manifest(path: Path) -> list[Row]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            header, *lines = csv.reader(file, strict=True)
+        if tuple(header) != Row._fields:
+            raise ValueError(f"its first line is {','.join(header)!r}")
+        return [Row(*fields) for fields in lines]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise UserError(f"{path} is damaged: {error}; make it again") from error
+
+
 def _read_text(
     path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None
 ) -> Indices:
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").rstrip().split("\n")
+    length = len(lines[0].split())
+    if length == 0:
+        raise UserError(f"{path} line 1, number 1: no index; write a line of them for each image")
+    limit = codebook_size or 1 << 32
     grids: list[list[int]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for number, line in enumerate(lines):
         grid = []
         for column, word in enumerate(line.split()):
-            if not (word.isascii() and word.isdecimal()):
+            decimal = word.isascii() and word.isdecimal()
+            digits = word.lstrip("0") or "0"
+            if decimal and len(digits) <= 10 and int(digits) < limit:
+                grid.append(int(digits))
+                continue
+            where = f"{path} line {number + 1}, number {column + 1}"
+            if decimal:
                 raise UserError(
-                    f"{path} line {number + 1}, number {column + 1}: {word[:20]!r} is no index; "
-                    "write integers of 0 or more, separated by spaces"
+                    f"{where}: index {digits[:20]} is out of range, the codebook has {limit} codes"
                 )
-            if int(word[:20]) >= (codebook_size or 1 << 32):
-                raise UserError(
-                    f"{path} line {number + 1}, number {column + 1}: index {word[:20]} is out of "
-                    f"range, the codebook has {codebook_size or 1 << 32} codes"
-                )
-            grid.append(int(word))
+            raise UserError(
+                f"{where}: {word[:20]!r} is no index; write integers of 0 or more, separated by "
+                "spaces"
+            )
+        if len(grid) != length:
+            raise UserError(
+                f"{path} line {number + 1}, number {min(len(grid), length) + 1}: the line has "
+                f"{len(grid)} indices, but line 1 has {length}; all lines need the same number"
+            )
         grids.append(grid)
-        if len(grid) != len(grids[0]):
-            raise UserError(
-                f"{path} line {number + 1} has {len(grid)} indices, but line 1 has "
-                f"{len(grids[0])}; all lines need the same number"
-            )
-    if not grids or not grids[0]:
-        raise UserError(f"{path} is empty; write one line of indices for each image")
-    length = len(grids[0])
     if latent_dim is None:
-        side = round(length**0.5)
-        if side * side != length:
+        latent_dim = math.isqrt(length), math.isqrt(length)
+        if latent_dim[0] ** 2 != length:
             raise UserError(
-                f"{path}: lines of {length} indices make no square; say the grid by "
-                "--latent_dim H,W"
+                f"{path} line 1, number {length}: lines of {length} indices make no square; say "
+                "the grid by --latent_dim H,W"
             )
-        latent_dim = side, side
     if latent_dim[0] * latent_dim[1] != length:
+        expected = latent_dim[0] * latent_dim[1]
         raise UserError(
-            f"{path} line 1 has {length} indices, but a grid of {_shown(latent_dim)} takes "
-            f"{latent_dim[0] * latent_dim[1]}"
+            f"{path} line 1, number {min(length, expected) + 1}: it has {length} indices, but a "
+            f"grid of {_shown(latent_dim)} takes {expected}"
         )
     array = np.array(grids, np.uint32).reshape(-1, *latent_dim)
     array = array.astype(smallest_type(max(codebook_size or 0, int(array.max()) + 1, 2)))

@@ -1,0 +1,280 @@
+"""The indices folder and the text file: written, read back, and refused where they do not fit."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from utils.checkpoint import LoadedModel, Provenance
+from utils.cli import UserError
+from utils.indices import IndicesMeta, read_indices, smallest_type, write_indices
+from utils.table import Row
+
+META = IndicesMeta(codebook_size=300, latent_dim=(2, 5), tokenizer_sha256="ab" * 32)
+ROWS = [
+    Row(f"folder {number}/ä,{number}.png", label, "train")
+    for number, label in enumerate(["0001", "NA", "", 'say "x"', "a\nb", "5", "6"])
+]
+GRIDS = torch.arange(70).reshape(7, 2, 5) + 229
+
+
+def written(folder: Path, **options: object) -> Path:
+    return write_indices(folder / "indices", GRIDS, ROWS, META, **options)
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 70, 1])
+def test_round_trip(tmp_path: Path, shard_bytes: int) -> None:
+    folder = written(tmp_path, shard_bytes=shard_bytes)
+    indices = read_indices(folder)
+    assert torch.equal(indices.tensor().long(), GRIDS)
+    assert list(indices.rows) == ROWS
+    assert indices.meta == META
+    assert indices.latent_dim == (2, 5)
+    assert len(indices) == 7
+    assert indices.largest() == 298
+    # 20 bytes a grid
+    expected = {1 << 30: ["indices.npy"], 70: 3, 1: 7}[shard_bytes]
+    files = sorted(file.name for file in folder.glob("*.npy"))
+    assert files == expected or len(files) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "kind"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65537, "uint32")]
+)
+def test_the_smallest_type_holds_the_largest_index(tmp_path: Path, size: int, kind: str) -> None:
+    assert smallest_type(size) == kind
+    meta = IndicesMeta(codebook_size=size, latent_dim=(1, 2))
+    grid = torch.tensor([[[0, size - 1]]])
+    folder = write_indices(tmp_path / "indices", grid, ROWS[:1], meta)
+    assert np.load(folder / "indices.npy").dtype == kind
+    assert read_indices(folder).tensor().tolist() == [[[0, size - 1]]]
+
+
+def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
+    """An index of 300 and more was wrapped to another one without a word."""
+    folder = written(tmp_path)
+    for grids, rows in ((GRIDS + 2, ROWS), (GRIDS - 230, ROWS), (GRIDS, ROWS[1:])):
+        with pytest.raises(ValueError, match=r"codes|rows"):
+            write_indices(folder, grids, rows, META)
+    assert torch.equal(read_indices(folder).tensor().long(), GRIDS)
+
+
+def test_text_beside_the_folder(tmp_path: Path) -> None:
+    folder = written(tmp_path, text=True)
+    indices = read_indices(folder / "indices.txt", latent_dim=(2, 5))
+    assert torch.equal(indices.tensor().long(), GRIDS)
+    assert indices.meta is None
+
+
+def test_written_again_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    written(tmp_path, shard_bytes=1)
+    folder = write_indices(tmp_path / "indices", GRIDS[:2] - 200, ROWS[:2], META)
+    assert torch.equal(read_indices(folder).tensor().long(), GRIDS[:2] - 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["indices"]
+
+
+def test_interrupted_writing_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old folder was removed before the new one had its name."""
+    folder = written(tmp_path)
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_indices(folder, GRIDS - 1, ROWS, META)
+    assert torch.equal(read_indices(folder).tensor().long(), GRIDS)
+
+
+def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "indices").mkdir()
+    written(tmp_path)  # an empty folder is taken
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("text")
+    (tmp_path / "file").write_text("text")
+    for name in ("thesis", "file"):
+        with pytest.raises(UserError, match=f"{name} exists and is no indices folder"):
+            write_indices(tmp_path / name, GRIDS, ROWS, META)
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "text"
+
+
+def test_refusals_name_both_values(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    assert read_indices(folder, latent_dim=(2, 5), codebook_size=300).meta == META
+    with pytest.raises(UserError, match=r"--latent_dim 5,2 .* whose grids are 2,5"):
+        read_indices(folder, latent_dim=(5, 2))
+    with pytest.raises(UserError, match="codebook of 300 codes, but the model has 512"):
+        read_indices(folder, codebook_size=512)
+    other = LoadedModel(None, "cd" * 32, Path("other/best"), Provenance())
+    with pytest.raises(UserError, match=r"tokenizer abababababab .*other/best is cdcdcdcdcdcd"):
+        META.check_tokenizer(other, folder)
+    META.check_tokenizer(other._replace(sha256="ab" * 32), folder)
+    IndicesMeta(300, (2, 5)).check_tokenizer(other, folder)  # it does not say
+
+
+def test_no_indices(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no indices at .*none"):
+        read_indices(tmp_path / "none")
+    with pytest.raises(UserError, match=r"is no indices folder: it has no meta\.json"):
+        read_indices(tmp_path)
+
+
+def change_meta(folder: Path, **values: object) -> None:
+    file = folder / "meta.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"codebook_size": 1}, r"meta\.json is damaged: codebook_size must be 2 or more, got 1"),
+        ({"codebook_size": "300"}, r"meta\.json is damaged: codebook_size"),
+        ({"latent_dim": [2]}, r"meta\.json is damaged: latent_dim"),
+        ({"latent_dim": 5}, r"meta\.json is damaged"),
+        ({"colour": 1}, r"meta\.json is damaged: .*colour"),
+        ({"latent_dim": [5, 2]}, r"holds uint16 \(7, 2, 5\), but meta\.json says grids of 5,2"),
+        ({"codebook_size": 298}, "holds the index 298, but its codebook has only 298 codes"),
+    ],
+)
+def test_damaged_meta(tmp_path: Path, values: dict, complaint: str) -> None:
+    folder = written(tmp_path)
+    change_meta(folder, **values)
+    with pytest.raises(UserError, match=complaint):
+        read_indices(folder)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"codebook_size": 3}'])
+def test_unreadable_meta(tmp_path: Path, content: str) -> None:
+    folder = written(tmp_path)
+    (folder / "meta.json").write_text(content)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        read_indices(folder)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"", "damaged"),
+        (b"image_path,label,split\na.png,1,train\n", "has 1 rows for 7 grids"),
+        (b"image_path,label,split\n" + b"a.png,1\n" * 7, "damaged"),
+        (b"path,label,split\n" + b"a.png,1,train\n" * 7, "damaged: its first line is 'path,"),
+        (b"\xff\xfe", "damaged"),
+        (None, "damaged.*No such file"),
+    ],
+)
+def test_damaged_manifest(tmp_path: Path, content: bytes | None, complaint: str) -> None:
+    """These ended in a traceback: FileNotFoundError, TypeError, UnicodeDecodeError."""
+    manifest = written(tmp_path) / "manifest.csv"
+    if content is None:
+        manifest.unlink()
+    else:
+        manifest.write_bytes(content)
+    with pytest.raises(UserError, match=rf"manifest\.csv .*{complaint}"):
+        read_indices(manifest.parent)
+
+
+def test_damaged_array(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    file = folder / "indices.npy"
+    good = file.read_bytes()
+    np.savez(file.with_suffix(".npz"), GRIDS.numpy())
+    zipped = file.with_suffix(".npz").read_bytes()
+    for bad in (b"", b"hello", good[:-1], good[:40], zipped):
+        file.write_bytes(bad)
+        with pytest.raises(UserError, match=r"indices\.npy is damaged"):
+            read_indices(folder)
+    for array in (GRIDS.numpy(), GRIDS.numpy().astype(np.uint16)[:0], np.uint16(3)):
+        np.save(file, array)
+        with pytest.raises(UserError, match=r"indices\.npy holds"):
+            read_indices(folder)
+    np.save(file, np.array([{}]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"indices\.npy is damaged"):
+        read_indices(folder)
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no indices\.npy"):
+        read_indices(folder)
+
+
+@pytest.mark.filterwarnings("ignore")  # numpy's, of invalid headers
+def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
+    """Refused in one line, or read as it was (spaces may become tabs)."""
+    folder = written(tmp_path)
+    good = (folder / "indices.npy").read_bytes()
+    draw, refused = random.Random(0), 0
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[draw.randrange(128)] ^= 1 << draw.randrange(8)
+        (folder / "indices.npy").write_bytes(bad)
+        try:
+            indices = read_indices(folder)
+        except UserError:
+            refused += 1
+        else:
+            assert indices.tensor().shape == (7, 2, 5)
+    assert refused > 100
+
+
+def text_file(folder: Path, content: str | bytes) -> Path:
+    path = folder / "indices.txt"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0 1 2 3\n7 6 5 4\n",
+        "0 1 2 3\r\n7 6 5 4",
+        "\ufeff  0 1  2\t3\n7 6 5 4\n\n \n",
+        "0 01 000000000002 3\n7 6 5 4",
+    ],
+)
+def test_text_file(tmp_path: Path, content: str) -> None:
+    indices = read_indices(text_file(tmp_path, content))
+    assert indices.tensor().tolist() == [[[0, 1], [2, 3]], [[7, 6], [5, 4]]]
+    assert indices.shards[0].dtype == np.uint8
+    assert len(indices.rows) == 2
+
+
+def test_text_file_of_a_grid_that_is_no_square(tmp_path: Path) -> None:
+    path = text_file(tmp_path, "0 1 2 3 4 5\n")
+    assert read_indices(path, latent_dim=(2, 3)).tensor().tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    assert read_indices(path, latent_dim=(3, 2)).tensor().tolist() == [[[0, 1], [2, 3], [4, 5]]]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("0 1 2 3\n0 1 x 3\n", "line 2, number 3: 'x' is no index"),
+        ("0 1 2 3\n0 -1 2 3\n", "line 2, number 2: '-1' is no index"),
+        ("0 1.5 2 3\n", r"line 1, number 2: '1\.5' is no index"),
+        ("0 1 2 ²\n", "line 1, number 4: '²' is no index"),
+        ("0 1 2 16\n", "line 1, number 4: index 16 is out of range, the codebook has 16 codes"),
+        ("0 1 2 " + "0" * 20 + "9" * 5000, "line 1, number 4: index 9{20} is out of range"),
+        ("0 1 2 3\n0 1 2\n", "line 2, number 4: the line has 3 indices, but line 1 has 4"),
+        ("0 1 2 3\n0 1 2 3 4\n", "line 2, number 5: the line has 5 indices, but line 1 has 4"),
+        ("0 1 2 3\n\n0 1 2 3\n", "line 2, number 1: the line has 0 indices"),
+        ("0 1 2 3 4\n", "line 1, number 5: lines of 5 indices make no square; .*--latent_dim H,W"),
+        ("once upon a time\n", "line 1, number 1: 'once' is no index"),
+        ("", "line 1, number 1: no index"),
+        ("\n0 1 2 3\n", "line 1, number 1: no index"),
+        (b"\x89PNG\xff\x00", "line 1, number 1: .* is no index"),
+    ],
+)
+def test_mistakes_in_a_text_file_have_line_and_column(
+    tmp_path: Path, content: str | bytes, complaint: str
+) -> None:
+    with pytest.raises(UserError, match=rf"indices\.txt {complaint}"):
+        read_indices(text_file(tmp_path, content), codebook_size=16)
+
+
+@pytest.mark.parametrize(("content", "column"), [("0 1 2 3 4", 6), ("0 1 2 3 4 5 6", 7)])
+def test_a_text_file_of_another_grid(tmp_path: Path, content: str, column: int) -> None:
+    message = rf"line 1, number {column}: it has \d indices, but a grid of 2,3 takes 6"
+    with pytest.raises(UserError, match=message):
+        read_indices(text_file(tmp_path, content), latent_dim=(2, 3))
