@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,9 +59,9 @@ class Augmentation(NamedTuple):
 
     def apply(self, images: Tensor, rows: Tensor, size: tuple[int, int], num_rows: int) -> Tensor:
         """(B, C, canvas height, canvas width) of the given rows -> (B, C, *size), uint8."""
-        chance = torch.rand(num_rows, 3, generator=seeded("augmentation", self.seed, self.epoch))[
-            rows
-        ]
+        if not (self.random_crop or self.horizontal_flip):
+            return images
+        chance = _chances(self.seed, self.epoch, num_rows)[rows]
         if self.random_crop:
             spare = torch.tensor([images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1])
             corners = (chance[:, :2] * spare).long().tolist()
@@ -74,6 +74,12 @@ class Augmentation(NamedTuple):
         if self.horizontal_flip:
             images = torch.where((chance[:, 2] < 0.5)[:, None, None, None], images.flip(3), images)
         return images
+
+
+@lru_cache(maxsize=1)
+def _chances(seed: int, epoch: int, num_rows: int) -> Tensor:
+    """Three random numbers for each row of an epoch, (num_rows, 3) in [0, 1)."""
+    return torch.rand(num_rows, 3, generator=seeded("augmentation", seed, epoch))
 
 
 class ImageDataset(Dataset):

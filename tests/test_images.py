@@ -1,0 +1,181 @@
+"""CSV to batches: the same images whether kept in memory or streamed, and mistakes named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.cli import UserError
+from utils.images import Augmentation, DataConfig, ImageDataset
+
+CPU = torch.device("cpu")
+
+
+def write_noise(folder: Path, count: int = 12, size: tuple[int, int] = (6, 10)) -> Path:
+    """`count` RGB images of noise and their CSV."""
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 256, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return write_csv(folder, [f"{number}.png" for number in range(count)])
+
+
+def write_csv(folder: Path, names: list[str]) -> Path:
+    path = folder / "data.csv"
+    path.write_text("image_path\n" + "".join(f"{name}\n" for name in names))
+    return path
+
+
+def batches(dataset: ImageDataset, size: int = 5, **augmentation: object) -> torch.Tensor:
+    """All images, read in batches of `size`."""
+    rows = torch.arange(len(dataset)).flip(0)
+    chosen = Augmentation(**augmentation) if augmentation else None
+    return torch.cat(list(dataset.batches(rows.split(size), CPU, chosen))).flip(0)
+
+
+def test_values_and_shape(tmp_path: Path) -> None:
+    pixels = np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    dataset = ImageDataset(write_csv(tmp_path, ["a.png"]))
+    assert (dataset.size, dataset.channels, len(dataset)) == ((2, 4), 3, 1)
+    (image,) = batches(dataset)
+    expected = torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
+    assert torch.allclose(image, expected, atol=1e-6)
+    assert image.dtype == torch.float32
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_in_memory_and_streamed_are_the_same(tmp_path: Path, num_workers: int) -> None:
+    path = write_noise(tmp_path)
+    kept = ImageDataset(path, random_crop=True)
+    streamed = ImageDataset(path, random_crop=True, max_memory=0, num_workers=num_workers)
+    assert kept.pixels is not None
+    assert streamed.pixels is None
+    assert "in memory" in str(kept)
+    assert "streamed" in str(streamed)
+    for options in ({}, {"horizontal_flip": True, "random_crop": True, "seed": 1, "epoch": 2}):
+        assert torch.equal(batches(kept, **options), batches(streamed, **options))
+
+
+def test_many_files_are_decoded_by_processes_in_order(tmp_path: Path) -> None:
+    Image.new("L", (2, 2), 0).save(tmp_path / "0.png")
+    Image.new("L", (2, 2), 255).save(tmp_path / "1.png")
+    names = [f"{number % 3 % 2}.png" for number in range(1100)]
+    dataset = ImageDataset(write_csv(tmp_path, names), num_workers=2)
+    expected = torch.tensor([255 * (number % 3 % 2) for number in range(1100)])
+    assert torch.equal(dataset.pixels[:, 0, 1, 1].long(), expected)
+
+
+def test_mixed_sizes_are_refused_with_the_sizes_found(tmp_path: Path) -> None:
+    Image.new("L", (4, 8)).save(tmp_path / "a.png")
+    Image.new("L", (9, 5)).save(tmp_path / "b.png")
+    path = write_csv(tmp_path, ["a.png", "a.png", "b.png"])
+    with pytest.raises(UserError, match=r"2 sizes: 8x4 \(a.png\), 5x9 \(b.png\); --image_size"):
+        ImageDataset(path)
+    assert batches(ImageDataset(path, size=(6, 3))).shape == (3, 1, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("modes", "channels"),
+    [
+        (("L", "1", "I;16"), 1),
+        (("L", "RGB"), 3),
+        (("RGBA", "LA"), 4),
+        (("RGBA", "RGB"), 3),
+        (("LA", "L"), 1),
+    ],
+)
+def test_channels_are_what_all_images_have(tmp_path: Path, modes: tuple, channels: int) -> None:
+    for number, mode in enumerate(modes):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{number}.png")
+    path = write_csv(tmp_path, [f"{number}.png" for number in range(len(modes))])
+    assert ImageDataset(path).channels == channels
+    for wanted in (1, 3, 4):
+        assert batches(ImageDataset(path, channels=wanted)).shape == (len(modes), wanted, 4, 4)
+
+
+AUGMENTED = {"horizontal_flip": True, "random_crop": True, "seed": 0, "epoch": 0}
+
+
+def test_augmentation_follows_from_seed_epoch_and_row(tmp_path: Path) -> None:
+    dataset = ImageDataset(write_noise(tmp_path, size=(16, 24)), random_crop=True)
+    seen = batches(dataset, **AUGMENTED)
+    for size in (1, 7, 12):
+        assert torch.equal(seen, batches(dataset, size, **AUGMENTED))
+    few = torch.tensor([9, 2])
+    (alone,) = dataset.batches([few], CPU, Augmentation(**AUGMENTED))
+    assert torch.equal(alone, seen[few])
+    for change in ({"seed": 1}, {"epoch": 1}):
+        other = batches(dataset, **AUGMENTED | change)
+        assert (other != seen).flatten(1).any(1).sum() > 6
+
+
+def test_flips_mirror_about_half_of_the_images(tmp_path: Path) -> None:
+    Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "a.png")
+    dataset = ImageDataset(write_csv(tmp_path, ["a.png"] * 400))
+    seen = batches(dataset, 400, **AUGMENTED | {"random_crop": False})[:, 0, 0]
+    mirrored = seen[:, 0] == 1
+    assert torch.equal(seen[:, 1] == 1, ~mirrored)
+    assert 150 < mirrored.sum() < 250
+
+
+def test_crops_reach_every_corner_and_evaluation_takes_the_middle(tmp_path: Path) -> None:
+    canvas = np.arange(18 * 27, dtype=np.int64).reshape(18, 27) % 251
+    Image.fromarray(canvas.astype(np.uint8)).save(tmp_path / "a.png")
+    dataset = ImageDataset(write_csv(tmp_path, ["a.png"] * 300), size=(16, 24), random_crop=True)
+    assert dataset.canvas == (18, 27)
+    windows = {
+        canvas[top : top + 16, left : left + 24].astype(np.uint8).tobytes(): (top, left)
+        for top in range(3)
+        for left in range(4)
+    }
+
+    def places(images: torch.Tensor) -> set:
+        pixels = ((images[:, 0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        return {windows[image.tobytes()] for image in pixels}
+
+    assert places(batches(dataset, 300, **AUGMENTED | {"horizontal_flip": False})) == set(
+        windows.values()
+    )
+    assert places(batches(dataset)) == {(1, 1)}
+
+
+def damage(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_file_is_named_with_its_row(tmp_path: Path, num_workers: int) -> None:
+    path = write_noise(tmp_path, size=(32, 32))
+    damage(tmp_path / "7.png")
+    with pytest.raises(UserError, match=r"1 of 12 files .* row 8 7\.png \(.*truncated"):
+        ImageDataset(path)
+    streamed = ImageDataset(path, max_memory=0, num_workers=num_workers)
+    with pytest.raises(UserError, match=r"row 8 7\.png \(.*truncated"):
+        batches(streamed)
+
+
+def test_what_is_no_image_is_named_before_any_is_decoded(tmp_path: Path) -> None:
+    path = write_noise(tmp_path)
+    (tmp_path / "3.png").write_bytes(b"")
+    (tmp_path / "5.png").write_text("hello")
+    message = r"2 of 12 files .* row 4 3\.png \(the file is empty\), row 6 5\.png \(no image"
+    with pytest.raises(UserError, match=message):
+        ImageDataset(path, max_memory=0)
+
+
+def test_a_file_that_vanishes_while_streaming_is_named(tmp_path: Path) -> None:
+    """It ended in a FileNotFoundError."""
+    dataset = ImageDataset(write_noise(tmp_path), max_memory=0, num_workers=0)
+    (tmp_path / "2.png").unlink()
+    with pytest.raises(UserError, match=r"row 3 2\.png \(.*No such file"):
+        batches(dataset)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
+def test_val_fraction_is_a_share(fraction: float) -> None:
+    with pytest.raises(ValueError, match="val_fraction"):
+        DataConfig("data.csv", val_fraction=fraction)
