@@ -48,11 +48,12 @@ class Vocabulary:
         Raises:
             UserError: labels that are no class.
         """
-        unknown = sorted({label for label in labels if label and label not in self.class_names})
+        tokens = self.prefix_tokens
+        unknown = sorted(set(labels) - tokens.keys() - {""})
         if unknown:
             known = first_few(self.class_names, limit=20) or "none, it was trained without labels"
             raise UserError(f"unknown label {first_few(unknown)}; the classes are: {known}")
-        return [self.prefix_tokens.get(label, self.no_class) for label in labels]
+        return [tokens.get(label, self.no_class) for label in labels]
 
     def check_model(self, config: Any, folder: Path) -> None:
         """Refuse a GPT (by its config) that this vocabulary is not the one of.
