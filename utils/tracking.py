@@ -1,9 +1,11 @@
 """MLflow: the only file that imports it, and only when a run is opened.
 
-Everything is first written to the output folder (metrics.jsonl, pictures/). A thread of its own
-then passes it on, so that a slow or dead MLflow server neither stops nor slows the training.
+Everything is first written to the output folder (metrics.jsonl, pictures/, tables/). A thread of
+its own then passes it on, so that a slow or dead MLflow server neither stops nor slows a training.
 """
 
+import csv
+import http.client
 import json
 import logging
 import os
@@ -14,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,21 +37,25 @@ def _client() -> Any:
     """An MLflow client of the tracking store, which is created or checked first.
 
     Raises:
-        UserError: there is a tracking server in MLFLOW_TRACKING_URI, and it does not answer.
+        UserError: what MLFLOW_TRACKING_URI names does not answer, or is no MLflow store.
     """
-    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path('mlflow.db').resolve()}")
+    if not os.environ.get("MLFLOW_TRACKING_URI"):
+        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path('mlflow.db').resolve()}"
     # MLflow's own patience is four minutes a call.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(START_TIMEOUT))
+    # A training says itself where its run is, and its progress is no upload's.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     address = os.environ["MLFLOW_TRACKING_URI"]
     if address.startswith(("http://", "https://")):
         try:
             urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=START_TIMEOUT).close()
         except urllib.error.HTTPError:
             pass  # it answers; what it does not let us do, it will say itself
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise UserError(
-                f"no MLflow server answers at {address} ({error}); start it, or unset "
+                f"no MLflow server answers at {address} ({_line(error)}); start it, or unset "
                 "MLFLOW_TRACKING_URI to write to ./mlflow.db"
             ) from error
 
@@ -56,24 +63,43 @@ def _client() -> Any:
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    client = mlflow.MlflowClient(address)
-    if address.startswith("sqlite:///"):
-        # Two first starts at once would both create the tables, and both break.
-        with FileLock(address.removeprefix("sqlite:///") + ".lock"):
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line at every attempt
+    # Two first starts at once would both create the tables, and both break.
+    database = address.removeprefix("sqlite:///")
+    lock = FileLock(database + ".lock") if database != address else nullcontext()
+    try:
+        with lock:
+            client = mlflow.MlflowClient(address)
             client.search_experiments(max_results=1)
+    except Exception as error:  # each kind of store has its own
+        raise UserError(
+            f"MLFLOW_TRACKING_URI={address} is no MLflow store that can be used "
+            f"({_line(error)}); mend it, or unset it to write to ./mlflow.db"
+        ) from error
     return client
+
+
+def _line(error: Exception) -> str:
+    """What an error says, in one short line."""
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def _existing_run(client: Any, run_id: str) -> Any:
     from mlflow.exceptions import MlflowException
 
+    address = os.environ["MLFLOW_TRACKING_URI"]
     try:
-        return client.get_run(run_id)
+        run = client.get_run(run_id)
     except MlflowException as error:
         raise UserError(
-            f"no MLflow run {run_id!r} in {os.environ['MLFLOW_TRACKING_URI']}; "
-            "copy the run id from mlflow ui or from the output of the stage before"
+            f"no MLflow run {run_id!r} in {address}; copy the run id from mlflow ui or from the "
+            "output of the stage before"
         ) from error
+    if run.info.lifecycle_stage == "deleted":
+        raise UserError(
+            f"the MLflow run {run_id} in {address} is deleted; restore it, or name another"
+        )
+    return run
 
 
 def fetch(address: str) -> Path:
@@ -91,8 +117,7 @@ def fetch(address: str) -> Path:
     try:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
     except Exception as error:  # each artifact store has its own
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"cannot fetch {address} from MLflow: {line}") from error
+        raise UserError(f"cannot fetch {address} from MLflow: {_line(error)}") from error
 
 
 def experiment_of(run_id: str) -> str:
@@ -153,14 +178,15 @@ class Run:
             config: all settings, for config.json.
             params: at most 10 of them, since MLflow prints all of them on every picture.
             tags: further tags of a new run.
-            continued: the existing run goes on training: it counts as running until closed.
+            continued: the existing run goes on training: it counts as running until closed. If it
+                is gone, a new one takes its place.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
             UserError: no such run, or a tracking server that does not answer.
         """
         self.output_dir = output_dir
-        self.run_id, self._lost = run_id or "", False
+        self.run_id, self._warned = run_id or "", False
         self._queue: queue.Queue | None = None
         self._experiment_id: str | None = None
         self._owned = continued or run_id is None
@@ -168,7 +194,7 @@ class Run:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = _client()
-        if run_id is not None:
+        if run_id is not None and not (continued and self._gone(run_id)):
             run = _existing_run(self._client, run_id)
             if continued:
                 self._client.update_run(run_id, status="RUNNING")
@@ -184,6 +210,15 @@ class Run:
         self._worker.start()
         if config is not None:
             self.file(output_dir / "config.json")
+
+    def _gone(self, run_id: str) -> bool:
+        """Whether a run that is to go on is not in this store, which is said."""
+        try:
+            _existing_run(self._client, run_id)
+        except UserError as error:
+            print(f"warning: {error}; a new run takes its place", file=sys.stderr)
+            return True
+        return False
 
     def _create(
         self, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
@@ -272,9 +307,10 @@ class Run:
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """Log a table; columns may hold pictures."""
+        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon."""
         if self._queue is None:
             return
+        self._write_table(name, columns)
 
         def send() -> None:
             import mlflow
@@ -286,6 +322,21 @@ class Run:
             self._client.log_table(self.run_id, data, artifact_file=f"tables/{name}.json")
 
         self._queue.put(send)
+
+    def _write_table(self, name: str, columns: dict[str, list[Any]]) -> None:
+        """A CSV, with the names of PNG files beside it where the table has pictures."""
+        folder = self.output_dir / "tables"
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            for number, row in enumerate(zip(*columns.values(), strict=True)):
+                cells = dict(zip(columns, row, strict=True))
+                for key, value in cells.items():
+                    if isinstance(value, Image.Image):
+                        cells[key] = f"{name}/{key}-{number:05}.png"
+                        value.save(folder / cells[key])
+                writer.writerow(cells.values())
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
@@ -306,20 +357,19 @@ class Run:
                 self._closing.wait(RETRY_SECONDS)
 
     def _attempt(self, send: Callable[[], object]) -> bool:
+        """Whether that is done with: sent, or refused for good."""
         try:
             send()
         except Exception as error:  # whatever MLflow, its database or the network come up with
-            if not self._lost:
-                self._lost = True
-                line = " ".join(str(error).split())[:150]
+            if not self._warned:
+                self._warned = True
                 print(
-                    f"warning: MLflow does not take what is logged ({line}); training goes on, "
-                    f"everything is in {self.output_dir}, and MLflow is tried again every "
-                    f"{RETRY_SECONDS} s",
+                    f"warning: MLflow does not take what is logged ({_line(error)}); all of it is "
+                    f"in {self.output_dir}, and MLflow gets what it can take if it comes back "
+                    "before the end",
                     file=sys.stderr,
                 )
-            return False
-        self._lost = False
+            return _is_refusal(error)
         return True
 
     def __enter__(self) -> "Run":
@@ -333,7 +383,8 @@ class Run:
     ) -> None:
         status = "FINISHED"
         if error is not None:
-            status = "KILLED" if isinstance(error, Stopped | KeyboardInterrupt) else "FAILED"
+            stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
+            status = "KILLED" if stopped else "FAILED"
         self.close(status)
 
     def close(self, status: str = "FINISHED") -> None:
@@ -346,9 +397,9 @@ class Run:
         self._closing.set()
         self._worker.join()  # every call of MLflow has a time limit, and one failure now ends it
         self._queue = None
-        if self._lost:
-            print(
-                f"warning: MLflow did not come back; run {self.run_id} is incomplete there, "
-                f"all of it is in {self.output_dir}",
-                file=sys.stderr,
-            )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow is there and will never take it, as when the run was deleted meanwhile."""
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    return 400 <= status < 500 and status not in (408, 429)  # those two ask to try again
