@@ -35,7 +35,7 @@ class Progress:
     def improved(self, value: float) -> bool:
         """Take in an evaluation. Is it the best so far?"""
         better = value < self.best
-        self.best = min(value, self.best)
+        self.best = value if better else self.best  # which a value that is no number is not
         self.bad_evaluations = 0 if better else self.bad_evaluations + 1
         return better
 
@@ -99,6 +99,13 @@ def restore_training(
             if key.startswith("optimizer."):
                 _, number, name = key.split(".")
                 state.setdefault(int(number), {})[name] = value
+        # Files hold row-major tensors; a fused optimiser pairs numbers by their place in memory,
+        # so that its state must lie in memory as its parameter does (channels-last, for one).
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, parameter in enumerate(parameters):
+            for name, value in state.get(number, {}).items():
+                if value.shape == parameter.shape:
+                    state[number][name] = torch.empty_like(parameter).copy_(value)
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
         return Progress(**read_json(folder / PROGRESS))

@@ -1,0 +1,319 @@
+"""Schedule, optimiser, signals, and a resumed training that equals an uninterrupted one."""
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils import checkpoint, resume
+from utils.cli import Stopped, UserError
+from utils.processes import Processes
+from utils.resume import Progress
+from utils.training import (
+    Schedule,
+    StopRequest,
+    TrainingConfig,
+    find_output_dir,
+    make_optimizer,
+    optimizer_step,
+)
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def schedule(num_train: int = 100, num_val: int = 10, processes: int = 1, **flags: object):
+    return Schedule(
+        TrainingConfig(**{"batch_size": 10, "max_epochs": 4} | flags), num_train, num_val, processes
+    )
+
+
+def test_learning_rate() -> None:
+    plan = schedule(1000, learning_rate=0.5, warmup_steps=20)
+    rates = [plan.learning_rate(step) for step in range(plan.total_steps + 1)]
+    assert plan.total_steps == 400
+    assert rates[0] == pytest.approx(0.5 / 21)
+    assert all(later > earlier for earlier, later in pairwise(rates[:21]))
+    assert rates[20] == 0.5 == max(rates)
+    assert all(later < earlier for earlier, later in pairwise(rates[20:]))
+    assert rates[210] == pytest.approx(0.25)
+    assert rates[305] == pytest.approx(0.25 * (1 + math.cos(math.pi * 0.75)))
+    assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_warm_up_is_at_most_a_tenth() -> None:
+    plan = schedule(warmup_steps=1000, learning_rate=1.0)
+    assert [plan.learning_rate(step) for step in (3, 4)] == [0.8, 1.0]
+    short = schedule(max_steps=1, learning_rate=1.0)
+    assert short.learning_rate(0) == 1
+
+
+def test_when_what_is_due() -> None:
+    plan = schedule(205)
+    assert (plan.steps_per_epoch, plan.total_steps, plan.evaluate_every) == (20, 80, 20)
+    assert [step for step in range(1, 81) if plan.evaluates(step)] == [20, 40, 60, 80]
+    plan = schedule(205, evaluate_every=30, max_steps=70)
+    assert [step for step in range(1, 71) if plan.evaluates(step)] == [30, 60, 70]
+    assert [step for step in range(1, 71) if plan.logs(step)] == [30, 50, 60, 70]
+    assert schedule(205, max_steps=1000).total_steps == 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"num_train": 9}, "9 training images are too few for one batch of 10; .*--batch_size 9"),
+        ({"num_train": 0}, "0 training images are too few"),
+        ({"num_val": 0}, "no validation images; .*--val_fraction"),
+        ({"accumulate": 3}, "10 does not divide into 1 processes x 3 parts"),
+        ({"processes": 4}, "10 does not divide into 4 processes x 1 parts"),
+    ],
+)
+def test_what_cannot_be_scheduled(arguments: dict, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        schedule(**arguments)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"batch_size": 0},
+        {"accumulate": 0},
+        {"max_epochs": 0},
+        {"warmup_steps": -1},
+        {"learning_rate": 0.0},
+        {"learning_rate": math.nan},
+        {"weight_decay": -1.0},
+        {"weight_decay": math.nan},
+        {"max_grad_norm": 0.0},
+        {"patience": -1},
+    ],
+)
+def test_flags_out_of_range(flags: dict) -> None:
+    (name,) = flags
+    with pytest.raises(ValueError, match=name):
+        TrainingConfig(**flags)
+
+
+def seen_rows(plan: Schedule, progress: Progress, group: Processes = ALONE) -> list[list[int]]:
+    """The rows of every batch from `progress` to the end."""
+
+    def load(batches: list[Tensor], epoch: int) -> Iterator[list[int]]:
+        yield from (batch.tolist() for batch in batches)
+
+    seen = []
+    for batch in plan.batches(torch.arange(100, 125), progress, group, load):
+        progress.step += 1
+        seen.append(batch)
+    return seen
+
+
+def test_batches() -> None:
+    seen = seen_rows(schedule(25), Progress())
+    assert len(seen) == 8  # two full batches in each of four epochs
+    assert all(len(set(batch)) == 10 for batch in seen)
+    for epoch in range(4):
+        rows = seen[2 * epoch] + seen[2 * epoch + 1]
+        assert len(set(rows)) == 20
+        assert set(rows) <= set(range(100, 125))
+    assert len({tuple(batch) for batch in seen}) == 8
+    assert {row for batch in seen for row in batch} == set(range(100, 125))
+    assert seen != seen_rows(schedule(25, seed=1), Progress())
+    assert len(seen_rows(schedule(25, max_steps=3), Progress())) == 3
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_batches_go_on_where_they_stood(stop: int) -> None:
+    plan, progress = schedule(25), Progress()
+    batches = plan.batches(torch.arange(100, 125), progress, ALONE, lambda rows, epoch: iter(rows))
+    seen = []
+    for batch in batches if stop else ():
+        progress.step += 1
+        seen.append(batch.tolist())
+        if progress.step == stop:
+            break
+    seen += seen_rows(plan, Progress(**vars(progress)))
+    assert seen == seen_rows(plan, Progress())
+
+
+def test_processes_share_each_batch() -> None:
+    shares = [
+        seen_rows(schedule(25, processes=2), Progress(), Processes(rank, 2, torch.device("cpu")))
+        for rank in (0, 1)
+    ]
+    for left, right, whole in zip(*shares, seen_rows(schedule(25), Progress()), strict=True):
+        assert len(left) == len(right) == 5
+        assert sorted(left + right) == sorted(whole)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.norm = nn.LayerNorm(4)
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(4, 1)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        values = self.dropout(self.norm(self.embedding(rows % 9)))
+        return self.linear(self.conv(values[..., None])[..., 0])
+
+
+def test_only_matrices_decay() -> None:
+    net = Net()
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    optimizer = make_optimizer(net, TrainingConfig(weight_decay=0.5), (0.9, 0.99))
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    norm = optimizer_step(optimizer, 0.1, 1.0)
+    assert norm == 0
+    for name, value in net.named_parameters():
+        factor = 0.95 if name in ("conv.weight", "linear.weight") else 1
+        assert torch.allclose(value, before[name] * factor), name
+        assert value.grad is None
+
+
+def test_gradients_are_clipped_together() -> None:
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=9)
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    for parameter, value in zip(net.parameters(), (2.0, 2.0), strict=True):
+        parameter.grad = torch.full_like(parameter, value)
+    assert optimizer_step(optimizer, 0.1, 1.0) == 4
+    for parameter, old in zip(net.parameters(), before, strict=True):
+        assert torch.allclose(parameter, old - 0.1 * 2 / 4, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
+    net = nn.Linear(3, 1)
+    before = net.weight.detach().clone()
+    optimizer = make_optimizer(net, TrainingConfig(), (0.9, 0.99))
+    net(torch.full((1, 3), math.inf)).sum().backward()
+    with pytest.raises(UserError, match=r"not finite at learning rate 0\.1; lower --learning_rate"):
+        optimizer_step(optimizer, 0.1, 1.0)
+    assert torch.equal(net.weight, before)
+
+
+def train(
+    folder: Path, steps: int | None, resumed: Path | None = None
+) -> tuple[list[float], dict[str, Tensor]]:
+    """A training with dropout, up to `steps`; its losses and its last weights."""
+    torch.manual_seed(3 if resumed is None else 99)
+    net = Net()
+    config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
+    optimizer = make_optimizer(net, config, (0.9, 0.99))
+    progress = resume.restore_training(resumed, net, optimizer)
+    plan = Schedule(config, 25, 5)
+    losses = []
+    for rows in plan.batches(torch.arange(25), progress, ALONE, lambda batch, _: iter(batch)):
+        loss = (net(rows) - rows[:, None]).square().mean()
+        loss.backward()
+        optimizer_step(optimizer, plan.learning_rate(progress.step), 1.0)
+        progress.step += 1
+        losses.append(loss.item())
+        progress.improved(losses[-1])
+        if progress.step == steps:
+            break
+    net.config = config
+    files = checkpoint.model_files(net, checkpoint.Provenance())
+    checkpoint.write_folder(folder / "last", files | resume.training_files(optimizer, progress))
+    return losses, net.state_dict()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, steps: int) -> None:
+    expected, weights = train(tmp_path / "whole", None)
+    first, _ = train(tmp_path / "parts", steps)
+    found = resume.find_checkpoint(str(tmp_path / "parts"), "")
+    second, resumed = train(tmp_path / "parts", None, found)
+    assert first + second == expected
+    assert len(first) == steps
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_find_checkpoint(tmp_path: Path) -> None:
+    assert resume.find_checkpoint("", str(tmp_path)) is None
+    assert resume.find_checkpoint("auto", str(tmp_path)) is None
+    train(tmp_path, 1)
+    last = tmp_path / "last"
+    assert resume.find_checkpoint("auto", str(tmp_path)) == last
+    assert resume.find_checkpoint(str(tmp_path), "") == last
+    assert resume.find_checkpoint(str(last), "") == last
+    with pytest.raises(UserError, match="--resume auto needs --output_dir"):
+        resume.find_checkpoint("auto", "")
+    with pytest.raises(UserError, match="no checkpoint there"):
+        resume.find_checkpoint(str(tmp_path / "none"), "")
+    # a crash between the two renames of a checkpoint
+    last.rename(tmp_path / "last.old")
+    for wish in ("auto", str(tmp_path)):
+        found = resume.find_checkpoint(wish, str(tmp_path))
+        assert len(train(tmp_path / "new", None, found)[0]) == 7
+    with pytest.raises(UserError, match="holds a training already"):
+        find_output_dir(TrainingConfig(output_dir=str(tmp_path)), None, "name")
+
+
+def test_a_checkpoint_of_another_training(tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    other = nn.Linear(3, 3)
+    optimizer = make_optimizer(other, TrainingConfig(), (0.9, 0.99))
+    with pytest.raises(UserError, match=r"does not fit this training.*resume with the flags"):
+        resume.restore_training(tmp_path / "last", other, optimizer)
+    (tmp_path / "last" / "training.json").write_text('{"steps": 3}')
+    net = Net()
+    optimizer = make_optimizer(net, TrainingConfig(), (0.9, 0.99))
+    with pytest.raises(UserError, match="does not fit this training"):
+        resume.restore_training(tmp_path / "last", net, optimizer)
+
+
+def test_progress_counts_evaluations_without_a_better_one() -> None:
+    progress = Progress()
+    better = [progress.improved(value) for value in (3.0, 2.0, 2.0, math.nan, 1.0)]
+    assert better == [True, True, False, False, True]  # after NaN nothing was ever better
+    assert progress.best == 1
+    progress.improved(5.0)
+    assert not progress.exhausted(2)
+    progress.improved(5.0)
+    assert progress.exhausted(2)
+    assert not progress.exhausted(0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int) -> None:
+    before = signal.getsignal(number)
+    saved = []
+    with StopRequest() as stop:
+        stop.obeyed(ALONE, lambda: saved.append("too early"))
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stopped) as caught:
+            stop.obeyed(ALONE, lambda: saved.append("now"))
+    assert caught.value.exit_code == 128 + number
+    assert saved == ["now"]
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with StopRequest():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(SystemExit) as caught:
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 143
+
+
+def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_output_dir(TrainingConfig(), None, "made-up") == Path("outputs/made-up")
+    named = TrainingConfig(run_name="mine")
+    assert find_output_dir(named, None, "made-up") == Path("outputs/mine")
+    Path("outputs/mine").mkdir(parents=True)
+    assert find_output_dir(named, None, "made-up") == Path("outputs/mine-2")
+    given = TrainingConfig(output_dir="here", run_name="mine")
+    assert find_output_dir(given, None, "made-up") == Path("here")
+    assert find_output_dir(named, Path("there/last"), "made-up") == Path("there")
+    Path("here/last").mkdir(parents=True)
+    with pytest.raises(UserError, match="here holds a training already"):
+        find_output_dir(given, None, "made-up")
