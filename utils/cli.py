@@ -64,10 +64,10 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             options["required"] = True
         else:
             options["default"] = field.default
-            if field.default not in (None, False, ""):
-                shown = field.default
-                shown = ",".join(map(str, shown)) if isinstance(shown, tuple) else shown
-                options["help"] += f" (default: {shown})"
+            if isinstance(field.default, tuple):
+                options["help"] += f" (default: {','.join(map(str, field.default))})"
+            elif field.default not in (None, "") and field.default is not False:
+                options["help"] += " (default: %(default)s)"  # a script may set another one
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
         else:

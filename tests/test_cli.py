@@ -1,0 +1,159 @@
+"""Config dataclasses become flags and come back; errors become one line and an exit code."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from utils import cli
+
+
+@dataclass(frozen=True)
+class Config:
+    path: str = field(metadata={"help": "100 % needed"})
+    size: tuple[int, int] | None = field(default=None, metadata={"help": "H or H,W"})
+    factors: tuple[int, ...] = field(default=(1, 2), metadata={"help": "any number"})
+    rate: float = field(default=0.5, metadata={"help": "above 0"})
+    steps: int = field(default=0, metadata={"help": "0: no limit"})
+    kind: str = field(default="a", metadata={"help": "which", "choices": ("a", "b")})
+    flip: bool = field(default=False, metadata={"help": "mirror"})
+    shuffle: bool = field(default=True, metadata={"help": "mix"})
+    found: int = 0  # no flag
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0, got {self.rate}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("what it does")
+    cli.add_flags(parser, Config)
+    return parser
+
+
+def parse(words: str, **known: object) -> Config:
+    return cli.read_flags(Config, make_parser().parse_args(words.split()), **known)
+
+
+def test_defaults() -> None:
+    assert parse("--path x") == Config("x")
+
+
+def test_every_kind_of_flag() -> None:
+    words = "--path x --size 24,40 --factors 1,2,4,4 --rate 1e-3 --steps 7 --kind b --flip"
+    expected = Config("x", (24, 40), (1, 2, 4, 4), 1e-3, 7, "b", True, False, found=5)
+    assert parse(f"{words} --no-shuffle", found=5) == expected
+
+
+@pytest.mark.parametrize(("text", "size"), [("28", (28, 28)), ("24,40", (24, 40))])
+def test_height_and_width(text: str, size: tuple[int, int]) -> None:
+    assert cli.height_and_width(text) == size
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("", "required: --path"),
+        ("--path x --size 0", "expected H or H,W of 1 or more, got '0'"),
+        ("--path x --size 1,2,3", "expected H or H,W of 1 or more, got '1,2,3'"),
+        ("--path x --size 28x28", "expected integers like 1,2,4, got '28x28'"),
+        ("--path x --factors 1,,2", "expected integers"),
+        ("--path x --kind c", "invalid choice: 'c'"),
+        ("--path x --step 3", "unrecognized arguments: --step 3"),  # no abbreviations
+    ],
+)
+def test_wrong_flags(words: str, complaint: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse(words)
+    assert caught.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan"])
+def test_values_out_of_range(rate: str) -> None:
+    with pytest.raises(cli.UserError, match="rate must be above 0"):
+        parse(f"--path x --rate {rate}")
+
+
+def test_help_shows_the_defaults_that_count() -> None:
+    """Defaults of 0 were not shown, and those that a script changes were shown unchanged."""
+    parser = make_parser()
+    parser.set_defaults(rate=0.05)
+    text = " ".join(parser.format_help().split())
+    assert "any number (default: 1,2)" in text
+    assert "above 0 (default: 0.05)" in text
+    assert "0: no limit (default: 0)" in text
+    assert "100 % needed --size" in text
+
+
+@pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", ""])
+def test_positive(text: str) -> None:
+    assert cli.positive("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match="1 or more"):
+        cli.positive(text)
+
+
+def outcome(
+    error: BaseException | None, capsys: pytest.CaptureFixture, *, debug: bool = False
+) -> tuple[int, str]:
+    """Exit code and stderr of a script whose work ends so."""
+
+    def main(arguments: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    try:
+        cli.run_with(main, argparse.Namespace(debug=debug))
+    except SystemExit as stop:
+        return stop.code, capsys.readouterr().err
+    return 0, capsys.readouterr().err
+
+
+def test_how_a_script_ends(capsys: pytest.CaptureFixture) -> None:
+    assert outcome(None, capsys) == (0, "")
+    assert outcome(cli.UserError("what, where"), capsys) == (2, "error: what, where\n")
+    assert outcome(cli.Stopped(15), capsys)[0] == 143
+    code, text = outcome(cli.Stopped(2), capsys)
+    assert code == 130
+    assert len(text.splitlines()) == 1
+    assert outcome(KeyboardInterrupt(), capsys)[0] == 130
+    code, text = outcome(cli.UserError("what, where"), capsys, debug=True)
+    assert code == 2
+    assert "Traceback" in text
+    assert text.endswith("\nerror: what, where\n")
+
+
+def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(ZeroDivisionError):
+        outcome(ZeroDivisionError(), capsys)
+
+
+def test_commands_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run_name", "a b"])
+    assert cli.command_line() == "python train.py --run_name 'a b'"
+    command = cli.next_command("train.py", "--path_to_data", Path("my data") / "x")
+    assert command.splitlines()[-1].strip() == "python train.py --path_to_data 'my data/x'"
+
+
+def test_unused(tmp_path: Path) -> None:
+    for name in ("run", "run-2", "run-3"):
+        path = cli.unused(tmp_path / "run")
+        assert path == tmp_path / name
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: cli.first_few(list("abc")), "a, b, c"),
+        (lambda: cli.first_few(list("abcde")), "a, b, c, d, e"),
+        (lambda: cli.first_few(list("abcdefg")), "a, b, c, d, e and 2 more"),
+        (lambda: cli.first_few(list("ab"), total=9), "a, b and 7 more"),
+        (lambda: cli.first_few([]), ""),
+    ],
+)
+def test_first_few(call: Callable[[], str], text: str) -> None:
+    assert call() == text
