@@ -28,6 +28,10 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "latent_dim", tuple(self.latent_dim))
+        if not all(isinstance(number, int) for number in (self.codebook_size, *self.latent_dim)):
+            raise ValueError("codebook_size and latent_dim must be integers")
+        if isinstance(self.class_names, str):
+            raise ValueError("class_names must be a list")
         object.__setattr__(self, "class_names", tuple(self.class_names))
         if len(self.latent_dim) != 2 or len(set(self.class_names)) != len(self.class_names):
             raise ValueError("latent_dim must be rows and columns, class_names must be distinct")

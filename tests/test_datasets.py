@@ -1,0 +1,76 @@
+"""Public data sets as PNG files and a CSV that the pipeline takes."""
+
+import argparse
+import gzip
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils import datasets
+from utils.cli import UserError
+from utils.images import ImageDataset
+from utils.table import read_csv, split_rows
+
+
+def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    from sklearn.datasets import load_digits
+
+    datasets.main(argparse.Namespace(name="digits", output_dir=str(tmp_path / "data")))
+    path = tmp_path / "data" / "digits.csv"
+    assert f"--path_to_data {path}" in capsys.readouterr().out.splitlines()[-1]
+
+    rows = read_csv(path)
+    expected = load_digits()
+    assert [row.label for row in rows] == [str(label) for label in expected.target]
+    train, val = split_rows(rows, val_fraction=0.5, seed=0)
+    assert (len(train), len(val)) == (1437, 360)
+    assert {rows[row].label for row in val.tolist()} == set("0123456789")
+    dataset = ImageDataset(path, num_workers=0)
+    assert (dataset.size, dataset.channels) == ((8, 8), 1)
+    pixels = np.rint(expected.images * 255 / 16)
+    assert np.array_equal(dataset.pixels[:, 0].numpy(), pixels)
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The format of the MNIST files."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(header + array.astype(np.uint8).tobytes())
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(path.read_bytes()))
+
+
+def test_mnist_from_files_that_are_there(tmp_path: Path) -> None:
+    raw = tmp_path / "download" / "MNIST" / "raw"
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 28, 28))
+    for split, labels in (("train", [7, 0, 7]), ("t10k", [1, 2])):
+        write_idx(raw / f"{split}-images-idx3-ubyte", pixels[: len(labels)])
+        write_idx(raw / f"{split}-labels-idx1-ubyte", np.array(labels))
+    datasets.main(argparse.Namespace(name="mnist", output_dir=str(tmp_path)))
+    assert [row.label for row in read_csv(tmp_path / "train.csv")] == ["7", "0", "7"]
+    assert [row.label for row in read_csv(tmp_path / "test.csv")] == ["1", "2"]
+    dataset = ImageDataset(tmp_path / "train.csv", num_workers=0)
+    assert torch.equal(dataset.pixels[:, 0].long(), torch.from_numpy(pixels))
+
+
+def test_no_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    def offline(self: CIFAR10) -> None:
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(CIFAR10, "download", offline)
+    message = r"cannot download cifar10 from https://.* \(Name or service not known\).*download"
+    with pytest.raises(UserError, match=message):
+        datasets.write_download("cifar10", tmp_path)
+
+
+def test_write_csv(tmp_path: Path) -> None:
+    images = [(Image.new("L", (4, 4), value), label) for value, label in ((3, "a,b"), (9, "0001"))]
+    datasets.write_csv(tmp_path, "train", iter(images), 2)
+    rows = read_csv(tmp_path / "train.csv")
+    assert [row.label for row in rows] == ["a,b", "0001"]
+    with Image.open(tmp_path / rows[1].image_path) as image:
+        assert image.getpixel((0, 0)) == 9

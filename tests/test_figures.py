@@ -1,0 +1,60 @@
+"""Pictures: the right pixels in the right places."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.figures import comparison, enlarge, grid, to_pil
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_to_pil(channels: int, mode: str) -> None:
+    values = torch.tensor([-3.0, -1.0, 0.0, 1.0, 9.0]).expand(channels, 2, 5)
+    picture = to_pil(values)
+    assert picture.mode == mode
+    assert picture.size == (5, 2)
+    pixels = np.asarray(picture).reshape(2, 5, channels)
+    assert pixels[1, :, -1].tolist() == [0, 0, 128, 255, 255]
+
+
+def test_every_8_bit_value_survives() -> None:
+    values = torch.arange(256).reshape(1, 16, 16)
+    picture = to_pil(values / 127.5 - 1)
+    assert np.array_equal(np.asarray(picture), values[0].numpy())
+
+
+@pytest.mark.parametrize(("size", "enlarged"), [((10, 7), (520, 364)), ((600, 9), (600, 9))])
+def test_enlarge_by_a_whole_factor(size: tuple[int, int], enlarged: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, size[::-1], np.uint8)
+    picture = enlarge(Image.fromarray(pixels))
+    assert picture.size == enlarged
+    factor = enlarged[0] // size[0]
+    assert np.array_equal(np.asarray(picture), pixels.repeat(factor, 0).repeat(factor, 1))
+
+
+def cells(picture: Image.Image, height: int, width: int) -> list[list[int]]:
+    """The middle of each image of a grid of greys, too large to be enlarged."""
+    return np.asarray(picture)[height // 2 :: height + 1, width // 2 :: width + 1].tolist()
+
+
+def flat(*values: float, size: tuple[int, int] = (600, 300)) -> torch.Tensor:
+    return torch.tensor(values)[:, None, None, None].expand(-1, 1, *size)
+
+
+def test_grid_is_filled_row_by_row() -> None:
+    images = flat(-1.0, 1.0, -0.5, 0.5, 1.0)
+    assert cells(grid(images, columns=2), 600, 300) == [[0, 255], [64, 191], [255, 128]]
+
+
+def test_grid_is_nearly_square() -> None:
+    assert grid(flat(*[0.0] * 8)).size == (4 * 301 - 1, 2 * 601 - 1)
+    assert grid(flat(*[0.0] * 9, size=(8, 8))).size == (20 * 26, 20 * 26)
+    assert grid(flat(0.0)).size == (300, 600)
+
+
+def test_comparison_has_the_original_on_the_left() -> None:
+    originals, others = flat(-1.0, 1.0), flat(-0.5, 0.5)
+    pixels = np.asarray(comparison(originals, others))
+    assert pixels.shape == (2 * 601 - 1, 600)
+    assert [[int(pixels[y, x]) for x in (150, 450)] for y in (300, 901)] == [[0, 64], [255, 191]]

@@ -1,0 +1,57 @@
+"""Numbers against their definitions."""
+
+import math
+
+import pytest
+import torch
+
+from utils.metrics import Averages, codebook_metrics, entropy, psnr, squared_error, unigram_bits
+
+
+def test_squared_error_is_on_the_scale_0_to_1() -> None:
+    black, white, grey = (torch.full((1, 3, 4, 5), value) for value in (-1.0, 1.0, 0.0))
+    images = torch.cat([black, black, white])
+    others = torch.cat([white, grey, white])
+    assert squared_error(images, others).tolist() == [1, 0.25, 0]
+    low = squared_error(images.bfloat16(), others.bfloat16())
+    assert low.dtype == torch.float32
+
+
+def test_psnr() -> None:
+    assert psnr(1.0) == 0
+    assert psnr(0.001) == pytest.approx(30)
+    assert math.isfinite(psnr(0.0))
+
+
+def test_entropy() -> None:
+    assert entropy(torch.ones(2, 8)) == pytest.approx(4)
+    assert entropy(torch.tensor([0, 7, 0])) == 0
+    assert entropy(torch.tensor([1.0, 3.0])) == pytest.approx(0.8112781244591328)
+
+
+def test_codebook_metrics() -> None:
+    assert codebook_metrics(torch.tensor([5, 5, 0, 0])) == {
+        "codebook_usage": pytest.approx(50),
+        "perplexity": pytest.approx(2),
+    }
+    large = codebook_metrics(torch.full((1024,), 3_000_001))
+    assert large == {"codebook_usage": 100, "perplexity": pytest.approx(1024)}
+
+
+def test_unigram_bits() -> None:
+    counts = torch.tensor([6, 0, 0])  # (7, 1, 1) of 9 with one added to each
+    expected = -(3 * math.log2(7 / 9) + 1 * math.log2(1 / 9)) / 4
+    assert unigram_bits(counts, torch.tensor([3, 1, 0])) == pytest.approx(expected)
+    even = torch.full((64,), 100)
+    assert unigram_bits(even, torch.randint(1, 9, (64,))) == pytest.approx(6)
+
+
+def test_averages() -> None:
+    averages = Averages()
+    for loss, norm in ((1.0, 2.0), (2.0, 4.0), (6.0, 0.0)):
+        averages.add({"loss": torch.tensor(loss), "norm": norm})
+    values = averages.take()
+    assert values.pop("steps_per_second") > 0
+    assert values == {"loss": 3, "norm": 2}
+    averages.add({"loss": 5.0})
+    assert averages.take()["loss"] == 5

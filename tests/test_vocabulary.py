@@ -1,0 +1,77 @@
+"""What the tokens of a GPT mean: labels to prefix tokens and back, and models that do not fit."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from utils.checkpoint import write_folder
+from utils.cli import UserError
+from utils.vocabulary import Vocabulary, read_vocabulary
+
+WORDS = Vocabulary(512, (7, 4), ("0001", "1", "NA"), "ab" * 32, "run")
+
+
+def test_labels_and_tokens() -> None:
+    assert WORDS.tokens(["NA", "0001", "", "1", "NA"]) == [2, 0, 3, 1, 2]
+    assert WORDS.no_class == 3
+    assert Vocabulary(512, (7, 4)).tokens(["", ""]) == [0, 0]
+
+
+def test_unknown_labels_are_named_with_the_classes() -> None:
+    with pytest.raises(UserError, match="unknown label 2, x; the classes are: 0001, 1, NA"):
+        WORDS.tokens(["x", "1", "2", "x"])
+    with pytest.raises(UserError, match=r"unknown label cat; .* trained without labels"):
+        Vocabulary(512, (7, 4)).tokens(["cat"])
+
+
+@pytest.mark.parametrize("where", ["best/vocabulary.json", "best", ""])
+def test_round_trip(tmp_path: Path, where: str) -> None:
+    write_folder(tmp_path / "best", {"vocabulary.json": WORDS.content()})
+    assert read_vocabulary(tmp_path / where) == WORDS
+    content = json.loads((tmp_path / "best" / "vocabulary.json").read_text())
+    assert content["prefix_tokens"] == {"0001": 0, "1": 1, "NA": 2}
+    assert content["no_class"] == 3
+
+
+def test_what_is_no_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no vocabulary at .*none"):
+        read_vocabulary(tmp_path / "none")
+    with pytest.raises(UserError, match="no vocabulary at"):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"codebook_size": 4, "latent_dim": 7}',
+        '{"codebook_size": 4, "latent_dim": [7]}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": ["a", "a"]}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": "ab"}',
+        '{"codebook_size": "4", "latent_dim": [7, 4]}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "colour": 1}',
+    ],
+)
+def test_damaged(tmp_path: Path, content: str) -> None:
+    (tmp_path / "vocabulary.json").write_text(content)
+    with pytest.raises(UserError, match=r"vocabulary\.json"):
+        read_vocabulary(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"codebook_size": 64}, "it has codes of 512, the GPT 64"),
+        ({"latent_dim": (4, 7)}, r"it has a grid of \(7, 4\), the GPT \(4, 7\)"),
+        ({"num_classes": 10}, "it has classes of 3, the GPT 10"),
+    ],
+)
+def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -> None:
+    fitting = {"codebook_size": 512, "latent_dim": (7, 4), "num_classes": 3}
+    WORDS.check_model(SimpleNamespace(**fitting), Path("best"))
+    with pytest.raises(UserError, match=complaint):
+        WORDS.check_model(SimpleNamespace(**fitting | change), Path("best"))
