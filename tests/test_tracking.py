@@ -21,6 +21,8 @@ from PIL import Image
 from utils import tracking
 from utils.cli import Stopped, UserError
 
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
+
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = Image.new("RGB", (8, 8), (200, 0, 0))
 
@@ -258,8 +260,20 @@ def test_a_model_from_elsewhere_is_not_logged(store: Any, capsys: pytest.Capture
     assert run.how_to_look == "not logged to MLflow"
 
 
+def test_what_mlflow_refuses_for_good_does_not_hold_up_the_rest(
+    store: Any, capsys: pytest.CaptureFixture
+) -> None:
+    """It was tried again for ever, and nothing came after it."""
+    with open_run() as run:
+        run.metrics("train", {"100 % & more!": 1.0}, 1)
+        run.metrics("train", {"loss": 2.0}, 2)
+    assert store.get_run(run.run_id).data.metrics == {"train/loss": 2.0}
+    assert store.get_run(run.run_id).info.status == "FINISHED"
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    assert len(lines_of(run)) == 2
+
+
 def test_a_run_that_is_deleted_meanwhile(store: Any, capsys: pytest.CaptureFixture) -> None:
-    """What MLflow refuses for good was tried again for ever, and nothing came after it."""
     run = open_run()
     store.delete_run(run.run_id)
     for step in range(20):
@@ -368,7 +382,10 @@ server.serve_forever()
 def server_process(
     first_starts: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[subprocess.Popen, str]]:
-    """An MLflow server (`mlflow server` takes much longer to start) and its address."""
+    """An MLflow server (`mlflow server` takes much longer to start) and its address.
+
+    The last test of this file kills it.
+    """
     folder = tmp_path_factory.mktemp("server")
     shutil.copy(first_starts[0] / "mlflow.db", folder)
     settings = {
@@ -412,6 +429,15 @@ def log(run: tracking.Run, step: int) -> None:
         started = time.monotonic()
         call()
         assert time.monotonic() - started < 1
+
+
+def await_attempts(count: int) -> None:
+    """Wait until MLflow was tried that often at the port of a server that is gone."""
+    address = os.environ["MLFLOW_TRACKING_URI"].removeprefix("http://").split(":")
+    with socket.create_server((address[0], int(address[1]))) as listener:
+        listener.settimeout(20)
+        for _ in range(2 * count):  # each attempt is two connections
+            listener.accept()[0].close()
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
@@ -471,13 +497,18 @@ def test_a_server_that_dies(
     number: int,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
     run = open_run()
     log(run, 0)
     wait_for(lambda: steps_in_mlflow(run) == [0])
     server.send_signal(number)
     for step in range(1, 20):
         log(run, step)
+    if number == signal.SIGKILL:
+        server.wait()
+        await_attempts(3)
     started = time.monotonic()
     run.close()
     assert time.monotonic() - started < 30
