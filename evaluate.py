@@ -14,7 +14,7 @@ from utils.images import ImageDataset
 from utils.table import epoch_order
 from vqvae import VQVAE, VQVAEConfig
 
-CLASSIFIER_EPOCHS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 4, 128, 4e-3
+CLASSIFIER_EPOCHS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 3, 128, 4e-3
 
 
 def reconstruction_metrics(

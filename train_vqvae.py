@@ -50,14 +50,18 @@ def evaluate(
     counts = torch.zeros(model.config.codebook_size, device=group.device)
     sums: dict[str, Tensor] = {}
     shown: list[tuple[Tensor, Tensor]] = []
-    for images in dataset.batches(group.share(rows).split(batch_size), group.device):
+    share = group.share(rows)
+    weight = 1.0 if len(share) else 0.0
+    if len(share) == 0:  # a process without rows takes part in the sums, at no weight
+        share = rows[:1]
+    for images in dataset.batches(share.split(batch_size), group.device):
         reconstruction, quantized = model(images)
         reconstruction = reconstruction.clamp(-1, 1)
         values = {"mse": metrics.squared_error(images, reconstruction).mean()}
         values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * len(images)
-        counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+            sums[name] = sums.get(name, 0.0) + value * (weight * len(images))
+        counts += weight * torch.bincount(quantized.indices.flatten(), minlength=len(counts))
         if len(shown) * batch_size < PICTURES:
             shown.append((images.cpu(), reconstruction.cpu()))
     model.train()

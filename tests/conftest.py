@@ -1,0 +1,78 @@
+"""What the tests share: small images, and scripts called as a user would."""
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from utils import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_TOKENIZER = (
+    *("--channels", "8", "--codebook_size", "16", "--codebook_dim", "4"),
+    *("--batch_size", "4", "--num_workers", "0"),
+)
+TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_size", "4")
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test works in an empty folder of its own, with an MLflow store of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def write_images(
+    folder: Path, count: int = 12, size: tuple[int, int] = (24, 40), labels: str = "ab"
+) -> Path:
+    """`count` RGB images, soft blobs on a gradient, and their CSV data.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[: size[0], : size[1]]
+    lines = ["image_path,label"]
+    for number in range(count):
+        centre = generator.uniform((0, 0), size)
+        blob = np.exp(-((y - centre[0]) ** 2 + (x - centre[1]) ** 2) / 30)
+        pixels = np.stack([255 * blob, y * 6, x * 6], axis=2)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+        lines.append(f"{number}.png,{labels[number % len(labels)]}")
+    (folder / "data.csv").write_text("\n".join(lines) + "\n")
+    return folder / "data.csv"
+
+
+def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+    """Run a script of the repository as a process, from the current folder."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0 or not check, done.stderr
+    return done
+
+
+@pytest.fixture
+def error_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Call a script in this process; it must fail as a user's error does: one line, code 2."""
+
+    def call(module_name: str, *arguments: object) -> str:
+        module = importlib.import_module(module_name)
+        monkeypatch.setattr(sys, "argv", [module_name, *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.run(module.main, module.make_parser())
+        assert exit_info.value.code == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return call

@@ -1,0 +1,216 @@
+"""The five scripts, one after the other, on a dozen RGB images of 24x40 pixels."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, TINY_GPT, TINY_TOKENIZER, run_script, write_images
+
+
+def next_command(output: str) -> list[str]:
+    """The words of the command that a script ends with."""
+    found = re.search(r"next:\n  python (.*)", output)
+    assert found, output
+    return shlex.split(found.group(1))
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all five scripts ran; each call is the one the script before printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    before = Path.cwd()
+    os.chdir(folder)
+    os.environ.pop("MLFLOW_TRACKING_URI", None)
+    try:
+        data = write_images(Path("data"))
+        tiny = (*TINY_TOKENIZER, "--max_epochs", 3, "--val_fraction", 0.34)
+        done = run_script("train_vqvae.py", "--path_to_data", data, *tiny)
+        done = run_script(*next_command(done.stdout), "--text")
+        tiny = (*TINY_GPT, "--max_epochs", 4, "--window_size", 3)
+        done = run_script(*next_command(done.stdout), *tiny)
+        sampling = (
+            "--num_images",
+            5,
+            "--labels",
+            "b",
+            "a",
+            "--top_k",
+            9,
+            "--output_dir",
+            "samples",
+        )
+        done = run_script(*next_command(done.stdout), *sampling)
+        run_script(*next_command(done.stdout), "--output_dir", "images")
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_indices(pipeline: Path) -> None:
+    (folder,) = pipeline.glob("outputs/tokenizer-*/indices/data")
+    indices = np.load(folder / "indices.npy")
+    assert indices.shape == (12, 6, 10)
+    assert indices.dtype == np.uint8
+    assert (
+        np.loadtxt(folder / "indices.txt", dtype=int).tolist() == indices.reshape(12, -1).tolist()
+    )
+    with (folder / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["image_path"] for row in rows] == [f"{n}.png" for n in range(12)]
+    assert [row["split"] for row in rows].count("val") == 4
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["latent_dim"] == [6, 10]
+    assert meta["codebook_size"] == 16
+
+
+def test_samples_and_images(pipeline: Path) -> None:
+    indices = np.load(pipeline / "samples" / "indices.npy")
+    assert indices.shape == (5, 6, 10)
+    with (pipeline / "images" / "images.csv").open(newline="") as file:
+        assert [row["label"] for row in csv.DictReader(file)] == ["b", "a", "b", "a", "b"]
+    for number in range(5):
+        with Image.open(pipeline / "images" / f"{number:05}.png") as image:
+            assert (image.size, image.mode) == ((40, 24), "RGB")
+    assert (pipeline / "images" / "grid.png").is_file()
+
+
+def test_the_config_says_the_window_and_the_grid(pipeline: Path) -> None:
+    (folder,) = pipeline.glob("outputs/gpt-*/best")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["window_size"], config["latent_dim"]) == (3, [6, 10])
+    words = json.loads((folder / "vocabulary.json").read_text())
+    assert words["class_names"] == ["a", "b"]
+    assert words["prefix_tokens"] == {"a": 0, "b": 1}
+
+
+def test_mlflow_has_it_all(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlflow
+
+    monkeypatch.chdir(pipeline)
+    client = mlflow.MlflowClient(f"sqlite:///{pipeline / 'mlflow.db'}")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    stages = {run.data.tags["stage"]: run for run in runs}
+    assert set(stages) == {"tokenizer", "gpt"}
+    tokenizer, gpt = stages["tokenizer"], stages["gpt"]
+    assert all(run.info.status == "FINISHED" and len(run.data.params) <= 10 for run in runs)
+    assert gpt.data.tags["tokenizer_run_id"] == tokenizer.info.run_id
+    assert gpt.info.experiment_id == tokenizer.info.experiment_id
+    named = ("mse", "psnr", "codebook_usage", "perplexity", "codebook_loss", "commitment_loss")
+    wanted = {f"{section}/{name}" for section in ("train", "val") for name in named}
+    wanted |= {"train/images_per_second", "train/gradient_norm"}
+    assert wanted <= set(tokenizer.data.metrics)
+    wanted = {"train/bits_per_token", "val/bits_per_token", "val/unigram_bits_per_token"}
+    assert wanted <= set(gpt.data.metrics)
+
+    def artifacts(run: object) -> set[str]:
+        return {file.path for file in client.list_artifacts(run.info.run_id)}
+
+    assert {"checkpoints", "indices", "images", "tables", "config.json"} <= artifacts(tokenizer)
+    assert {"checkpoints", "samples"} <= artifacts(gpt)
+    steps = [point.step for point in client.get_metric_history(tokenizer.info.run_id, "val/mse")]
+    assert steps[0] == 0
+    assert len(steps) == 4
+
+
+def test_same_seed_same_images(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(pipeline)
+    (gpt,) = pipeline.glob("outputs/gpt-*")
+    sampling = ("--num_images", 5, "--labels", "b", "a", "--top_k", 9, "--batch_size", 2)
+    run_script("transformer_generation.py", "--model_path", gpt, *sampling, "--output_dir", "again")
+    expected = np.load(pipeline / "samples" / "indices.npy")
+    assert (np.load(pipeline / "again" / "indices.npy") == expected).all()
+
+
+def test_a_text_file_goes_the_same_way(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Indices written by hand: train on them, draw from them, decode them, by module name."""
+    monkeypatch.chdir(pipeline)
+    (text,) = pipeline.glob("outputs/tokenizer-*/indices/data/indices.txt")
+    (tokenizer,) = pipeline.glob("outputs/tokenizer-*")
+    grid = ("--latent_dim", "6,10")
+    tiny = (*TINY_GPT, "--max_epochs", 1, "--val_fraction", 0.34, "--output_dir", "text-gpt")
+    run_script("train.py", "--path_to_data", text, *grid, *tiny)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "vqvae.images_from_indexes", "--indexes_path", text, *grid),
+            *("--model_dir", tokenizer, "--output_dir", "text-images"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(Path("text-images").glob("0*.png"))) == 12
+
+
+def test_evaluate_agrees_with_the_training(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The validation error that the training saw, computed anew from the files."""
+    monkeypatch.chdir(pipeline)
+    (tokenizer,) = pipeline.glob("outputs/tokenizer-*")
+    with (tokenizer / "indices" / "data" / "manifest.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    lines = ["image_path,label", *(f"{row['image_path']},{row['label']}" for row in rows)]
+    Path("data/val.csv").write_text("\n".join(lines))
+    common = ("--model_dir", tokenizer, "--output_dir", "evaluation")
+    run_script("evaluate.py", "reconstructions", "--path_to_data", "data/val.csv", *common)
+    seen = [json.loads(line) for line in (tokenizer / "metrics.jsonl").read_text().splitlines()]
+    (expected,) = (line["best/mse"] for line in seen if "best/mse" in line)
+    result = json.loads(Path("evaluation/reconstructions.json").read_text())
+    assert result["mse"] == pytest.approx(expected, rel=1e-4)
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "last" / "model.safetensors").read_bytes()
+
+
+def test_stopped_by_a_signal_and_resumed_it_ends_the_same(own_folder: Path) -> None:
+    """SIGTERM leaves a checkpoint and exits with 143; resumed, the weights end bit-equal."""
+    data = write_images(own_folder / "data")
+    flags = ("--path_to_data", data, *TINY_TOKENIZER, "--max_epochs", 60, "--evaluate_every", 20)
+    flags = (*flags, "--horizontal_flip", "--random_crop")
+    run_script("train_vqvae.py", *flags, "--output_dir", "whole")
+    command = [sys.executable, ROOT / "train_vqvae.py", *flags, "--output_dir", "parts"]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while "step     20" not in process.stdout.readline():
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
+    step = json.loads(Path("parts/last/training.json").read_text())["step"]
+    assert 20 <= step < 120
+    assert weights(Path("parts")) != weights(Path("whole"))
+    run_script("train_vqvae.py", *flags, "--resume", "parts")
+    assert weights(Path("parts")) == weights(Path("whole"))
+
+
+def test_two_processes_train_one_model(own_folder: Path) -> None:
+    """torchrun: half of each batch for each process, one output folder, one run."""
+    data = write_images(own_folder / "data")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
+            *("--standalone", ROOT / "train_vqvae.py", "--path_to_data", data),
+            *(*TINY_TOKENIZER, "--max_epochs", "2", "--device", "cpu", "--output_dir", "two"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("best: val mse") == 1
+    assert (own_folder / "two" / "best" / "model.safetensors").is_file()
