@@ -130,7 +130,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     report(output_dir, "reconstructions", {"images": len(dataset), **values})
     run = tracking.continue_run(output_dir, arguments.run_id, tokenizer.provenance.run_id)
     with run:
-        run.metrics(f"evaluation/{Path(arguments.path_to_data).stem}", values, 0)
+        run.metrics(Path(arguments.path_to_data).stem, values, 0)
 
 
 def evaluate_samples(arguments: argparse.Namespace) -> None:

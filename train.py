@@ -183,7 +183,9 @@ def main(arguments: argparse.Namespace) -> None:
         values = {"bits_per_token": bits, "unigram_bits_per_token": unigram}
         run.metrics("val", values, progress.step)
         if tokenizer is not None and group.first:
-            run.picture("samples", draw_samples(model, words, tokenizer.model), progress.step)
+            run.picture(
+                "pictures/samples", draw_samples(model, words, tokenizer.model), progress.step
+            )
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
 
@@ -231,10 +233,10 @@ def main(arguments: argparse.Namespace) -> None:
         if group.first:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
             bits = progress.best
-            run.metrics("best", {"bits_per_token": bits}, progress.step)
+            run.metrics("val", {"best_bits_per_token": bits}, progress.step)
             if tokenizer is not None:
                 picture = draw_samples(best.model, words, tokenizer.model)
-                run.picture("final/samples", picture, 0)
+                run.picture("pictures/best_samples", picture, 0)
             run.folder(output_dir / "best", "checkpoints/best")
             print(f"best: val {bits:.3f} bits per token, unigram baseline {unigram:.3f}")
             print(run.how_to_look)

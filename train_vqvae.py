@@ -141,7 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
         """Evaluate, and log figures and pictures; the validation MSE."""
         values, *pictures = evaluate(model, dataset, val_rows, config.batch_size, group)
         run.metrics("val", values, progress.step)
-        run.picture("reconstructions", figures.comparison(*pictures), progress.step)
+        run.picture("pictures/reconstructions", figures.comparison(*pictures), progress.step)
         group.print(
             f"step {progress.step:>6,}  val mse {values['mse']:.5f}  psnr {values['psnr']:.1f} dB"
             f"  usage {values['codebook_usage']:.0f} %  perplexity {values['perplexity']:.0f}"
@@ -197,8 +197,10 @@ def main(arguments: argparse.Namespace) -> None:
             best = checkpoint.load_model(output_dir / "best", VQVAE, VQVAEConfig, group.device)
             alone = replace(group, count=1)
             values, *pictures = evaluate(best.model, dataset, val_rows, config.batch_size, alone)
-            run.metrics("best", values, progress.step)
-            run.picture("final/reconstructions", figures.comparison(*pictures), 0)
+            run.metrics(
+                "val", {f"best_{name}": values[name] for name in ("mse", "psnr")}, progress.step
+            )
+            run.picture("pictures/best_reconstructions", figures.comparison(*pictures), 0)
             run.table("reconstructions", picture_table(dataset, val_rows, *pictures))
             run.folder(output_dir / "best", "checkpoints/best")
             print(

@@ -166,7 +166,7 @@ def test_evaluate_agrees_with_the_training(pipeline: Path, monkeypatch: pytest.M
     common = ("--model_dir", tokenizer, "--output_dir", "evaluation")
     run_script("evaluate.py", "reconstructions", "--path_to_data", "data/val.csv", *common)
     seen = [json.loads(line) for line in (tokenizer / "metrics.jsonl").read_text().splitlines()]
-    (expected,) = (line["best/mse"] for line in seen if "best/mse" in line)
+    (expected,) = (line["val/best_mse"] for line in seen if "val/best_mse" in line)
     result = json.loads(Path("evaluation/reconstructions.json").read_text())
     assert result["mse"] == pytest.approx(expected, rel=1e-4)
 
