@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
 from utils.images import ImageDataset
-from utils.indices import IndicesMeta, write_indices
+from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import split_rows
 from vqvae import VQVAE, VQVAEConfig
 
@@ -40,6 +40,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     name = f"indices/{Path(arguments.path_to_data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
+    check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
     print(dataset)
 

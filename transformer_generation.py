@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, processes, tracking
-from utils.indices import IndicesMeta, write_indices
+from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import Row
 from utils.vocabulary import read_vocabulary
 
@@ -26,6 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
     prefix = torch.tensor(vocabulary.tokens(labels))
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
+    check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
 
     with run, tqdm(total=len(prefix), unit=" images", disable=None) as bar:

@@ -255,9 +255,15 @@ def test_a_text_file_of_another_length(error_of: Call, tokenizer: Path) -> None:
     assert "line 1, number 5: it has 4 indices, but a grid of 6,10 takes 60" in error
 
 
-def test_a_full_folder_is_not_overwritten(error_of: Call, tokenizer: Path, indices: Path) -> None:
+def test_a_full_folder_is_not_overwritten(
+    error_of: Call, data: Path, tokenizer: Path, gpt: Path, indices: Path
+) -> None:
     Path("mine").mkdir()
     Path("mine/00000.png").write_text("precious")
     flags = ("--indexes_path", indices, "--model_dir", tokenizer, "--output_dir", "mine")
     assert "is not empty" in error_of("vqvae.images_from_indexes", *flags)
+    flags = ("--path_to_data", data, "--model_dir", tokenizer, "--output_dir", "mine")
+    assert "is no indices folder" in error_of("quantize_dataset", *flags)
+    flags = ("--model_path", gpt, "--output_dir", "mine")
+    assert "is no indices folder" in error_of("transformer_generation", *flags)
     assert Path("mine/00000.png").read_text() == "precious"
