@@ -97,6 +97,25 @@ def describe(indices: Indices, tokenizer: checkpoint.LoadedModel | None) -> Voca
     return Vocabulary(size, indices.latent_dim, names, sha256, run_id)
 
 
+def draw_samples(
+    model: GPT, words: Vocabulary, tokenizer: checkpoint.LoadedModel | None
+) -> figures.Image.Image:
+    """A picture of samples, all classes in turn, always from the same random numbers.
+
+    Without a tokenizer it shows the indices themselves as shades of grey.
+    """
+    training_mode = model.training
+    model.eval()
+    prefix = torch.arange(SAMPLES) % max(1, len(words.class_names))
+    indices = generate(model, prefix, seed=0)
+    model.train(training_mode)
+    if tokenizer is None:
+        return figures.grid(indices[:, None] / (words.codebook_size - 1) * 2 - 1)
+    with torch.inference_mode():
+        device = tokenizer.model.quantizer.share.device
+        return figures.grid(tokenizer.model.decode(indices.to(device)))
+
+
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
     data = cli.read_flags(IndicesConfig, arguments)
@@ -182,10 +201,8 @@ def main(arguments: argparse.Namespace) -> None:
         bits = evaluate(model, load(batches), precision, group)
         values = {"bits_per_token": bits, "unigram_bits_per_token": unigram}
         run.metrics("val", values, progress.step)
-        if tokenizer is not None and group.first:
-            run.picture(
-                "pictures/samples", draw_samples(model, words, tokenizer.model), progress.step
-            )
+        if group.first:
+            run.picture("pictures/samples", draw_samples(model, words, tokenizer), progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
 
@@ -234,9 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
             bits = progress.best
             run.metrics("val", {"best_bits_per_token": bits}, progress.step)
-            if tokenizer is not None:
-                picture = draw_samples(best.model, words, tokenizer.model)
-                run.picture("pictures/best_samples", picture, 0)
+            run.picture("pictures/best_samples", draw_samples(best.model, words, tokenizer), 0)
             run.folder(output_dir / "best", "checkpoints/best")
             print(f"best: val {bits:.3f} bits per token, unigram baseline {unigram:.3f}")
             print(run.how_to_look)
@@ -246,16 +261,6 @@ def main(arguments: argparse.Namespace) -> None:
                     *("--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id),
                 )
             )
-
-
-def draw_samples(model: GPT, words: Vocabulary, tokenizer: VQVAE) -> figures.Image.Image:
-    """A picture of samples, all classes in turn, always from the same random numbers."""
-    model.eval()
-    prefix = torch.arange(SAMPLES) % max(1, len(words.class_names))
-    indices = generate(model, prefix, seed=0).to(tokenizer.quantizer.share.device)
-    model.train()
-    with torch.inference_mode():
-        return figures.grid(tokenizer.decode(indices))
 
 
 def make_parser() -> argparse.ArgumentParser:

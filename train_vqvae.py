@@ -72,6 +72,21 @@ def evaluate(
     return values, originals, reconstructions
 
 
+def picture_table(
+    dataset: ImageDataset, rows: Tensor, originals: Tensor, reconstructions: Tensor
+) -> dict[str, list]:
+    """A table of validation images, the same in every run on the same split."""
+    errors = metrics.squared_error(originals, reconstructions).tolist()
+    return {
+        "image_path": [dataset.rows[row].image_path for row in rows[: len(originals)]],
+        "original": [figures.enlarge(figures.to_pil(image), 128) for image in originals],
+        "reconstruction": [
+            figures.enlarge(figures.to_pil(image), 128) for image in reconstructions
+        ],
+        "mse": errors,
+    }
+
+
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
     data = cli.read_flags(DataConfig, arguments)
@@ -211,30 +226,10 @@ def main(arguments: argparse.Namespace) -> None:
     if group.first:
         print(
             cli.next_command(
-                "quantize_dataset.py",
-                "--model_dir",
-                output_dir / "best",
-                "--path_to_data",
-                data.path_to_data,
-                "--run_id",
-                run.run_id,
+                *("quantize_dataset.py", "--model_dir", output_dir / "best"),
+                *("--path_to_data", data.path_to_data, "--run_id", run.run_id),
             )
         )
-
-
-def picture_table(
-    dataset: ImageDataset, rows: Tensor, originals: Tensor, reconstructions: Tensor
-) -> dict[str, list]:
-    """A table of validation images, the same in every run on the same split."""
-    errors = metrics.squared_error(originals, reconstructions).tolist()
-    return {
-        "image_path": [dataset.rows[row].image_path for row in rows[: len(originals)]],
-        "original": [figures.enlarge(figures.to_pil(image), 128) for image in originals],
-        "reconstruction": [
-            figures.enlarge(figures.to_pil(image), 128) for image in reconstructions
-        ],
-        "mse": errors,
-    }
 
 
 def make_parser() -> argparse.ArgumentParser:

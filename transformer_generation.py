@@ -54,6 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
         rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
         write_indices(output_dir, indices, rows, meta, text=arguments.text)
         run.folder(output_dir, output_dir.name)
+        run.tag("gpt_run_id", origin.run_id)
 
     print(f"{len(indices):,} grids in {output_dir}")
     print(

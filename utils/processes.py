@@ -50,6 +50,16 @@ class Processes:
         if self.first:
             tqdm.write(str(line), file=sys.stdout)
 
+    def bar(self, total: int, initial: int) -> tqdm:
+        """A progress bar of training steps: of the first process, on a terminal."""
+        return tqdm(
+            total=total,
+            initial=initial,
+            unit=" steps",
+            disable=None if self.first else True,
+            leave=False,
+        )
+
     def share(self, rows: Tensor) -> Tensor:
         """This process's part of a batch of rows."""
         return rows[self.rank :: self.count]

@@ -338,6 +338,11 @@ class Run:
                         value.save(folder / cells[key])
                 writer.writerow(cells.values())
 
+    def tag(self, key: str, value: str) -> None:
+        """Tag the run, as with the id of a run that it builds on."""
+        if self._queue is not None:
+            self._queue.put(lambda: self._client.set_tag(self.run_id, key, value))
+
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
         if self._queue is not None:

@@ -265,13 +265,15 @@ class Schedule:
             group: each process gets its share of every batch.
             load: (batches of row numbers, epoch) -> the batches.
         """
-        while progress.step < self.total_steps:
-            order = epoch_order(rows, self._config.seed, progress.epoch)
-            batches = order.split(self._config.batch_size)[: self.steps_per_epoch]
-            shares = [group.share(batch) for batch in batches[progress.offset :]]
-            for batch in load(shares, progress.epoch):
-                progress.offset += 1
-                yield batch
-                if progress.step >= self.total_steps:
-                    return
-            progress.epoch, progress.offset = progress.epoch + 1, 0
+        with group.bar(self.total_steps, progress.step) as bar:
+            while progress.step < self.total_steps:
+                order = epoch_order(rows, self._config.seed, progress.epoch)
+                batches = order.split(self._config.batch_size)[: self.steps_per_epoch]
+                shares = [group.share(batch) for batch in batches[progress.offset :]]
+                for batch in load(shares, progress.epoch):
+                    progress.offset += 1
+                    yield batch
+                    bar.update()
+                    if progress.step >= self.total_steps:
+                        return
+                progress.epoch, progress.offset = progress.epoch + 1, 0

@@ -71,6 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
             writer.writerow(["image_path", "label"])
             writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
         run.file(output_dir / "grid.png", output_dir.name)
+        run.tag("tokenizer_run_id", tokenizer.provenance.run_id)
         run.picture("pictures/generated", picture, 0)
 
     print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
