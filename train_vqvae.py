@@ -37,7 +37,7 @@ def train_step(
         parts = {"mse": loss / 4} | {f"{key}_loss": x for key, x in quantized.losses.items()}
         for name, value in parts.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate
-        indices.append(quantized.indices.flatten())
+        indices.append(quantized.indices)
     return values, torch.cat(indices)
 
 
@@ -47,7 +47,7 @@ def evaluate(
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Validation metrics, and the first images with their reconstructions."""
     model.eval()
-    counts = torch.zeros(model.config.codebook_size, device=group.device)
+    counts = torch.zeros(model.config.num_codes, device=group.device)
     sums: dict[str, Tensor] = {}
     shown: list[tuple[Tensor, Tensor]] = []
     for images in dataset.batches(group.share(rows).split(batch_size), group.device):
@@ -57,7 +57,7 @@ def evaluate(
         values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * len(images)
-        counts += torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        counts += model.quantizer.count(quantized.indices)
         if len(shown) * batch_size < PICTURES:
             shown.append((images.cpu(), reconstruction.cpu()))
     model.train()
@@ -159,7 +159,7 @@ def main(arguments: argparse.Namespace) -> None:
         if resumed is None:
             evaluation()
         averages = metrics.Averages()
-        counts = torch.zeros(model_config.codebook_size, device=group.device)
+        counts = torch.zeros(model_config.num_codes, device=group.device)
 
         def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
             augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
@@ -171,7 +171,7 @@ def main(arguments: argparse.Namespace) -> None:
             norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             averages.add({**values, "gradient_norm": norm, "learning_rate": learning_rate})
-            counts += torch.bincount(indices, minlength=len(counts))
+            counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ class IndicesMeta:
     Attributes:
         codebook_size: K; every index is below it.
         latent_dim: rows and columns (h, w) of a grid.
+        depth: indices a cell.
         tokenizer_sha256: of the model.safetensors that made the indices or decodes them.
         tokenizer_run_id, gpt_run_id: MLflow runs of the models, where there are any.
         made_by: the command line.
@@ -32,6 +34,7 @@ class IndicesMeta:
 
     codebook_size: int
     latent_dim: tuple[int, int]
+    depth: int = 1
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
     gpt_run_id: str = ""
@@ -43,7 +46,14 @@ class IndicesMeta:
         grid = tuple(self.latent_dim)
         if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
             raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
+        if not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"depth must be 1 or more, got {self.depth}")
         object.__setattr__(self, "latent_dim", grid)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
+        return _shape(self.latent_dim, self.depth)
 
     def check_tokenizer(self, tokenizer: LoadedModel, path: Path) -> None:
         """Refuse a tokenizer that is not the one that the indices at `path` belong to.
@@ -64,7 +74,8 @@ class Indices:
     """Grids of codebook indices and what each of them is.
 
     Attributes:
-        shards: arrays (n, h, w) of the smallest unsigned type, memory-mapped where read.
+        shards: arrays (n, h, w), or (n, h, w, depth) for a depth above 1, of the smallest
+            unsigned type, memory-mapped where read.
         rows: one for each grid, in order.
         meta: what they belong to; None for a plain text file, which does not say.
     """
@@ -79,10 +90,10 @@ class Indices:
     @property
     def latent_dim(self) -> tuple[int, int]:
         """Rows and columns (h, w) of a grid."""
-        return self.shards[0].shape[1:]
+        return self.shards[0].shape[1:3]
 
     def tensor(self) -> Tensor:
-        """All grids as one tensor (N, h, w), in the type of the shards."""
+        """All grids as one tensor (N, h, w[, depth]), in the type of the shards."""
         return torch.from_numpy(np.concatenate(self.shards))
 
     def largest(self) -> int:
@@ -110,7 +121,7 @@ def write_indices(
 
     Args:
         folder: where to.
-        indices: (N, h, w) of any integer type.
+        indices: (N, h, w), or (N, h, w, depth) for a depth above 1, of any integer type.
         rows: N rows.
         meta: see `IndicesMeta`.
         text: also write indices.txt, a line of space-separated indices for each grid.
@@ -147,7 +158,11 @@ def write_indices(
 
 
 def read_indices(
-    path: str | Path, *, latent_dim: tuple[int, int] | None = None, codebook_size: int | None = None
+    path: str | Path,
+    *,
+    latent_dim: tuple[int, int] | None = None,
+    codebook_size: int | None = None,
+    depth: int = 1,
 ) -> Indices:
     """Read an indices folder, or a plain text file of indices, one line for each grid.
 
@@ -156,6 +171,7 @@ def read_indices(
         latent_dim: the grid; a folder says it itself, and is refused where it differs. A text
             file without it must hold squares.
         codebook_size: refuse indices from there on; None: what meta.json says.
+        depth: indices a cell; a folder of another depth is refused.
 
     Raises:
         UserError: no such path, something else than indices, or indices that do not fit.
@@ -173,9 +189,14 @@ def read_indices(
                 f"{path} was made with a codebook of {indices.meta.codebook_size} codes, but the "
                 f"model has {codebook_size}; use indices and models of one tokenizer"
             )
+        if indices.meta.depth != depth:
+            raise UserError(
+                f"{path} has {indices.meta.depth} indices a cell, but {depth} is needed here; use "
+                "indices and models of one tokenizer, of a depth that this script takes"
+            )
         return indices
     if path.is_file():
-        return _read_text(path, latent_dim, codebook_size)
+        return _read_text(path, latent_dim, codebook_size, depth)
     raise UserError(
         f"no indices at {path}; give a folder of quantize_dataset.py or transformer_generation.py, "
         "or a text file of indices"
@@ -198,10 +219,10 @@ def _read_folder(folder: Path) -> Indices:
             shard = np.load(file, mmap_mode="r", allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{file} is damaged: {error}; make it again") from error
-        if shard.shape[1:] != meta.latent_dim or shard.dtype.kind != "u" or len(shard) == 0:
+        if shard.shape[1:] != meta.shape or shard.dtype.kind != "u" or len(shard) == 0:
             raise UserError(
                 f"{file} holds {shard.dtype} {shard.shape}, but meta.json says grids of "
-                f"{_shown(meta.latent_dim)}; make it again"
+                f"{_shown(meta.shape)}; make it again"
             )
         shards.append(shard)
     with (folder / "manifest.csv").open(newline="", encoding="utf-8") as file:
@@ -220,7 +241,7 @@ def _read_folder(folder: Path) -> Indices:
 
 
 def _read_text(
-    path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None
+    path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None, depth: int
 ) -> Indices:
     grids: list[list[int]] = []
     for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
@@ -247,24 +268,28 @@ def _read_text(
         raise UserError(f"{path} is empty; write one line of indices for each image")
     length = len(grids[0])
     if latent_dim is None:
-        side = round(length**0.5)
-        if side * side != length:
+        side = round((length / depth) ** 0.5)
+        if side * side * depth != length:
             raise UserError(
                 f"{path}: lines of {length} indices make no square; say the grid by "
                 "--latent_dim H,W"
             )
         latent_dim = side, side
-    if latent_dim[0] * latent_dim[1] != length:
+    shape = _shape(latent_dim, depth)
+    if prod(shape) != length:
         raise UserError(
-            f"{path} line 1 has {length} indices, but a grid of {_shown(latent_dim)} takes "
-            f"{latent_dim[0] * latent_dim[1]}"
+            f"{path} line 1 has {length} indices, but a grid of {_shown(shape)} takes {prod(shape)}"
         )
-    array = np.array(grids, np.uint32).reshape(-1, *latent_dim)
+    array = np.array(grids, np.uint32).reshape(-1, *shape)
     array = array.astype(smallest_type(max(codebook_size or 0, int(array.max()) + 1, 2)))
     return Indices(
         [array], [Row(f"line {number + 1}", "", "") for number in range(len(array))], None
     )
 
 
-def _shown(grid: tuple[int, int]) -> str:
-    return f"{grid[0]},{grid[1]}"
+def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:
+    return latent_dim if depth == 1 else (*latent_dim, depth)
+
+
+def _shown(grid: tuple[int, ...]) -> str:
+    return ",".join(map(str, grid))

@@ -1,6 +1,6 @@
 """Image tokenizer: an encoder, a learned codebook and a decoder, in PyTorch alone."""
 
 from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput
-from vqvae.quantizers import QUANTIZERS, Quantized
+from vqvae.quantizers import QUANTIZERS, Quantized, QuantizerConfig
 
-__all__ = ["QUANTIZERS", "VQVAE", "Quantized", "VQVAEConfig", "VQVAEOutput"]
+__all__ = ["QUANTIZERS", "VQVAE", "Quantized", "QuantizerConfig", "VQVAEConfig", "VQVAEOutput"]
