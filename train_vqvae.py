@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.images import Augmentation, DataConfig, ImageDataset
 from utils.table import split_rows
-from vqvae import VQVAE, VQVAEConfig
+from vqvae import PRESETS, VQVAE, VQVAEConfig
 
 PICTURES = 32  # validation images that are shown
 LOW_USAGE = 20  # percent
@@ -233,6 +233,13 @@ def picture_table(
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
+    parser.add_presets(
+        {
+            # The large ones were published with about this learning rate.
+            name: {**preset, "learning_rate": 1e-4} if preset else {}
+            for name, preset in PRESETS.items()
+        }
+    )
     for config_class in (DataConfig, VQVAEConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
     return parser

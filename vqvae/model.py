@@ -41,17 +41,44 @@ class VQVAEConfig(QuantizerConfig):
         },
     )
     num_res_blocks: int = field(default=1, metadata={"help": "residual blocks a level"})
+    attention_levels: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "help": "levels with attention after each residual block, as 3,4; 0 is the first"
+        },
+    )
+    mid_blocks: int = field(
+        default=1, metadata={"help": "residual blocks between the last level and the codes"}
+    )
+    mid_attention: bool = field(
+        default=False, metadata={"help": "attention after the first of --mid_blocks"}
+    )
+    z_channels: int = field(
+        default=0,
+        metadata={
+            "help": "channels that 1x1 convolutions (quant_conv) bring to --codebook_dim and back; "
+            "0: no such convolutions"
+        },
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout in the residual blocks"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("patch_size", "channels", "num_res_blocks"):
+        for name in ("patch_size", "channels", "num_res_blocks", "mid_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
                 f"channel_multipliers must be 1 or more each, got {self.channel_multipliers}"
             )
+        levels = range(len(self.channel_multipliers))
+        if not set(self.attention_levels) <= set(levels):
+            raise ValueError(
+                f"attention_levels must be in 0..{levels[-1]}, one of each of the "
+                f"channel_multipliers, got {self.attention_levels}"
+            )
+        if self.z_channels < 0:
+            raise ValueError(f"z_channels must not be negative, got {self.z_channels}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.image_size is not None:

@@ -87,7 +87,7 @@ class QuantizerConfig:
             if getattr(self, name) not in (None, (), value):
                 raise ValueError(
                     f"{name} {getattr(self, name)} does not fit {self.quantizer}, where it is "
-                    f"{value}; leave it away"
+                    f"{value}; give that, or leave it away"
                 )
             object.__setattr__(self, name, value)
 
