@@ -234,7 +234,10 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     theirs = diffusers.VQModel(sample_size=32, **settings).eval()
-    torch.nn.init.normal_(theirs.quantize.embedding.weight)  # else too small to be told apart
+    with torch.inference_mode():  # codes among the encodings, so that many are chosen
+        vectors = theirs.encode(torch.rand(3, 3, 32, 32) * 2 - 1).latents.permute(0, 2, 3, 1)
+        codes = theirs.quantize.embedding.weight
+        codes.copy_(vectors.flatten(0, 2)[torch.randperm(vectors[..., 0].numel())[: len(codes)]])
     theirs.save_pretrained(tmp_path / "theirs")
     convert("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
     model = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model

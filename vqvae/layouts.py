@@ -97,7 +97,9 @@ class Layout:
         blocks = sum(f"{level}.0.{self.block}.{j}.conv1.weight" in state for j in range(32))
         widths = [len(state[f"{level}.{i}.{self.block}.0.conv2.weight"]) for i in range(count)]
         channels, in_channels = state["encoder.conv_in.weight"].shape[:2]
-        if not widths or any(width % channels for width in widths):
+        if not widths:
+            raise KeyError(f"{level}.0")
+        if any(width % channels for width in widths):
             raise ValueError(f"levels of widths {widths} are no multiples of the first {channels}")
         attention = self.leaves.get("norm", "norm")
         if "quantize.proj.weight" in state:
