@@ -21,14 +21,14 @@ def reconstruction_metrics(
     model: VQVAE, dataset: ImageDataset, batch_size: int, device: torch.device
 ) -> dict[str, float]:
     """MSE (on [0, 1]) and PSNR of the reconstructions of all images; health of the codebook."""
-    counts = torch.zeros(model.config.codebook_size, device=device)
+    counts = torch.zeros(model.config.num_codes, device=device)
     error = torch.zeros((), device=device)
     batches = torch.arange(len(dataset)).split(batch_size)
     with torch.inference_mode(), tqdm(total=len(dataset), unit=" images", disable=None) as bar:
         for images in dataset.batches(batches, device):
             indices = model.encode(images)
             error += metrics.squared_error(images, model.decode(indices)).sum()
-            counts += torch.bincount(indices.flatten(), minlength=len(counts))
+            counts += model.quantizer.count(indices)
             bar.update(len(images))
     mse = float(error) / len(dataset)
     return {"mse": mse, "psnr": metrics.psnr(mse), **metrics.codebook_metrics(counts)}

@@ -14,8 +14,8 @@ from vqvae import VQVAE, VQVAEConfig
 
 
 def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> torch.Tensor:
-    """All images of a data set as indices (N, h, w), int32, on the CPU."""
-    device = model.quantizer.share.device
+    """All images of a data set as indices (N, h, w[, depth]), int32, on the CPU."""
+    device = next(model.parameters()).device
     batches = torch.arange(len(dataset)).split(batch_size)
     grids = []
     with torch.inference_mode(), tqdm(total=len(dataset), unit=" images", disable=None) as bar:
@@ -55,6 +55,7 @@ def main(arguments: argparse.Namespace) -> None:
         meta = IndicesMeta(
             codebook_size=config.codebook_size,
             latent_dim=config.latent_dim,
+            depth=config.depth,
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
             made_by=cli.command_line(),
@@ -62,11 +63,11 @@ def main(arguments: argparse.Namespace) -> None:
         write_indices(output_dir, indices, rows, meta, text=arguments.text)
         run.folder(output_dir, name)
 
-    counts = torch.bincount(indices.flatten(), minlength=config.codebook_size)
+    counts = tokenizer.model.quantizer.count(indices)
     health = metrics.codebook_metrics(counts)
     print(
-        f"{len(indices):,} grids of {config.latent_dim[0]}x{config.latent_dim[1]} in {output_dir}: "
-        f"{health['codebook_usage']:.1f} % of {config.codebook_size} codes in use, "
+        f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
+        f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
         f"{metrics.entropy(counts):.3f} bits per token (unigram)"
     )
     print(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.images import Augmentation, DataConfig, ImageDataset
 from utils.table import split_rows
-from vqvae import VQVAE, VQVAEConfig
+from vqvae import PRESETS, VQVAE, VQVAEConfig
 
 PICTURES = 32  # validation images that are shown
 LOW_USAGE = 20  # percent
@@ -37,7 +37,7 @@ def train_step(
         parts = {"mse": loss / 4} | {f"{key}_loss": x for key, x in quantized.losses.items()}
         for name, value in parts.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate
-        indices.append(quantized.indices.flatten())
+        indices.append(quantized.indices)
     return values, torch.cat(indices)
 
 
@@ -47,7 +47,7 @@ def evaluate(
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Validation metrics, and the first images with their reconstructions."""
     model.eval()
-    counts = torch.zeros(model.config.codebook_size, device=group.device)
+    counts = torch.zeros(model.config.num_codes, device=group.device)
     sums: dict[str, Tensor] = {}
     shown: list[tuple[Tensor, Tensor]] = []
     share = group.share(rows)
@@ -61,7 +61,7 @@ def evaluate(
         values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * (weight * len(images))
-        counts += weight * torch.bincount(quantized.indices.flatten(), minlength=len(counts))
+        counts += weight * model.quantizer.count(quantized.indices)
         if len(shown) * batch_size < PICTURES:
             shown.append((images.cpu(), reconstruction.cpu()))
     model.train()
@@ -178,7 +178,7 @@ def main(arguments: argparse.Namespace) -> None:
         if resumed is None:
             evaluation()
         averages = metrics.Averages()
-        counts = torch.zeros(model_config.codebook_size, device=group.device)
+        counts = torch.zeros(model_config.num_codes, device=group.device)
 
         def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
             augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
@@ -190,7 +190,7 @@ def main(arguments: argparse.Namespace) -> None:
             norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             averages.add({**values, "gradient_norm": norm, "learning_rate": learning_rate})
-            counts += torch.bincount(indices, minlength=len(counts))
+            counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))
@@ -234,6 +234,13 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
+    parser.add_presets(
+        {
+            # The large ones were published with about this learning rate.
+            name: {**preset, "learning_rate": 1e-4} if preset else {}
+            for name, preset in PRESETS.items()
+        }
+    )
     for config_class in (DataConfig, VQVAEConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
     return parser

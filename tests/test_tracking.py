@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from utils import tracking
+from utils import outbox, tracking
 from utils.cli import Stopped, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -470,7 +470,7 @@ def test_a_server_that_hangs_and_comes_back_gets_everything(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
     said: list[str] = []
 
     def warned() -> bool:
@@ -499,7 +499,7 @@ def test_a_server_that_dies(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(tracking, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
     run = open_run()
     log(run, 0)
     wait_for(lambda: steps_in_mlflow(run) == [0])

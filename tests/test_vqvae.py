@@ -1,82 +1,78 @@
-"""The tokenizer: shapes on any grid, a round trip, and a training that works."""
+"""Architecture and presets of the tokenizer."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
+import train_vqvae
+from vqvae import PRESETS, VQVAE, VQVAEConfig
+from vqvae.blocks import Attention
 
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize(
-    ("size", "patch_size", "multipliers", "grid"),
+SMALL = {"image_size": (16, 32), "in_channels": 3, "channels": 32}
+SHAPES = pytest.mark.parametrize(
+    "settings",
     [
-        ((24, 40), 4, (1,), (6, 10)),
-        ((24, 40), 1, (1, 2), (12, 20)),
-        ((16, 16), 2, (1, 1, 2, 2), (1, 1)),
-        ((8, 64), 1, (1,), (8, 64)),
+        {},
+        {"patch_size": 1, "channel_multipliers": (1, 2, 2), "num_res_blocks": 2},
+        {"patch_size": 2, "channel_multipliers": (1, 2), "attention_levels": (0, 1)},
+        {"mid_blocks": 2, "mid_attention": True, "z_channels": 12},
+        {"quantizer": "residual", "depth": 3},
     ],
 )
-def test_shapes(channels: int, size: tuple, patch_size: int, multipliers: tuple, grid: tuple):
-    config = VQVAEConfig(
-        image_size=size,
-        in_channels=channels,
-        patch_size=patch_size,
-        channels=8,
-        channel_multipliers=multipliers,
-        codebook_size=16,
-    )
-    assert config.latent_dim == grid
-    model = VQVAE(config).eval()
-    images = torch.rand(2, channels, *size) * 2 - 1
-    reconstruction, quantized = model(images)
-    assert reconstruction.shape == images.shape
-    assert quantized.indices.shape == (2, *grid)
+
+
+@SHAPES
+def test_a_decoded_image_has_the_shape_of_the_encoded(settings: dict) -> None:
+    model = VQVAE(VQVAEConfig(**SMALL, **settings)).eval()
+    images = torch.rand(2, 3, 16, 32) * 2 - 1
     indices = model.encode(images)
-    assert indices.equal(quantized.indices)
-    torch.testing.assert_close(model.decode(indices), reconstruction.clamp(-1, 1))
+    config = model.config
+    assert indices.shape[:3] == (2, *config.latent_dim)
+    assert indices.shape[3:] == ((config.depth,) if config.depth > 1 else ())
+    decoded = model.decode(indices)
+    assert decoded.shape == images.shape
+    output = model(images)
+    assert torch.equal(output.quantized.indices, indices)
+    assert torch.allclose(output.reconstruction.clamp(-1, 1), decoded)
+
+
+def test_attention_is_softmax_over_all_cells() -> None:
+    torch.manual_seed(0)
+    attention, x = Attention(32), torch.randn(2, 32, 3, 5)
+    q, k, v = (
+        project(attention.norm(x)).flatten(2) for project in (attention.q, attention.k, attention.v)
+    )
+    weights = (torch.einsum("bci,bcj->bij", q, k) * 32**-0.5).softmax(dim=2)
+    mixed = torch.einsum("bij,bcj->bci", weights, v).view_as(x)
+    assert torch.allclose(attention(x), x + attention.proj_out(mixed), atol=1e-5)
+
+
+@pytest.mark.parametrize(("preset", "factor"), [("vqgan-f8", 8), ("llamagen-f16", 16)])
+def test_presets_are_buildable_and_downsample_by_their_name(preset: str, factor: int) -> None:
+    config = VQVAEConfig(**PRESETS[preset], image_size=(256, 256), in_channels=3)
+    assert config.downsampling == factor
+    with torch.device("meta"):
+        VQVAE(config)
+
+
+def test_flags_override_a_preset_wherever_they_stand() -> None:
+    words = "--path_to_data x --codebook_size 99 --preset vqgan-f16 --no-mid_attention"
+    flags = train_vqvae.make_parser().parse_args(words.split())
+    assert flags.codebook_size == 99
+    assert not flags.mid_attention
+    assert flags.channel_multipliers == (1, 1, 2, 2, 4)
+    plain = train_vqvae.make_parser().parse_args(["--path_to_data", "x"])
+    assert plain.channels == VQVAEConfig().channels
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    ("settings", "complaint"),
     [
-        {"image_size": (25, 40)},
-        {"codebook_size": 1},
-        {"channel_multipliers": ()},
-        {"channel_multipliers": (1, 0)},
-        {"dropout": 1.0},
-        {"commitment_cost": -1.0},
-        {"quantizer": "nearest"},
-        {"channels": 0},
+        ({"attention_levels": (1,)}, "attention_levels"),
+        ({"image_size": (30, 32)}, "multiple"),
+        ({"mid_blocks": 0}, "mid_blocks"),
+        ({"z_channels": -1}, "z_channels"),
     ],
 )
-def test_values_out_of_range_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        VQVAEConfig(**{"in_channels": 3, **wrong})
-
-
-@pytest.mark.parametrize("quantizer", sorted(QUANTIZERS))
-def test_it_learns(quantizer: str) -> None:
-    """Mosaics of eight kinds of tile, which 32 codes can hold: most of the error goes."""
-    torch.manual_seed(0)
-    config = VQVAEConfig(
-        image_size=(8, 12),
-        in_channels=1,
-        patch_size=2,
-        channels=16,
-        codebook_size=32,
-        codebook_dim=4,
-        quantizer=quantizer,
-    )
-    model = VQVAE(config)
-    tiles = torch.rand(8, 4)[torch.randint(0, 8, (128, 4, 6))] * 2 - 1
-    images = F.pixel_shuffle(tiles.permute(0, 3, 1, 2), 2)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(100):
-        reconstruction, quantized = model(images)
-        loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    error = F.mse_loss(model.eval().decode(model.encode(images)), images)
-    assert error < 0.2 * images.var()
+def test_settings_out_of_range_are_refused(settings: dict, complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        VQVAEConfig(**settings)

@@ -8,7 +8,7 @@ import sys
 import traceback
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -25,7 +25,9 @@ class Stopped(Exception):
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """`1,2,4` -> (1, 2, 4)."""
+    """`1,2,4` -> (1, 2, 4); nothing -> ()."""
+    if not text:
+        return ()
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -35,7 +37,7 @@ def integers(text: str) -> tuple[int, ...]:
 def height_and_width(text: str) -> tuple[int, int]:
     """`28` -> (28, 28), `24,40` -> (24, 40)."""
     values = integers(text)
-    if len(values) > 2 or min(values) < 1:
+    if not 1 <= len(values) <= 2 or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected H or H,W of 1 or more, got {text!r}")
     return values[0], values[-1]
 
@@ -69,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
             elif field.default not in (None, "") and field.default is not False:
                 options["help"] += " (default: %(default)s)"  # a script may set another one
         if hints[field.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+            options["action"] = argparse.BooleanOptionalAction  # a preset may have turned it on
         else:
             options["type"] = _value_type(hints[field.name])
             options["choices"] = field.metadata.get("choices")
@@ -107,9 +109,31 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def make_parser(description: str | None) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """A parser with a flag that changes the defaults of others."""
+
+    presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+
+    def add_presets(self, presets: Mapping[str, Mapping[str, object]]) -> None:
+        """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
+        self.presets = presets
+        self.add_argument(
+            "--preset", choices=tuple(presets), help="flags that go together; others override it"
+        )
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        if self.presets:
+            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+            first.add_argument("--preset")
+            self.set_defaults(**self.presets.get(first.parse_known_args(args)[0].preset, {}))
+        return super().parse_known_args(args, namespace)
+
+
+def make_parser(description: str | None) -> Parser:
     """The parser that all scripts start from."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = Parser(description=description, allow_abbrev=False)
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error, not only its line"
     )

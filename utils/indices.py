@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.checkpoint import LoadedModel, read_json, swap_in, whole
 from utils.cli import UserError, build
+from utils.index_text import read_lines
 from utils.table import Row
 
 META, MANIFEST = "meta.json", "manifest.csv"
@@ -27,6 +28,7 @@ class IndicesMeta:
     Attributes:
         codebook_size: K; every index is below it.
         latent_dim: rows and columns (h, w) of a grid.
+        depth: indices a cell.
         tokenizer_sha256: of the model.safetensors that made the indices or decodes them.
         tokenizer_run_id, gpt_run_id: MLflow runs of the models, where there are any.
         made_by: the command line.
@@ -34,6 +36,7 @@ class IndicesMeta:
 
     codebook_size: int
     latent_dim: tuple[int, int]
+    depth: int = 1
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
     gpt_run_id: str = ""
@@ -45,7 +48,14 @@ class IndicesMeta:
         grid = tuple(self.latent_dim)
         if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
             raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
+        if not isinstance(self.depth, int) or self.depth < 1:
+            raise ValueError(f"depth must be 1 or more, got {self.depth}")
         object.__setattr__(self, "latent_dim", grid)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
+        return _shape(self.latent_dim, self.depth)
 
     def check_tokenizer(self, tokenizer: LoadedModel, path: Path) -> None:
         """Refuse a tokenizer that is not the one that the indices at `path` belong to.
@@ -66,7 +76,8 @@ class Indices:
     """Grids of codebook indices and what each of them is.
 
     Attributes:
-        shards: arrays (n, h, w) of the smallest unsigned type, memory-mapped where read.
+        shards: arrays (n, h, w), or (n, h, w, depth) for a depth above 1, of the smallest
+            unsigned type, memory-mapped where read.
         rows: one for each grid, in order.
         meta: what they belong to; None for a plain text file, which does not say.
     """
@@ -81,10 +92,10 @@ class Indices:
     @property
     def latent_dim(self) -> tuple[int, int]:
         """Rows and columns (h, w) of a grid."""
-        return self.shards[0].shape[1:]
+        return self.shards[0].shape[1:3]
 
     def tensor(self) -> Tensor:
-        """All grids as one tensor (N, h, w), in the type of the shards."""
+        """All grids as one tensor (N, h, w[, depth]), in the type of the shards."""
         return torch.from_numpy(np.concatenate(self.shards))
 
     def largest(self) -> int:
@@ -126,7 +137,7 @@ def write_indices(
 
     Args:
         folder: where to.
-        indices: (N, h, w) of any integer type.
+        indices: (N, h, w), or (N, h, w, depth) for a depth above 1, of any integer type.
         rows: N rows.
         meta: see `IndicesMeta`.
         text: also write indices.txt, a line of space-separated indices for each grid.
@@ -166,7 +177,11 @@ def write_indices(
 
 
 def read_indices(
-    path: str | Path, *, latent_dim: tuple[int, int] | None = None, codebook_size: int | None = None
+    path: str | Path,
+    *,
+    latent_dim: tuple[int, int] | None = None,
+    codebook_size: int | None = None,
+    depth: int = 1,
 ) -> Indices:
     """Read an indices folder, or a plain text file of indices, one line for each grid.
 
@@ -175,6 +190,7 @@ def read_indices(
         latent_dim: the grid; a folder says it itself, and is refused where it differs. A text
             file without it must hold squares.
         codebook_size: refuse indices from there on; None: what meta.json says.
+        depth: indices a cell; a folder of another depth is refused.
 
     Raises:
         UserError: no such path, something else than indices, or indices that do not fit.
@@ -192,9 +208,14 @@ def read_indices(
                 f"{path} was made with a codebook of {indices.meta.codebook_size} codes, but the "
                 f"model has {codebook_size}; use indices and models of one tokenizer"
             )
+        if indices.meta.depth != depth:
+            raise UserError(
+                f"{path} has {indices.meta.depth} indices a cell, but {depth} is needed here; use "
+                "indices and models of one tokenizer, of a depth that this script takes"
+            )
         return indices
     if path.is_file():
-        return _read_text(path, latent_dim, codebook_size)
+        return _read_text(path, latent_dim, codebook_size, depth)
     raise UserError(
         f"no indices at {path}; give a folder of quantize_dataset.py or transformer_generation.py, "
         "or a text file of indices"
@@ -218,10 +239,10 @@ def _read_folder(folder: Path) -> Indices:
         except Exception as error:  # numpy raises nearly everything on a damaged header
             line = " ".join(str(error).split())[:200]
             raise UserError(f"{file} is damaged: {line}; make it again") from error
-        if shard.shape[1:] != meta.latent_dim or shard.dtype.kind != "u" or len(shard) == 0:
+        if shard.shape[1:] != meta.shape or shard.dtype.kind != "u" or len(shard) == 0:
             raise UserError(
                 f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
-                f"{_shown(meta.latent_dim)}; make it again"
+                f"{_shown(meta.shape)}; make it again"
             )
         shards.append(shard)
     rows = _read_manifest(folder / MANIFEST)
@@ -250,56 +271,32 @@ def _read_manifest(path: Path) -> list[Row]:
 
 
 def _read_text(
-    path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None
+    path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None, depth: int
 ) -> Indices:
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").rstrip().split("\n")
-    length = len(lines[0].split())
-    if length == 0:
-        raise UserError(f"{path} line 1, number 1: no index; write a line of them for each image")
-    limit = codebook_size or 1 << 32
-    grids: list[list[int]] = []
-    for number, line in enumerate(lines):
-        grid = []
-        for column, word in enumerate(line.split()):
-            decimal = word.isascii() and word.isdecimal()
-            digits = word.lstrip("0") or "0"
-            if decimal and len(digits) <= 10 and int(digits) < limit:
-                grid.append(int(digits))
-                continue
-            where = f"{path} line {number + 1}, number {column + 1}"
-            if decimal:
-                raise UserError(
-                    f"{where}: index {digits[:20]} is out of range, the codebook has {limit} codes"
-                )
-            raise UserError(
-                f"{where}: {word[:20]!r} is no index; write integers of 0 or more, separated by "
-                "spaces"
-            )
-        if len(grid) != length:
-            raise UserError(
-                f"{path} line {number + 1}, number {min(len(grid), length) + 1}: the line has "
-                f"{len(grid)} indices, but line 1 has {length}; all lines need the same number"
-            )
-        grids.append(grid)
+    array = read_lines(path, codebook_size or 1 << 32)
+    length = array.shape[1]
     if latent_dim is None:
-        latent_dim = math.isqrt(length), math.isqrt(length)
-        if latent_dim[0] ** 2 != length:
+        side = math.isqrt(length // depth)
+        if side * side * depth != length:
             raise UserError(
                 f"{path} line 1, number {length}: lines of {length} indices make no square; say "
                 "the grid by --latent_dim H,W"
             )
-    if latent_dim[0] * latent_dim[1] != length:
-        expected = latent_dim[0] * latent_dim[1]
+        latent_dim = side, side
+    shape = _shape(latent_dim, depth)
+    if math.prod(shape) != length:
         raise UserError(
-            f"{path} line 1, number {min(length, expected) + 1}: it has {length} indices, but a "
-            f"grid of {_shown(latent_dim)} takes {expected}"
+            f"{path} line 1, number {min(length, math.prod(shape)) + 1}: it has {length} indices, "
+            f"but a grid of {_shown(shape)} takes {math.prod(shape)}"
         )
-    array = np.array(grids, np.uint32).reshape(-1, *latent_dim)
-    array = array.astype(smallest_type(max(codebook_size or 0, int(array.max()) + 1, 2)))
-    return Indices(
-        [array], [Row(f"line {number + 1}", "", "") for number in range(len(array))], None
-    )
+    dtype = smallest_type(max(codebook_size or 0, int(array.max()) + 1, 2))
+    rows = [Row(f"line {number + 1}", "", "") for number in range(len(array))]
+    return Indices([array.astype(dtype).reshape(-1, *shape)], rows, None)
 
 
-def _shown(grid: tuple[int, int]) -> str:
-    return f"{grid[0]},{grid[1]}"
+def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:
+    return latent_dim if depth == 1 else (*latent_dim, depth)
+
+
+def _shown(grid: tuple[int, ...]) -> str:
+    return ",".join(map(str, grid))

@@ -9,13 +9,10 @@ import http.client
 import json
 import logging
 import os
-import queue
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
@@ -25,12 +22,12 @@ from filelock import FileLock
 from PIL import Image
 
 from utils.cli import Stopped, UserError, command_line
+from utils.outbox import Outbox
 
 DEFAULT_EXPERIMENT = "image-synthesis"
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 ADDRESSES = ("runs:/", "models:/")
 START_TIMEOUT = 5  # seconds until a silent server counts as missing
-RETRY_SECONDS = 10  # between attempts after the server was lost
 
 
 def _client() -> Any:
@@ -186,8 +183,8 @@ class Run:
             UserError: no such run, or a tracking server that does not answer.
         """
         self.output_dir = output_dir
-        self.run_id, self._warned = run_id or "", False
-        self._queue: queue.Queue | None = None
+        self.run_id = run_id or ""
+        self._outbox: Outbox | None = None
         self._experiment_id: str | None = None
         self._owned = continued or run_id is None
         if not enabled:
@@ -204,10 +201,7 @@ class Run:
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._experiment_id = run.info.experiment_id
-        self._queue = queue.Queue()
-        self._closing = threading.Event()
-        self._worker = threading.Thread(target=self._pass_on, daemon=True)
-        self._worker.start()
+        self._outbox = Outbox(complain=self._complain, is_final=_is_refusal)
         if config is not None:
             self.file(output_dir / "config.json")
 
@@ -277,7 +271,7 @@ class Run:
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
-        if self._queue is None:
+        if self._outbox is None:
             return
         values = {f"{section}/{name}": value for name, value in values.items()}
         now = time.time()
@@ -294,21 +288,21 @@ class Run:
                 ],
             )
 
-        self._queue.put(send)
+        self._outbox.put(send)
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
         path = self.output_dir / "pictures" / f"{key.replace('/', '-')}-{step:08}.png"
-        if self._queue is None:
+        if self._outbox is None:
             return path
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-        self._queue.put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
+        self._outbox.put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon."""
-        if self._queue is None:
+        if self._outbox is None:
             return
         self._write_table(name, columns)
 
@@ -321,7 +315,7 @@ class Run:
             }
             self._client.log_table(self.run_id, data, artifact_file=f"tables/{name}.json")
 
-        self._queue.put(send)
+        self._outbox.put(send)
 
     def _write_table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """A CSV, with the names of PNG files beside it where the table has pictures."""
@@ -340,42 +334,27 @@ class Run:
 
     def tag(self, key: str, value: str) -> None:
         """Tag the run, as with the id of a run that it builds on."""
-        if self._queue is not None:
-            self._queue.put(lambda: self._client.set_tag(self.run_id, key, value))
+        if self._outbox is not None:
+            self._outbox.put(lambda: self._client.set_tag(self.run_id, key, value))
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        if self._queue is not None:
-            self._queue.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
+        if self._outbox is not None:
+            self._outbox.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
-        if self._queue is not None:
-            self._queue.put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
+        if self._outbox is not None:
+            self._outbox.put(
+                lambda: self._client.log_artifact(self.run_id, str(path), name or None)
+            )
 
-    def _pass_on(self) -> None:
-        """The thread: send everything in order; try again later what fails."""
-        while (send := self._queue.get()) is not None:
-            while not self._attempt(send):
-                if self._closing.is_set():
-                    return
-                self._closing.wait(RETRY_SECONDS)
-
-    def _attempt(self, send: Callable[[], object]) -> bool:
-        """Whether that is done with: sent, or refused for good."""
-        try:
-            send()
-        except Exception as error:  # whatever MLflow, its database or the network come up with
-            if not self._warned:
-                self._warned = True
-                print(
-                    f"warning: MLflow does not take what is logged ({_line(error)}); all of it is "
-                    f"in {self.output_dir}, and MLflow gets what it can take if it comes back "
-                    "before the end",
-                    file=sys.stderr,
-                )
-            return _is_refusal(error)
-        return True
+    def _complain(self, error: Exception) -> None:
+        print(
+            f"warning: MLflow does not take what is logged ({_line(error)}); all of it is in "
+            f"{self.output_dir}, and MLflow gets what it can take if it comes back before the end",
+            file=sys.stderr,
+        )
 
     def __enter__(self) -> "Run":
         return self
@@ -394,14 +373,12 @@ class Run:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is left, and tell MLflow how a run that was opened here ended."""
-        if self._queue is None:
+        if self._outbox is None:
             return
         if self._owned:
-            self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
-        self._queue.put(None)
-        self._closing.set()
-        self._worker.join()  # every call of MLflow has a time limit, and one failure now ends it
-        self._queue = None
+            self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
+        self._outbox.close()
+        self._outbox = None
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -1,6 +1,15 @@
 """Image tokenizer: an encoder, a learned codebook and a decoder, in PyTorch alone."""
 
 from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput
-from vqvae.quantizers import QUANTIZERS, Quantized
+from vqvae.presets import PRESETS
+from vqvae.quantizers import QUANTIZERS, Quantized, QuantizerConfig
 
-__all__ = ["QUANTIZERS", "VQVAE", "Quantized", "VQVAEConfig", "VQVAEOutput"]
+__all__ = [
+    "PRESETS",
+    "QUANTIZERS",
+    "VQVAE",
+    "Quantized",
+    "QuantizerConfig",
+    "VQVAEConfig",
+    "VQVAEOutput",
+]

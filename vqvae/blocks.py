@@ -34,6 +34,38 @@ class ResidualBlock(nn.Module):
         return self.nin_shortcut(x) + residual
 
 
+class Attention(nn.Module):
+    """Self-attention of all cells over each other, one head, after GroupNorm, added to the input.
+
+    (B, channels, h, w) -> the same. From VQGAN (arXiv 2012.09841).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (
+            project(normed).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h*w, channels)
+            for project in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(mixed[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def middle(channels: int, num_blocks: int, attention: bool, dropout: float) -> nn.Sequential:
+    """What is done at the lowest resolution: residual blocks, attention after the first."""
+    parts: list[nn.Module] = [ResidualBlock(channels, channels, dropout) for _ in range(num_blocks)]
+    if attention:
+        parts.insert(1, Attention(channels))
+    return nn.Sequential(*parts)
+
+
 class Downsample(nn.Module):
     """(B, C, h, w) -> (B, C, h/2, w/2) by a 3x3 convolution of stride 2."""
 
@@ -58,7 +90,9 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, then the change to the next resolution, if any."""
+    """The residual blocks at one resolution, with attention after each where it is asked for,
+    then the change to the next resolution, if any.
+    """
 
     def __init__(
         self,
@@ -66,6 +100,7 @@ class Level(nn.Module):
         out_channels: int,
         num_blocks: int,
         dropout: float,
+        attention: bool,
         resample: nn.Module | None,
     ) -> None:
         super().__init__()
@@ -73,9 +108,12 @@ class Level(nn.Module):
         self.block = nn.ModuleList(
             ResidualBlock(before, after, dropout) for before, after in pairwise(widths)
         )
+        self.attn = nn.ModuleList(
+            Attention(out_channels) if attention else nn.Identity() for _ in range(num_blocks)
+        )
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        for block, attn in zip(self.block, self.attn, strict=True):
+            x = attn(block(x))
         return self.resample(x)

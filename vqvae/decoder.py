@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.blocks import Level, ResidualBlock, Upsample, group_norm
+from vqvae.blocks import Level, Upsample, group_norm, middle
 
 if TYPE_CHECKING:
     from vqvae.model import VQVAEConfig
@@ -25,14 +25,20 @@ class Decoder(nn.Module):
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         widths.reverse()  # the decoder starts at the lowest resolution
         self.patch_size = config.patch_size
-        self.conv_in = nn.Conv2d(config.codebook_dim, widths[0], 3, padding=1)
-        self.mid = ResidualBlock(widths[0], widths[0], config.dropout)
+        self.post_quant_conv = (
+            nn.Conv2d(config.codebook_dim, config.z_channels, 1)
+            if config.z_channels
+            else nn.Identity()
+        )
+        self.conv_in = nn.Conv2d(config.z_channels or config.codebook_dim, widths[0], 3, padding=1)
+        self.mid = middle(widths[0], config.mid_blocks, config.mid_attention, config.dropout)
         self.up = nn.ModuleList(
             Level(
                 in_channels=widths[max(level - 1, 0)],
                 out_channels=width,
                 num_blocks=config.num_res_blocks + 1,
                 dropout=config.dropout,
+                attention=len(widths) - 1 - level in config.attention_levels,
                 resample=Upsample(width) if level < len(widths) - 1 else None,
             )
             for level, width in enumerate(widths)
@@ -43,7 +49,8 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z_q: Tensor) -> Tensor:
-        x = self.conv_in(z_q)  # (B, width of the lowest level, h, w)
+        x = self.post_quant_conv(z_q)  # (B, z_channels, h, w)
+        x = self.conv_in(x)  # (B, width of the lowest level, h, w)
         x = self.mid(x)
         for level in self.up:
             x = level(x)  # doubles h and w, except at the last level

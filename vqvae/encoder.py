@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.blocks import Downsample, Level, ResidualBlock, group_norm
+from vqvae.blocks import Downsample, Level, group_norm, middle
 
 if TYPE_CHECKING:
     from vqvae.model import VQVAEConfig
@@ -34,13 +34,21 @@ class Encoder(nn.Module):
                 out_channels=width,
                 num_blocks=config.num_res_blocks,
                 dropout=config.dropout,
+                attention=level in config.attention_levels,
                 resample=Downsample(width) if level < len(widths) - 1 else None,
             )
             for level, width in enumerate(widths)
         )
-        self.mid = ResidualBlock(widths[-1], widths[-1], config.dropout)
+        self.mid = middle(widths[-1], config.mid_blocks, config.mid_attention, config.dropout)
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.codebook_dim, 3, padding=1)
+        self.conv_out = nn.Conv2d(
+            widths[-1], config.z_channels or config.codebook_dim, 3, padding=1
+        )
+        self.quant_conv = (
+            nn.Conv2d(config.z_channels, config.codebook_dim, 1)
+            if config.z_channels
+            else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pixel_unshuffle(x, self.patch_size)  # (B, C*p*p, H/p, W/p)
@@ -48,4 +56,5 @@ class Encoder(nn.Module):
         for level in self.down:
             x = level(x)  # halves h and w, except at the last level
         x = self.mid(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, codebook_dim, h, w)
+        x = self.conv_out(F.silu(self.norm_out(x)))  # (B, z_channels, h, w)
+        return self.quant_conv(x)  # (B, codebook_dim, h, w)

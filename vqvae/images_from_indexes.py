@@ -41,7 +41,10 @@ def main(arguments: argparse.Namespace) -> None:
     )
     path = tracking.fetch(arguments.indexes_path)
     indices = read_indices(
-        path, latent_dim=arguments.latent_dim, codebook_size=tokenizer.model.config.codebook_size
+        path,
+        latent_dim=arguments.latent_dim,
+        codebook_size=tokenizer.model.config.codebook_size,
+        depth=tokenizer.model.config.depth,
     )
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer, path)

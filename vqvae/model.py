@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from vqvae.decoder import Decoder
 from vqvae.encoder import Encoder
-from vqvae.quantizers import QUANTIZERS, Quantized
+from vqvae.quantizers import Quantized, QuantizerConfig, make_quantizer
 
 
 @dataclass(frozen=True)
-class VQVAEConfig:
+class VQVAEConfig(QuantizerConfig):
     """Everything that is needed to build a `VQVAE`; each field with help is a flag.
 
     Raises:
@@ -41,42 +41,46 @@ class VQVAEConfig:
         },
     )
     num_res_blocks: int = field(default=1, metadata={"help": "residual blocks a level"})
+    attention_levels: tuple[int, ...] = field(
+        default=(),
+        metadata={
+            "help": "levels with attention after each residual block, as 3,4; 0 is the first"
+        },
+    )
+    mid_blocks: int = field(
+        default=1, metadata={"help": "residual blocks between the last level and the codes"}
+    )
+    mid_attention: bool = field(
+        default=False, metadata={"help": "attention after the first of --mid_blocks"}
+    )
+    z_channels: int = field(
+        default=0,
+        metadata={
+            "help": "channels that 1x1 convolutions (quant_conv) bring to --codebook_dim and back; "
+            "0: no such convolutions"
+        },
+    )
     dropout: float = field(default=0.0, metadata={"help": "dropout in the residual blocks"})
-    quantizer: str = field(
-        default="cosine",
-        metadata={
-            "help": "vq: nearest code by distance; cosine: by angle, on the unit sphere",
-            "choices": tuple(QUANTIZERS),
-        },
-    )
-    codebook_size: int = field(default=512, metadata={"help": "number of codes K"})
-    codebook_dim: int = field(default=8, metadata={"help": "dimension of a code D"})
-    commitment_cost: float = field(
-        default=0.25, metadata={"help": "beta, the weight of the encoder's term"}
-    )
-    revive_below: float = field(
-        default=0.03,
-        metadata={
-            "help": "replace codes used less than this share of 1/K; 0 leaves dead codes dead"
-        },
-    )
 
     def __post_init__(self) -> None:
-        for name in ("patch_size", "channels", "num_res_blocks", "codebook_dim"):
+        super().__post_init__()
+        for name in ("patch_size", "channels", "num_res_blocks", "mid_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
                 f"channel_multipliers must be 1 or more each, got {self.channel_multipliers}"
             )
+        levels = range(len(self.channel_multipliers))
+        if not set(self.attention_levels) <= set(levels):
+            raise ValueError(
+                f"attention_levels must be in 0..{levels[-1]}, one of each of the "
+                f"channel_multipliers, got {self.attention_levels}"
+            )
+        if self.z_channels < 0:
+            raise ValueError(f"z_channels must not be negative, got {self.z_channels}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.commitment_cost < 0 or self.revive_below < 0:
-            raise ValueError("commitment_cost and revive_below must not be negative")
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer must be one of {tuple(QUANTIZERS)}, got {self.quantizer}")
         if self.image_size is not None:
             height, width = self.image_size
             if min(height, width) < 1 or height % self.downsampling or width % self.downsampling:
@@ -120,12 +124,7 @@ class VQVAE(nn.Module):
             raise ValueError("a VQVAE needs image_size and in_channels")
         self.config = config
         self.encoder = Encoder(config)
-        self.quantizer = QUANTIZERS[config.quantizer](
-            config.codebook_size,
-            config.codebook_dim,
-            commitment_cost=config.commitment_cost,
-            revive_below=config.revive_below,
-        )
+        self.quantizer = make_quantizer(config)
         self.decoder = Decoder(config)
 
     def forward(self, images: Tensor) -> VQVAEOutput:
@@ -134,7 +133,10 @@ class VQVAE(nn.Module):
         return VQVAEOutput(self.decoder(quantized.z_q), quantized)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> indices (B, h, w), int64 in [0, codebook_size)."""
+        """Images (B, C, H, W) in [-1, 1] -> indices (B, h, w), int64 in [0, codebook_size).
+
+        With a depth above 1 it is the last axis of the indices, here and in `decode`.
+        """
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, indices: Tensor) -> Tensor:
