@@ -7,38 +7,23 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.images import Augmentation, DataConfig, ImageDataset
 from utils.table import split_rows
 from vqvae import PRESETS, VQVAE, VQVAEConfig
+from vqvae.adversary import Adversary, Autopilot
+from vqvae.gradients import add_discriminator_gradients, add_gradients
+from vqvae.losses import ObjectiveConfig, ReconstructionLoss
 
 PICTURES = 32  # validation images that are shown
 LOW_USAGE = 20  # percent
 LOW_USAGE_WARNING = (
-    "warning: only {:.0f} % of the codebook is in use, so that the images will lack detail; use a "
-    "smaller --codebook_size, a lower --learning_rate or a higher --revive_below"
+    "warning: only {:.0f} % of the codebook is in use, so that the images will lack detail; use "
+    "--codebook_rescue, a smaller --codebook_size or --learning_rate, or a higher --revive_below"
 )
-
-
-def train_step(
-    forward: nn.Module, images: Tensor, precision: str, accumulate: int
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Add the gradients of one batch: its losses, and the indices that it was encoded to."""
-    values: dict[str, Tensor] = {}
-    indices = []
-    for part in images.chunk(accumulate):
-        with processes.autocast(images.device, precision):
-            reconstruction, quantized = forward(part)
-        loss = F.mse_loss(reconstruction.float(), part)  # on the scale [-1, 1]
-        ((loss + sum(quantized.losses.values())) / accumulate).backward()
-        parts = {"mse": loss / 4} | {f"{key}_loss": x for key, x in quantized.losses.items()}
-        for name, value in parts.items():
-            values[name] = values.get(name, 0.0) + value.detach() / accumulate
-        indices.append(quantized.indices)
-    return values, torch.cat(indices)
 
 
 @torch.inference_mode()
@@ -89,11 +74,19 @@ def picture_table(
 
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
+    objective = cli.read_flags(ObjectiveConfig, arguments)
     data = cli.read_flags(DataConfig, arguments)
     model_config = cli.read_flags(VQVAEConfig, arguments)
     resumed = resume.find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
+
+    losses = cli.build(ReconstructionLoss, objective).to(group.device)
+    start = None
+    if objective.init_from:
+        start = checkpoint.load_model(tracking.fetch(objective.init_from), VQVAE, VQVAEConfig).model
+        size = model_config.image_size or start.config.image_size
+        model_config = replace(start.config, image_size=size)
 
     # The images
     dataset = ImageDataset(
@@ -115,11 +108,27 @@ def main(arguments: argparse.Namespace) -> None:
         replace, model_config, image_size=dataset.size, in_channels=dataset.channels
     )
     model = VQVAE(model_config).to(group.device, memory_format=torch.channels_last)
+    if start is not None:
+        model.load_state_dict(start.state_dict())
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
     progress = resume.restore_training(resumed, model, optimizer)
+    average = adversary = None
+    if objective.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(objective.ema_decay))
+        resume.restore_part(resumed, "average", average)
+    if objective.disc_weight > 0:
+        adversary = cli.build(Adversary, objective, dataset.channels, dataset.size)
+        adversary = adversary.to(group.device, memory_format=torch.channels_last)
+        disc_optimizer = training.make_optimizer(adversary, config, betas=(0.5, 0.9))
+        resume.restore_part(resumed, "adversary", adversary, disc_optimizer)
+        autopilot = Autopilot.plan(objective, schedule.total_steps)
+        if resumed is not None:
+            autopilot = Autopilot(**checkpoint.read_json(resumed / "autopilot.json"))
+    shown = model if average is None else average.module  # what is evaluated and saved as best
     if config.compile:
         model.compile()
     forward = group.wrap(model)
+    autocast = partial(processes.autocast, group.device, precision)
 
     # The run
     name = f"tokenizer-{model_config.quantizer}-K{model_config.codebook_size}"
@@ -134,7 +143,7 @@ def main(arguments: argparse.Namespace) -> None:
         experiment=config.experiment,
         run_name=config.run_name,
         enabled=group.first,
-        config=asdict(config) | asdict(data) | asdict(model_config),
+        config=asdict(config) | asdict(data) | asdict(model_config) | asdict(objective),
         params={
             "data": Path(data.path_to_data).name,
             "image_size": dataset.size,
@@ -154,7 +163,9 @@ def main(arguments: argparse.Namespace) -> None:
 
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the validation MSE."""
-        values, *pictures = evaluate(model, dataset, val_rows, config.batch_size, group)
+        values, *pictures = evaluate(shown, dataset, val_rows, config.batch_size, group)
+        if adversary is not None and autopilot.observe(values["mse"]):
+            group.print(f"autopilot: images got worse, strength now {autopilot.strength:.3f}")
         run.metrics("val", values, progress.step)
         run.picture("pictures/reconstructions", figures.comparison(*pictures), progress.step)
         group.print(
@@ -168,9 +179,15 @@ def main(arguments: argparse.Namespace) -> None:
             provenance = checkpoint.Provenance(
                 run.run_id, cli.command_line(), config.seed, data.val_fraction
             )
-            files = checkpoint.model_files(model, provenance)
             if best:
+                files = checkpoint.model_files(shown, provenance)
                 checkpoint.write_folder(output_dir / "best", files)
+            files = checkpoint.model_files(model, provenance)
+            if average is not None:
+                files |= resume.part_files("average", average)
+            if adversary is not None:
+                files |= resume.part_files("adversary", adversary, disc_optimizer)
+                files["autopilot.json"] = vars(autopilot)
             files |= resume.training_files(optimizer, progress)
             checkpoint.write_folder(output_dir / "last", files)
 
@@ -186,10 +203,30 @@ def main(arguments: argparse.Namespace) -> None:
 
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)
-            values, indices = train_step(forward, images, precision, config.accumulate)
-            norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            phase = "before" if adversary is None else autopilot.phase(progress.step)
+            if phase == "alone":
+                values, indices = add_discriminator_gradients(
+                    model, images, autocast, accumulate=config.accumulate, adversary=adversary
+                )
+            else:
+                acting = {}
+                if phase == "both":
+                    acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
+                    acting["strength"] = autopilot.advance()
+                values, indices = add_gradients(
+                    forward, images, losses, autocast, accumulate=config.accumulate, **acting
+                )
+                values["gradient_norm"] = training.optimizer_step(
+                    optimizer, learning_rate, config.max_grad_norm
+                )
+            if phase != "before":
+                values["disc_strength"] = autopilot.strength
+                adversary.average_gradients()
+                training.optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
+            if average is not None:
+                average.update_parameters(model)
             progress.step += 1
-            averages.add({**values, "gradient_norm": norm, "learning_rate": learning_rate})
+            averages.add({**values, "learning_rate": learning_rate})
             counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
@@ -201,7 +238,13 @@ def main(arguments: argparse.Namespace) -> None:
             if schedule.evaluates(progress.step):
                 if values["codebook_usage"] < LOW_USAGE:
                     group.print(LOW_USAGE_WARNING.format(values["codebook_usage"]))
-                save(best=progress.improved(evaluation()))
+                    if objective.codebook_rescue and model.quantizer.restart():
+                        group.print("codebook rescue: all codes start anew from the next batch")
+                best = progress.improved(evaluation())
+                if adversary is not None and autopilot.strength > 0:
+                    # With an adversary the error of pixels does not say which is best: the last.
+                    best, progress.bad_evaluations = True, 0
+                save(best=best)
                 averages.restart()
             stop.obeyed(group, partial(save, best=False))
             if progress.exhausted(config.patience):
@@ -241,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
             for name, preset in PRESETS.items()
         }
     )
-    for config_class in (DataConfig, VQVAEConfig, training.TrainingConfig):
+    for config_class in (DataConfig, VQVAEConfig, ObjectiveConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
     return parser
 

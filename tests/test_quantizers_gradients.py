@@ -131,6 +131,14 @@ def test_entropy_of_known_assignments() -> None:
     assert float(mean) == pytest.approx(0, abs=1e-6)
 
 
+def test_the_entropy_of_a_code_out_of_reach_has_a_finite_gradient() -> None:
+    """Its share was exactly 0, and the slope of x log x there made every weight NaN."""
+    logits = torch.tensor([[0.0, 1.0, -500.0]], requires_grad=True)
+    one, mean = entropy(logits)
+    (one - mean).backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_codebook_entropy_is_that_of_the_softmax_of_distances() -> None:
     vectors, codebook = torch.randn(20, 4), torch.randn(6, 4)
     distances = torch.cdist(vectors, codebook).square()

@@ -94,11 +94,11 @@ def build(make: Callable[..., typing.Any], *arguments: object, **values: object)
     """`make(*arguments, **values)`, whose complaint about a value is the user's to read.
 
     Raises:
-        UserError: a value is out of its range.
+        UserError: a value is out of its range, or something that it needs is not there.
     """
     try:
         return make(*arguments, **values)
-    except ValueError as error:
+    except (ValueError, ImportError, OSError) as error:
         raise UserError(str(error)) from error
 
 

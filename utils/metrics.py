@@ -88,7 +88,8 @@ class Averages:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor | float] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}  # not every step has every number
+        self._steps = 0
         self.restart()
 
     def restart(self) -> None:
@@ -97,14 +98,15 @@ class Averages:
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Take in the values of one step."""
-        self._count += 1
+        self._steps += 1
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
         """The means and `steps_per_second`, after which everything starts anew."""
-        means = {name: float(value) / self._count for name, value in self._sums.items()}
-        means["steps_per_second"] = self._count / (time.perf_counter() - self._since)
-        self._sums, self._count = {}, 0
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        means["steps_per_second"] = self._steps / (time.perf_counter() - self._since)
+        self._sums, self._counts, self._steps = {}, {}, 0
         self.restart()
         return means

@@ -54,9 +54,70 @@ def training_files(
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    for number, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{name}": value for name, value in state.items()}
-    return {STATE: tensors, PROGRESS: vars(progress)}
+    return {STATE: tensors | _optimizer_tensors(optimizer), PROGRESS: vars(progress)}
+
+
+def part_files(
+    name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, dict[str, Any]]:
+    """The file of what is trained beside the model: `name`.safetensors."""
+    tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
+    if optimizer is not None:
+        tensors |= _optimizer_tensors(optimizer)
+    return {f"{name}.safetensors": tensors}
+
+
+def restore_part(
+    folder: Path | None,
+    name: str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Fill in what `part_files` wrote; nothing without a folder.
+
+    Raises:
+        UserError: the checkpoint has no such part.
+    """
+    if folder is None:
+        return
+    tensors = read_tensors(folder / f"{name}.safetensors")
+    try:
+        prefix = "module."
+        module.load_state_dict(
+            {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+        )
+        if optimizer is not None:
+            _load_optimizer(optimizer, tensors)
+    except (KeyError, ValueError, RuntimeError) as error:
+        line = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} does not fit this training: {line}; resume with the flags it began with"
+        ) from error
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    return {
+        f"optimizer.{number}.{name}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".")
+            state.setdefault(int(number), {})[name] = value
+    # Files hold row-major tensors; a fused optimiser pairs numbers by their place in memory, so
+    # that its state must lie in memory as its parameter does (channels-last, for one).
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, parameter in enumerate(parameters):
+        for name, value in state.get(number, {}).items():
+            if value.shape == parameter.shape:
+                state[number][name] = torch.empty_like(parameter).copy_(value)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def find_checkpoint(resume: str, output_dir: str) -> Path | None:
@@ -94,20 +155,7 @@ def restore_training(
         torch.set_rng_state(tensors.pop("random.cpu"))
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, number, name = key.split(".")
-                state.setdefault(int(number), {})[name] = value
-        # Files hold row-major tensors; a fused optimiser pairs numbers by their place in memory,
-        # so that its state must lie in memory as its parameter does (channels-last, for one).
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for number, parameter in enumerate(parameters):
-            for name, value in state.get(number, {}).items():
-                if value.shape == parameter.shape:
-                    state[number][name] = torch.empty_like(parameter).copy_(value)
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        _load_optimizer(optimizer, tensors)
         return Progress(**read_json(folder / PROGRESS))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]

@@ -92,6 +92,12 @@ class VectorQuantizer(Quantizer):
             indices = self.assign(vectors)
         return indices
 
+    def restart(self) -> bool:
+        """Let the codes start anew from the next batch."""
+        self.initialised.fill_(False)
+        self.share.fill_(1 / self.config.codebook_size)
+        return True
+
     def move(self, codes: Tensor, vectors: Tensor) -> None:
         """Put the codes of the given numbers (n,) on vectors (n, D)."""
         self.embedding.weight[codes] = vectors

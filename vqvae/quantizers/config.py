@@ -54,7 +54,7 @@ class QuantizerConfig:
         default=None,
         metadata={
             "help": "weight of the term that makes codes sure and all of them used, not in fsq and "
-            "residual (default: lfq 0.1, ibq 0.05, gumbel 0.0005, others 0)"
+            "residual (default: lfq 0.1, ibq 0.2, gumbel 0.0005, others 0)"
         },
     )
     revive_below: float = field(

@@ -78,6 +78,10 @@ class Quantizer(nn.Module):
             z_q = self.lookup(indices.flatten(0, 2))
         return z_q.unflatten(0, indices.shape[:3]).permute(0, 3, 1, 2).contiguous()
 
+    def restart(self) -> bool:
+        """Let the codes start anew from the next batch; False where they do not start from data."""
+        return False
+
     def count(self, indices: Tensor) -> Tensor:
         """How often each code occurs in indices of any shape: (codebook_size,), int64."""
         return torch.bincount(indices.flatten(), minlength=self.config.codebook_size)

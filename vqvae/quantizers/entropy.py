@@ -1,6 +1,5 @@
 """The entropy regulariser: each vector sure of its code, all codes in use."""
 
-import torch
 from torch import Tensor
 
 # Softness of the assignment, against the codes' mean squared length.
@@ -16,7 +15,9 @@ def entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     log_shares = logits.log_softmax(dim=1)
     shares = log_shares.exp()
     mean = shares.mean(dim=0)
-    return -(shares * log_shares).sum(dim=1).mean(), -torch.special.xlogy(mean, mean).sum()
+    # A code that nobody comes near has a share of exactly 0, where the logarithm has no slope.
+    log_mean = mean.clamp_min(1e-20).log()
+    return -(shares * log_shares).sum(dim=1).mean(), -(mean * log_mean).sum()
 
 
 def codebook_entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:

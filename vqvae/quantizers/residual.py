@@ -61,6 +61,10 @@ class ResidualQuantizer(Quantizer):
         codes = self.lookup(stacked)
         return GRADIENTS[self.config.gradient](vectors, codes), stacked, losses
 
+    def restart(self) -> bool:
+        """Let the codes of all depths start anew from the next batch."""
+        return all(layer.restart() for layer in self.layers)
+
     def count(self, indices: Tensor) -> Tensor:
         """How often each code of each depth occurs in (..., depth): (depth*codebook_size,)."""
         size, depth = self.config.codebook_size, self.config.depth

@@ -1,0 +1,76 @@
+"""Perceptual distance by the package lpips, whose backbone comes from torchvision."""
+
+import pickle
+import warnings
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+# name: (torchvision's network, its weights)
+BACKBONES = {
+    "vgg": (models.vgg16, models.VGG16_Weights.IMAGENET1K_V1),
+    "alex": (models.alexnet, models.AlexNet_Weights.IMAGENET1K_V1),
+}
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS (arXiv 1801.03924): distance of the images' activations in a trained network.
+
+    Raises:
+        ImportError: the package lpips is not installed.
+        OSError: the backbone's weights are neither there nor can be downloaded.
+    """
+
+    def __init__(self, network: str = "vgg", weights: str = "") -> None:
+        """Build LPIPS.
+
+        Args:
+            network: of `BACKBONES`.
+            weights: torchvision's file of the network; "" downloads it, "random" leaves the
+                network as it is initialised, which costs as much and means nothing.
+        """
+        super().__init__()
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError("perceptual_weight needs the package lpips: pip install lpips") from (
+                error
+            )
+        with warnings.catch_warnings():  # it builds the network in torchvision's former way
+            warnings.simplefilter("ignore")
+            self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        if weights != "random":
+            features = _read_features(network, weights)
+            for part in self.lpips.net.children():
+                for number, layer in part.named_children():
+                    layer.load_state_dict(features[int(number)].state_dict())
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """LPIPS is not trained: it stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Two batches (B, C, H, W) in [-1, 1], C of 1, 3 or 4 (alpha ignored) -> distances (B,)."""
+        images, others = (x[:, :3].expand(-1, 3, -1, -1) for x in (images, others))
+        return self.lpips(images, others).flatten()
+
+
+def _read_features(network: str, path: str) -> nn.Sequential:
+    """The convolutional part of torchvision's network with its trained weights."""
+    make, weights = BACKBONES[network]
+    try:
+        if path:
+            model = make()
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        else:
+            model = make(weights=weights)
+    except (OSError, URLError, RuntimeError, pickle.UnpicklingError) as error:
+        line = " ".join(str(error).split())[:150]
+        raise OSError(
+            f"LPIPS needs the weights of {network} ({line}); download {weights.url} and give its "
+            "path as --lpips_weights, or use --perceptual_weight 0"
+        ) from error
+    return model.features
