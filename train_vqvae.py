@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
+from utils.averaging import WeightAverage
 from utils.images import Augmentation, DataConfig, ImageDataset
 from utils.table import split_rows
 from vqvae import PRESETS, VQVAE, VQVAEConfig
@@ -112,10 +112,9 @@ def main(arguments: argparse.Namespace) -> None:
         model.load_state_dict(start.state_dict())
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
     progress = resume.restore_training(resumed, model, optimizer)
-    average = adversary = None
-    if objective.ema_decay:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(objective.ema_decay))
-        resume.restore_part(resumed, "average", average)
+    average = WeightAverage(model, objective.ema_decay)
+    average.restore(resumed)
+    adversary = None
     if objective.disc_weight > 0:
         adversary = cli.build(Adversary, objective, dataset.channels, dataset.size)
         adversary = adversary.to(group.device, memory_format=torch.channels_last)
@@ -124,7 +123,6 @@ def main(arguments: argparse.Namespace) -> None:
         autopilot = Autopilot.plan(objective, schedule.total_steps)
         if resumed is not None:
             autopilot = Autopilot(**checkpoint.read_json(resumed / "autopilot.json"))
-    shown = model if average is None else average.module  # what is evaluated and saved as best
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -163,7 +161,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the validation MSE."""
-        values, *pictures = evaluate(shown, dataset, val_rows, config.batch_size, group)
+        values, *pictures = evaluate(average.model, dataset, val_rows, config.batch_size, group)
         if adversary is not None and autopilot.observe(values["mse"]):
             group.print(f"autopilot: images got worse, strength now {autopilot.strength:.3f}")
         run.metrics("val", values, progress.step)
@@ -180,11 +178,9 @@ def main(arguments: argparse.Namespace) -> None:
                 run.run_id, cli.command_line(), config.seed, data.val_fraction
             )
             if best:
-                files = checkpoint.model_files(shown, provenance)
+                files = checkpoint.model_files(average.model, provenance)
                 checkpoint.write_folder(output_dir / "best", files)
-            files = checkpoint.model_files(model, provenance)
-            if average is not None:
-                files |= resume.part_files("average", average)
+            files = checkpoint.model_files(model, provenance) | average.files()
             if adversary is not None:
                 files |= resume.part_files("adversary", adversary, disc_optimizer)
                 files["autopilot.json"] = vars(autopilot)
@@ -223,9 +219,8 @@ def main(arguments: argparse.Namespace) -> None:
                 values["disc_strength"] = autopilot.strength
                 adversary.average_gradients()
                 training.optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
-            if average is not None:
-                average.update_parameters(model)
             progress.step += 1
+            average.update(model, progress.step)
             averages.add({**values, "learning_rate": learning_rate})
             counts += model.quantizer.count(indices)
 

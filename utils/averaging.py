@@ -14,7 +14,7 @@ FILE = "average.safetensors"
 
 
 class WeightAverage:
-    """Exponential moving average (EMA) of a model's parameters.
+    """Exponential moving average (EMA) of a model's parameters; its buffers are the latest.
 
     Attributes:
         model: with the averaged weights, in eval mode; with decay 0 the trained model itself.
@@ -39,6 +39,8 @@ class WeightAverage:
         decay = min(self._decay, step / (step + 9))
         mine, theirs = list(self.model.parameters()), list(model.parameters())
         torch._foreach_lerp_(mine, [p.detach() for p in theirs], 1 - decay)
+        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
+            mine.copy_(theirs)  # counters and the like: these have no average
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The file of a checkpoint that a resumed training needs."""
