@@ -58,12 +58,11 @@ def training_files(
 
 
 def part_files(
-    name: str, module: nn.Module, optimizer: torch.optim.Optimizer | None = None
+    name: str, module: nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Any]]:
     """The file of what is trained beside the model: `name`.safetensors."""
     tensors = {f"module.{key}": value for key, value in module.state_dict().items()}
-    if optimizer is not None:
-        tensors |= _optimizer_tensors(optimizer)
+    tensors |= _optimizer_tensors(optimizer)
     return {f"{name}.safetensors": tensors}
 
 
@@ -71,7 +70,7 @@ def restore_part(
     folder: Path | None,
     name: str,
     module: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer,
 ) -> None:
     """Fill in what `part_files` wrote; nothing without a folder.
 
@@ -86,8 +85,7 @@ def restore_part(
         module.load_state_dict(
             {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
         )
-        if optimizer is not None:
-            _load_optimizer(optimizer, tensors)
+        _load_optimizer(optimizer, tensors)
     except (KeyError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(
