@@ -3,23 +3,28 @@ BIN := .env/bin
 
 .PHONY: demo test lint bench clean
 
-# The virtual environment; made anew when what it needs changes.
-.env/.installed: requirements.txt requirements-dev.txt
+# The virtual environment; brought up to date when what it needs changes.
+.env/.installed: requirements.txt
 	$(PYTHON) -m venv .env
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+# And what only tests and benchmarks need.
+.env/.installed-dev: .env/.installed requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 	$(BIN)/python -m utils.demo
 
-test: .env/.installed  ## all tests
+test: .env/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
 
-lint: .env/.installed  ## style, as CI checks it
+lint: .env/.installed-dev  ## style, as CI checks it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .env/.installed  ## attention, sampling and training beside their peers, about ten minutes
+bench: .env/.installed-dev  ## attention, sampling and training beside their peers, about ten minutes
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/gpt.py
 
