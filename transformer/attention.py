@@ -7,13 +7,16 @@ with window 0 all earlier cells.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Cells in a block of rows: enough for the matrix products to be efficient on small windows.
-CELLS_A_BLOCK = 128
+# Sides of a tile in cells: large enough for efficient matrix products, small beside the window.
+TILE_ROWS, TILE_COLUMNS = 8, 16
+# Cells in one call: what is copied for a call, with margins, is small beside a large grid.
+CELLS_A_CALL = 4096
 
 
 def _scaled_dot_product_attention(
@@ -61,22 +64,55 @@ def window_mask(queries: Tensor, keys: Tensor, *, width: int, window: int, prefi
     return causal & (near | (k < prefix))
 
 
+class _Tiling(NamedTuple):
+    """How a grid is cut: tiles of queries, and the margins around each that its cells also see."""
+
+    grid: tuple[int, int]
+    window: int
+    prefix: int
+    rows: int  # of a tile
+    columns: int
+    halo: int  # rows above a tile that its cells see
+    side: int  # columns to its left, and to its right
+
+    @property
+    def across(self) -> int:
+        """Tiles beside each other."""
+        return -(-self.grid[1] // self.columns)
+
+
+def _tile(grid: tuple[int, int], window: int, prefix: int) -> _Tiling:
+    """Tiles of about TILE_ROWS x TILE_COLUMNS; as wide as the grid where margins would not pay."""
+    height, width = grid
+    halo, side = min(window, height) - 1, min(window, width) - 1
+    columns = max(TILE_COLUMNS, side)
+    if columns + 2 * side >= width:
+        columns, side = width, 0
+    rows = max(TILE_ROWS * TILE_COLUMNS // columns, halo, 1)
+    return _Tiling(grid, window, prefix, min(rows, height), columns, halo, side)
+
+
 @lru_cache(maxsize=32)
-def _mask(
-    first_query: int,
-    first_key: int,
-    stop: int,
-    width: int,
-    window: int,
-    prefix: int,
-    device: torch.device,
-) -> Tensor:
-    """`window_mask` of queries [first_query, stop) over the prefix and keys [first_key, stop)."""
-    queries = torch.arange(first_query, stop, device=device)
-    keys = torch.cat(
-        [torch.arange(prefix, device=device), torch.arange(first_key, stop, device=device)]
-    )
-    return window_mask(queries, keys, width=width, window=window, prefix=prefix)
+def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
+    """Who sees whom in the tiles of one band: (across, rows*columns, prefix + keys), bool.
+
+    Args:
+        halo: rows of keys above the tiles; 0 for the first band, `tiling.halo` for all others.
+    """
+    width, columns, side = tiling.grid[1], tiling.columns, tiling.side
+    rows = torch.arange(tiling.rows, device=device)
+    column = torch.arange(tiling.across, device=device)[:, None] * columns
+    column_q = column + torch.arange(columns, device=device)  # (across, columns)
+    column_k = column + torch.arange(-side, columns + side, device=device)
+    down = rows[:, None] - torch.arange(-halo, tiling.rows, device=device)  # row_q - row_k
+    beside = column_q[:, :, None] - column_k[:, None, :]  # column_q - column_k
+    # (across, rows, columns, rows of keys, columns of keys)
+    down, beside = down[None, :, None, :, None], beside[:, None, :, None, :]
+    earlier = (down > 0) | ((down == 0) & (beside >= 0))
+    near = (down < tiling.window) & (beside.abs() < tiling.window)
+    inside = ((column_k >= 0) & (column_k < width))[:, None, None, None, :]
+    cells = (earlier & near & inside).flatten(3).flatten(1, 2)
+    return F.pad(cells, (tiling.prefix, 0), value=True)
 
 
 def attend(
@@ -90,9 +126,9 @@ def attend(
 ) -> Tensor:
     """Causal attention over `prefix` tokens and the cells of `grid`, exact for every window.
 
-    Without a window this is one causal call. With one, the grid is cut into blocks of rows:
-    a block and the window - 1 rows above it hold all that its cells see, so that time and
-    memory grow with the number of rows and no mask over all pairs of cells ever exists.
+    Without a window this is one causal call. With one, the grid is cut into tiles: a tile, the
+    rows above it and the columns beside it that the window reaches hold all that its cells see.
+    Time and memory grow with the number of cells; no mask over all pairs of them ever exists.
 
     Args:
         q, k, v: (B, heads, prefix + h*w, head_dim).
@@ -102,51 +138,82 @@ def attend(
 
     Returns:
         (B, heads, prefix + h*w, head_dim).
+
+    Raises:
+        ValueError: the tensors have another length, or there is no prefix.
     """
     height, width = grid
-    if q.shape[2] != prefix + height * width:
+    if q.shape[2] != prefix + height * width or prefix < 1:
         raise ValueError(
-            f"expected {prefix} + {height}*{width} = {prefix + height * width} tokens, "
-            f"got {q.shape[2]}"
+            f"expected {max(prefix, 1)} + {height}*{width} = {max(prefix, 1) + height * width} "
+            f"tokens, got {q.shape[2]}"
         )
     if covers(window, grid):
         return _scaled_dot_product_attention(q, k, v, is_causal=True)
+    tiling = _tile(grid, window, prefix)
+    before = [x[:, :, :prefix] for x in (q, k, v)]
+    outputs = [_scaled_dot_product_attention(*before, is_causal=True)]
+    # The first band of tiles has no rows above it; of the others many go into one call.
+    bands = max(1, CELLS_A_CALL // (tiling.rows * width))
+    sizes = [min(tiling.rows, height)]
+    while sum(sizes) < height:
+        sizes.append(min(bands * tiling.rows, height - sum(sizes)))
+    # Split, not sliced: the gradients of all parts are then joined once.
+    parts = [x[:, :, prefix:].unflatten(2, grid).split(sizes, dim=2) for x in (q, k, v)]
+    above: list[Tensor] | None = None
+    for q_rows, *key_rows in zip(*parts, strict=True):
+        if above is None or tiling.halo == 0:
+            k_rows, v_rows = key_rows
+        else:
+            k_rows, v_rows = (
+                torch.cat([old[:, :, -tiling.halo :], new], dim=2)
+                for old, new in zip(above, key_rows, strict=True)
+            )
+        outputs.append(_look(q_rows, k_rows, v_rows, before[1], before[2], tiling))
+        above = key_rows
+    return torch.cat(outputs, dim=2)
 
-    halo = min(window, height) - 1  # rows above a block that its cells still see
-    rows = max(halo, -(-CELLS_A_BLOCK // width), 1)  # rows in a block
-    top = prefix + min(rows, height) * width  # end of the first block in the sequence
-    mask = _mask(0, prefix, top, width, window, prefix, q.device)
-    first = _scaled_dot_product_attention(
-        q[:, :, :top], k[:, :, :top], v[:, :, :top], attn_mask=mask
+
+def _look(
+    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, tiling: _Tiling
+) -> Tensor:
+    """Attention of some rows of cells to the prefix, to themselves and to the rows above them.
+
+    Args:
+        q: (B, heads, rows, w, d).
+        k, v: (B, heads, halo + rows, w, d); in the first rows of the grid halo is 0.
+        k_prefix, v_prefix: (B, heads, prefix, d).
+
+    Returns:
+        (B, heads, rows * w, d).
+    """
+    batch, heads, height, width, dim = q.shape
+    halo, side = k.shape[2] - height, tiling.side
+    rows, columns, across = tiling.rows, tiling.columns, tiling.across
+    bands = -(-height // rows)
+
+    def cut(x: Tensor, above: int, beside: int) -> Tensor:
+        """Rows of cells -> (B, heads, bands, across, cells of a tile and its margins, d)."""
+        missing_rows, missing_columns = bands * rows - height, across * columns - width
+        x = F.pad(x, (0, 0, beside, beside + missing_columns, 0, missing_rows))
+        x = x.unfold(2, above + rows, rows).unfold(3, columns + 2 * beside, columns)
+        return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
+
+    def keyed(x: Tensor, x_prefix: Tensor) -> Tensor:
+        """What each tile sees: (B*heads*bands, across, prefix + keys, d)."""
+        cells = cut(x, halo, side)
+        before = x_prefix[:, :, None, None].expand(*cells.shape[:4], -1, -1)
+        return torch.cat([before, cells], dim=4).flatten(0, 2)
+
+    y = _scaled_dot_product_attention(
+        cut(q, 0, 0).flatten(0, 2),
+        keyed(k, k_prefix),
+        keyed(v, v_prefix),
+        attn_mask=_tile_mask(tiling, halo, q.device)[None],
     )
-    if rows >= height:
-        return first
-
-    # All other blocks look alike, so that one mask serves them in one call.
-    blocks = -(-(height - rows) // rows)
-    missing = (rows + blocks * rows - height) * width  # cells that fill up the last block
-    start, size = prefix + (rows - halo) * width, (rows + halo) * width
-
-    def keyed(x: Tensor) -> Tensor:
-        """(B, heads, T, d) -> (B, blocks, heads, prefix + size, d): what each block may see."""
-        cells = F.pad(x[:, :, start:], (0, 0, 0, missing)).unfold(2, size, rows * width)
-        cells = cells.permute(0, 2, 1, 4, 3)  # (B, blocks, heads, size, d)
-        before = x[:, :, :prefix].unsqueeze(1).expand(-1, blocks, -1, -1, -1)
-        return torch.cat([before, cells], dim=3)
-
-    batch, heads, _, dim = q.shape
-    queries = F.pad(q[:, :, top:], (0, 0, 0, missing))  # (B, heads, blocks*rows*w, d)
-    queries = queries.view(batch, heads, blocks, rows * width, dim).transpose(1, 2)
-    first_query = prefix + halo * width  # of a block whose keys start right after the prefix
-    mask = _mask(first_query, prefix, prefix + size, width, window, prefix, q.device)
-    rest = _scaled_dot_product_attention(
-        queries.flatten(0, 1),
-        keyed(k).flatten(0, 1),
-        keyed(v).flatten(0, 1),
-        attn_mask=mask,
-    )
-    rest = rest.view(batch, blocks, heads, rows * width, dim).transpose(1, 2).flatten(2, 3)
-    return torch.cat([first, rest[:, :, : q.shape[2] - top]], dim=2)
+    y = y.view(batch, heads, bands, across, rows, columns, dim).transpose(3, 4)
+    y = y.reshape(batch, heads, bands * rows, across * columns, dim)
+    return y[:, :, :height, :width].flatten(2, 3)
 
 
 class KVCache:
