@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from transformer import GPT, GPTConfig, generate
+from transformer import GPT, Beyond, GPTConfig, Guidance, generate
+from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, processes, tracking
 from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import Row
@@ -25,6 +26,8 @@ def main(arguments: argparse.Namespace) -> None:
     labels = [names[number % len(names)] for number in range(arguments.num_images)]
     prefix = torch.tensor(vocabulary.tokens(labels))
     origin = gpt.provenance
+    size = arguments.size_in_cells or vocabulary.latent_dim
+    guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
@@ -37,6 +40,10 @@ def main(arguments: argparse.Namespace) -> None:
                 temperature=arguments.temperature,
                 top_k=arguments.top_k,
                 top_p=arguments.top_p,
+                min_p=arguments.min_p,
+                guidance=guidance,
+                size=size,
+                beyond=Beyond(arguments.beyond),
                 seed=arguments.seed,
                 batch_size=arguments.batch_size,
                 progress=bar.update,
@@ -45,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise cli.UserError(str(error)) from error
         meta = IndicesMeta(
             codebook_size=vocabulary.codebook_size,
-            latent_dim=vocabulary.latent_dim,
+            latent_dim=size,
             tokenizer_sha256=vocabulary.tokenizer_sha256,
             tokenizer_run_id=vocabulary.tokenizer_run_id,
             gpt_run_id=origin.run_id,
@@ -94,6 +101,37 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top_p", type=float, default=1.0, help="draw from the likeliest that reach p together"
+    )
+    parser.add_argument(
+        "--min_p",
+        type=float,
+        default=0.0,
+        help="draw from those with this share of the likeliest one's probability (default: all)",
+    )
+    parser.add_argument(
+        "--guidance_scale",
+        type=float,
+        default=1.0,
+        help="above 1 the class is pronounced (classifier-free guidance; default: 1, none)",
+    )
+    parser.add_argument(
+        "--guidance_schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="how the scale rises from 1 over the cells (default: constant, it does not)",
+    )
+    parser.add_argument(
+        "--size_in_cells",
+        type=cli.height_and_width,
+        metavar="H,W",
+        help="size of the grids, larger than trained if need be (default: as trained)",
+    )
+    parser.add_argument(
+        "--beyond",
+        choices=[str(way) for way in Beyond],
+        default=str(Beyond.SLIDE),
+        help="positions in larger grids: slide a crop of the trained size along (default); go on; "
+        "or compress them into the trained range",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")

@@ -38,9 +38,14 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("window", [0, 1, 3, 9, 50])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_forward_and_gradients_are_those_of_the_definition(
-    grid: tuple[int, int], window: int, prefix: int, dtype: torch.dtype
+    grid: tuple[int, int],
+    window: int,
+    prefix: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 64)
     length = prefix + grid[0] * grid[1]
     one = [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     two = [x.detach().double().requires_grad_() for x in one]
@@ -63,6 +68,7 @@ def test_tiles_of_any_size_give_the_same(window: int, monkeypatch: pytest.Monkey
         monkeypatch.setattr(attention, "TILE_ROWS", rows)
         monkeypatch.setattr(attention, "TILE_COLUMNS", columns)
         monkeypatch.setattr(attention, "CELLS_A_CALL", 60)
+        monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 0)
         y = attend(*x, grid=grid, window=window, prefix=2)
         torch.testing.assert_close(y, brute_force(*x, mask), rtol=0, atol=1e-12)
 

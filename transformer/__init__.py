@@ -1,6 +1,7 @@
 """A GPT over grids of codebook indices: model, attention with a 2-D window, sampling."""
 
 from transformer.gpt import GPT, GPTConfig
-from transformer.sampling import generate
+from transformer.positions import Beyond
+from transformer.sampling import Guidance, generate
 
-__all__ = ["GPT", "GPTConfig", "generate"]
+__all__ = ["GPT", "Beyond", "GPTConfig", "Guidance", "generate"]

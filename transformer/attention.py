@@ -15,11 +15,13 @@ from torch import Tensor
 
 # Sides of a tile in cells: large enough for efficient matrix products, small beside the window.
 TILE_ROWS, TILE_COLUMNS = 8, 16
+# A grid of so few cells is one tile: a second call would cost more than the mask saves.
+CELLS_IN_ONE_TILE = 512
 # Cells in one call: what is copied for a call, with margins, is small beside a large grid.
 CELLS_A_CALL = 4096
 
 
-def _scaled_dot_product_attention(
+def scaled_dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """PyTorch's own, in float32 on a CPU.
@@ -85,6 +87,8 @@ def _tile(grid: tuple[int, int], window: int, prefix: int) -> _Tiling:
     """Tiles of about TILE_ROWS x TILE_COLUMNS; as wide as the grid where margins would not pay."""
     height, width = grid
     halo, side = min(window, height) - 1, min(window, width) - 1
+    if height * width <= CELLS_IN_ONE_TILE:
+        return _Tiling(grid, window, prefix, height, width, halo, 0)
     columns = max(TILE_COLUMNS, side)
     if columns + 2 * side >= width:
         columns, side = width, 0
@@ -149,10 +153,10 @@ def attend(
             f"tokens, got {q.shape[2]}"
         )
     if covers(window, grid):
-        return _scaled_dot_product_attention(q, k, v, is_causal=True)
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, window, prefix)
     before = [x[:, :, :prefix] for x in (q, k, v)]
-    outputs = [_scaled_dot_product_attention(*before, is_causal=True)]
+    outputs = [scaled_dot_product_attention(*before, is_causal=True)]
     # The first band of tiles has no rows above it; of the others many go into one call.
     bands = max(1, CELLS_A_CALL // (tiling.rows * width))
     sizes = [min(tiling.rows, height)]
@@ -205,7 +209,7 @@ def _look(
         before = x_prefix[:, :, None, None].expand(*cells.shape[:4], -1, -1)
         return torch.cat([before, cells], dim=4).flatten(0, 2)
 
-    y = _scaled_dot_product_attention(
+    y = scaled_dot_product_attention(
         cut(q, 0, 0).flatten(0, 2),
         keyed(k, k_prefix),
         keyed(v, v_prefix),
@@ -214,45 +218,3 @@ def _look(
     y = y.view(batch, heads, bands, across, rows, columns, dim).transpose(3, 4)
     y = y.reshape(batch, heads, bands * rows, across * columns, dim)
     return y[:, :, :height, :width].flatten(2, 3)
-
-
-class KVCache:
-    """Keys and values of all layers for one batch of sequences, allocated once.
-
-    Attributes:
-        keys, values: (num_layers, B, heads, length, head_dim).
-    """
-
-    def __init__(
-        self,
-        num_layers: int,
-        batch_size: int,
-        num_heads: int,
-        length: int,
-        head_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (num_layers, batch_size, num_heads, length, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int, mask: Tensor | None
-    ) -> Tensor:
-        """Store k and v of the tokens from `position` on, and let q look at all until then.
-
-        Args:
-            q, k, v: (B, heads, n, head_dim) of the tokens position .. position + n - 1.
-            mask: (n, position + n), who sees whom; None: all see all that is stored.
-
-        Returns:
-            (B, heads, n, head_dim).
-        """
-        stop = position + k.shape[2]
-        self.keys[layer, :, :, position:stop] = k
-        self.values[layer, :, :, position:stop] = v
-        return _scaled_dot_product_attention(
-            q, self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop], attn_mask=mask
-        )

@@ -1,17 +1,59 @@
 """Logits to indices: the distribution that is drawn from, and the loop that draws."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from transformer.gpt import GPT
+from transformer.positions import Beyond
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
+
+    Attributes:
+        scale: 1 for none; the logits c know the class, u do not.
+        schedule: "constant", or how the scale rises from 1 at the first cell to `scale` at the
+            last: "linear" or "cosine".
+
+    Raises:
+        ValueError: a negative scale, or an unknown schedule.
+    """
+
+    scale: float = 1.0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        if self.scale < 0:
+            raise ValueError(f"guidance_scale must be 0 or more, got {self.scale}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"guidance_schedule must be one of {SCHEDULES}, got {self.schedule}")
+
+    def at(self, cell: int, cells: int) -> float:
+        """The scale for cell number `cell` of `cells`."""
+        progress = cell / max(1, cells - 1)
+        if self.schedule == "constant":
+            progress = 1.0
+        elif self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return 1 + (self.scale - 1) * progress
 
 
 def probabilities(
-    logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+    logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
 ) -> Tensor:
-    """The distribution to draw from: first temperature, then top-k, then top-p.
+    """The distribution to draw from: first temperature, then top-k, top-p and min-p.
 
     Args:
         logits: (..., K).
@@ -19,12 +61,14 @@ def probabilities(
         top_k: keep the k most likely indices; 0 keeps all.
         top_p: of these keep the most likely ones that reach this probability together
             (nucleus sampling, arXiv 1904.09751); the most likely one always stays.
+        min_p: keep those that have at least this share of the most likely one's probability
+            (arXiv 2407.01082); 0 keeps all.
 
     Returns:
         (..., K), float32, each summing to 1.
 
     Raises:
-        ValueError: temperature < 0, top_k < 0, or top_p outside (0, 1].
+        ValueError: temperature < 0, top_k < 0, top_p outside (0, 1], or min_p outside [0, 1].
     """
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
@@ -32,11 +76,16 @@ def probabilities(
         raise ValueError(f"top_k must be 0 (off) or more, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if not 0 <= min_p <= 1:
+        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
     logits = logits.float()
     size = logits.shape[-1]
     if temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(dim=-1), size).float()
     logits = logits / temperature
+    if min_p:
+        bar = logits.amax(dim=-1, keepdim=True) + math.log(min_p)
+        logits = logits.masked_fill(logits < bar, float("-inf"))
     if (top_k == 0 or top_k >= size) and top_p == 1:
         return logits.softmax(dim=-1)
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -71,48 +120,103 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def draw_rows(
+    model: GPT,
+    prefix: Tensor,
+    uniform: Tensor,
+    *,
+    size: tuple[int, int] | None = None,
+    beyond: Beyond = Beyond.SLIDE,
+    guidance: Guidance = Guidance(),
+    given: Tensor | None = None,
+    keep: Tensor | None = None,
+    **shaping: float,
+) -> Iterator[Tensor]:
+    """Draw one batch of grids row by row; a window bounds the memory, however tall they are.
+
+    Args:
+        model: in eval mode.
+        prefix: (B,) class of each image, or `model.config.no_class`; on the model's device.
+        uniform: (B, h*w) in [0, 1), what makes the choices; on the model's device.
+        size: (h, w) of the grid; default: what the model was trained on.
+        beyond: positions in a larger grid than that.
+        guidance: two passes in one batch, with class and without.
+        given: (B, h, w) or (1, h, w), indices that are taken over where `keep` says so.
+        keep: (h, w), bool.
+        shaping: of `probabilities`.
+
+    Yields:
+        (B, w), int64, from the top row to the bottom row.
+    """
+    height, width = size or model.config.latent_dim
+    guided = guidance.scale != 1
+    tokens = torch.cat([prefix, torch.full_like(prefix, model.config.no_class)])
+    tokens = tokens if guided else prefix
+    cache = model.make_cache(len(tokens), (height, width), beyond)
+    kept = [False] * (height * width) if keep is None else keep.flatten().tolist()
+    row = []
+    for cell in range(height * width):
+        logits = model.step(tokens, cell, cache)  # (B, K)
+        if guided:
+            with_class, without = logits.chunk(2)
+            logits = torch.lerp(without, with_class, guidance.at(cell, height * width))
+        distribution = probabilities(logits, **shaping)
+        if kept[cell]:
+            tokens = given[:, cell // width, cell % width].expand(len(prefix))
+        else:
+            tokens = draw(distribution, uniform[:, cell])
+        row.append(tokens)
+        if len(row) == width:
+            yield torch.stack(row, dim=1)
+            row = []
+        tokens = tokens.repeat(2) if guided else tokens
+
+
+@torch.no_grad()
 def generate(
     model: GPT,
     prefix: Tensor,
     *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    size: tuple[int, int] | None = None,
+    given: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
+    **options: object,
 ) -> Tensor:
     """Draw one grid of indices for each prefix.
 
     Args:
         model: in eval mode.
         prefix: (N,) class of each image, or `model.config.no_class`.
-        temperature, top_k, top_p: see `probabilities`.
         seed: of the N x h*w uniform numbers that make all choices; the batch size makes none.
         batch_size: images drawn at once.
+        size: (h, w) of the grids; default: what the model was trained on.
+        given: (N, h, w), see `draw_rows`.
         progress: called with the number of images after each batch.
+        options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance and
+            keep of `draw_rows`.
 
     Returns:
         (N, h, w), int64, on the CPU.
     """
-    height, width = model.config.latent_dim
+    height, width = size or model.config.latent_dim
     uniforms = torch.rand(
         len(prefix), height * width, generator=torch.Generator().manual_seed(seed)
     )
     device = model.head.weight.device
     grids = []
-    for tokens, uniform in zip(
-        prefix.split(batch_size), uniforms.to(device).split(batch_size), strict=True
-    ):
-        tokens = tokens.to(device)
-        cache = model.make_cache(len(tokens))
-        drawn = []
-        for position in range(height * width):
-            logits = model.step(tokens, position, cache)  # (B, K)
-            distribution = probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
-            tokens = draw(distribution, uniform[:, position])
-            drawn.append(tokens)
-        grids.append(torch.stack(drawn, dim=1).view(-1, height, width).cpu())
+    for start in range(0, len(prefix), batch_size):
+        part = slice(start, start + batch_size)
+        rows = draw_rows(
+            model,
+            prefix[part].to(device),
+            uniforms[part].to(device),
+            size=(height, width),
+            given=None if given is None else given[part].to(device),
+            **options,
+        )
+        grids.append(torch.stack([row.cpu() for row in rows], dim=1))
         if progress is not None:
-            progress(len(tokens))
+            progress(len(grids[-1]))
     return torch.cat(grids)

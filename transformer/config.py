@@ -1,0 +1,118 @@
+"""What a GPT is made of: its flags, and the named sizes."""
+
+from dataclasses import dataclass, field
+
+# num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
+SIZES = {
+    "tiny": (4, 4, 192, 512),
+    "small": (8, 6, 384, 1024),
+    "B": (12, 12, 768, 2048),
+    "L": (24, 16, 1024, 2816),
+    "XL": (36, 20, 1280, 3584),
+}
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that is needed to build a `GPT`; each field with help is a flag.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    codebook_size: int  # number of codebook indices K
+    num_classes: int = 0  # classes; the prefix "no class" comes on top
+    latent_dim: tuple[int, int] | None = field(
+        default=None,
+        metadata={"help": "side, or H,W, of the latent grid; default: what the indices have"},
+    )
+    size: str = field(
+        default="tiny",
+        metadata={
+            "help": "where the dimensions below come from that are not given: "
+            + ", ".join(f"{name} {shape[0]} x {shape[2]}" for name, shape in SIZES.items()),
+            "choices": tuple(SIZES),
+        },
+    )
+    num_layers: int = field(default=0, metadata={"help": "transformer blocks; 0: --size's"})
+    num_heads: int = field(default=0, metadata={"help": "attention heads; 0: --size's"})
+    num_kv_heads: int = field(
+        default=0, metadata={"help": "heads of keys and values; 0: as many as --num_heads"}
+    )
+    dim: int = field(default=0, metadata={"help": "width of the transformer; 0: --size's"})
+    hidden_dim: int = field(
+        default=0,
+        metadata={"help": "width of its feed-forward layers; 0: --size's, or 8/3 of another --dim"},
+    )
+    positions: str = field(
+        default="rotary",
+        metadata={
+            "help": "rotary: rotate queries and keys by row and column; "
+            "learned: add an embedding for each cell",
+            "choices": ("rotary", "learned"),
+        },
+    )
+    window_size: int = field(
+        default=0,
+        metadata={
+            "help": "each cell attends to the cells less than this many rows above and columns "
+            "beside it; 0: to all earlier ones"
+        },
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout after each layer"})
+    class_dropout: float = field(
+        default=0.1,
+        metadata={"help": "share of the training images whose class is shown as 'no class'"},
+    )
+
+    qk_norm: bool = True  # LlamaGen has neither this
+    blank_prefix: bool = False  # nor a prefix that queries can tell from a key of zeros
+
+    def __post_init__(self) -> None:
+        self._fill_in()
+        if self.codebook_size < 2:
+            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
+        if self.latent_dim is not None and min(self.latent_dim) < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
+        if min(self.num_layers, self.num_heads, self.num_kv_heads, self.dim, self.hidden_dim) < 1:
+            raise ValueError(
+                "num_layers, num_heads, num_kv_heads, dim and hidden_dim must be at least 1"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.num_classes < 0 or self.window_size < 0:
+            raise ValueError("num_classes and window_size must not be negative")
+        if self.dim % (4 * self.num_heads):
+            raise ValueError(
+                f"dim {self.dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}"
+            )
+        for name in ("dropout", "class_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.positions not in ("rotary", "learned"):
+            raise ValueError(f"positions must be rotary or learned, got {self.positions}")
+
+    def _fill_in(self) -> None:
+        """Give the dimensions that are 0 their values."""
+        if self.size not in SIZES:
+            raise ValueError(f"size must be one of {tuple(SIZES)}, got {self.size}")
+        *shape, hidden_dim = SIZES[self.size]
+        for name, value in zip(("num_layers", "num_heads", "dim"), shape, strict=True):
+            object.__setattr__(self, name, getattr(self, name) or value)
+        if self.dim != SIZES[self.size][2]:
+            # About as many weights as a plain layer of width 4 * dim, in whole 64s.
+            hidden_dim = -(-8 * self.dim // (3 * 64)) * 64
+        object.__setattr__(self, "hidden_dim", self.hidden_dim or hidden_dim)
+        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+
+    @property
+    def no_class(self) -> int:
+        """The prefix token that stands for "no class"; the classes are 0 .. num_classes - 1."""
+        return self.num_classes
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.dim // self.num_heads

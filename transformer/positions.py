@@ -1,0 +1,94 @@
+"""Where the cells of a grid are: rotary angles, and grids of other sizes than the trained one."""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class Beyond(StrEnum):
+    """Positions in grids that are larger than the trained one."""
+
+    SLIDE = "slide"  # the prefix is seen from where a crop of the trained size would lie
+    EXTRAPOLATE = "extrapolate"  # positions just go on
+    INTERPOLATE = "interpolate"  # positions are compressed into the trained range
+
+
+def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Rotation angles of a 2-D rotary embedding (RoPE, arXiv 2104.09864), (n, head_dim / 2).
+
+    The first half of the angles turns with the row, the second with the column.
+
+    Args:
+        rows, columns: (n,) position of each cell; 0, 0 is not turned.
+        head_dim: a multiple of 4.
+    """
+    quarter = head_dim // 4
+    frequencies = base ** (-torch.arange(quarter, device=rows.device) / quarter)
+    return torch.cat([rows[:, None] * frequencies, columns[:, None] * frequencies], dim=-1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[..., i], x[..., i + head_dim / 2]) by the angles of `cos` and `sin`."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def _inside(place: int, size: int, trained: int) -> int:
+    """Where a crop of `trained` cells that slides along `size` cells has the cell `place`.
+
+    The crop keeps the cell in its middle, as far as the borders let it.
+    """
+    half = trained // 2
+    if size <= trained or place < half:
+        return place
+    return max(half, trained - (size - place))
+
+
+class Places:
+    """The cells of a grid of any size, as a model sees them that was trained on another.
+
+    Attributes:
+        size: rows and columns (h, w) of the grid.
+        trained: rows and columns that the model was trained on.
+        beyond: what happens where `size` is the larger.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], trained: tuple[int, int], head_dim: int, beyond: Beyond
+    ) -> None:
+        self.size, self.trained, self.beyond = size, trained, beyond
+        self._head_dim = head_dim
+        stretch = beyond == Beyond.INTERPOLATE
+        self._scale = [
+            t / s if stretch and s > t else 1.0 for s, t in zip(size, trained, strict=True)
+        ]
+
+    def turn(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, (n, head_dim / 2) each, of the angles at positions (n,), (n,)."""
+        angles = rotary_angles(rows, columns, self._head_dim)
+        return angles.cos(), angles.sin()
+
+    def cells(self, row: int, rows: int = 1) -> tuple[Tensor, Tensor]:
+        """cos and sin of the cells in `rows` rows from `row` on, (rows * w, head_dim / 2) each.
+
+        Cells count from 1; the prefix is at 0, 0. A compressed cell keeps its middle.
+        """
+        (vertical, horizontal), width = self._scale, self.size[1]
+        down = (torch.arange(row, row + rows) + 0.5) * vertical + 0.5
+        right = (torch.arange(width) + 0.5) * horizontal + 0.5
+        return self.turn(down.repeat_interleave(width), right.repeat(rows))
+
+    def inside(self, row: int, column: int) -> tuple[int, int]:
+        """The cell of the trained grid that the cell (row, column) takes the place of."""
+        size, trained = self.size, self.trained
+        return _inside(row, size[0], trained[0]), _inside(column, size[1], trained[1])
+
+    def offset(self, row: int, column: int) -> tuple[int, int]:
+        """How far the cell (row, column) lies from the one whose place it takes.
+
+        Turned by as much, the prefix looks to the cell as it did in training: what a rotated
+        query and a rotated key make of each other depends on their distance alone.
+        """
+        inside = self.inside(row, column)
+        return row - inside[0], column - inside[1]
