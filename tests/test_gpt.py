@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
-from transformer.gpt import rotary_angles, rotate
+from transformer.positions import Beyond, Places, rotate
 
 GRID = (6, 7)
 VARIANTS = [
@@ -98,17 +98,17 @@ def test_residual_branches_start_smaller_in_deeper_models() -> None:
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     """<R_a q, R_b k> is a function of the difference of the two cells, in rows and columns."""
     height, width, dim = 6, 8, 16
-    angles = rotary_angles(height, width, dim)
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = Places((height, width), (height, width), dim, Beyond.SLIDE).cells(0, height)
     q, k = torch.randn(2, dim)
 
     def score(a: tuple[int, int], b: tuple[int, int]) -> float:
-        x, y = 1 + a[0] * width + a[1], 1 + b[0] * width + b[1]
+        x, y = a[0] * width + a[1], b[0] * width + b[1]
         return float(rotate(q, cos[x], sin[x]) @ rotate(k, cos[y], sin[y]))
 
     assert score((1, 2), (3, 5)) == pytest.approx(score((2, 4), (4, 7)), abs=1e-4)
     assert score((1, 2), (3, 5)) != pytest.approx(score((1, 2), (5, 3)), abs=1e-2)
-    assert rotate(q, cos[0], sin[0]).equal(q)  # the prefix is nowhere
+    model = make_gpt()
+    assert rotate(q, model.cos[0, :1], model.sin[0, :1]).equal(q)  # the prefix is nowhere
 
 
 def test_it_learns_a_rule_of_rows_and_columns() -> None:

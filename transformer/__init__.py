@@ -1,7 +1,8 @@
 """A GPT over grids of codebook indices: model, attention with a 2-D window, sampling."""
 
+from transformer.completion import complete
 from transformer.gpt import GPT, GPTConfig
 from transformer.positions import Beyond
 from transformer.sampling import Guidance, generate
 
-__all__ = ["GPT", "Beyond", "GPTConfig", "Guidance", "generate"]
+__all__ = ["GPT", "Beyond", "GPTConfig", "Guidance", "complete", "generate"]
