@@ -1,0 +1,145 @@
+"""LlamaGen's checkpoints: the same logits as its forward pass, written down here on its own."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.conftest import ROOT
+from transformer import GPT, GPTConfig
+from transformer.pretrained import from_llamagen
+from utils import checkpoint
+
+LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
+
+
+def make_weights(kv_heads: int = HEADS) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=generator)
+
+    weights = {
+        "cls_embedding.embedding_table.weight": draw(CLASSES + 1, DIM),
+        "tok_embeddings.weight": draw(CODES, DIM),
+        "norm.weight": 1 + draw(DIM),
+        "output.weight": draw(CODES, DIM),
+    }
+    for number in range(LAYERS):
+        weights |= {
+            f"layers.{number}.attention.wqkv.weight": draw(
+                (HEADS + 2 * kv_heads) * DIM // HEADS, DIM
+            ),
+            f"layers.{number}.attention.wo.weight": draw(DIM, DIM),
+            f"layers.{number}.feed_forward.w1.weight": draw(HIDDEN, DIM),
+            f"layers.{number}.feed_forward.w3.weight": draw(HIDDEN, DIM),
+            f"layers.{number}.feed_forward.w2.weight": draw(DIM, HIDDEN),
+            f"layers.{number}.attention_norm.weight": 1 + draw(DIM),
+            f"layers.{number}.ffn_norm.weight": 1 + draw(DIM),
+        }
+    return weights
+
+
+def turning(side: int, head_dim: int) -> Tensor:
+    """exp(i * angle) of every position, (1 + side^2, head_dim / 2); 0 at the class."""
+    quarter = head_dim // 4
+    speed = 10000.0 ** (-2.0 * torch.arange(quarter) / (head_dim / 2))
+    lines = [torch.zeros(head_dim // 2, dtype=torch.complex64)]
+    for row in range(side):
+        for column in range(side):
+            angle = torch.cat([row * speed, column * speed])
+            lines.append(torch.polar(torch.ones_like(angle), angle))
+    return torch.stack(lines)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight
+
+
+def reference(weights: dict[str, Tensor], classes: Tensor, indices: Tensor, kv: int) -> Tensor:
+    """Logits of all cells, (B, side^2, CODES): neighbouring pairs turned as complex numbers."""
+    head_dim, side = DIM // HEADS, indices.shape[1]
+    turns = turning(side, head_dim)[:-1]
+    x = torch.cat(
+        [
+            weights["cls_embedding.embedding_table.weight"][classes][:, None],
+            weights["tok_embeddings.weight"][indices.flatten(1)[:, :-1]],
+        ],
+        dim=1,
+    )
+    length = x.shape[1]
+    future = torch.ones(length, length).triu(1).bool()
+    for number in range(LAYERS):
+        part = {k: v for k, v in weights.items() if k.startswith(f"layers.{number}.")}
+        w = {k.removeprefix(f"layers.{number}.").removesuffix(".weight"): part[k] for k in part}
+        qkv = norm(x, w["attention_norm"]) @ w["attention.wqkv"].T
+        q, k, v = qkv.split([DIM, kv * head_dim, kv * head_dim], dim=-1)
+        heads = []
+        for head in range(HEADS):
+            shared = head * kv // HEADS
+
+            def turned(y: Tensor, which: int) -> Tensor:
+                y = y[..., which * head_dim : (which + 1) * head_dim]
+                pairs = torch.complex(y[..., 0::2], y[..., 1::2]) * turns
+                return torch.view_as_real(pairs).flatten(-2)
+
+            scores = turned(q, head) @ turned(k, shared).transpose(1, 2) / head_dim**0.5
+            scores = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
+            heads.append(scores @ v[..., shared * head_dim : (shared + 1) * head_dim])
+        x = x + torch.cat(heads, dim=-1) @ w["attention.wo"].T
+        y = norm(x, w["ffn_norm"])
+        y = F.silu(y @ w["feed_forward.w1"].T) * (y @ w["feed_forward.w3"].T)
+        x = x + y @ w["feed_forward.w2"].T
+    return norm(x, weights["norm.weight"]) @ weights["output.weight"].T
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, 2])
+def test_llamagen_logits_are_the_same(kv_heads: int) -> None:
+    weights = make_weights(kv_heads)
+    model = from_llamagen(weights, (4, 4), HEADS)
+    indices = torch.randint(CODES, (3, 4, 4), generator=torch.Generator().manual_seed(1))
+    classes = torch.tensor([0, 3, CLASSES])
+    with torch.no_grad():
+        logits = model(classes, indices)
+        cache, tokens, steps = model.make_cache(3), classes, []
+        for cell in range(16):
+            steps.append(model.step(tokens, cell, cache))
+            tokens = indices.flatten(1)[:, cell]
+    expected = reference(weights, classes, indices, kv_heads)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
+    for change, message in (
+        ({"cls_embedding.embedding_table.weight": None}, "class-conditional"),
+        ({"layers.1.feed_forward.w3.weight": None}, "has no 'layers.1"),
+        ({"extra": torch.zeros(1)}, "of no use here: extra"),
+    ):
+        weights = {k: v for k, v in (make_weights() | change).items() if v is not None}
+        with pytest.raises(ValueError, match=message):
+            from_llamagen(weights, (4, 4), HEADS)
+
+
+def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
+    torch.save({"model": make_weights(), "steps": 7}, tmp_path / "c2i.pt")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "transformer.pretrained", "--from", "llamagen"),
+            *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", str(HEADS)),
+            *("--output_dir", tmp_path / "gpt"),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "transformer_generation.py --model_path" in done.stdout
+    model = checkpoint.load_model(tmp_path / "gpt", GPT, GPTConfig).model
+    torch.testing.assert_close(
+        model.state_dict(), from_llamagen(make_weights(), (4, 4), HEADS).state_dict()
+    )

@@ -1,0 +1,160 @@
+"""Checkpoints of other projects as model folders of this one."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from transformer.config import GPTConfig
+from transformer.gpt import GPT
+from utils import checkpoint, cli
+from utils.vocabulary import FILE, Vocabulary
+
+# LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
+LLAMAGEN_HEADS = {3200: 32, 4096: 32}
+
+
+def _halves(weight: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection (heads * d, dim), reordered for `rotate`.
+
+    LlamaGen turns neighbours (2i, 2i + 1) together, this project (i, i + d/2). Queries and keys
+    reordered alike have the same products.
+    """
+    pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, d / 2, 2, dim)
+    return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int = 0) -> GPT:
+    """A class-conditional GPT of LlamaGen, with the same logits.
+
+    Args:
+        weights: its state dict.
+        latent_dim: rows and columns (h, w) of the grid it was trained on.
+        heads: attention heads; 0: what LlamaGen's models of this width have.
+
+    Returns:
+        The model in eval mode, float32.
+
+    Raises:
+        ValueError: weights that are missing, left over, or of a text-to-image model.
+    """
+    if "cls_embedding.embedding_table.weight" not in weights:
+        raise ValueError("no class-conditional GPT of LlamaGen: it has no cls_embedding table")
+    weights = {key: value.float() for key, value in weights.items()}
+    num_layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
+    codebook_size, dim = weights["tok_embeddings.weight"].shape
+    heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
+    qkv_rows = len(weights["layers.0.attention.wqkv.weight"])
+    kv_heads = (qkv_rows - dim) // (2 * (dim // heads))
+    config = GPTConfig(
+        codebook_size=codebook_size,
+        num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
+        latent_dim=latent_dim,
+        num_layers=num_layers,
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        dim=dim,
+        hidden_dim=len(weights["layers.0.feed_forward.w1.weight"]),
+        qk_norm=False,
+        blank_prefix=True,
+    )
+    names = {
+        "prefix_embedding.weight": "cls_embedding.embedding_table.weight",
+        "token_embedding.weight": "tok_embeddings.weight",
+        "norm.weight": "norm.weight",
+        "head.weight": "output.weight",
+    }
+    for number in range(num_layers):
+        ours, theirs = f"blocks.{number}", f"layers.{number}"
+        names |= {
+            f"{ours}.norm_attention.weight": f"{theirs}.attention_norm.weight",
+            f"{ours}.attention.out.weight": f"{theirs}.attention.wo.weight",
+            f"{ours}.norm_feed_forward.weight": f"{theirs}.ffn_norm.weight",
+            f"{ours}.feed_forward.out.weight": f"{theirs}.feed_forward.w2.weight",
+        }
+    try:
+        state = {ours: weights.pop(theirs) for ours, theirs in names.items()}
+        for number in range(num_layers):
+            layer = f"layers.{number}"
+            q, k, v = weights.pop(f"{layer}.attention.wqkv.weight").split(
+                [dim, kv_heads * config.head_dim, kv_heads * config.head_dim]
+            )
+            state[f"blocks.{number}.attention.qkv.weight"] = torch.cat(
+                [_halves(q, heads), _halves(k, kv_heads), v]
+            )
+            state[f"blocks.{number}.feed_forward.gate_and_value.weight"] = torch.cat(
+                [weights.pop(f"{layer}.feed_forward.{name}.weight") for name in ("w1", "w3")]
+            )
+    except KeyError as error:
+        raise ValueError(f"the checkpoint has no {error}") from error
+    left = sorted(key for key in weights if key not in ("freqs_cis", "causal_mask"))
+    if left:
+        raise ValueError(f"the checkpoint has weights of no use here: {cli.first_few(left)}")
+    model = GPT(config)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """The state dict in a file of torch.save, whatever it is nested under; nothing is executed.
+
+    Raises:
+        UserError: no such file, or something else.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what unpickling refuses has many types
+        line = " ".join(str(error).split())[:200]
+        raise cli.UserError(f"cannot read {path} as a checkpoint of weights: {line}") from error
+    for name in ("model", "module", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+    if not isinstance(content, dict):
+        raise cli.UserError(f"{path} holds no state dict")
+    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+
+
+def main(arguments: argparse.Namespace) -> None:
+    weights = read_weights(arguments.checkpoint)
+    model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
+    config = model.config
+    words = Vocabulary(
+        config.codebook_size, config.latent_dim, tuple(map(str, range(config.num_classes)))
+    )
+    folder = Path(arguments.output_dir)
+    if folder.exists():
+        raise cli.UserError(f"{folder} exists already; choose another --output_dir")
+    origin = checkpoint.Provenance(command=cli.command_line())
+    checkpoint.write_folder(folder, checkpoint.model_files(model, origin) | {FILE: words.content()})
+    print(
+        f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "
+        f"{config.num_classes} classes, {config.codebook_size} codes: written to {folder}"
+    )
+    print(
+        cli.next_command("transformer_generation.py", "--model_path", folder, "--num_images", "8")
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument(
+        "--from", choices=("llamagen",), required=True, help="whose checkpoint it is"
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="such as c2i_B_256.pt")
+    parser.add_argument("--output_dir", required=True, help="model folder to write")
+    parser.add_argument(
+        "--latent_dim",
+        type=cli.height_and_width,
+        default=(16, 16),
+        metavar="H,W",
+        help="grid it was trained on: 16 for 256 pixels (default), 24 for 384",
+    )
+    parser.add_argument(
+        "--num_heads", type=int, default=0, help="attention heads (default: as the width says)"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
