@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench clean
 
 # The virtual environment; made anew when what it needs changes.
 .env/.installed: requirements.txt requirements-dev.txt
@@ -18,6 +18,10 @@ test: .env/.installed  ## all tests
 lint: .env/.installed  ## style, as CI checks it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: .env/.installed  ## attention, sampling and training beside their peers, about ten minutes
+	$(BIN)/python benchmarks/attention.py
+	$(BIN)/python benchmarks/gpt.py
 
 clean:  ## remove what trainings wrote, not your data
 	rm -rf outputs mlruns mlflow.db mlflow.db.lock

@@ -1,7 +1,9 @@
-"""How good are the reconstructions of a tokenizer, and the samples of a GPT?"""
+"""How good are a tokenizer's reconstructions and a GPT's samples, and how usual is an image?"""
 
 import argparse
+import csv
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -9,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint, cli, metrics, processes, tracking
+from transformer import GPT, GPTConfig
+from utils import checkpoint, cli, figures, metrics, processes, tracking
 from utils.images import ImageDataset
 from utils.table import epoch_order
+from utils.vocabulary import read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
+SHOWN = 50  # of the most usual images, and as many of the strangest
 CLASSIFIER_EPOCHS, CLASSIFIER_BATCH, CLASSIFIER_RATE = 3, 128, 4e-3
 
 
@@ -152,9 +157,72 @@ def evaluate_samples(arguments: argparse.Namespace) -> None:
     report(output_dir, "samples", {"images": len(samples), **values})
 
 
+@torch.inference_mode()
+def bits_of_images(
+    tokenizer: VQVAE, gpt: GPT, dataset: ImageDataset, prefix: Tensor, batch_size: int
+) -> Tensor:
+    """What the indices of each image cost under the GPT, (N,), in bits per token."""
+    device = gpt.head.weight.device
+    batches = torch.arange(len(dataset)).split(batch_size)
+    bits = []
+    with tqdm(total=len(dataset), unit=" images", disable=None) as bar:
+        for rows, images in zip(batches, dataset.batches(batches, device), strict=True):
+            nats = gpt(prefix[rows].to(device), tokenizer.encode(images), loss=True)
+            bits.append(nats.double().mean(dim=1).cpu() / math.log(2))
+            bar.update(len(rows))
+    return torch.cat(bits)
+
+
+def evaluate_likelihood(arguments: argparse.Namespace) -> None:
+    device = processes.pick_device(arguments.device)
+    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
+    vocabulary = read_vocabulary(gpt.folder)
+    vocabulary.check_model(gpt.model.config, gpt.folder)
+    tokenizer = checkpoint.load_model(
+        tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
+    )
+    if vocabulary.tokenizer_sha256 not in ("", tokenizer.sha256):
+        raise cli.UserError(
+            f"the GPT in {gpt.folder} belongs to the tokenizer {vocabulary.tokenizer_sha256[:12]}, "
+            f"but {tokenizer.folder} is {tokenizer.sha256[:12]}; use models of one tokenizer"
+        )
+    config = tokenizer.model.config
+    dataset = ImageDataset(
+        arguments.path_to_data, size=config.image_size, channels=config.in_channels
+    )
+    print(dataset)
+    labels = [""] * len(dataset) if arguments.unconditional else [r.label for r in dataset.rows]
+    prefix = torch.tensor(vocabulary.tokens(labels))
+    bits = bits_of_images(tokenizer.model, gpt.model, dataset, prefix, arguments.batch_size)
+
+    order = bits.argsort(stable=True)
+    output_dir = Path(arguments.output_dir or gpt.home / "evaluation")
+    tokens_per_pixel = math.prod(config.latent_dim) / math.prod(config.image_size)
+    values = {
+        "bits_per_token": float(bits.mean()),
+        "bits_per_pixel": float(bits.mean()) * tokens_per_pixel,
+        "most_usual": float(bits.min()),
+        "strangest": float(bits.max()),
+    }
+    report(output_dir, "likelihood", {"images": len(dataset), **values})
+    with (output_dir / "likelihood.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "label", "bits_per_token"])
+        for row in order.tolist():
+            line = dataset.rows[row]
+            writer.writerow([line.image_path, line.label, f"{float(bits[row]):.4f}"])
+    ends = [order[:SHOWN], order[-SHOWN:].flip(0)]
+    usual, strange = (figures.grid(images) for images in dataset.batches(ends, device))
+    usual.save(output_dir / "most_usual.png")
+    strange.save(output_dir / "strangest.png")
+    print(f"from usual to strange in {output_dir / 'likelihood.csv'}, both ends beside it as PNG")
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="reconstructions | samples")
+    commands = parser.add_subparsers(
+        required=True, metavar="reconstructions | samples | likelihood"
+    )
     one = commands.add_parser("reconstructions", help="error of a tokenizer on the images of a CSV")
     one.set_defaults(evaluate=evaluate_reconstructions)
     one.add_argument("--model_dir", required=True, help="tokenizer: a folder, or runs:/...")
@@ -170,7 +238,15 @@ def make_parser() -> argparse.ArgumentParser:
         "--path_to_test", required=True, metavar="CSV", help="real images that examine it"
     )
     two.add_argument("--seed", type=int, default=0, help="of the classifier (default: 0)")
-    for command in (one, two):
+    three = commands.add_parser("likelihood", help="rank images from usual to strange")
+    three.set_defaults(evaluate=evaluate_likelihood)
+    three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
+    three.add_argument("--model_dir", required=True, help="tokenizer: a folder, or runs:/...")
+    three.add_argument("--path_to_data", required=True, metavar="CSV", help="CSV of images")
+    three.add_argument(
+        "--unconditional", action="store_true", help="do not tell the GPT the images' labels"
+    )
+    for command in (one, two, three):
         command.add_argument("--output_dir", help="where the JSON goes (default: evaluation/)")
         cli.add_inference_flags(command, batch_size=256)
     return parser

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
+from utils.averaging import WeightAverage
 from utils.indices import Indices, read_indices
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
@@ -33,6 +33,10 @@ class IndicesConfig:
     val_fraction: float = field(
         default=0.1, metadata={"help": "share of a text file's lines for validation"}
     )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "validate and keep an average of the weights, as 0.999; 0: the last"},
+    )
 
 
 def train_step(
@@ -42,8 +46,7 @@ def train_step(
     bits = torch.zeros((), device=indices.device)
     for part in zip(prefix.chunk(accumulate), indices.chunk(accumulate), strict=True):
         with processes.autocast(indices.device, precision):
-            logits = forward(*part)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), part[1].flatten())
+            loss = forward(*part, loss=True).mean()
         (loss / accumulate).backward()
         bits += loss.detach() / accumulate / math.log(2)
     return bits
@@ -52,18 +55,19 @@ def train_step(
 @torch.inference_mode()
 def evaluate(
     model: GPT, batches: Iterator[tuple[Tensor, Tensor]], precision: str, group: processes.Processes
-) -> float:
-    """Bits per token of all batches of all processes."""
+) -> Tensor:
+    """Bits per token of all batches of all processes, for each cell: (h, w), on the CPU."""
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device="cpu")  # nats, tokens
+    height, width = model.config.latent_dim
+    total = torch.zeros(height * width + 1, dtype=torch.float64)  # nats of each cell, images
     for prefix, indices in batches:
         with processes.autocast(indices.device, precision):
-            logits = model(prefix, indices)
-        loss = F.cross_entropy(logits.float().flatten(0, 1), indices.flatten(), reduction="sum")
-        total += torch.tensor([float(loss), indices.numel()])
+            nats = model(prefix, indices, loss=True)
+        total[:-1] += nats.sum(dim=0).cpu()
+        total[-1] += len(indices)
     model.train()
-    nats, tokens = group.sum(total.to(group.device, torch.float32)).tolist()
-    return nats / tokens / math.log(2)
+    total = group.sum(total.to(group.device, torch.float32)).cpu()
+    return (total[:-1] / total[-1] / math.log(2)).view(height, width)
 
 
 def load_tokenizer(
@@ -150,6 +154,8 @@ def main(arguments: argparse.Namespace) -> None:
     model = GPT(model_config).to(group.device)
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.95))
     progress = resume.restore_training(resumed, model, optimizer)
+    average = WeightAverage(model, data.ema_decay)
+    average.restore(resumed)
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -181,28 +187,34 @@ def main(arguments: argparse.Namespace) -> None:
     )
     progress.run_id = run.run_id
 
-    # What it has to beat: the distribution of the codes, wherever they stand
+    # What it has to beat: the distribution of the codes, and what the last code tells of the next
     counts = [
         torch.bincount(grids[rows].flatten().long(), minlength=words.codebook_size)
         for rows in (train_rows, val_rows)
     ]
     unigram = metrics.unigram_bits(*counts)
+    bigram = metrics.bigram_bits(grids[train_rows], grids[val_rows], words.codebook_size)
     group.print(
         f"{path}: {len(indices):,} grids of {words.latent_dim[0]}x{words.latent_dim[1]}, "
         f"{words.codebook_size} codes, {len(words.class_names)} classes; "
         f"{len(train_rows):,} to train on, {len(val_rows):,} to validate"
     )
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
-    group.print(f"unigram baseline: {unigram:.3f} bits per token")
+    baselines = f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token"
+    group.print(baselines)
 
     def evaluation() -> float:
         """Evaluate, log the figures and a picture of samples; validation bits per token."""
         batches = group.share(val_rows).split(config.batch_size)
-        bits = evaluate(model, load(batches), precision, group)
+        by_cell = evaluate(average.model, load(batches), precision, group)
+        bits = float(by_cell.mean())
         values = {"bits_per_token": bits, "unigram_bits_per_token": unigram}
+        values["bigram_bits_per_token"] = bigram
         run.metrics("val", values, progress.step)
+        run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
         if group.first:
-            run.picture("pictures/samples", draw_samples(model, words, tokenizer), progress.step)
+            picture = draw_samples(average.model, words, tokenizer)
+            run.picture("pictures/samples", picture, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
 
@@ -211,9 +223,11 @@ def main(arguments: argparse.Namespace) -> None:
             provenance = checkpoint.Provenance(
                 run.run_id, cli.command_line(), config.seed, data.val_fraction
             )
-            files = checkpoint.model_files(model, provenance) | {FILE: words.content()}
+            words_file = {FILE: words.content()}
             if best:
+                files = checkpoint.model_files(average.model, provenance) | words_file
                 checkpoint.write_folder(output_dir / "best", files)
+            files = checkpoint.model_files(model, provenance) | words_file | average.files()
             files |= resume.training_files(optimizer, progress)
             checkpoint.write_folder(output_dir / "last", files)
 
@@ -230,6 +244,7 @@ def main(arguments: argparse.Namespace) -> None:
             bits = train_step(forward, prefix, grid, precision, config.accumulate)
             norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
+            average.update(model, progress.step)
             averages.add(
                 {"bits_per_token": bits, "gradient_norm": norm, "learning_rate": learning_rate}
             )
@@ -253,7 +268,7 @@ def main(arguments: argparse.Namespace) -> None:
             run.metrics("val", {"best_bits_per_token": bits}, progress.step)
             run.picture("pictures/best_samples", draw_samples(best.model, words, tokenizer), 0)
             run.folder(output_dir / "best", "checkpoints/best")
-            print(f"best: val {bits:.3f} bits per token, unigram baseline {unigram:.3f}")
+            print(f"best: val {bits:.3f} bits per token; {baselines}")
             print(run.how_to_look)
             print(
                 cli.next_command(

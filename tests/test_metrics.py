@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from utils.metrics import Averages, codebook_metrics, entropy, psnr, squared_error, unigram_bits
+from utils.metrics import (
+    Averages,
+    bigram_bits,
+    codebook_metrics,
+    entropy,
+    psnr,
+    squared_error,
+    unigram_bits,
+)
 
 
 def test_squared_error_is_on_the_scale_0_to_1() -> None:
@@ -55,3 +63,21 @@ def test_averages() -> None:
     assert values == {"loss": 3, "norm": 2}
     averages.add({"loss": 5.0})
     assert averages.take()["loss"] == 5
+
+
+def test_bigrams_foretell_what_unigrams_cannot() -> None:
+    """A cycle 0 1 2 3 0 1 ... has 2 bits a token as unigrams, and nearly none as bigrams."""
+    grids = (torch.arange(16) + torch.arange(400)[:, None]).remainder(4).view(400, 4, 4)
+    bits = bigram_bits(grids[:300], grids[300:], 4)
+    assert bits == pytest.approx(2 / 16, abs=0.01)  # only the first cell is news
+
+
+def test_bigram_probabilities_sum_to_one() -> None:
+    """Every continuation of a pair, weighed by the price that it is given."""
+    generator = torch.Generator().manual_seed(0)
+    grids = torch.randint(0, 5, (50, 1, 4), generator=generator)
+    for first in range(7):  # 5 and 6 never occur in training
+        lone = bigram_bits(grids, torch.tensor([[[first]]]), 7)
+        pairs = [torch.tensor([[[first, second]]]) for second in range(7)]
+        prices = [2 * bigram_bits(grids, pair, 7) - lone for pair in pairs]
+        assert sum(2**-price for price in prices) == pytest.approx(1)

@@ -48,3 +48,10 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """
     pairs = torch.cat([originals.float().cpu(), reconstructions.float().cpu()], dim=3)
     return grid(pairs)
+
+
+def heat(values: Tensor) -> Image.Image:
+    """(h, w) of any numbers as a picture: the lowest black, the highest white."""
+    low, high = values.min(), values.max()
+    shade = (values - low) / (high - low).clamp(min=1e-12)
+    return enlarge(to_pil(shade[None] * 2 - 1))

@@ -1,0 +1,46 @@
+"""The average of the weights: what it converges to, and a checkpoint of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from utils import checkpoint
+from utils.averaging import WeightAverage
+from utils.cli import UserError
+
+
+def test_it_follows_the_weights_and_forgets_the_first() -> None:
+    model = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(model, decay=0.9)
+    nn.init.constant_(model.weight, 5.0)
+    expected = float(average.model.weight)
+    for step in range(1, 301):
+        average.update(model, step)
+        decay = min(0.9, step / (step + 9))
+        expected = decay * expected + (1 - decay) * 5.0
+        assert float(average.model.weight) == pytest.approx(expected, rel=1e-5)
+    assert float(average.model.weight) == pytest.approx(5.0, rel=1e-4)
+
+
+def test_without_decay_it_is_the_model_itself() -> None:
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model, decay=0.0)
+    average.update(model, 1)
+    assert average.model is model
+    assert average.files() == {}
+
+
+def test_a_resumed_average_goes_on(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    one, two = WeightAverage(model, decay=0.5), WeightAverage(nn.Linear(2, 2), decay=0.5)
+    nn.init.ones_(model.weight)
+    one.update(model, 100)
+    checkpoint.write_folder(tmp_path / "last", one.files())
+    two.restore(tmp_path / "last")
+    torch.testing.assert_close(two.model.state_dict(), one.model.state_dict())
+    with pytest.raises(UserError, match="does not fit"):
+        WeightAverage(nn.Linear(3, 2), decay=0.5).restore(tmp_path / "last")
+    with pytest.raises(UserError, match="ema_decay"):
+        WeightAverage(model, decay=1.0)
