@@ -95,6 +95,10 @@ def main(arguments: argparse.Namespace) -> None:
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
     vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
+    if arguments.complete and arguments.size_in_cells:
+        raise cli.UserError("--size_in_cells is that of the given grids; leave it away here")
+    if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
+        raise cli.UserError("--candidates and --variations are for --complete; add it")
     given = read_given(arguments, vocabulary) if arguments.complete else None
     tokenizer = None
     if arguments.model_dir:

@@ -83,6 +83,7 @@ def training(batch_size: int, rounds: int) -> None:
         vocab_size=CODES + 11, n_positions=50, n_embd=192, n_layer=4, n_head=4, use_cache=False
     )
     shape.resid_pdrop = shape.embd_pdrop = shape.attn_pdrop = 0.0
+    shape.bos_token_id = shape.eos_token_id = None
     theirs = GPT2LMHeadModel(shape).train()
     prefix = torch.arange(batch_size) % 10
     indices = torch.randint(CODES, (batch_size, *GRID))

@@ -1,0 +1,159 @@
+"""transformer_generation.py and evaluate.py likelihood, on models that nobody trained."""
+
+import csv
+import importlib
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.conftest import write_images
+from transformer import GPT, GPTConfig
+from utils import checkpoint, cli
+from utils.indices import IndicesMeta, read_indices, write_indices
+from utils.table import Row
+from utils.vocabulary import FILE, Vocabulary
+from vqvae import VQVAE, VQVAEConfig
+
+CODES, GRID = 16, (6, 10)
+MODELS = ("--model_path", "gpt", "--device", "cpu")
+
+
+@pytest.fixture
+def models(own_folder: Path) -> Path:
+    """A tokenizer, a windowed GPT and indices of both, in the current folder."""
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4}
+    tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes))
+    files = checkpoint.model_files(tokenizer, checkpoint.Provenance())
+    checkpoint.write_folder(own_folder / "tokenizer", files)
+    sha256 = checkpoint.sha256(own_folder / "tokenizer" / "model.safetensors")
+    shape = {"num_layers": 1, "num_heads": 2, "dim": 16, "window_size": 3}
+    gpt = GPT(GPTConfig(codebook_size=CODES, num_classes=2, latent_dim=GRID, **shape))
+    torch.nn.init.normal_(gpt.head.weight)
+    words = Vocabulary(CODES, GRID, ("a", "b"), sha256)
+    files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
+    checkpoint.write_folder(own_folder / "gpt", files)
+    rows = [Row(f"{number}.png", "ab"[number % 2], "") for number in range(4)]
+    grids = torch.randint(CODES, (4, *GRID))
+    write_indices(own_folder / "given", grids, rows, IndicesMeta(CODES, GRID, sha256))
+    return own_folder
+
+
+def call(module_name: str, *arguments: object) -> None:
+    """Run a script in this process."""
+    module, before = importlib.import_module(module_name), sys.argv
+    sys.argv = [module_name, *map(str, arguments)]
+    try:
+        cli.run(module.main if module_name != "evaluate" else module_main, module.make_parser())
+    finally:
+        sys.argv = before
+
+
+def module_main(arguments: object) -> None:
+    arguments.evaluate(arguments)
+
+
+def drawn(folder: Path) -> torch.Tensor:
+    return read_indices(folder).tensor().long()
+
+
+def test_given_cells_stay_and_are_shown(models: Path) -> None:
+    call(
+        *("transformer_generation", *MODELS, "--complete", "given", "--keep", "left:0.5"),
+        *("--num_images", 3, "--candidates", 2, "--variations", 2, "--model_dir", "tokenizer"),
+        *("--output_dir", "completed"),
+    )
+    given, completed = drawn(models / "given"), drawn(models / "completed")
+    assert completed.shape == (6, *GRID)
+    assert torch.equal(completed[:, :, :5], given[:3].repeat_interleave(2, dim=0)[:, :, :5])
+    assert not torch.equal(completed[0], completed[1])
+    assert [row.label for row in read_indices("completed").rows] == list("aabbaa")
+    with Image.open(models / "completed" / "completions.png") as picture:
+        assert max(picture.size) >= 512
+
+
+def test_a_picture_says_what_stays(models: Path) -> None:
+    mask = np.zeros((60, 100), np.uint8)
+    mask[:20, 50:] = 255
+    Image.fromarray(mask).save("mask.png")
+    call(
+        *("transformer_generation", *MODELS, "--complete", "given", "--keep", "mask.png"),
+        *("--output_dir", "completed"),
+    )
+    same = (drawn(models / "completed") == drawn(models / "given")).all(dim=0)
+    assert same[:2, 5:].all()
+    assert same.sum() < 20
+
+
+def test_larger_grids_with_guidance(models: Path) -> None:
+    for beyond in ("slide", "extrapolate", "interpolate"):
+        call(
+            *("transformer_generation", *MODELS, "--num_images", 2, "--size_in_cells", "9,21"),
+            *("--beyond", beyond, "--guidance_scale", 2, "--guidance_schedule", "cosine"),
+            *("--min_p", 0.05, "--output_dir", beyond),
+        )
+        assert drawn(models / beyond).shape == (2, 9, 21)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--complete", "given", "--keep", "top:1.5"), "as top:0.5"),
+        (("--complete", "given", "--keep", "top:1"), "nothing to draw"),
+        (("--complete", "given", "--keep", "none.png"), "neither a side"),
+        (("--complete", "nowhere"), "no indices at nowhere"),
+        (("--guidance_scale", "-1"), "guidance_scale"),
+        (("--min_p", "2"), "min_p"),
+        (("--candidates", "3"), "--complete"),
+        (("--complete", "given", "--size_in_cells", "9,21"), "--size_in_cells"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    models: Path, error_of: Callable[..., str], flags: tuple[str, ...], message: str
+) -> None:
+    assert message in error_of("transformer_generation", *MODELS, *flags)
+
+
+def test_indices_of_another_tokenizer_are_refused(
+    models: Path, error_of: Callable[..., str]
+) -> None:
+    meta = IndicesMeta(CODES, GRID, "f" * 64)
+    write_indices("other", torch.zeros(1, *GRID, dtype=torch.long), [Row("0.png", "", "")], meta)
+    error = error_of("transformer_generation", *MODELS, "--complete", "other")
+    assert "belongs to the tokenizer ffffffffffff" in error
+
+
+def test_likelihood_ranks_all_images(models: Path) -> None:
+    data = write_images(models / "data")
+    call(
+        *("evaluate", "likelihood", *MODELS, "--model_dir", "tokenizer"),
+        *("--path_to_data", data, "--output_dir", "ranked"),
+    )
+    with (models / "ranked" / "likelihood.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    bits = [float(row["bits_per_token"]) for row in rows]
+    assert sorted(row["image_path"] for row in rows) == sorted(f"{n}.png" for n in range(12))
+    assert bits == sorted(bits)
+    values = json.loads((models / "ranked" / "likelihood.json").read_text())
+    assert values["bits_per_token"] == pytest.approx(sum(bits) / 12, abs=1e-3)
+    assert values["bits_per_pixel"] == pytest.approx(values["bits_per_token"] * 60 / 960)
+    assert (models / "ranked" / "strangest.png").is_file()
+
+
+def test_named_sizes_fill_in_what_is_not_given() -> None:
+    config = GPTConfig(codebook_size=8, size="L")
+    shape = (config.num_layers, config.dim, config.num_heads, config.hidden_dim)
+    assert shape == (24, 1024, 16, 2816)
+    assert GPTConfig(codebook_size=8, size="B", num_layers=2).num_layers == 2
+    assert GPTConfig(**asdict(config)) == config
+    assert GPTConfig(codebook_size=8, dim=128).hidden_dim == 384
+    assert GPTConfig(codebook_size=8, num_kv_heads=2).num_kv_heads == 2
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        GPTConfig(codebook_size=8, num_kv_heads=3)
