@@ -24,7 +24,7 @@ lint: .env/.installed-dev  ## style, as CI checks it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .env/.installed-dev  ## attention, sampling and training beside their peers, about ten minutes
+bench: .env/.installed-dev  ## attention, sampling and training beside their peers
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/gpt.py
 
