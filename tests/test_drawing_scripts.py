@@ -42,7 +42,7 @@ def models(own_folder: Path) -> Path:
     checkpoint.write_folder(own_folder / "gpt", files)
     rows = [Row(f"{number}.png", "ab"[number % 2], "") for number in range(4)]
     grids = torch.randint(CODES, (4, *GRID))
-    write_indices(own_folder / "given", grids, rows, IndicesMeta(CODES, GRID, sha256))
+    write_indices(own_folder / "given", grids, rows, IndicesMeta(CODES, GRID, tokenizer_sha256=sha256))
     return own_folder
 
 
