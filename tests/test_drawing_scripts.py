@@ -42,7 +42,9 @@ def models(own_folder: Path) -> Path:
     checkpoint.write_folder(own_folder / "gpt", files)
     rows = [Row(f"{number}.png", "ab"[number % 2], "") for number in range(4)]
     grids = torch.randint(CODES, (4, *GRID))
-    write_indices(own_folder / "given", grids, rows, IndicesMeta(CODES, GRID, tokenizer_sha256=sha256))
+    write_indices(
+        own_folder / "given", grids, rows, IndicesMeta(CODES, GRID, tokenizer_sha256=sha256)
+    )
     return own_folder
 
 
@@ -124,7 +126,7 @@ def test_what_cannot_be_is_one_line(
 def test_indices_of_another_tokenizer_are_refused(
     models: Path, error_of: Callable[..., str]
 ) -> None:
-    meta = IndicesMeta(CODES, GRID, "f" * 64)
+    meta = IndicesMeta(CODES, GRID, tokenizer_sha256="f" * 64)
     write_indices("other", torch.zeros(1, *GRID, dtype=torch.long), [Row("0.png", "", "")], meta)
     error = error_of("transformer_generation", *MODELS, "--complete", "other")
     assert "belongs to the tokenizer ffffffffffff" in error

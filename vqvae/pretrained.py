@@ -1,7 +1,6 @@
 """Tokenizers of taming-transformers, LlamaGen and diffusers: into a model folder, and back."""
 
 import argparse
-import pickle
 from pathlib import Path
 
 import torch
@@ -26,7 +25,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except Exception as error:  # what unpickling refuses has many types
+        if type(error).__name__ != "UnpicklingError":
+            line = " ".join(str(error).split())[:200]
+            raise cli.UserError(f"cannot read {path}: {line}") from error
         raise cli.UserError(
             f"{path} holds Python objects besides its tensors, which can run any code when they "
             "are read; if you trust where it comes from, save the tensors alone where its own "
@@ -34,8 +36,6 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             "weights_only=False); torch.save({'state_dict': c.get('state_dict', c.get('model'))}, "
             "'OUT')\""
         ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise cli.UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
     for nest in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(nest), dict):
             content = content[nest]
