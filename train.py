@@ -33,10 +33,6 @@ class IndicesConfig:
     val_fraction: float = field(
         default=0.1, metadata={"help": "share of a text file's lines for validation"}
     )
-    ema_decay: float = field(
-        default=0.0,
-        metadata={"help": "validate and keep an average of the weights, as 0.999; 0: the last"},
-    )
 
 
 def train_step(
@@ -154,7 +150,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = GPT(model_config).to(group.device)
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.95))
     progress = resume.restore_training(resumed, model, optimizer)
-    average = WeightAverage(model, data.ema_decay)
+    average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
     if config.compile:
         model.compile()

@@ -112,7 +112,7 @@ def main(arguments: argparse.Namespace) -> None:
         model.load_state_dict(start.state_dict())
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
     progress = resume.restore_training(resumed, model, optimizer)
-    average = WeightAverage(model, objective.ema_decay)
+    average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
     adversary = None
     if objective.disc_weight > 0:

@@ -217,7 +217,6 @@ def test_a_discriminator_says_what_is_too_small_for_it() -> None:
         {"l2_weight": 0.0},
         {"disc_weight": -1.0},
         {"disc_start": 0.97, "disc_warmup": 0.05},
-        {"ema_decay": 1.0},
         {"disc_layers": 0},
     ],
 )

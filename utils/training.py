@@ -57,6 +57,10 @@ class TrainingConfig:
     warmup_steps: int = field(default=100, metadata={"help": "steps of linear warm-up"})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "clip the gradient to this norm"})
+    ema_decay: float = field(
+        default=0.0,
+        metadata={"help": "evaluate and keep a moving average of the weights, as 0.999; 0: none"},
+    )
     max_epochs: int = field(default=20, metadata={"help": "passes over the training data"})
     max_steps: int = field(default=0, metadata={"help": "stop after this many steps; 0: no limit"})
     evaluate_every: int = field(

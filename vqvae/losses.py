@@ -25,10 +25,6 @@ class ObjectiveConfig:
             "the flags of VQVAEConfig only --image_size counts"
         },
     )
-    ema_decay: float = field(
-        default=0.0,
-        metadata={"help": "evaluate and save a moving average of the weights, as 0.999; 0: none"},
-    )
     codebook_rescue: bool = field(
         default=False,
         metadata={"help": "restart the codes from the data when few of them are in use"},
@@ -92,8 +88,6 @@ class ObjectiveConfig:
             raise ValueError(f"{negative[0]} must not be negative, got {numbers[negative[0]]}")
         if self.l1_weight + self.l2_weight + self.perceptual_weight == 0:
             raise ValueError("one of l1_weight, l2_weight, perceptual_weight must be above 0")
-        if self.ema_decay >= 1:
-            raise ValueError(f"ema_decay must be below 1, got {self.ema_decay}")
         if self.disc_start + self.disc_warmup >= 1:
             raise ValueError("disc_start + disc_warmup must leave a part of the training, below 1")
         if min(self.disc_channels, self.disc_layers) < 1:
