@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test chaos lint bench clean
 
 # The virtual environment; brought up to date when what it needs changes.
 .env/.installed: requirements.txt
@@ -19,6 +19,9 @@ demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 
 test: .env/.installed-dev  ## all tests
 	$(BIN)/python -m pytest
+
+chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
+	$(BIN)/python -m tests.chaos $(ARGS)
 
 lint: .env/.installed-dev  ## style, as CI checks it
 	$(BIN)/ruff check .
