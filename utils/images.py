@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.decoding import Header, complaint, decode_image, decode_images, read_headers
-from utils.table import Row, read_csv, seeded
+from utils.table import Row, read_csv, seeded, split_rows
 
 CHUNK = 256  # files that a process reads at a time
 
@@ -243,6 +243,32 @@ class ImageDataset(Dataset):
                 f"{len(bad)} of {len(self)} files in {self.path} cannot be read as images: "
                 f"{first_few(bad)}; replace them or take them out of the CSV"
             )
+
+
+def read_images(
+    data: DataConfig,
+    *,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    seed: int,
+    num_workers: int,
+    processes: int,
+) -> tuple[ImageDataset, Tensor, Tensor]:
+    """The images of a training, and the rows of them to train on and to validate.
+
+    Raises:
+        UserError: see `ImageDataset`.
+    """
+    dataset = ImageDataset(
+        data.path_to_data,
+        size=size,
+        channels=channels,
+        random_crop=data.random_crop,
+        allow_outside_paths=data.allow_outside_paths,
+        num_workers=num_workers,
+        processes=processes,
+    )
+    return dataset, *split_rows(dataset.rows, val_fraction=data.val_fraction, seed=seed)
 
 
 def _common_size(path: Path, rows: Sequence[Row], headers: Sequence[Header]) -> tuple[int, int]:
