@@ -1,16 +1,15 @@
 """All quantizers beside each other: the same network, data and time for each of them."""
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import record
 from utils import cli, metrics, training
 from utils.images import ImageDataset
 from utils.table import epoch_order, split_rows
@@ -85,11 +84,7 @@ def main(flags: argparse.Namespace) -> None:
             f"{values['perplexity']:.0f} | {values['bits']:.0f} | {speed:,.0f} |",
             flush=True,
         )
-    if flags.output_dir:
-        folder = Path(flags.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"made_by": cli.command_line(), "results": results}
-        (folder / "quantizers.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nwritten: {record.write('quantizers', results)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -102,7 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--patch_size", type=cli.positive, default=4)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--output_dir", help="folder for quantizers.json")
     return parser
 
 
