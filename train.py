@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.crops import read_crops
 from utils.indices import Indices, read_indices
+from utils.optimizers import OptimizerConfig, make_optimizer, optimizer_step
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -118,6 +120,7 @@ def draw_samples(
 
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
+    kind = cli.read_flags(OptimizerConfig, arguments)
     data = cli.read_flags(IndicesConfig, arguments)
     resumed = resume.find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
@@ -126,6 +129,7 @@ def main(arguments: argparse.Namespace) -> None:
     # The indices
     path = tracking.fetch(data.path_to_data)
     indices = read_indices(path, latent_dim=arguments.latent_dim)
+    crops = read_crops(path, indices)
     tokenizer = load_tokenizer(data.model_dir, indices, str(path), group.device)
     words = describe(indices, tokenizer)
     grids = indices.tensor()
@@ -135,9 +139,11 @@ def main(arguments: argparse.Namespace) -> None:
     )
     schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
 
-    def load(batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    def load(batches: list[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
-            yield prefixes[rows].to(group.device), grids[rows].long().to(group.device)
+            plain = epoch is None or crops is None
+            grid = grids[rows] if plain else crops.pick(rows, config.seed, epoch)
+            yield prefixes[rows].to(group.device), grid.long().to(group.device)
 
     # The model
     model_config = cli.read_flags(
@@ -148,7 +154,10 @@ def main(arguments: argparse.Namespace) -> None:
         latent_dim=words.latent_dim,
     )
     model = GPT(model_config).to(group.device)
-    optimizer = training.make_optimizer(model, config, betas=(0.9, 0.95))
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    optimizer = make_optimizer(
+        model, config, (0.9, 0.95), for_muon=matrices if kind.optimizer == "muon" else ()
+    )
     progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
@@ -167,7 +176,7 @@ def main(arguments: argparse.Namespace) -> None:
         experiment=config.experiment or tracking.experiment_of(words.tokenizer_run_id),
         run_name=config.run_name,
         enabled=group.first,
-        config=asdict(config) | asdict(data) | asdict(model_config),
+        config=asdict(config) | asdict(kind) | asdict(data) | asdict(model_config),
         tags={"tokenizer_run_id": words.tokenizer_run_id},
         params={
             "data": path.name,
@@ -231,14 +240,13 @@ def main(arguments: argparse.Namespace) -> None:
         if resumed is None:
             evaluation()
         averages = metrics.Averages()
-        batches = schedule.batches(train_rows, progress, group, lambda rows, epoch: load(rows))
-        for prefix, grid in batches:
+        for prefix, grid in schedule.batches(train_rows, progress, group, load):
             # Now and then an image is shown without its class, so that the GPT learns "no class".
             hidden = torch.rand(len(prefix)).to(group.device) < model_config.class_dropout
             prefix = prefix.masked_fill(hidden, model_config.no_class)
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, prefix, grid, precision, config.accumulate)
-            norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            norm = optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             average.update(model, progress.step)
             averages.add(
@@ -276,7 +284,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    for config_class in (IndicesConfig, GPTConfig, training.TrainingConfig):
+    for config_class in (IndicesConfig, GPTConfig, OptimizerConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
     parser.set_defaults(weight_decay=0.05, patience=5)
     return parser

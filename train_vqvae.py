@@ -12,6 +12,7 @@ from torch import Tensor
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
 from utils.images import Augmentation, DataConfig, ImageDataset
+from utils.optimizers import make_optimizer, optimizer_step
 from utils.table import split_rows
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversary import Adversary, Autopilot
@@ -110,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = VQVAE(model_config).to(group.device, memory_format=torch.channels_last)
     if start is not None:
         model.load_state_dict(start.state_dict())
-    optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
+    optimizer = make_optimizer(model, config, betas=(0.9, 0.99))
     progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
@@ -118,7 +119,7 @@ def main(arguments: argparse.Namespace) -> None:
     if objective.disc_weight > 0:
         adversary = cli.build(Adversary, objective, dataset.channels, dataset.size)
         adversary = adversary.to(group.device, memory_format=torch.channels_last)
-        disc_optimizer = training.make_optimizer(adversary, config, betas=(0.5, 0.9))
+        disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
         resume.restore_part(resumed, "adversary", adversary, disc_optimizer)
         autopilot = Autopilot.plan(objective, schedule.total_steps)
         if resumed is not None:
@@ -212,13 +213,13 @@ def main(arguments: argparse.Namespace) -> None:
                 values, indices = add_gradients(
                     forward, images, losses, autocast, accumulate=config.accumulate, **acting
                 )
-                values["gradient_norm"] = training.optimizer_step(
+                values["gradient_norm"] = optimizer_step(
                     optimizer, learning_rate, config.max_grad_norm
                 )
             if phase != "before":
                 values["disc_strength"] = autopilot.strength
                 adversary.average_gradients()
-                training.optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
+                optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             average.update(model, progress.step)
             averages.add({**values, "learning_rate": learning_rate})

@@ -14,7 +14,8 @@ from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.indices import IndicesMeta, check_writable, read_indices, write_indices
+from utils.index_folder import allocate, new_folder
+from utils.indices import IndicesMeta, check_writable, read_indices
 from utils.table import Row
 from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -92,6 +93,8 @@ def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Ima
 
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
+    if arguments.compile and device.type != "cuda":
+        raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; leave it away")
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
     vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
@@ -105,58 +108,65 @@ def main(arguments: argparse.Namespace) -> None:
         address = tracking.fetch(arguments.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, device)
     if given is not None:
-        labels = [""] * len(given.grids) if arguments.unconditional else given.labels
+        labels = given.labels
         size = tuple(given.keep.shape)
     else:
         names = arguments.labels or list(vocabulary.class_names) or [""]
         names = [""] if arguments.unconditional else names
         labels = [names[number % len(names)] for number in range(arguments.num_images)]
         size = arguments.size_in_cells or vocabulary.latent_dim
-    prefix = torch.tensor(vocabulary.tokens(labels))
+    told = [""] * len(labels) if arguments.unconditional else labels
+    prefix = torch.tensor(vocabulary.tokens(told))
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
-    draw = partial(
-        generate if given is None else partial(complete, candidates=arguments.candidates),
-        gpt.model,
-        prefix,
-        **({"size": size} if given is None else {"given": given.grids, "keep": given.keep}),
+    meta = IndicesMeta(
+        codebook_size=vocabulary.codebook_size,
+        latent_dim=size,
+        tokenizer_sha256=vocabulary.tokenizer_sha256,
+        tokenizer_run_id=vocabulary.tokenizer_run_id,
+        gpt_run_id=origin.run_id,
+        made_by=cli.command_line(),
     )
+    rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
     tries = 1 if given is None else arguments.candidates
 
     with run, tqdm(total=len(prefix) * tries, unit=" images", disable=None) as bar:
-        try:
-            indices = draw(
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                min_p=arguments.min_p,
-                guidance=Guidance(arguments.guidance_scale, arguments.guidance_schedule),
-                beyond=Beyond(arguments.beyond),
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                progress=bar.update,
+        with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
+            indices = torch.from_numpy(
+                allocate(folder / "indices.npy", (len(rows), *size), vocabulary.codebook_size)
             )
-        except ValueError as error:
-            raise cli.UserError(str(error)) from error
-        meta = IndicesMeta(
-            codebook_size=vocabulary.codebook_size,
-            latent_dim=size,
-            tokenizer_sha256=vocabulary.tokenizer_sha256,
-            tokenizer_run_id=vocabulary.tokenizer_run_id,
-            gpt_run_id=origin.run_id,
-            made_by=cli.command_line(),
-        )
-        rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
-        write_indices(output_dir, indices, rows, meta, text=arguments.text)
-        if given is not None and tokenizer is not None:
-            picture = picture_of(given, indices, tokenizer.model)
-            picture.save(output_dir / PICTURE)
-            print(f"given, drawn and original in {output_dir / PICTURE}")
+            if given is None:  # rows go to the disk as they are drawn, however tall a grid is
+                draw = partial(generate, size=size, out=indices)
+            else:
+                draw = partial(complete, given=given.grids, keep=given.keep, candidates=tries)
+            try:
+                drawn = draw(
+                    gpt.model,
+                    prefix,
+                    temperature=arguments.temperature,
+                    top_k=arguments.top_k,
+                    top_p=arguments.top_p,
+                    min_p=arguments.min_p,
+                    guidance=Guidance(arguments.guidance_scale, arguments.guidance_schedule),
+                    beyond=Beyond(arguments.beyond),
+                    compiled=arguments.compile,
+                    seed=arguments.seed,
+                    batch_size=arguments.batch_size,
+                    progress=bar.update,
+                )
+            except ValueError as error:
+                raise cli.UserError(str(error)) from error
+            if given is not None:
+                indices.copy_(drawn)
+                if tokenizer is not None:
+                    picture_of(given, drawn, tokenizer.model).save(folder / PICTURE)
         run.folder(output_dir, output_dir.name)
         run.tag("gpt_run_id", origin.run_id)
 
+    if given is not None and tokenizer is not None:
+        print(f"given, drawn and original in {output_dir / PICTURE}")
     print(f"{len(indices):,} grids in {output_dir}")
     print(
         cli.next_command(
@@ -248,6 +258,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--variations", type=cli.positive, default=1, help="completions of each image (default: 1)"
     )
     parser.add_argument("--model_dir", help="tokenizer, to show completions beside what was given")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step on a GPU; pays for many images"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")
     cli.add_inference_flags(parser, batch_size=256)

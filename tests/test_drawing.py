@@ -160,7 +160,7 @@ def test_given_cells_stay_and_the_rest_is_drawn() -> None:
 def test_rows_come_one_by_one() -> None:
     model = make_model((4, 6), window=3)
     rows = draw_rows(
-        model, torch.zeros(2, dtype=torch.long), torch.rand(2, 1000 * 5), size=(1000, 5)
+        model, torch.zeros(2, dtype=torch.long), lambda cell: torch.rand(2), size=(1000, 5)
     )
     assert next(rows).shape == (2, 5)
 

@@ -24,6 +24,7 @@ class GPT(nn.Module):
     """
 
     PREFIX = 1  # tokens before the grid
+    attend = staticmethod(attend)  # or `flex.flex_attend`
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -98,7 +99,9 @@ class GPT(nn.Module):
         def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if k.shape[1] < q.shape[1]:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            return attend(q, k, v, grid=grid, window=self.config.window_size, prefix=self.PREFIX)
+            return self.attend(
+                q, k, v, grid=grid, window=self.config.window_size, prefix=self.PREFIX
+            )
 
         x = torch.cat(
             [self.prefix_embedding(prefix)[:, None], self.token_embedding(indices.flatten(1))],

@@ -69,15 +69,18 @@ class Places:
         angles = rotary_angles(rows, columns, self._head_dim)
         return angles.cos(), angles.sin()
 
-    def cells(self, row: int, rows: int = 1) -> tuple[Tensor, Tensor]:
-        """cos and sin of the cells in `rows` rows from `row` on, (rows * w, head_dim / 2) each.
+    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the cells in these rows and columns, (n,) each: (n, head_dim / 2) each.
 
         Cells count from 1; the prefix is at 0, 0. A compressed cell keeps its middle.
         """
-        (vertical, horizontal), width = self._scale, self.size[1]
-        down = (torch.arange(row, row + rows) + 0.5) * vertical + 0.5
-        right = (torch.arange(width) + 0.5) * horizontal + 0.5
-        return self.turn(down.repeat_interleave(width), right.repeat(rows))
+        vertical, horizontal = self._scale
+        return self.turn((rows + 0.5) * vertical + 0.5, (columns + 0.5) * horizontal + 0.5)
+
+    def cells(self, row: int, rows: int = 1) -> tuple[Tensor, Tensor]:
+        """cos and sin of the cells in `rows` rows from `row` on, (rows * w, head_dim / 2) each."""
+        down, right = torch.arange(row, row + rows), torch.arange(self.size[1])
+        return self.at(down.repeat_interleave(self.size[1]), right.repeat(rows))
 
     def inside(self, row: int, column: int) -> tuple[int, int]:
         """The cell of the trained grid that the cell (row, column) takes the place of."""

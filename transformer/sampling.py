@@ -3,11 +3,14 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from transformer import noise
 from transformer.gpt import GPT
+from transformer.graph import make_step
 from transformer.positions import Beyond
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -123,13 +126,14 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
 def draw_rows(
     model: GPT,
     prefix: Tensor,
-    uniform: Tensor,
+    uniform: Callable[[int], Tensor],
     *,
     size: tuple[int, int] | None = None,
     beyond: Beyond = Beyond.SLIDE,
     guidance: Guidance = Guidance(),
     given: Tensor | None = None,
     keep: Tensor | None = None,
+    compiled: bool = False,
     **shaping: float,
 ) -> Iterator[Tensor]:
     """Draw one batch of grids row by row; a window bounds the memory, however tall they are.
@@ -137,12 +141,13 @@ def draw_rows(
     Args:
         model: in eval mode.
         prefix: (B,) class of each image, or `model.config.no_class`; on the model's device.
-        uniform: (B, h*w) in [0, 1), what makes the choices; on the model's device.
+        uniform: number of a cell -> (B,) in [0, 1), what makes the choice; on the model's device.
         size: (h, w) of the grid; default: what the model was trained on.
         beyond: positions in a larger grid than that.
         guidance: two passes in one batch, with class and without.
         given: (B, h, w) or (1, h, w), indices that are taken over where `keep` says so.
         keep: (h, w), bool.
+        compiled: see `make_step`.
         shaping: of `probabilities`.
 
     Yields:
@@ -153,10 +158,11 @@ def draw_rows(
     tokens = torch.cat([prefix, torch.full_like(prefix, model.config.no_class)])
     tokens = tokens if guided else prefix
     cache = model.make_cache(len(tokens), (height, width), beyond)
+    step = make_step(model, cache, compiled=compiled)
     kept = [False] * (height * width) if keep is None else keep.flatten().tolist()
     row = []
     for cell in range(height * width):
-        logits = model.step(tokens, cell, cache)  # (B, K)
+        logits = step(tokens, cell)  # (B, K)
         if guided:
             with_class, without = logits.chunk(2)
             logits = torch.lerp(without, with_class, guidance.at(cell, height * width))
@@ -164,7 +170,7 @@ def draw_rows(
         if kept[cell]:
             tokens = given[:, cell // width, cell % width].expand(len(prefix))
         else:
-            tokens = draw(distribution, uniform[:, cell])
+            tokens = draw(distribution, uniform(cell))
         row.append(tokens)
         if len(row) == width:
             yield torch.stack(row, dim=1)
@@ -181,6 +187,7 @@ def generate(
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
     given: Tensor | None = None,
+    out: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
     **options: object,
 ) -> Tensor:
@@ -189,34 +196,35 @@ def generate(
     Args:
         model: in eval mode.
         prefix: (N,) class of each image, or `model.config.no_class`.
-        seed: of the N x h*w uniform numbers that make all choices; the batch size makes none.
+        seed: of all choices, which are a function of it, the image's number and the cell.
         batch_size: images drawn at once.
         size: (h, w) of the grids; default: what the model was trained on.
         given: (N, h, w), see `draw_rows`.
+        out: (N, h, w), any integer type, on the CPU, filled row by row: with a window the memory
+            then does not depend on the height, if it lies on a disk.
         progress: called with the number of images after each batch.
-        options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance and
-            keep of `draw_rows`.
+        options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance, keep
+            and compiled of `draw_rows`.
 
     Returns:
-        (N, h, w), int64, on the CPU.
+        `out`; without it (N, h, w), int64, on the CPU.
     """
-    height, width = size or model.config.latent_dim
-    uniforms = torch.rand(
-        len(prefix), height * width, generator=torch.Generator().manual_seed(seed)
-    )
+    size = size or model.config.latent_dim
     device = model.head.weight.device
-    grids = []
+    out = torch.empty(len(prefix), *size, dtype=torch.long) if out is None else out
+    numbers = torch.arange(len(prefix), device=device)
     for start in range(0, len(prefix), batch_size):
         part = slice(start, start + batch_size)
         rows = draw_rows(
             model,
             prefix[part].to(device),
-            uniforms[part].to(device),
-            size=(height, width),
+            partial(noise.uniform, seed, numbers[part]),
+            size=size,
             given=None if given is None else given[part].to(device),
             **options,
         )
-        grids.append(torch.stack([row.cpu() for row in rows], dim=1))
+        for number, row in enumerate(rows):
+            out[part, number] = row.to("cpu", out.dtype)
         if progress is not None:
-            progress(len(grids[-1]))
-    return torch.cat(grids)
+            progress(len(prefix[part]))
+    return out

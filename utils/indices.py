@@ -1,23 +1,21 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
 import csv
-import json
 import math
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel, read_json, swap_in, whole
+from utils.checkpoint import LoadedModel, read_json, whole
 from utils.cli import UserError, build
+from utils.index_folder import MANIFEST, META, new_folder, smallest_type
 from utils.index_text import read_lines
 from utils.table import Row
 
-META, MANIFEST = "meta.json", "manifest.csv"
 SHARD_BYTES = 1 << 30  # of one .npy file
 
 
@@ -103,11 +101,6 @@ class Indices:
         return max(int(shard.max()) for shard in self.shards)
 
 
-def smallest_type(codebook_size: int) -> np.dtype:
-    """The smallest unsigned type that holds every index of a codebook."""
-    return np.min_scalar_type(codebook_size - 1)
-
-
 def check_writable(folder: Path) -> None:
     """Refuse to write indices over something else.
 
@@ -130,6 +123,7 @@ def write_indices(
     *,
     text: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    add: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write an indices folder: indices.npy (or shards of it), manifest.csv and meta.json.
 
@@ -142,6 +136,7 @@ def write_indices(
         meta: see `IndicesMeta`.
         text: also write indices.txt, a line of space-separated indices for each grid.
         shard_bytes: above this size the array is written in shards, indices-00000.npy and so on.
+        add: called with the folder while it is made, to put more files into it.
 
     Raises:
         UserError: something else than an indices folder is there.
@@ -155,24 +150,16 @@ def write_indices(
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
-    staging = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     array = indices.cpu().numpy().astype(smallest_type(meta.codebook_size))
     per_shard = max(1, shard_bytes // max(1, array[:1].nbytes))
-    if len(array) <= per_shard:
-        np.save(staging / "indices.npy", array)
-    else:
-        for number, start in enumerate(range(0, len(array), per_shard)):
-            np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
-    with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    if text:
-        np.savetxt(staging / "indices.txt", array.reshape(len(array), -1), fmt="%d")
-    (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
-    swap_in(staging, folder)
+    with new_folder(folder, rows, meta, text=text) as staging:
+        if len(array) <= per_shard:
+            np.save(staging / "indices.npy", array)
+        else:
+            for number, start in enumerate(range(0, len(array), per_shard)):
+                np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
+        if add is not None:
+            add(staging)
     return folder
 
 
