@@ -17,14 +17,14 @@ from benchmarks import record
 from utils import cli, figures
 from utils.images import ImageDataset
 
-NOISE = 0.05  # share of the pixels
+NOISE = 0.05  # share of the pixels that are replaced
 KINDS = ("clean", "noisy", "inverted", "turned")
 
 
-def noisy(images: Tensor, generator: torch.Generator) -> Tensor:
+def noisy(images: Tensor, generator: torch.Generator, share: float = NOISE) -> Tensor:
     """Images (N, C, H, W) in [-1, 1], a share of their pixels replaced by any values."""
     count, _, *size = images.shape
-    hit = torch.rand(count, 1, *size, generator=generator) < NOISE
+    hit = torch.rand(count, 1, *size, generator=generator) < share
     return torch.where(hit, torch.rand(images.shape, generator=generator) * 2 - 1, images)
 
 

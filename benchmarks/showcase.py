@@ -47,7 +47,8 @@ PANORAMA = (  # folder: what makes it
     ("data/photographs", "-m utils.datasets photographs"),
     (
         "{work}/tokenizer",
-        f"train_vqvae.py --path_to_data {PHOTOGRAPHS} --learning_rate 4e-3 --max_epochs 20",
+        f"train_vqvae.py --path_to_data {PHOTOGRAPHS} --batch_size 16 --learning_rate 2e-3 "
+        "--max_epochs 30 --evaluate_every 590",
     ),
     (
         "{work}/indices",
@@ -55,13 +56,13 @@ PANORAMA = (  # folder: what makes it
     ),
     (
         "{work}/gpt",
-        "train.py --path_to_data {work}/indices --model_dir {work}/tokenizer --window_size 8 "
-        "--dim 128 --learning_rate 4e-3 --batch_size 32 --max_epochs 20",
+        "train.py --path_to_data {work}/indices --model_dir {work}/tokenizer --window_size 5 "
+        "--dim 128 --batch_size 32 --max_epochs 40 --evaluate_every 145 --optimizer muon",
     ),
     (
         "{work}/strips",
-        "transformer_generation.py --model_path {work}/gpt --size_in_cells 16,160 --num_images 4 "
-        "--temperature 0.9",
+        "transformer_generation.py --model_path {work}/gpt --size_in_cells 16,96 --num_images 4 "
+        "--temperature 0.9 --top_p 0.95",
     ),
     (
         "{work}/images",

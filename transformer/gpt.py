@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transformer.attention import attend
-from transformer.blocks import Block, Look
+from transformer.blocks import Block, Look, RMSNorm
 from transformer.cache import KVCache
 from transformer.config import GPTConfig
 from transformer.positions import Beyond, Places
@@ -43,7 +43,7 @@ class GPT(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
+        self.norm = RMSNorm(config.dim)
         self.head = nn.Linear(config.dim, config.codebook_size, bias=False)
         self._initialise()
 

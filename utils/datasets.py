@@ -22,7 +22,7 @@ DOWNLOADS = {
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
 }
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation
-PATCH, STRIDE = 64, 8  # pixels, of patches of photographs that are halved before
+PATCH, STRIDE, SHRINK = 32, 4, 4  # of patches, in pixels of photographs that are shrunk first
 
 
 def write_csv(folder: Path, name: str, images: Iterable[tuple[Any, str]], total: int) -> None:
@@ -91,7 +91,7 @@ def write_photographs(folder: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(["image_path", "label", "split"])
         for name, pixels in zip(photographs.filenames, photographs.images, strict=True):
-            image, label = Image.fromarray(pixels).reduce(2), Path(name).stem
+            image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
             held_out = image.width - PATCH
             for top in range(0, image.height - PATCH + 1, STRIDE):
                 for left in range(0, held_out + 1, STRIDE):
