@@ -51,9 +51,13 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    return torch.cat(
-        [torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)], dim=-1
-    )
+    if x.device.type != "cpu":
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
+    left, right = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(a, sin, out=right).addcmul_(b, cos)
+    return y
 
 
 def _inside(place: int, size: int, trained: int) -> int:
