@@ -72,7 +72,7 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
     grid, trained, window = (9, 13), (4, 6), 3
     model = make_model(trained, window)
     prefix, indices = some_indices(grid)
-    places = model.places(grid, Beyond.SLIDE)
+    places = model.sequence.places(grid, Beyond.SLIDE)
     offsets = torch.tensor([places.offset(i, j) for i in range(9) for j in range(13)])
     offsets = torch.cat([torch.zeros(1, 2, dtype=torch.long), offsets])
     cos, sin = (x.double() for x in places.turn(offsets[:, 0], offsets[:, 1]))
@@ -92,14 +92,14 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
         x = torch.cat(
             [model.prefix_embedding(prefix)[:, None], model.token_embedding(indices.flatten(1))], 1
         )
-        turn = tuple(x.double() for x in model._turn(places))
+        turn = tuple(x.double() for x in model.sequence.turn(places))
         expected = model.head(model._run(x, turn, [look] * 2)[:, :-1])
     actual = step_by_step(model, prefix, indices)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_a_sliding_crop_goes_from_border_to_border() -> None:
-    places = make_model((4, 6)).places((4, 12))
+    places = make_model((4, 6)).sequence.places((4, 12))
     assert [places.inside(0, j)[1] for j in range(12)] == [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4, 5]
     assert all(places.offset(i, j)[0] == 0 for i in range(4) for j in range(12))
 

@@ -19,7 +19,7 @@ def step_at(model: GPT, cache: KVCache, tokens: Tensor, position: Tensor) -> Ten
     It looks at all slots of the cache, of which a mask hides those that are not in use.
 
     Args:
-        model: with rotary positions.
+        model: with rotary positions, one index a cell and trained in raster order.
         cache: shows the prefix as this cell is to see it (`KVCache.move_to`).
         tokens: (B,), the index of the cell at `position`.
         position: (1,), int64, behind the prefix.
@@ -98,11 +98,16 @@ def _compiled() -> Callable[..., Tensor]:
 def make_step(model: GPT, cache: KVCache, *, compiled: bool) -> Callable[[Tensor, int], Tensor]:
     """(tokens, position) -> logits: a CUDA graph on a GPU, else `GPT.step` itself.
 
+    That is also for models whose cells are not one computation: with learned embeddings of them,
+    or with residual codes.
+
     Args:
         model: in eval mode.
         cache: of `model.make_cache`.
         compiled: compile the step on a GPU; takes a minute and pays for many images.
     """
-    if cache.keys.device.type != "cuda" or model.config.positions != "rotary":
+    config = model.config
+    by_cell = config.positions != "rotary" or config.order_anneal is not None
+    if cache.keys.device.type != "cuda" or by_cell or config.depth > 1:
         return partial(model.step, cache=cache)
     return GraphStep(model, cache, _compiled() if compiled else step_at)

@@ -108,6 +108,17 @@ class Places:
         down, right = torch.arange(row, row + rows), torch.arange(self.size[1])
         return self.at(down.repeat_interleave(self.size[1]), right.repeat(rows))
 
+    def laid_over(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """cos and sin of another grid spread over this one, (its cells, head_dim / 2) each.
+
+        What lies at the same place of the picture is turned alike, whatever the two sizes.
+        """
+        down, right = (
+            (torch.arange(count) + 0.5) * (own / count) + 0.5
+            for count, own in zip(size, self.size, strict=True)
+        )
+        return self.turn(down.repeat_interleave(size[1]), right.repeat(size[0]))
+
     def inside(self, row: int, column: int) -> tuple[int, int]:
         """The cell of the trained grid that the cell (row, column) takes the place of."""
         size, trained = self.size, self.trained
