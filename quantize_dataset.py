@@ -1,6 +1,7 @@
 """Stage 2: turn every image of a CSV into a grid of codebook indices."""
 
 import argparse
+import math
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
+from utils.conditions import write_conditions
 from utils.crops import FILE
+from utils.grid_meta import GridMeta
 from utils.images import Augmentation, ImageDataset
 from utils.index_folder import allocate
 from utils.indices import IndicesMeta, check_writable, write_indices
@@ -56,31 +59,75 @@ def quantize_crops(
                 bar.update(len(rows))
 
 
+def read_images(
+    arguments: argparse.Namespace, config: VQVAEConfig, column: str = "image_path", **options: bool
+) -> ImageDataset:
+    """The files in a column of the CSV, as a tokenizer takes them."""
+    return ImageDataset(
+        arguments.path_to_data,
+        column=column,
+        size=config.image_size,
+        channels=config.in_channels,
+        allow_outside_paths=arguments.allow_outside_paths,
+        num_workers=arguments.num_workers,
+        **options,
+    )
+
+
+def load_condition_tokenizer(
+    address: str | None, device: torch.device
+) -> checkpoint.LoadedModel | None:
+    """The tokenizer of the conditions, where there are any.
+
+    Raises:
+        UserError: it has several indices a cell.
+    """
+    if address is None:
+        return None
+    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    depth = tokenizer.model.config.depth
+    if depth > 1:
+        raise cli.UserError(
+            f"the tokenizer {tokenizer.folder} makes {depth} indices a cell, but conditions have "
+            "one; give --condition_model_dir a tokenizer that is not residual"
+        )
+    return tokenizer
+
+
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
     tokenizer = checkpoint.load_model(
         tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
     )
     config, origin = tokenizer.model.config, tokenizer.provenance
-    read_images = partial(
-        ImageDataset,
-        arguments.path_to_data,
-        size=config.image_size,
-        channels=config.in_channels,
-        allow_outside_paths=arguments.allow_outside_paths,
-        num_workers=arguments.num_workers,
-    )
-    dataset = read_images()
+    dataset = read_images(arguments, config)
+    second = load_condition_tokenizer(arguments.condition_model_dir, device)
+    pictures = second and read_images(arguments, second.model.config, "condition_path")
     name = f"indices/{Path(arguments.path_to_data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     crops = arguments.crops or int(arguments.flip)  # without crops the image itself is mirrored
     crops *= 2 if arguments.flip else 1
+    if crops and second is not None:
+        raise cli.UserError(
+            "--crops and --flip do not go with --condition_model_dir, whose pictures would have to "
+            "be cropped alike; leave one of them away"
+        )
     check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
     print(dataset)
 
     with run:
         indices = quantize(tokenizer.model, dataset, arguments.batch_size)
+        condition, add = None, None
+        if second is not None:
+            condition = GridMeta(
+                codebook_size=second.model.config.codebook_size,
+                latent_dim=second.model.config.latent_dim,
+                tokenizer_sha256=second.sha256,
+                tokenizer_run_id=second.provenance.run_id,
+            )
+            grids = quantize(second.model, pictures, arguments.batch_size)
+            add = partial(write_conditions, conditions=grids, codebook_size=condition.codebook_size)
         # Without a split column the images are split as they were for the tokenizer, whose
         # validation images are then new to the transformer, too.
         splits = split_rows(dataset.rows, val_fraction=origin.val_fraction, seed=origin.seed)
@@ -94,10 +141,12 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
             made_by=cli.command_line(),
+            condition=condition,
         )
-        add = None
         if crops:
-            larger = read_images(random_crop=True) if arguments.crops else dataset
+            larger = dataset
+            if arguments.crops:
+                larger = read_images(arguments, config, random_crop=True)
             add = partial(
                 quantize_crops,
                 model=tokenizer.model,
@@ -113,8 +162,9 @@ def main(arguments: argparse.Namespace) -> None:
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
         f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
-        f"{metrics.entropy(counts):.3f} bits per token (unigram)"
+        f"{metrics.entropy(counts) - math.log2(config.depth):.3f} bits per token (unigram)"
         + (f"; and {crops} crops of each" if crops else "")
+        + (f"; conditions of {'x'.join(map(str, grids.shape[1:]))}" if condition else "")
     )
     print(
         cli.next_command("train.py", "--path_to_data", output_dir, "--model_dir", tokenizer.folder)
@@ -128,6 +178,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--path_to_data", required=True, metavar="CSV", help="CSV of the images to quantize"
+    )
+    parser.add_argument(
+        "--condition_model_dir",
+        help="tokenizer of the pictures in the column condition_path, which the GPT is to be told "
+        "(default: there are none)",
     )
     parser.add_argument("--run_id", help="MLflow run to log to (default: the tokenizer's)")
     parser.add_argument(

@@ -9,9 +9,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from transformer import GPT, GPTConfig, generate
+from transformer import GPT, GPTConfig, generate, make_prefix
+from transformer.order import draw_orders, random_share
+from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.conditions import read_conditions
 from utils.crops import read_crops
 from utils.indices import Indices, read_indices
 from utils.optimizers import OptimizerConfig, make_optimizer, optimizer_step
@@ -38,13 +41,20 @@ class IndicesConfig:
 
 
 def train_step(
-    forward: nn.Module, prefix: Tensor, indices: Tensor, precision: str, accumulate: int
+    forward: nn.Module,
+    prefix: Tensor,
+    indices: Tensor,
+    order: Tensor | None,
+    precision: str,
+    accumulate: int,
 ) -> Tensor:
-    """Add the gradients of one batch, prefix (B,) and indices (B, h, w): its bits per token."""
+    """Add the gradients of one batch, as `GPT.forward` takes it: its bits per token."""
     bits = torch.zeros((), device=indices.device)
-    for part in zip(prefix.chunk(accumulate), indices.chunk(accumulate), strict=True):
+    orders = [None] * accumulate if order is None else order.chunk(accumulate)
+    parts = zip(prefix.chunk(accumulate), indices.chunk(accumulate), orders, strict=True)
+    for *part, part_order in parts:
         with processes.autocast(indices.device, precision):
-            loss = forward(*part, loss=True).mean()
+            loss = forward(*part, order=part_order, loss=True).mean()
         (loss / accumulate).backward()
         bits += loss.detach() / accumulate / math.log(2)
     return bits
@@ -57,7 +67,8 @@ def evaluate(
     """Bits per token of all batches of all processes, for each cell: (h, w), on the CPU."""
     model.eval()
     height, width = model.config.latent_dim
-    total = torch.zeros(height * width + 1, dtype=torch.float64)  # nats of each cell, images
+    tokens = height * width * model.config.depth
+    total = torch.zeros(tokens + 1, dtype=torch.float64)  # nats of each token, images
     for prefix, indices in batches:
         with processes.autocast(indices.device, precision):
             nats = model(prefix, indices, loss=True)
@@ -65,7 +76,7 @@ def evaluate(
         total[-1] += len(indices)
     model.train()
     total = group.sum(total.to(group.device, torch.float32)).cpu()
-    return (total[:-1] / total[-1] / math.log(2)).view(height, width)
+    return (total[:-1] / total[-1] / math.log(2)).view(height, width, -1).mean(dim=2)
 
 
 def load_tokenizer(
@@ -77,10 +88,11 @@ def load_tokenizer(
     tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer, path)
-    if tokenizer.model.config.latent_dim != indices.latent_dim:
+    makes = (*tokenizer.model.config.latent_dim, tokenizer.model.config.depth)
+    if makes != (*indices.latent_dim, indices.depth):
         raise cli.UserError(
-            f"{path} has grids of {indices.latent_dim}, but the tokenizer {tokenizer.folder} makes "
-            f"{tokenizer.model.config.latent_dim}; use indices and models of one tokenizer"
+            f"{path} has grids of {(*indices.latent_dim, indices.depth)}, but the tokenizer "
+            f"{tokenizer.folder} makes {makes}; use indices and models of one tokenizer"
         )
     return tokenizer
 
@@ -96,25 +108,40 @@ def describe(indices: Indices, tokenizer: checkpoint.LoadedModel | None) -> Voca
         run_id = tokenizer.provenance.run_id
     else:  # a plain text file: as many codes as it needs
         size, sha256, run_id = max(2, indices.largest() + 1), "", ""
-    return Vocabulary(size, indices.latent_dim, names, sha256, run_id)
+    condition = indices.meta.condition if indices.meta is not None else None
+    return Vocabulary(size, indices.latent_dim, names, sha256, run_id, indices.depth, condition)
+
+
+def baselines(train: Tensor, val: Tensor, words: Vocabulary) -> tuple[float, float]:
+    """Unigram and bigram bits per token of the validation grids, (N, h, w[, depth]).
+
+    The codes of each depth are words of their own. As it is known which depth comes next, the
+    unigram need not tell.
+    """
+    size = words.codebook_size * words.depth
+    if words.depth > 1:
+        train, val = (x + words.codebook_size * torch.arange(words.depth) for x in (train, val))
+    counts = [torch.bincount(grids.flatten().long(), minlength=size) for grids in (train, val)]
+    unigram = metrics.unigram_bits(*counts) - math.log2(words.depth)
+    return unigram, metrics.bigram_bits(train, val, size)
 
 
 def draw_samples(
-    model: GPT, words: Vocabulary, tokenizer: checkpoint.LoadedModel | None
+    model: GPT, prefix: Tensor, tokenizer: checkpoint.LoadedModel | None
 ) -> figures.Image.Image:
-    """A picture of samples, all classes in turn, always from the same random numbers.
+    """A picture of samples of these prefixes, always from the same random numbers.
 
-    Without a tokenizer it shows the indices themselves as shades of grey.
+    Without a tokenizer it shows the (first) indices themselves as shades of grey.
     """
     training_mode = model.training
     model.eval()
-    prefix = torch.arange(SAMPLES) % max(1, len(words.class_names))
     indices = generate(model, prefix, seed=0)
     model.train(training_mode)
     if tokenizer is None:
-        return figures.grid(indices[:, None] / (words.codebook_size - 1) * 2 - 1)
+        first = indices if model.config.depth == 1 else indices[..., 0]
+        return figures.grid(first[:, None] / (model.config.codebook_size - 1) * 2 - 1)
     with torch.inference_mode():
-        device = tokenizer.model.quantizer.share.device
+        device = next(tokenizer.model.parameters()).device
         return figures.grid(tokenizer.model.decode(indices.to(device)))
 
 
@@ -128,22 +155,29 @@ def main(arguments: argparse.Namespace) -> None:
 
     # The indices
     path = tracking.fetch(data.path_to_data)
-    indices = read_indices(path, latent_dim=arguments.latent_dim)
-    crops = read_crops(path, indices)
+    indices = read_indices(path, latent_dim=arguments.latent_dim, depth=None)
+    crops, conditions = read_crops(path, indices), read_conditions(path, indices)
     tokenizer = load_tokenizer(data.model_dir, indices, str(path), group.device)
     words = describe(indices, tokenizer)
     grids = indices.tensor()
-    prefixes = torch.tensor(words.tokens([row.label for row in indices.rows]))
+    classes = torch.tensor(words.tokens([row.label for row in indices.rows]))
     train_rows, val_rows = split_rows(
         indices.rows, val_fraction=data.val_fraction, seed=config.seed
     )
     schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
 
+    def prefix_of(rows: Tensor) -> Tensor:
+        return make_prefix(classes[rows], None if conditions is None else conditions[rows])
+
     def load(batches: list[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
             plain = epoch is None or crops is None
             grid = grids[rows] if plain else crops.pick(rows, config.seed, epoch)
-            yield prefixes[rows].to(group.device), grid.long().to(group.device)
+            yield prefix_of(rows).to(group.device), grid.long().to(group.device)
+
+    # Samples show all classes in turn, or the conditions of the first validation images.
+    shown = torch.arange(SAMPLES) % max(1, len(words.class_names))
+    shown = shown if conditions is None else prefix_of(val_rows[:SAMPLES])
 
     # The model
     model_config = cli.read_flags(
@@ -152,6 +186,9 @@ def main(arguments: argparse.Namespace) -> None:
         codebook_size=words.codebook_size,
         num_classes=len(words.class_names),
         latent_dim=words.latent_dim,
+        depth=words.depth,
+        condition_codebook_size=words.condition_shape[0],
+        condition_latent_dim=words.condition_shape[1],
     )
     model = GPT(model_config).to(group.device)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
@@ -193,20 +230,16 @@ def main(arguments: argparse.Namespace) -> None:
     progress.run_id = run.run_id
 
     # What it has to beat: the distribution of the codes, and what the last code tells of the next
-    counts = [
-        torch.bincount(grids[rows].flatten().long(), minlength=words.codebook_size)
-        for rows in (train_rows, val_rows)
-    ]
-    unigram = metrics.unigram_bits(*counts)
-    bigram = metrics.bigram_bits(grids[train_rows], grids[val_rows], words.codebook_size)
+    unigram, bigram = baselines(grids[train_rows], grids[val_rows], words)
     group.print(
-        f"{path}: {len(indices):,} grids of {words.latent_dim[0]}x{words.latent_dim[1]}, "
-        f"{words.codebook_size} codes, {len(words.class_names)} classes; "
+        f"{path}: {len(indices):,} grids of {'x'.join(map(str, grids[0].shape))}, "
+        f"{words.codebook_size} codes, {len(words.class_names)} classes, "
+        f"{model_config.prefix_length - 1} cells of condition; "
         f"{len(train_rows):,} to train on, {len(val_rows):,} to validate"
     )
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
-    baselines = f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token"
-    group.print(baselines)
+    to_beat = f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token"
+    group.print(to_beat)
 
     def evaluation() -> float:
         """Evaluate, log the figures and a picture of samples; validation bits per token."""
@@ -218,7 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
         run.metrics("val", values, progress.step)
         run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
         if group.first:
-            picture = draw_samples(average.model, words, tokenizer)
+            picture = draw_samples(average.model, shown, tokenizer)
             run.picture("pictures/samples", picture, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
@@ -242,10 +275,15 @@ def main(arguments: argparse.Namespace) -> None:
         averages = metrics.Averages()
         for prefix, grid in schedule.batches(train_rows, progress, group, load):
             # Now and then an image is shown without its class, so that the GPT learns "no class".
-            hidden = torch.rand(len(prefix)).to(group.device) < model_config.class_dropout
-            prefix = prefix.masked_fill(hidden, model_config.no_class)
+            prefix = hide(prefix, model_config)
+            order = None
+            if model_config.order_anneal is not None:
+                share = random_share(
+                    model_config.order_anneal, progress.step / schedule.total_steps
+                )
+                order = draw_orders(len(grid), math.prod(words.latent_dim), share).to(grid.device)
             learning_rate = schedule.learning_rate(progress.step)
-            bits = train_step(forward, prefix, grid, precision, config.accumulate)
+            bits = train_step(forward, prefix, grid, order, precision, config.accumulate)
             norm = optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             average.update(model, progress.step)
@@ -270,14 +308,15 @@ def main(arguments: argparse.Namespace) -> None:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
             bits = progress.best
             run.metrics("val", {"best_bits_per_token": bits}, progress.step)
-            run.picture("pictures/best_samples", draw_samples(best.model, words, tokenizer), 0)
+            run.picture("pictures/best_samples", draw_samples(best.model, shown, tokenizer), 0)
             run.folder(output_dir / "best", "checkpoints/best")
-            print(f"best: val {bits:.3f} bits per token; {baselines}")
+            print(f"best: val {bits:.3f} bits per token; {to_beat}")
             print(run.how_to_look)
             print(
                 cli.next_command(
                     *("transformer_generation.py", "--model_path", output_dir / "best"),
                     *("--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id),
+                    *(() if conditions is None else ("--conditions", data.path_to_data)),
                 )
             )
 

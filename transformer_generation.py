@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate
+from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate, make_prefix
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
+from utils.conditions import take_conditions, write_conditions
 from utils.index_folder import allocate, new_folder
 from utils.indices import IndicesMeta, check_writable, read_indices
 from utils.table import Row
@@ -25,11 +26,18 @@ PICTURE = "completions.png"
 
 
 class Given(NamedTuple):
-    """What is to be completed: grids (N, h, w), the cells that stay (h, w), labels of the grids."""
+    """What is to be completed: grids (N, h, w[, depth]), the cells that stay (h, w), labels."""
 
     grids: torch.Tensor
     keep: torch.Tensor
     labels: list[str]
+
+
+class Condition(NamedTuple):
+    """What each image is drawn to: grids (N, hc, wc), or None; their rows, none if unknown."""
+
+    grids: torch.Tensor | None
+    rows: list[Row]
 
 
 def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
@@ -58,7 +66,7 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
         UserError: indices of another tokenizer, or a --keep that says nothing.
     """
     path = tracking.fetch(arguments.complete)
-    indices = read_indices(path, codebook_size=vocabulary.codebook_size)
+    indices = read_indices(path, codebook_size=vocabulary.codebook_size, depth=vocabulary.depth)
     sha256 = indices.meta.tokenizer_sha256 if indices.meta is not None else ""
     if "" not in (sha256, vocabulary.tokenizer_sha256) and sha256 != vocabulary.tokenizer_sha256:
         raise cli.UserError(
@@ -79,9 +87,42 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
     )
 
 
+def read_conditions(
+    arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
+) -> Condition:
+    """`count` conditions: of --conditions in turn, or of the images that are completed.
+
+    Raises:
+        UserError: conditions for a GPT that takes none, or of another kind; none for a GPT that
+            never had to do without.
+    """
+    address, times = arguments.conditions or arguments.complete, arguments.variations
+    if vocabulary.condition is None:
+        if arguments.conditions:
+            raise cli.UserError(
+                f"the GPT in {arguments.model_path} takes no conditions; leave --conditions away"
+            )
+        return Condition(None, [])
+    if not address:
+        if config.condition_dropout == 0:
+            raise cli.UserError(
+                "this GPT draws nothing without a condition (--condition_dropout 0); give an "
+                "indices folder that has some by --conditions"
+            )
+        grid = vocabulary.condition.latent_dim
+        return Condition(torch.full((count, *grid), config.no_condition), [])
+    path = tracking.fetch(address)
+    indices = read_indices(path, depth=None)
+    if not arguments.conditions and (indices.meta is None or indices.meta.condition is None):
+        raise cli.UserError(f"{path} has no conditions, which this GPT is told; add --conditions")
+    grids = take_conditions(path, indices, vocabulary.condition)
+    rows = (torch.arange(count // times) % len(grids)).repeat_interleave(times)
+    return Condition(grids[rows], [indices.rows[row] for row in rows.tolist()])
+
+
 def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Image:
     """Given (the rest grey), drawn and original, side by side, of the first images."""
-    device = tokenizer.quantizer.share.device
+    device = next(tokenizer.parameters()).device
     with torch.inference_mode():
         original, completed = (
             tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (given.grids, drawn)
@@ -107,16 +148,19 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.model_dir:
         address = tracking.fetch(arguments.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, device)
+    count = arguments.num_images if given is None else len(given.grids)
+    condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
     if given is not None:
-        labels = given.labels
-        size = tuple(given.keep.shape)
+        labels, size = given.labels, tuple(given.keep.shape)
     else:
         names = arguments.labels or list(vocabulary.class_names) or [""]
+        if condition.rows and not arguments.labels:
+            names = [row.label for row in condition.rows]
         names = [""] if arguments.unconditional else names
-        labels = [names[number % len(names)] for number in range(arguments.num_images)]
+        labels = [names[number % len(names)] for number in range(count)]
         size = arguments.size_in_cells or vocabulary.latent_dim
     told = [""] * len(labels) if arguments.unconditional else labels
-    prefix = torch.tensor(vocabulary.tokens(told))
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(told)), condition.grids)
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
@@ -128,14 +172,19 @@ def main(arguments: argparse.Namespace) -> None:
         tokenizer_run_id=vocabulary.tokenizer_run_id,
         gpt_run_id=origin.run_id,
         made_by=cli.command_line(),
+        depth=vocabulary.depth,
+        condition=vocabulary.condition if condition.rows else None,
     )
     rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
+    for number, row in enumerate(condition.rows):
+        rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
+    shape = size if vocabulary.depth == 1 else (*size, vocabulary.depth)
     tries = 1 if given is None else arguments.candidates
 
     with run, tqdm(total=len(prefix) * tries, unit=" images", disable=None) as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
             indices = torch.from_numpy(
-                allocate(folder / "indices.npy", (len(rows), *size), vocabulary.codebook_size)
+                allocate(folder / "indices.npy", (len(rows), *shape), vocabulary.codebook_size)
             )
             if given is None:  # rows go to the disk as they are drawn, however tall a grid is
                 draw = partial(generate, size=size, out=indices)
@@ -158,6 +207,8 @@ def main(arguments: argparse.Namespace) -> None:
                 )
             except ValueError as error:
                 raise cli.UserError(str(error)) from error
+            if condition.rows:
+                write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
             if given is not None:
                 indices.copy_(drawn)
                 if tokenizer is not None:
@@ -194,6 +245,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)"
+    )
+    parser.add_argument(
+        "--conditions",
+        metavar="INDICES",
+        help="indices folder whose conditions, or grids if it has none, are what images are drawn "
+        "to, in turn (default: those of --complete, or none)",
     )
     parser.add_argument(
         "--unconditional", action="store_true", help='draw images of "no class" in particular'

@@ -207,8 +207,8 @@ def generate(
         batch_size: images drawn at once.
         size: (h, w) of the grids; default: what the model was trained on.
         given: (N, h, w[, depth]), see `draw_rows`.
-        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: with a window the memory
-            then does not depend on the height, if it lies on a disk.
+        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: with a window the
+            memory then does not depend on the height, if it lies on a disk.
         progress: called with the number of images after each batch.
         options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance, keep
             and compiled of `draw_rows`.

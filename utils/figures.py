@@ -44,10 +44,23 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """Pairs of original (left) and reconstruction (right), in a near-square grid.
 
     Args:
-        originals, reconstructions: (N, C, H, W) in [-1, 1].
+        originals, reconstructions: (N, C, H, W) in [-1, 1]; originals of another size are brought
+            to that of the reconstructions, and both to the larger number of channels.
     """
-    pairs = torch.cat([originals.float().cpu(), reconstructions.float().cpu()], dim=3)
-    return grid(pairs)
+    pair = [originals.float().cpu(), reconstructions.float().cpu()]
+    if pair[0].shape[2:] != pair[1].shape[2:]:
+        pair[0] = torch.nn.functional.interpolate(pair[0], size=pair[1].shape[2:])
+    channels = max(images.shape[1] for images in pair)
+    return grid(torch.cat([_widen(images, channels) for images in pair], dim=3))
+
+
+def _widen(images: Tensor, channels: int) -> Tensor:
+    """The same images with more channels: grey as RGB, what has no alpha opaque."""
+    if images.shape[1] == 1 < channels:
+        images = images.expand(-1, 3, -1, -1)
+    if images.shape[1] < channels:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    return images
 
 
 def heat(values: Tensor) -> Image.Image:

@@ -42,8 +42,9 @@ def new_folder(
         yield staging
         with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(Row._fields)
-            writer.writerows(rows)
+            header = Row._fields if any(row.condition_path for row in rows) else Row._fields[:-1]
+            writer.writerow(header)
+            writer.writerows(row[: len(header)] for row in rows)
         if text:
             with (staging / "indices.txt").open("w") as file:
                 for path in sorted(staging.glob("indices*.npy")):

@@ -6,6 +6,7 @@ from typing import Any
 
 from utils.checkpoint import read_json
 from utils.cli import UserError, build, first_few
+from utils.grid_meta import GridMeta, grid_meta
 
 FILE = "vocabulary.json"
 
@@ -18,6 +19,8 @@ class Vocabulary:
     class_names: the labels in the order of their prefix tokens 0, 1, ...
     tokenizer_sha256: of the tokenizer's model.safetensors, "" if not known.
     tokenizer_run_id: its MLflow run, "" if not known.
+    depth: indices a cell.
+    condition: what the grid belongs to that stands before the image's, if one does.
     """
 
     codebook_size: int
@@ -25,11 +28,15 @@ class Vocabulary:
     class_names: tuple[str, ...] = ()
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
+    depth: int = 1
+    condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "condition", grid_meta(self.condition))
         object.__setattr__(self, "latent_dim", tuple(self.latent_dim))
-        if not all(isinstance(number, int) for number in (self.codebook_size, *self.latent_dim)):
-            raise ValueError("codebook_size and latent_dim must be integers")
+        numbers = (self.codebook_size, self.depth, *self.latent_dim)
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("codebook_size, depth and latent_dim must be integers")
         if isinstance(self.class_names, str):
             raise ValueError("class_names must be a list")
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -45,6 +52,13 @@ class Vocabulary:
     def no_class(self) -> int:
         """The prefix token of "no class"."""
         return len(self.class_names)
+
+    @property
+    def condition_shape(self) -> tuple[int, tuple[int, int] | None]:
+        """Codebook size and grid of the conditions; 0 and None where there are none."""
+        if self.condition is None:
+            return 0, None
+        return self.condition.codebook_size, self.condition.latent_dim
 
     def tokens(self, labels: tuple[str, ...] | list[str]) -> list[int]:
         """Prefix tokens of labels; the empty label is "no class".
@@ -67,8 +81,14 @@ class Vocabulary:
         """
         for name, own, theirs in (
             ("codes", self.codebook_size, config.codebook_size),
+            ("a depth", self.depth, config.depth),
             ("a grid", self.latent_dim, config.latent_dim),
             ("classes", len(self.class_names), config.num_classes),
+            (
+                "conditions",
+                self.condition_shape,
+                (config.condition_codebook_size, config.condition_latent_dim),
+            ),
         ):
             if own != theirs:
                 raise UserError(
