@@ -1,13 +1,16 @@
 """What the tokens of a GPT mean: labels to prefix tokens and back, and models that do not fit."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from transformer import GPTConfig
 from utils.checkpoint import write_folder
 from utils.cli import UserError
+from utils.grid_meta import GridMeta
 from utils.vocabulary import Vocabulary, read_vocabulary
 
 WORDS = Vocabulary(512, (7, 4), ("0001", "1", "NA"), "ab" * 32, "run")
@@ -17,6 +20,14 @@ def test_labels_and_tokens() -> None:
     assert WORDS.tokens(["NA", "0001", "", "1", "NA"]) == [2, 0, 3, 1, 2]
     assert WORDS.no_class == 3
     assert Vocabulary(512, (7, 4)).tokens(["", ""]) == [0, 0]
+
+
+def test_conditions_and_depth_are_kept(tmp_path: Path) -> None:
+    words = replace(WORDS, depth=4, condition=GridMeta(16, (2, 3), "cd" * 32, "other"))
+    write_folder(tmp_path / "best", {"vocabulary.json": words.content()})
+    assert read_vocabulary(tmp_path) == words
+    assert words.condition_shape == (16, (2, 3))
+    assert WORDS.condition_shape == (0, None)
 
 
 def test_unknown_labels_are_named_with_the_classes() -> None:
@@ -54,6 +65,8 @@ def test_what_is_no_vocabulary(tmp_path: Path) -> None:
         '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": "ab"}',
         '{"codebook_size": "4", "latent_dim": [7, 4]}',
         '{"codebook_size": 4, "latent_dim": [7, 4], "colour": 1}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "condition": 7}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "condition": {"codebook_size": 4}}',
     ],
 )
 def test_damaged(tmp_path: Path, content: str) -> None:
@@ -68,6 +81,8 @@ def test_damaged(tmp_path: Path, content: str) -> None:
         ({"codebook_size": 64}, "it has codes of 512, the GPT 64"),
         ({"latent_dim": (4, 7)}, r"it has a grid of \(7, 4\), the GPT \(4, 7\)"),
         ({"num_classes": 10}, "it has classes of 3, the GPT 10"),
+        ({"depth": 4}, "it has a depth of 1, the GPT 4"),
+        ({"condition_codebook_size": 9}, r"it has conditions of \(0, None\), the GPT \(9, None\)"),
     ],
 )
 def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -> None:
