@@ -76,7 +76,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     flags = (*CPU, *TINY_GPT, "--max_epochs", 2, "--order_anneal", "0.3,0.6")
     call("train", "--path_to_data", both, "--model_dir", "tokenizer", *flags, "--output_dir", "gpt")
     words = read_vocabulary("gpt")
-    assert words.condition_shape == (32, (2, 3))
+    assert words.condition == GridMeta(32, (2, 3), meta["condition"]["tokenizer_sha256"])
     assert words.depth == 2
 
     model = ("--model_path", "gpt", *CPU)
@@ -117,10 +117,8 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
 def make_gpt(folder: str, condition: GridMeta | None, **options: object) -> None:
     """A GPT that was never trained, for the grids of the tokenizer."""
     words = Vocabulary(16, (6, 10), ("a", "b"), depth=2, condition=condition)
-    shape = {"num_layers": 1, "num_heads": 2, "dim": 16, "depth": 2} | options
-    size, grid = words.condition_shape
-    shape |= {"condition_codebook_size": size, "condition_latent_dim": grid}
-    gpt = GPT(GPTConfig(codebook_size=16, num_classes=2, latent_dim=(6, 10), **shape))
+    shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | options
+    gpt = GPT(GPTConfig(**words.model_values, **shape))
     files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
     checkpoint.write_folder(Path(folder), files)
 

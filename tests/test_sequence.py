@@ -206,12 +206,12 @@ def test_the_share_of_random_orders_falls_from_1_to_0() -> None:
 
 def test_orders_are_permutations_of_which_a_share_is_random() -> None:
     torch.manual_seed(0)
-    orders = draw_orders(2000, 9, 0.3)
+    orders = draw_orders(torch.zeros(2000, 3, 3), 0.3)
     raster = torch.arange(9)
     assert torch.equal(orders.sort(dim=1).values, raster.expand(2000, -1))
     assert float((orders != raster).any(dim=1).float().mean()) == pytest.approx(0.3, abs=0.04)
-    assert torch.equal(draw_orders(5, 9, 0.0), raster.expand(5, -1))
-    first = torch.bincount(draw_orders(9000, 9, 1.0)[:, 0], minlength=9)
+    assert torch.equal(draw_orders(torch.zeros(5, 3, 3, 2), 0.0), raster.expand(5, -1))
+    first = torch.bincount(draw_orders(torch.zeros(9000, 3, 3), 1.0)[:, 0], minlength=9)
     assert first.min() > 850
 
 
@@ -222,7 +222,7 @@ def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: 
     model = make_model((3, 3), depth=depth, prefix=5, positions=positions, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
     torch.manual_seed(4)
-    order = draw_orders(3, 9, 1.0)
+    order = draw_orders(indices, 1.0)
     before = model(prefix, indices, order=order)
     for cell in range(9):
         other = indices.clone().flatten(1, 2)
@@ -239,7 +239,7 @@ def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: 
 def test_a_permuted_loss_is_that_of_the_permuted_cells() -> None:
     model = make_model((3, 3), depth=2, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
-    order = draw_orders(3, 9, 1.0)
+    order = draw_orders(indices, 1.0)
     logits = model(prefix, indices, order=order)
     targets = torch.stack(
         [grid.flatten(0, 1)[turn] for grid, turn in zip(indices, order, strict=True)]
@@ -283,7 +283,7 @@ def test_what_random_orders_do_not_go_with() -> None:
     model = make_model()
     prefix, indices = some_input(model)
     with pytest.raises(ValueError, match="only a GPT with order_anneal"):
-        model(prefix, indices, order=draw_orders(3, 16, 1.0))
+        model(prefix, indices, order=draw_orders(indices, 1.0))
     model = make_model(order_anneal=(0.5, 0.75))
     with pytest.raises(ValueError, match="neither be extrapolated"):
         model(prefix, torch.zeros(3, 5, 5, dtype=torch.long), beyond="extrapolate")

@@ -26,8 +26,8 @@ def test_conditions_and_depth_are_kept(tmp_path: Path) -> None:
     words = replace(WORDS, depth=4, condition=GridMeta(16, (2, 3), "cd" * 32, "other"))
     write_folder(tmp_path / "best", {"vocabulary.json": words.content()})
     assert read_vocabulary(tmp_path) == words
-    assert words.condition_shape == (16, (2, 3))
-    assert WORDS.condition_shape == (0, None)
+    assert words.model_values["condition_latent_dim"] == (2, 3)
+    assert WORDS.model_values["condition_latent_dim"] is None
 
 
 def test_unknown_labels_are_named_with_the_classes() -> None:
@@ -78,11 +78,11 @@ def test_damaged(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"codebook_size": 64}, "it has codes of 512, the GPT 64"),
-        ({"latent_dim": (4, 7)}, r"it has a grid of \(7, 4\), the GPT \(4, 7\)"),
-        ({"num_classes": 10}, "it has classes of 3, the GPT 10"),
-        ({"depth": 4}, "it has a depth of 1, the GPT 4"),
-        ({"condition_codebook_size": 9}, r"it has conditions of \(0, None\), the GPT \(9, None\)"),
+        ({"codebook_size": 64}, "its codebook_size is 512, the GPT's 64"),
+        ({"latent_dim": (4, 7)}, r"its latent_dim is \(7, 4\), the GPT's \(4, 7\)"),
+        ({"num_classes": 10}, "its num_classes is 3, the GPT's 10"),
+        ({"depth": 4}, "its depth is 1, the GPT's 4"),
+        ({"condition_codebook_size": 9}, "its condition_codebook_size is 0, the GPT's 9"),
     ],
 )
 def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -> None:

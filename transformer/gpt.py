@@ -64,8 +64,8 @@ class GPT(nn.Module):
         self,
         prefix: Tensor,
         indices: Tensor,
-        *,
         order: Tensor | None = None,
+        *,
         beyond: Beyond | None = None,
         loss: bool = False,
     ) -> Tensor:

@@ -19,10 +19,12 @@ def random_share(anneal: tuple[float, float], progress: float) -> float:
     return max(0.0, (end - progress) / (end - start)) if end > start else 0.0
 
 
-def draw_orders(count: int, cells: int, share: float) -> Tensor:
-    """Orders (count, cells), each random with probability `share`, else raster order."""
+def draw_orders(indices: Tensor, share: float) -> Tensor:
+    """Orders (B, h*w) for indices (B, h, w[, depth]): random in a `share` of them."""
+    count, cells = len(indices), indices.shape[1] * indices.shape[2]
     shuffled = torch.rand(count, cells).argsort(dim=1)
-    return torch.where(torch.rand(count, 1) < share, shuffled, torch.arange(cells))
+    orders = torch.where(torch.rand(count, 1) < share, shuffled, torch.arange(cells))
+    return orders.to(indices.device)
 
 
 def token_order(order: Tensor, depth: int) -> Tensor:

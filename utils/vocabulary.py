@@ -54,11 +54,17 @@ class Vocabulary:
         return len(self.class_names)
 
     @property
-    def condition_shape(self) -> tuple[int, tuple[int, int] | None]:
-        """Codebook size and grid of the conditions; 0 and None where there are none."""
-        if self.condition is None:
-            return 0, None
-        return self.condition.codebook_size, self.condition.latent_dim
+    def model_values(self) -> dict[str, Any]:
+        """The fields of a GPT's config that follow from the vocabulary."""
+        condition = self.condition
+        return {
+            "codebook_size": self.codebook_size,
+            "depth": self.depth,
+            "num_classes": len(self.class_names),
+            "latent_dim": self.latent_dim,
+            "condition_codebook_size": condition.codebook_size if condition else 0,
+            "condition_latent_dim": condition.latent_dim if condition else None,
+        }
 
     def tokens(self, labels: tuple[str, ...] | list[str]) -> list[int]:
         """Prefix tokens of labels; the empty label is "no class".
@@ -79,21 +85,12 @@ class Vocabulary:
         Raises:
             UserError: they differ.
         """
-        for name, own, theirs in (
-            ("codes", self.codebook_size, config.codebook_size),
-            ("a depth", self.depth, config.depth),
-            ("a grid", self.latent_dim, config.latent_dim),
-            ("classes", len(self.class_names), config.num_classes),
-            (
-                "conditions",
-                self.condition_shape,
-                (config.condition_codebook_size, config.condition_latent_dim),
-            ),
-        ):
+        for name, own in self.model_values.items():
+            theirs = getattr(config, name)
             if own != theirs:
                 raise UserError(
-                    f"the vocabulary does not belong to the GPT in {folder}: it has {name} of "
-                    f"{own}, the GPT {theirs}; give the {FILE} that lies beside the GPT"
+                    f"the vocabulary does not belong to the GPT in {folder}: its {name} is {own}, "
+                    f"the GPT's {theirs}; give the {FILE} that lies beside the GPT"
                 )
 
     def content(self) -> dict:
