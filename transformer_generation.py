@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -14,7 +13,8 @@ from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate, ma
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.conditions import take_conditions, write_conditions
+from utils.conditions import Condition, take_conditions, write_conditions
+from utils.decoding import read_mask
 from utils.index_folder import allocate, new_folder
 from utils.indices import IndicesMeta, check_writable, read_indices
 from utils.table import Row
@@ -31,32 +31,6 @@ class Given(NamedTuple):
     grids: torch.Tensor
     keep: torch.Tensor
     labels: list[str]
-
-
-class Condition(NamedTuple):
-    """What each image is drawn to: grids (N, hc, wc), or None; their rows, none if unknown."""
-
-    grids: torch.Tensor | None
-    rows: list[Row]
-
-
-def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """The cells that stay, (h, w), bool: where a picture, shrunk to the grid, is rather white.
-
-    Raises:
-        UserError: no picture, or nothing is left to draw.
-    """
-    try:
-        with Image.open(path) as picture:
-            mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise cli.UserError(
-            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: {error}"
-        ) from error
-    keep = torch.from_numpy(np.asarray(mask) >= 128)
-    if keep.all():
-        raise cli.UserError(f"--keep {path} leaves nothing to draw; black cells are drawn")
-    return keep
 
 
 def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
@@ -76,7 +50,7 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
     if arguments.keep.partition(":")[0] in SIDES:
         keep = cli.build(keep_side, arguments.keep, indices.latent_dim)
     else:
-        keep = read_mask(arguments.keep, indices.latent_dim)
+        keep = torch.from_numpy(read_mask(arguments.keep, indices.latent_dim))
     grids = indices.tensor()[: arguments.num_images].long()
     labels = [row.label for row in indices.rows[: arguments.num_images]]
     times = arguments.variations
@@ -90,34 +64,29 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
 def read_conditions(
     arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
 ) -> Condition:
-    """`count` conditions: of --conditions in turn, or of the images that are completed.
+    """What `count` images are drawn to: --conditions in turn, or those of the completed images.
 
     Raises:
         UserError: conditions for a GPT that takes none, or of another kind; none for a GPT that
             never had to do without.
     """
-    address, times = arguments.conditions or arguments.complete, arguments.variations
     if vocabulary.condition is None:
         if arguments.conditions:
             raise cli.UserError(
                 f"the GPT in {arguments.model_path} takes no conditions; leave --conditions away"
             )
         return Condition(None, [])
-    if not address:
-        if config.condition_dropout == 0:
-            raise cli.UserError(
-                "this GPT draws nothing without a condition (--condition_dropout 0); give an "
-                "indices folder that has some by --conditions"
-            )
-        grid = vocabulary.condition.latent_dim
-        return Condition(torch.full((count, *grid), config.no_condition), [])
-    path = tracking.fetch(address)
-    indices = read_indices(path, depth=None)
-    if not arguments.conditions and (indices.meta is None or indices.meta.condition is None):
-        raise cli.UserError(f"{path} has no conditions, which this GPT is told; add --conditions")
-    grids = take_conditions(path, indices, vocabulary.condition)
-    rows = (torch.arange(count // times) % len(grids)).repeat_interleave(times)
-    return Condition(grids[rows], [indices.rows[row] for row in rows.tolist()])
+    if arguments.conditions or arguments.complete:
+        path = tracking.fetch(arguments.conditions or arguments.complete)
+        conditions = take_conditions(path, vocabulary.condition, alone=bool(arguments.conditions))
+        return conditions.in_turn(count, times=arguments.variations)
+    if config.condition_dropout == 0:
+        raise cli.UserError(
+            "this GPT draws nothing without a condition (--condition_dropout 0); give an indices "
+            "folder that has some by --conditions"
+        )
+    grid = vocabulary.condition.latent_dim
+    return Condition(torch.full((count, *grid), config.no_condition), [])
 
 
 def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Image:

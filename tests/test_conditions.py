@@ -191,9 +191,10 @@ def test_damaged_conditions(own_folder: Path) -> None:
     assert indices.meta == meta
     assert read_conditions(path, indices).dtype == torch.uint16
     assert read_conditions(path, indices).long().equal(conditions)
-    assert take_conditions(path, indices, GridMeta(300, (1, 3))).long().equal(conditions)
+    taken = take_conditions(path, GridMeta(300, (1, 3)), alone=False).in_turn(6, times=2)
+    assert taken.grids.long().equal(conditions[[0, 0, 1, 1, 0, 0]])
     with pytest.raises(UserError, match=r"grid \(3, 1\), but indices: grid \(1, 3\)"):
-        take_conditions(path, indices, GridMeta(300, (3, 1)))
+        take_conditions(path, GridMeta(300, (3, 1)), alone=False)
     array = np.load(path / "condition.npy")
     for bad in (array[:1], array.astype(np.int32), array + 1, array[:, :, :2]):
         np.save(path / "condition.npy", bad)

@@ -4,8 +4,9 @@ Such as its segmentation, its depth or the image in low resolution (arXiv 2012.0
 4.1), in the indices of a tokenizer of its own. meta.json says which, under "condition".
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,11 +15,27 @@ from torch import Tensor
 from utils.cli import UserError
 from utils.grid_meta import GridMeta
 from utils.index_folder import smallest_type
-
-if TYPE_CHECKING:
-    from utils.indices import Indices
+from utils.indices import Indices, read_indices
+from utils.table import Row
 
 FILE = "condition.npy"
+
+
+class Condition(NamedTuple):
+    """What images are drawn to.
+
+    Attributes:
+        grids: (N, hc, wc), of any integer type, or None.
+        rows: where they are from; none if they are unknown.
+    """
+
+    grids: Tensor | None
+    rows: Sequence[Row]
+
+    def in_turn(self, count: int, times: int) -> "Condition":
+        """`count` of them, each `times` in a row, and from the first on again after the last."""
+        chosen = (torch.arange(count // times) % len(self.grids)).repeat_interleave(times)
+        return Condition(self.grids[chosen], [self.rows[row] for row in chosen.tolist()])
 
 
 def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
@@ -27,7 +44,7 @@ def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> No
     np.save(folder / FILE, conditions.cpu().numpy().astype(dtype))
 
 
-def read_conditions(path: Path, indices: "Indices") -> Tensor | None:
+def read_conditions(path: Path, indices: Indices) -> Tensor | None:
     """The conditions of an indices folder, (N, hc, wc); None where it has none.
 
     Raises:
@@ -50,22 +67,28 @@ def read_conditions(path: Path, indices: "Indices") -> Tensor | None:
     return torch.from_numpy(np.array(array))
 
 
-def take_conditions(path: Path, indices: "Indices", wanted: GridMeta) -> Tensor:
-    """The conditions in an indices folder, or, if it has none, its grids as conditions.
+def take_conditions(path: Path, wanted: GridMeta, *, alone: bool) -> Condition:
+    """The conditions in an indices folder.
 
-    So both what quantize_dataset.py makes of images with conditions and what it makes of the
-    conditions alone will do.
+    Args:
+        path: of the folder.
+        wanted: what they must belong to.
+        alone: take the grids of a folder that has no condition.npy for conditions; this is what
+            quantize_dataset.py makes of a CSV of conditions alone.
 
     Raises:
-        UserError: they are not of the kind that is wanted.
+        UserError: there are none, or they are of another kind.
     """
-    conditions = read_conditions(path, indices)
-    if conditions is None:
-        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
-        conditions = indices.tensor()
-    else:
+    indices = read_indices(path, depth=None)
+    grids = read_conditions(path, indices)
+    if grids is not None:
         meta = indices.meta.condition
+    elif alone:
+        grids = indices.tensor()
+        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
+    else:
+        raise UserError(f"{path} has no conditions, which this GPT is told; add --conditions")
     wanted.check_same(meta, ("the GPT takes conditions of", str(path)))
-    if conditions.dim() != 3:
-        raise UserError(f"{path} has {conditions.shape[3]} indices a cell; conditions have one")
-    return conditions
+    if grids.dim() != 3:
+        raise UserError(f"{path} has {grids.shape[3]} indices a cell; conditions have one")
+    return Condition(grids, indices.rows)
