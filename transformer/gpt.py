@@ -176,7 +176,7 @@ class GPT(nn.Module):
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
         """The prefix (B,) or (B, p) -> (B, p, dim)."""
-        classes, conditions = prefix.view(len(prefix), -1).tensor_split([1], dim=1)
+        classes, conditions = prefix.reshape(len(prefix), -1).tensor_split([1], dim=1)
         if 1 + conditions.shape[1] != self.config.prefix_length:
             raise ValueError(
                 f"this GPT takes a class and {self.config.prefix_length - 1} cells of a condition, "
