@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer import GPT, GPTConfig, generate, make_prefix
+from transformer.flex import flex_attend
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
@@ -99,10 +100,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
     model = GPT(model_config).to(group.device)
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
-    optimizer = make_optimizer(
-        model, config, (0.9, 0.95), for_muon=matrices if kind.optimizer == "muon" else ()
-    )
+    if arguments.flex_attention:
+        if group.device.type != "cuda":
+            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; leave it away")
+        model.attend = flex_attend
+    for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
+    optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
@@ -223,6 +226,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     for config_class in (IndicesConfig, GPTConfig, OptimizerConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
+    parser.add_argument(
+        "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"
+    )
     parser.set_defaults(weight_decay=0.05, patience=5)
     return parser
 

@@ -140,3 +140,9 @@ def test_what_does_not_fit_is_refused(tokenizer: VQVAE, error_of: Callable[..., 
     (folder / "crops.npy").write_bytes(b"\x93NUMPY")
     error = error_of("train", "--path_to_data", "indices", *TINY_GPT)
     assert "crops.npy is damaged" in error
+
+
+def test_flex_attention_needs_cuda(tokenizer: VQVAE, error_of: Callable[..., str]) -> None:
+    quantize("indices")
+    flags = ("--path_to_data", "indices", "--flex_attention", "--device", "cpu", *TINY_GPT)
+    assert "--flex_attention needs CUDA" in error_of("train", *flags)
