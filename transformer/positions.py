@@ -51,7 +51,7 @@ class _Rotation(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
     y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
     left, right = y.chunk(2, dim=-1)
