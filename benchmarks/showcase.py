@@ -57,12 +57,12 @@ PANORAMA = (  # folder: what makes it
     (
         "{work}/gpt",
         "train.py --path_to_data {work}/indices --model_dir {work}/tokenizer --window_size 5 "
-        "--dim 128 --batch_size 32 --max_epochs 40 --evaluate_every 290 --patience 0 "
+        "--dim 128 --batch_size 32 --max_epochs 40 --evaluate_every 145 --patience 1 "
         "--optimizer muon",
     ),
     (
         "{work}/strips",
-        "transformer_generation.py --model_path {work}/gpt/last --size_in_cells 16,96 "
+        "transformer_generation.py --model_path {work}/gpt --size_in_cells 16,96 "
         "--num_images 4 --temperature 0.9 --top_p 0.95",
     ),
     (
