@@ -68,7 +68,7 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
 
     def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2)
-        scores[..., 0] = (q * rotate(k[:, :, :1], cos, sin)).sum(dim=-1)
+        scores[..., 0] = (q * rotate(k[:, :, :1].expand_as(k), cos, sin)).sum(dim=-1)
         scores = (scores / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
         return scores.softmax(dim=-1) @ v
 
