@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test chaos lint bench clean
+.PHONY: demo test chaos lint bench showcase clean
 
 # The virtual environment; brought up to date when what it needs changes.
 .env/.installed: requirements.txt
@@ -28,9 +28,12 @@ lint: .env/.installed-dev  ## style, as CI checks it
 	$(BIN)/ruff format --check .
 
 bench: .env/.installed-dev  ## attention, sampling and training beside their peers, the presets
-	$(BIN)/python benchmarks/attention.py
-	$(BIN)/python benchmarks/gpt.py
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.gpt
 	$(BIN)/python -m benchmarks.presets
+
+showcase: .env/.installed-dev  ## figures and pictures of docs/transformer.md, from the MNIST models
+	$(BIN)/python -m benchmarks.showcase
 
 clean:  ## remove what trainings wrote, not your data
 	rm -rf outputs mlruns mlflow.db mlflow.db.lock

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from transformer import GPT, GPTConfig
+from transformer import GPT, GPTConfig, make_prefix
 from utils import checkpoint, cli, figures, metrics, processes, tracking
 from utils.images import ImageDataset
 from utils.table import epoch_order
-from utils.vocabulary import read_vocabulary
+from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 50  # of the most usual images, and as many of the strangest
@@ -173,6 +173,38 @@ def bits_of_images(
     return torch.cat(bits)
 
 
+@torch.inference_mode()
+def read_conditions(
+    arguments: argparse.Namespace, vocabulary: Vocabulary, device: torch.device
+) -> Tensor | None:
+    """The conditions of a CSV's images, (N, hc, wc); None for a GPT that takes none.
+
+    Raises:
+        UserError: no tokenizer for them, another one, or one that is of no use.
+    """
+    address, told = arguments.condition_model_dir, f"the GPT in {arguments.model_path} is told"
+    if vocabulary.condition is None and address:
+        raise cli.UserError(f"{told} no conditions; leave --condition_model_dir away")
+    if vocabulary.condition is None:
+        return None
+    if not address:
+        raise cli.UserError(
+            f"{told} conditions; give their tokenizer by --condition_model_dir, and their pictures "
+            "in a column condition_path"
+        )
+    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    vocabulary.condition.check_tokenizer(tokenizer, f"the condition of {arguments.model_path}")
+    config = tokenizer.model.config
+    pictures = ImageDataset(
+        arguments.path_to_data,
+        column="condition_path",
+        size=config.image_size,
+        channels=config.in_channels,
+    )
+    batches = torch.arange(len(pictures)).split(arguments.batch_size)
+    return torch.cat([tokenizer.model.encode(x).cpu() for x in pictures.batches(batches, device)])
+
+
 def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
@@ -192,12 +224,13 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     )
     print(dataset)
     labels = [""] * len(dataset) if arguments.unconditional else [r.label for r in dataset.rows]
-    prefix = torch.tensor(vocabulary.tokens(labels))
+    conditions = read_conditions(arguments, vocabulary, device)
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
     bits = bits_of_images(tokenizer.model, gpt.model, dataset, prefix, arguments.batch_size)
 
     order = bits.argsort(stable=True)
     output_dir = Path(arguments.output_dir or gpt.home / "evaluation")
-    tokens_per_pixel = math.prod(config.latent_dim) / math.prod(config.image_size)
+    tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
     values = {
         "bits_per_token": float(bits.mean()),
         "bits_per_pixel": float(bits.mean()) * tokens_per_pixel,
@@ -243,6 +276,9 @@ def make_parser() -> argparse.ArgumentParser:
     three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     three.add_argument("--model_dir", required=True, help="tokenizer: a folder, or runs:/...")
     three.add_argument("--path_to_data", required=True, metavar="CSV", help="CSV of images")
+    three.add_argument(
+        "--condition_model_dir", help="tokenizer of the pictures in the column condition_path"
+    )
     three.add_argument(
         "--unconditional", action="store_true", help="do not tell the GPT the images' labels"
     )

@@ -1,13 +1,19 @@
 """Stage 2: turn every image of a CSV into a grid of codebook indices."""
 
 import argparse
+import math
+from functools import partial
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
-from utils.images import ImageDataset
+from utils.conditions import write_conditions
+from utils.crops import FILE
+from utils.grid_meta import GridMeta
+from utils.images import Augmentation, ImageDataset
+from utils.index_folder import allocate
 from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import split_rows
 from vqvae import VQVAE, VQVAEConfig
@@ -25,27 +31,103 @@ def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> torch.Tens
     return torch.cat(grids)
 
 
+@torch.inference_mode()
+def quantize_crops(
+    folder: Path, model: VQVAE, dataset: ImageDataset, number: int, flags: argparse.Namespace
+) -> None:
+    """Write crops.npy, (N, number, h, w[, depth]): random crops, with --flip then them mirrored.
+
+    Args:
+        folder: an indices folder.
+        model: the tokenizer.
+        dataset: of images that are larger than the crops, or else of the images themselves.
+        number: of grids for each image.
+        flags: batch_size, flip and seed; a crop is a function of seed, row and its number.
+    """
+    config, device = model.config, next(model.parameters()).device
+    shape = (*config.latent_dim, config.depth)[: 3 if config.depth > 1 else 2]
+    crops = allocate(folder / FILE, (len(dataset), number, *shape), config.codebook_size)
+    views = number // 2 if flags.flip else number
+    batches = torch.arange(len(dataset)).split(flags.batch_size)
+    with tqdm(total=views * len(dataset), unit=" crops", disable=None) as bar:
+        for view in range(views):
+            cut = Augmentation(False, dataset.canvas != dataset.size, flags.seed, epoch=view)
+            for rows, images in zip(batches, dataset.batches(batches, device, cut), strict=True):
+                crops[rows, view] = model.encode(images).cpu()
+                if flags.flip:
+                    crops[rows, views + view] = model.encode(images.flip(3)).cpu()
+                bar.update(len(rows))
+
+
+def read_images(
+    arguments: argparse.Namespace, config: VQVAEConfig, column: str = "image_path", **options: bool
+) -> ImageDataset:
+    """The files in a column of the CSV, as a tokenizer takes them."""
+    return ImageDataset(
+        arguments.path_to_data,
+        column=column,
+        size=config.image_size,
+        channels=config.in_channels,
+        allow_outside_paths=arguments.allow_outside_paths,
+        num_workers=arguments.num_workers,
+        **options,
+    )
+
+
+def load_condition_tokenizer(
+    address: str | None, device: torch.device
+) -> checkpoint.LoadedModel | None:
+    """The tokenizer of the conditions, where there are any.
+
+    Raises:
+        UserError: it has several indices a cell.
+    """
+    if address is None:
+        return None
+    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    depth = tokenizer.model.config.depth
+    if depth > 1:
+        raise cli.UserError(
+            f"the tokenizer {tokenizer.folder} makes {depth} indices a cell, but conditions have "
+            "one; give --condition_model_dir a tokenizer that is not residual"
+        )
+    return tokenizer
+
+
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
     tokenizer = checkpoint.load_model(
         tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
     )
     config, origin = tokenizer.model.config, tokenizer.provenance
-    dataset = ImageDataset(
-        arguments.path_to_data,
-        size=config.image_size,
-        channels=config.in_channels,
-        allow_outside_paths=arguments.allow_outside_paths,
-        num_workers=arguments.num_workers,
-    )
+    dataset = read_images(arguments, config)
+    second = load_condition_tokenizer(arguments.condition_model_dir, device)
+    pictures = second and read_images(arguments, second.model.config, "condition_path")
     name = f"indices/{Path(arguments.path_to_data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
+    crops = arguments.crops or int(arguments.flip)  # without crops the image itself is mirrored
+    crops *= 2 if arguments.flip else 1
+    if crops and second is not None:
+        raise cli.UserError(
+            "--crops and --flip do not go with --condition_model_dir, whose pictures would have to "
+            "be cropped alike; leave one of them away"
+        )
     check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
     print(dataset)
 
     with run:
         indices = quantize(tokenizer.model, dataset, arguments.batch_size)
+        condition, add = None, None
+        if second is not None:
+            condition = GridMeta(
+                codebook_size=second.model.config.codebook_size,
+                latent_dim=second.model.config.latent_dim,
+                tokenizer_sha256=second.sha256,
+                tokenizer_run_id=second.provenance.run_id,
+            )
+            grids = quantize(second.model, pictures, arguments.batch_size)
+            add = partial(write_conditions, conditions=grids, codebook_size=condition.codebook_size)
         # Without a split column the images are split as they were for the tokenizer, whose
         # validation images are then new to the transformer, too.
         splits = split_rows(dataset.rows, val_fraction=origin.val_fraction, seed=origin.seed)
@@ -59,8 +141,20 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
             made_by=cli.command_line(),
+            condition=condition,
         )
-        write_indices(output_dir, indices, rows, meta, text=arguments.text)
+        if crops:
+            larger = dataset
+            if arguments.crops:
+                larger = read_images(arguments, config, random_crop=True)
+            add = partial(
+                quantize_crops,
+                model=tokenizer.model,
+                dataset=larger,
+                number=crops,
+                flags=arguments,
+            )
+        write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
         run.folder(output_dir, name)
 
     counts = tokenizer.model.quantizer.count(indices)
@@ -68,7 +162,9 @@ def main(arguments: argparse.Namespace) -> None:
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
         f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
-        f"{metrics.entropy(counts):.3f} bits per token (unigram)"
+        f"{metrics.entropy(counts) - math.log2(config.depth):.3f} bits per token (unigram)"
+        + (f"; and {crops} crops of each" if crops else "")
+        + (f"; conditions of {'x'.join(map(str, grids.shape[1:]))}" if condition else "")
     )
     print(
         cli.next_command("train.py", "--path_to_data", output_dir, "--model_dir", tokenizer.folder)
@@ -83,11 +179,28 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--path_to_data", required=True, metavar="CSV", help="CSV of the images to quantize"
     )
+    parser.add_argument(
+        "--condition_model_dir",
+        help="tokenizer of the pictures in the column condition_path, which the GPT is to be told "
+        "(default: there are none)",
+    )
     parser.add_argument("--run_id", help="MLflow run to log to (default: the tokenizer's)")
     parser.add_argument(
         "--output_dir",
         help="indices folder to write (default: indices/<CSV name> beside the tokenizer)",
     )
+    parser.add_argument(
+        "--crops",
+        type=cli.positive,
+        default=0,
+        metavar="N",
+        help="also quantize N random crops of each image, an eighth larger; train.py then takes "
+        "another of them in every epoch, and validates on the whole images (default: none)",
+    )
+    parser.add_argument(
+        "--flip", action="store_true", help="also quantize the mirror image of each, or its crops"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")
     parser.add_argument(
         "--allow_outside_paths",

@@ -13,6 +13,7 @@ from torch import Tensor
 from utils import checkpoint, cli, figures, metrics, plots, processes, resume, tracking, training
 from utils.averaging import WeightAverage
 from utils.images import Augmentation, DataConfig, ImageDataset, read_images
+from utils.optimizers import make_optimizer, optimizer_step
 from utils.processes import Processes
 from utils.resume import Progress
 from utils.training import TrainingConfig
@@ -151,14 +152,14 @@ def main(arguments: argparse.Namespace) -> None:
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     model = model.to(group.device, memory_format=torch.channels_last)
-    optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
+    optimizer = make_optimizer(model, config, betas=(0.9, 0.99))
     progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
     average.restore(resumed)
     adversary = cli.build(make_adversary, objective, *found.values(), schedule.total_steps)
     if adversary is not None:
         adversary.to(group.device, memory_format=torch.channels_last)
-        disc_optimizer = training.make_optimizer(adversary, config, betas=(0.5, 0.9))
+        disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
         resume.restore_part(resumed, "adversary", adversary, disc_optimizer)
     if config.compile:
         model.compile()
@@ -222,12 +223,10 @@ def main(arguments: argparse.Namespace) -> None:
                 step=progress.step,
             )
             # Whoever the adversary's autopilot lets stand still has no gradients, and no step.
-            values["gradient_norm"] = training.optimizer_step(
-                optimizer, learning_rate, config.max_grad_norm
-            )
+            values["gradient_norm"] = optimizer_step(optimizer, learning_rate, config.max_grad_norm)
             if adversary is not None:
                 adversary.average_gradients()
-                training.optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
+                optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
             progress.step += 1
             average.update(model, progress.step)
             averages.add({**values, "learning_rate": learning_rate})

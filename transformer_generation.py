@@ -5,16 +5,18 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate
+from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate, make_prefix
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.indices import IndicesMeta, check_writable, read_indices, write_indices
+from utils.conditions import Condition, take_conditions, write_conditions
+from utils.decoding import read_mask
+from utils.index_folder import allocate, new_folder
+from utils.indices import IndicesMeta, check_writable, read_indices
 from utils.table import Row
 from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -24,30 +26,11 @@ PICTURE = "completions.png"
 
 
 class Given(NamedTuple):
-    """What is to be completed: grids (N, h, w), the cells that stay (h, w), labels of the grids."""
+    """What is to be completed: grids (N, h, w[, depth]), the cells that stay (h, w), labels."""
 
     grids: torch.Tensor
     keep: torch.Tensor
     labels: list[str]
-
-
-def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
-    """The cells that stay, (h, w), bool: where a picture, shrunk to the grid, is rather white.
-
-    Raises:
-        UserError: no picture, or nothing is left to draw.
-    """
-    try:
-        with Image.open(path) as picture:
-            mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise cli.UserError(
-            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: {error}"
-        ) from error
-    keep = torch.from_numpy(np.asarray(mask) >= 128)
-    if keep.all():
-        raise cli.UserError(f"--keep {path} leaves nothing to draw; black cells are drawn")
-    return keep
 
 
 def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
@@ -57,7 +40,7 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
         UserError: indices of another tokenizer, or a --keep that says nothing.
     """
     path = tracking.fetch(arguments.complete)
-    indices = read_indices(path, codebook_size=vocabulary.codebook_size)
+    indices = read_indices(path, codebook_size=vocabulary.codebook_size, depth=vocabulary.depth)
     sha256 = indices.meta.tokenizer_sha256 if indices.meta is not None else ""
     if "" not in (sha256, vocabulary.tokenizer_sha256) and sha256 != vocabulary.tokenizer_sha256:
         raise cli.UserError(
@@ -67,7 +50,7 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
     if arguments.keep.partition(":")[0] in SIDES:
         keep = cli.build(keep_side, arguments.keep, indices.latent_dim)
     else:
-        keep = read_mask(arguments.keep, indices.latent_dim)
+        keep = torch.from_numpy(read_mask(arguments.keep, indices.latent_dim))
     grids = indices.tensor()[: arguments.num_images].long()
     labels = [row.label for row in indices.rows[: arguments.num_images]]
     times = arguments.variations
@@ -78,9 +61,37 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
     )
 
 
+def read_conditions(
+    arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
+) -> Condition:
+    """What `count` images are drawn to: --conditions in turn, or those of the completed images.
+
+    Raises:
+        UserError: conditions for a GPT that takes none, or of another kind; none for a GPT that
+            never had to do without.
+    """
+    if vocabulary.condition is None:
+        if arguments.conditions:
+            raise cli.UserError(
+                f"the GPT in {arguments.model_path} takes no conditions; leave --conditions away"
+            )
+        return Condition(None, [])
+    if arguments.conditions or arguments.complete:
+        path = tracking.fetch(arguments.conditions or arguments.complete)
+        conditions = take_conditions(path, vocabulary.condition, alone=bool(arguments.conditions))
+        return conditions.in_turn(count, times=arguments.variations)
+    if config.condition_dropout == 0:
+        raise cli.UserError(
+            "this GPT draws nothing without a condition (--condition_dropout 0); give an indices "
+            "folder that has some by --conditions"
+        )
+    grid = vocabulary.condition.latent_dim
+    return Condition(torch.full((count, *grid), config.no_condition), [])
+
+
 def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Image:
     """Given (the rest grey), drawn and original, side by side, of the first images."""
-    device = tokenizer.quantizer.share.device
+    device = next(tokenizer.parameters()).device
     with torch.inference_mode():
         original, completed = (
             tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (given.grids, drawn)
@@ -92,6 +103,8 @@ def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Ima
 
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
+    if arguments.compile and device.type != "cuda":
+        raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; leave it away")
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
     vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
@@ -104,59 +117,76 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.model_dir:
         address = tracking.fetch(arguments.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, device)
+    count = arguments.num_images if given is None else len(given.grids)
+    condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
     if given is not None:
-        labels = [""] * len(given.grids) if arguments.unconditional else given.labels
-        size = tuple(given.keep.shape)
+        labels, size = given.labels, tuple(given.keep.shape)
     else:
         names = arguments.labels or list(vocabulary.class_names) or [""]
+        if condition.rows and not arguments.labels:
+            names = [row.label for row in condition.rows]
         names = [""] if arguments.unconditional else names
-        labels = [names[number % len(names)] for number in range(arguments.num_images)]
+        labels = [names[number % len(names)] for number in range(count)]
         size = arguments.size_in_cells or vocabulary.latent_dim
-    prefix = torch.tensor(vocabulary.tokens(labels))
+    told = [""] * len(labels) if arguments.unconditional else labels
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(told)), condition.grids)
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
     run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
-    draw = partial(
-        generate if given is None else partial(complete, candidates=arguments.candidates),
-        gpt.model,
-        prefix,
-        **({"size": size} if given is None else {"given": given.grids, "keep": given.keep}),
+    meta = IndicesMeta(
+        codebook_size=vocabulary.codebook_size,
+        latent_dim=size,
+        tokenizer_sha256=vocabulary.tokenizer_sha256,
+        tokenizer_run_id=vocabulary.tokenizer_run_id,
+        gpt_run_id=origin.run_id,
+        made_by=cli.command_line(),
+        depth=vocabulary.depth,
+        condition=vocabulary.condition if condition.rows else None,
     )
+    rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
+    for number, row in enumerate(condition.rows):
+        rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
+    shape = size if vocabulary.depth == 1 else (*size, vocabulary.depth)
     tries = 1 if given is None else arguments.candidates
 
     with run, tqdm(total=len(prefix) * tries, unit=" images", disable=None) as bar:
-        try:
-            indices = draw(
-                temperature=arguments.temperature,
-                top_k=arguments.top_k,
-                top_p=arguments.top_p,
-                min_p=arguments.min_p,
-                guidance=Guidance(arguments.guidance_scale, arguments.guidance_schedule),
-                beyond=Beyond(arguments.beyond),
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                progress=bar.update,
+        with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
+            indices = torch.from_numpy(
+                allocate(folder / "indices.npy", (len(rows), *shape), vocabulary.codebook_size)
             )
-        except ValueError as error:
-            raise cli.UserError(str(error)) from error
-        meta = IndicesMeta(
-            codebook_size=vocabulary.codebook_size,
-            latent_dim=size,
-            tokenizer_sha256=vocabulary.tokenizer_sha256,
-            tokenizer_run_id=vocabulary.tokenizer_run_id,
-            gpt_run_id=origin.run_id,
-            made_by=cli.command_line(),
-        )
-        rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
-        write_indices(output_dir, indices, rows, meta, text=arguments.text)
-        if given is not None and tokenizer is not None:
-            picture = picture_of(given, indices, tokenizer.model)
-            picture.save(output_dir / PICTURE)
-            print(f"given, drawn and original in {output_dir / PICTURE}")
+            if given is None:  # rows go to the disk as they are drawn, however tall a grid is
+                draw = partial(generate, size=size, out=indices)
+            else:
+                draw = partial(complete, given=given.grids, keep=given.keep, candidates=tries)
+            try:
+                drawn = draw(
+                    gpt.model,
+                    prefix,
+                    temperature=arguments.temperature,
+                    top_k=arguments.top_k,
+                    top_p=arguments.top_p,
+                    min_p=arguments.min_p,
+                    guidance=Guidance(arguments.guidance_scale, arguments.guidance_schedule),
+                    beyond=Beyond(arguments.beyond),
+                    compiled=arguments.compile,
+                    seed=arguments.seed,
+                    batch_size=arguments.batch_size,
+                    progress=bar.update,
+                )
+            except ValueError as error:
+                raise cli.UserError(str(error)) from error
+            if condition.rows:
+                write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
+            if given is not None:
+                indices.copy_(drawn)
+                if tokenizer is not None:
+                    picture_of(given, drawn, tokenizer.model).save(folder / PICTURE)
         run.folder(output_dir, output_dir.name)
         run.tag("gpt_run_id", origin.run_id)
 
+    if given is not None and tokenizer is not None:
+        print(f"given, drawn and original in {output_dir / PICTURE}")
     print(f"{len(indices):,} grids in {output_dir}")
     print(
         cli.next_command(
@@ -184,6 +214,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)"
+    )
+    parser.add_argument(
+        "--conditions",
+        metavar="INDICES",
+        help="indices folder whose conditions, or grids if it has none, are what images are drawn "
+        "to, in turn (default: those of --complete, or none)",
     )
     parser.add_argument(
         "--unconditional", action="store_true", help='draw images of "no class" in particular'
@@ -248,6 +284,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--variations", type=cli.positive, default=1, help="completions of each image (default: 1)"
     )
     parser.add_argument("--model_dir", help="tokenizer, to show completions beside what was given")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile the step on a GPU; pays for many images"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")
     cli.add_inference_flags(parser, batch_size=256)

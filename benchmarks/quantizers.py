@@ -12,6 +12,7 @@ from tqdm import tqdm
 from benchmarks import record
 from utils import cli, metrics, training
 from utils.images import ImageDataset
+from utils.optimizers import make_optimizer, optimizer_step
 from utils.table import epoch_order, split_rows
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
@@ -26,7 +27,7 @@ COLUMNS = ("quantizer", "MSE", "usage %", "perplexity", "bits an image", "images
 
 def train(model: VQVAE, dataset: ImageDataset, rows: Tensor, flags: argparse.Namespace) -> float:
     """Train for `--seconds`; the learning rate follows a cosine of time. Returns images/s."""
-    optimizer = training.make_optimizer(
+    optimizer = make_optimizer(
         model, training.TrainingConfig(learning_rate=flags.learning_rate), betas=(0.9, 0.99)
     )
     device = torch.device("cpu")
@@ -44,7 +45,7 @@ def train(model: VQVAE, dataset: ImageDataset, rows: Tensor, flags: argparse.Nam
                 reconstruction, quantized = model(images)
                 loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
                 loss.backward()
-                training.optimizer_step(optimizer, rate, max_grad_norm=1.0)
+                optimizer_step(optimizer, rate, max_grad_norm=1.0)
                 done += len(images)
             epoch += 1
 

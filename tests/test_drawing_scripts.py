@@ -4,7 +4,7 @@ import csv
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_images
-from transformer import GPT, GPTConfig
+from transformer import GPT, GPTConfig, sampling
+from transformer.sampling import draw_rows
 from utils import checkpoint, cli
 from utils.indices import IndicesMeta, read_indices, write_indices
 from utils.table import Row
@@ -104,9 +105,46 @@ def test_larger_grids_with_guidance(models: Path) -> None:
         assert drawn(models / beyond).shape == (2, 9, 21)
 
 
+def test_rows_reach_the_disk_while_a_tall_grid_is_drawn(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is drawn lies in the file already; an interruption leaves neither half nor nothing."""
+    flags = ("--num_images", 2, "--size_in_cells", "40,6", "--output_dir", "tall", "--text")
+    call("transformer_generation", *MODELS, *flags)
+    whole = drawn(models / "tall")
+    assert np.loadtxt("tall/indices.txt", dtype=int).reshape(whole.shape).tolist() == whole.tolist()
+    seen = []
+
+    def interrupted(*arguments: object, **options: object) -> Iterator[torch.Tensor]:
+        for number, row in enumerate(draw_rows(*arguments, **options)):
+            yield row
+            if number == 25:
+                seen.append(np.load("tall.tmp/indices.npy")[:, :26])
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sampling, "draw_rows", interrupted)
+    with pytest.raises(SystemExit) as exit_info:
+        call("transformer_generation", *MODELS, *flags)
+    assert exit_info.value.code == 130
+    assert seen[0].tolist() == whole[:, :26].tolist()
+    assert torch.equal(drawn(models / "tall"), whole)
+    assert not Path("tall.tmp").exists()
+
+
+def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> None:
+    call(
+        *("transformer_generation", *MODELS, "--complete", "given", "--unconditional"),
+        *("--output_dir", "completed"),
+    )
+    assert [row.label for row in read_indices("completed").rows] == list("abab")
+    call("transformer_generation", *MODELS, "--complete", "given", "--output_dir", "told")
+    assert not torch.equal(drawn(models / "completed"), drawn(models / "told"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--compile",), "--compile is for a CUDA device"),
         (("--complete", "given", "--keep", "top:1.5"), "as top:0.5"),
         (("--complete", "given", "--keep", "top:1"), "nothing to draw"),
         (("--complete", "given", "--keep", "none.png"), "neither a side"),

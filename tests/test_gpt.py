@@ -67,18 +67,6 @@ def test_one_layer_sees_its_window_and_the_prefix() -> None:
     assert ((model((prefix + 1) % 4, indices) - before).abs().amax(dim=(0, 2)) > 1e-5).all()
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_cached_logits_are_the_uncached(variant: dict) -> None:
-    model = make_gpt(**variant)
-    prefix, indices = some_indices()
-    logits = model(prefix, indices)
-    cache, tokens = model.make_cache(len(prefix)), prefix
-    for position in range(GRID[0] * GRID[1]):
-        step = model.step(tokens, position, cache)
-        torch.testing.assert_close(step, logits[:, position], rtol=1e-4, atol=1e-4)
-        tokens = indices.flatten(1)[:, position]
-
-
 def test_the_first_loss_is_that_of_a_guess() -> None:
     model = GPT(GPTConfig(codebook_size=11, latent_dim=GRID, dim=32))
     prefix, indices = some_indices()

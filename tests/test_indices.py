@@ -10,7 +10,8 @@ import torch
 
 from utils.checkpoint import LoadedModel, Provenance
 from utils.cli import UserError
-from utils.indices import IndicesMeta, read_indices, smallest_type, write_indices
+from utils.index_folder import smallest_type
+from utils.indices import IndicesMeta, read_indices, write_indices
 from utils.table import Row
 
 META = IndicesMeta(codebook_size=300, latent_dim=(2, 5), tokenizer_sha256="ab" * 32)

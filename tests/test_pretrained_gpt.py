@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,13 +45,13 @@ def make_weights(kv_heads: int = HEADS) -> dict[str, Tensor]:
     return weights
 
 
-def turning(side: int, head_dim: int) -> Tensor:
-    """exp(i * angle) of every position, (1 + side^2, head_dim / 2); 0 at the class."""
+def turning(grid: tuple[int, int], head_dim: int) -> Tensor:
+    """exp(i * angle) of every position, (1 + h*w, head_dim / 2); 0 at the class."""
     quarter = head_dim // 4
     speed = 10000.0 ** (-2.0 * torch.arange(quarter) / (head_dim / 2))
     lines = [torch.zeros(head_dim // 2, dtype=torch.complex64)]
-    for row in range(side):
-        for column in range(side):
+    for row in range(grid[0]):
+        for column in range(grid[1]):
             angle = torch.cat([row * speed, column * speed])
             lines.append(torch.polar(torch.ones_like(angle), angle))
     return torch.stack(lines)
@@ -61,9 +62,9 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def reference(weights: dict[str, Tensor], classes: Tensor, indices: Tensor, kv: int) -> Tensor:
-    """Logits of all cells, (B, side^2, CODES): neighbouring pairs turned as complex numbers."""
-    head_dim, side = DIM // HEADS, indices.shape[1]
-    turns = turning(side, head_dim)[:-1]
+    """Logits of all cells, (B, h*w, CODES): neighbouring pairs turned as complex numbers."""
+    head_dim = DIM // HEADS
+    turns = turning(indices.shape[1:], head_dim)[:-1]
     x = torch.cat(
         [
             weights["cls_embedding.embedding_table.weight"][classes][:, None],
@@ -97,11 +98,18 @@ def reference(weights: dict[str, Tensor], classes: Tensor, indices: Tensor, kv: 
     return norm(x, weights["norm.weight"]) @ weights["output.weight"].T
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("window", [0, 9])  # more than the grid is none
 @pytest.mark.parametrize("kv_heads", [HEADS, 2])
-def test_llamagen_logits_are_the_same(kv_heads: int) -> None:
-    weights = make_weights(kv_heads)
-    model = from_llamagen(weights, (4, 4), HEADS)
-    indices = torch.randint(CODES, (3, 4, 4), generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("grid", [(4, 4), (2, 8), (8, 2)], ids=["square", "wide", "tall"])
+def test_llamagen_logits_are_the_same(
+    grid: tuple[int, int], kv_heads: int, window: int, dtype: torch.dtype
+) -> None:
+    weights = {name: weight.to(dtype) for name, weight in make_weights(kv_heads).items()}
+    published = from_llamagen(weights, grid, HEADS)
+    model = GPT(replace(published.config, window_size=window)).to(dtype).eval()
+    model.load_state_dict(published.state_dict())
+    indices = torch.randint(CODES, (3, *grid), generator=torch.Generator().manual_seed(1))
     classes = torch.tensor([0, 3, CLASSES])
     with torch.no_grad():
         logits = model(classes, indices)

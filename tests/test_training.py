@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from utils import checkpoint, resume
 from utils.cli import Stopped, UserError
+from utils.optimizers import make_optimizer, optimizer_step
 from utils.processes import Processes
 from utils.resume import Progress
 from utils.training import (
@@ -20,8 +21,6 @@ from utils.training import (
     StopRequest,
     TrainingConfig,
     find_output_dir,
-    make_optimizer,
-    optimizer_step,
 )
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -157,11 +156,12 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.conv = nn.Conv1d(4, 4, 1)
         self.dropout = nn.Dropout(0.5)
+        self.mixer = nn.Linear(4, 4, bias=False)
         self.linear = nn.Linear(4, 1)
 
     def forward(self, rows: Tensor) -> Tensor:
         values = self.dropout(self.norm(self.embedding(rows % 9)))
-        return self.linear(self.conv(values[..., None])[..., 0])
+        return self.linear(self.mixer(self.conv(values[..., None])[..., 0]))
 
 
 def test_only_matrices_decay() -> None:
@@ -173,7 +173,7 @@ def test_only_matrices_decay() -> None:
     norm = optimizer_step(optimizer, 0.1, 1.0)
     assert norm == 0
     for name, value in net.named_parameters():
-        factor = 0.95 if name in ("conv.weight", "linear.weight") else 1
+        factor = 0.95 if name in ("conv.weight", "mixer.weight", "linear.weight") else 1
         assert torch.allclose(value, before[name] * factor), name
         assert value.grad is None
 
@@ -200,13 +200,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
 
 
 def train(
-    folder: Path, steps: int | None, resumed: Path | None = None
+    folder: Path, steps: int | None, resumed: Path | None = None, *, muon: bool = False
 ) -> tuple[list[float], dict[str, Tensor]]:
     """A training with dropout, up to `steps`; its losses and its last weights."""
     torch.manual_seed(3 if resumed is None else 99)
     net = Net()
     config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
-    optimizer = make_optimizer(net, config, (0.9, 0.99))
+    for_muon = [net.linear.weight, net.mixer.weight] if muon else []
+    optimizer = make_optimizer(net, config, (0.9, 0.99), for_muon)
     progress = resume.restore_training(resumed, net, optimizer)
     plan = Schedule(config, 25, 5)
     losses = []
@@ -225,12 +226,15 @@ def train(
     return losses, net.state_dict()
 
 
+@pytest.mark.parametrize("muon", [False, True])
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, steps: int) -> None:
-    expected, weights = train(tmp_path / "whole", None)
-    first, _ = train(tmp_path / "parts", steps)
+def test_a_resumed_training_equals_an_uninterrupted_one(
+    tmp_path: Path, steps: int, muon: bool
+) -> None:
+    expected, weights = train(tmp_path / "whole", None, muon=muon)
+    first, _ = train(tmp_path / "parts", steps, muon=muon)
     found = resume.find_checkpoint(str(tmp_path / "parts"), "")
-    second, resumed = train(tmp_path / "parts", None, found)
+    second, resumed = train(tmp_path / "parts", None, found, muon=muon)
     assert first + second == expected
     assert len(first) == steps
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
@@ -268,6 +272,13 @@ def test_a_checkpoint_of_another_training(tmp_path: Path) -> None:
     optimizer = make_optimizer(net, TrainingConfig(), (0.9, 0.99))
     with pytest.raises(UserError, match="does not fit this training"):
         resume.restore_training(tmp_path / "last", net, optimizer)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_a_checkpoint_of_another_optimizer(tmp_path: Path, muon: bool) -> None:
+    train(tmp_path, 1, muon=muon)
+    with pytest.raises(UserError, match=r"its optimizer was \w+, not \w+; resume with the flags"):
+        train(tmp_path, 2, tmp_path / "last", muon=not muon)
 
 
 def test_progress_counts_evaluations_without_a_better_one() -> None:

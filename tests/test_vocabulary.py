@@ -1,13 +1,16 @@
 """What the tokens of a GPT mean: labels to prefix tokens and back, and models that do not fit."""
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from transformer import GPTConfig
 from utils.checkpoint import write_folder
 from utils.cli import UserError
+from utils.grid_meta import GridMeta
 from utils.vocabulary import Vocabulary, read_vocabulary
 
 WORDS = Vocabulary(512, (7, 4), ("0001", "1", "NA"), "ab" * 32, "run")
@@ -17,6 +20,14 @@ def test_labels_and_tokens() -> None:
     assert WORDS.tokens(["NA", "0001", "", "1", "NA"]) == [2, 0, 3, 1, 2]
     assert WORDS.no_class == 3
     assert Vocabulary(512, (7, 4)).tokens(["", ""]) == [0, 0]
+
+
+def test_conditions_and_depth_are_kept(tmp_path: Path) -> None:
+    words = replace(WORDS, depth=4, condition=GridMeta(16, (2, 3), "cd" * 32, "other"))
+    write_folder(tmp_path / "best", {"vocabulary.json": words.content()})
+    assert read_vocabulary(tmp_path) == words
+    assert words.model_values["condition_latent_dim"] == (2, 3)
+    assert WORDS.model_values["condition_latent_dim"] is None
 
 
 def test_unknown_labels_are_named_with_the_classes() -> None:
@@ -54,6 +65,8 @@ def test_what_is_no_vocabulary(tmp_path: Path) -> None:
         '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": "ab"}',
         '{"codebook_size": "4", "latent_dim": [7, 4]}',
         '{"codebook_size": 4, "latent_dim": [7, 4], "colour": 1}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "condition": 7}',
+        '{"codebook_size": 4, "latent_dim": [7, 4], "condition": {"codebook_size": 4}}',
     ],
 )
 def test_damaged(tmp_path: Path, content: str) -> None:
@@ -65,13 +78,15 @@ def test_damaged(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"codebook_size": 64}, "it has codes of 512, the GPT 64"),
-        ({"latent_dim": (4, 7)}, r"it has a grid of \(7, 4\), the GPT \(4, 7\)"),
-        ({"num_classes": 10}, "it has classes of 3, the GPT 10"),
+        ({"codebook_size": 64}, "its codebook_size is 512, the GPT's 64"),
+        ({"latent_dim": (4, 7)}, r"its latent_dim is \(7, 4\), the GPT's \(4, 7\)"),
+        ({"num_classes": 10}, "its num_classes is 3, the GPT's 10"),
+        ({"depth": 4}, "its depth is 1, the GPT's 4"),
+        ({"condition_codebook_size": 9}, "its condition_codebook_size is 0, the GPT's 9"),
     ],
 )
 def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -> None:
-    fitting = {"codebook_size": 512, "latent_dim": (7, 4), "num_classes": 3}
+    fitting = asdict(GPTConfig(512, latent_dim=(7, 4), num_classes=3))
     WORDS.check_model(SimpleNamespace(**fitting), Path("best"))
     with pytest.raises(UserError, match=complaint):
         WORDS.check_model(SimpleNamespace(**fitting | change), Path("best"))

@@ -1,5 +1,7 @@
 """Windowed attention against the definition, written out pair by pair."""
 
+from functools import cache
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,25 +9,35 @@ from torch import Tensor
 from transformer import attention
 from transformer.attention import attend, window_mask
 
-GRIDS = {"square": (6, 6), "wide": (3, 40), "tall": (23, 4), "large": (19, 37)}
+# grid and tokens a cell
+CELLS = {
+    "square": ((6, 6), 1),
+    "wide": ((3, 40), 1),
+    "tall": ((23, 4), 1),
+    "large": ((19, 37), 1),
+    "square, residual": ((6, 6), 2),
+    "wide, residual": ((3, 40), 3),
+    "tall, residual": ((23, 4), 2),
+}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
-def sees(query: int, key: int, width: int, window: int, prefix: int) -> bool:
+def sees(query: int, key: int, width: int, window: int, prefix: int, depth: int) -> bool:
     """The definition at the head of transformer/attention.py, for one pair of positions."""
     if key > query:
         return False
     if key < prefix or window == 0:
         return True
-    (i, j), (i_key, j_key) = divmod(query - prefix, width), divmod(key - prefix, width)
+    cell, cell_key = (query - prefix) // depth, (key - prefix) // depth
+    (i, j), (i_key, j_key) = divmod(cell, width), divmod(cell_key, width)
     return i - i_key < window and abs(j - j_key) < window
 
 
-def dense_mask(grid: tuple[int, int], window: int, prefix: int) -> Tensor:
-    length = prefix + grid[0] * grid[1]
-    return torch.tensor(
-        [[sees(q, k, grid[1], window, prefix) for k in range(length)] for q in range(length)]
-    )
+@cache
+def dense_mask(grid: tuple[int, int], window: int, prefix: int, depth: int = 1) -> Tensor:
+    length = prefix + grid[0] * grid[1] * depth
+    shape = (grid[1], window, prefix, depth)
+    return torch.tensor([[sees(q, k, *shape) for k in range(length)] for q in range(length)])
 
 
 def brute_force(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -36,9 +48,10 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("prefix", [1, 5])
 @pytest.mark.parametrize("window", [0, 1, 3, 9, 50])
-@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize(("grid", "depth"), CELLS.values(), ids=CELLS)
 def test_forward_and_gradients_are_those_of_the_definition(
     grid: tuple[int, int],
+    depth: int,
     window: int,
     prefix: int,
     dtype: torch.dtype,
@@ -46,12 +59,12 @@ def test_forward_and_gradients_are_those_of_the_definition(
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 64)
-    length = prefix + grid[0] * grid[1]
+    length = prefix + grid[0] * grid[1] * depth
     one = [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     two = [x.detach().double().requires_grad_() for x in one]
     weights = torch.randn(2, 3, length, 8, dtype=dtype)
-    ours = attend(*one, grid=grid, window=window, prefix=prefix)
-    theirs = brute_force(*two, dense_mask(grid, window, prefix))
+    ours = attend(*one, grid=grid, window=window, prefix=prefix, depth=depth)
+    theirs = brute_force(*two, dense_mask(grid, window, prefix, depth))
     (ours * weights).sum().backward()
     (theirs * weights).sum().backward()
     torch.testing.assert_close(ours.double(), theirs, rtol=0, atol=TOLERANCE[dtype])
@@ -59,26 +72,57 @@ def test_forward_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(x.grad.double(), y.grad, rtol=0, atol=5 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("depth", [1, 3])
 @pytest.mark.parametrize("window", [1, 3, 6])
-def test_tiles_of_any_size_give_the_same(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_of_any_size_give_the_same(
+    window: int, depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tiles lower than the window once cut rows from above the grid."""
-    grid, x = (13, 17), torch.randn(3, 1, 2, 2 + 13 * 17, 8, dtype=torch.float64)
-    mask = dense_mask(grid, window, 2)
+    grid, x = (13, 17), torch.randn(3, 1, 2, 2 + 13 * 17 * depth, 8, dtype=torch.float64)
+    mask = dense_mask(grid, window, 2, depth)
     for rows, columns in ((1, 1), (2, 4), (4, 16)):
         monkeypatch.setattr(attention, "TILE_ROWS", rows)
         monkeypatch.setattr(attention, "TILE_COLUMNS", columns)
         monkeypatch.setattr(attention, "CELLS_A_CALL", 60)
         monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 0)
-        y = attend(*x, grid=grid, window=window, prefix=2)
+        y = attend(*x, grid=grid, window=window, prefix=2, depth=depth)
         torch.testing.assert_close(y, brute_force(*x, mask), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("window", [0, 2, 7])
-def test_the_mask_of_single_queries_is_the_definition(window: int) -> None:
+def test_the_mask_of_single_queries_is_the_definition(window: int, depth: int) -> None:
     grid, prefix = (5, 6), 3
-    positions = torch.arange(prefix + 30)
-    mask = window_mask(positions, positions, width=6, window=window, prefix=prefix)
-    assert torch.equal(mask, dense_mask(grid, window, prefix))
+    positions = torch.arange(prefix + 30 * depth)
+    shape = {"width": 6, "window": window, "prefix": prefix, "depth": depth}
+    mask = window_mask(positions, positions, **shape)
+    assert torch.equal(mask, dense_mask(grid, window, prefix, depth))
+
+
+def test_a_change_outside_the_window_changes_nothing() -> None:
+    grid, window, prefix = (20, 30), 3, 1
+    q, k, v = torch.randn(3, 1, 1, prefix + 600, 4, dtype=torch.float64)
+    before = attend(q, k, v, grid=grid, window=window, prefix=prefix)
+    row, column = 9, 14
+    v[0, 0, prefix + row * 30 + column] += 1
+    changed = attend(q, k, v, grid=grid, window=window, prefix=prefix) != before
+    where = changed[0, 0, prefix:].any(dim=-1).view(grid).nonzero().tolist()
+    sees = [
+        [i, j]
+        for i in range(row, row + window)
+        for j in range(column - window + 1, column + window)
+        if (i, j) >= (row, column)
+    ]
+    assert where == sees
+
+
+def test_the_prefix_is_seen_from_everywhere_and_is_no_cell() -> None:
+    grid, window = (20, 30), 2
+    q, k, v = torch.randn(3, 1, 1, 601, 4, dtype=torch.float64)
+    before = attend(q, k, v, grid=grid, window=window, prefix=1)
+    v[0, 0, 0] += 1
+    changed = attend(q, k, v, grid=grid, window=window, prefix=1) != before
+    assert changed.any(dim=-1).all()
 
 
 def test_a_wrong_length_is_refused() -> None:

@@ -3,6 +3,7 @@
 from transformer.completion import complete
 from transformer.gpt import GPT, GPTConfig
 from transformer.positions import Beyond
+from transformer.prefix import make_prefix
 from transformer.sampling import Guidance, generate
 
-__all__ = ["GPT", "Beyond", "GPTConfig", "Guidance", "complete", "generate"]
+__all__ = ["GPT", "Beyond", "GPTConfig", "Guidance", "complete", "generate", "make_prefix"]

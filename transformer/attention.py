@@ -3,7 +3,8 @@
 The sequence is `prefix` tokens (conditioning; no grid cells) and then the h*w cells of the
 grid, row by row. A prefix token sees the prefix up to itself. Cell (i, j) sees the whole
 prefix, itself, and the earlier cells (i', j') with i - i' < window and |j - j'| < window;
-with window 0 all earlier cells.
+with window 0 all earlier cells. A cell of `depth` tokens has them one after the other: each sees
+all tokens of the cells that its cell sees, and of its own cell those up to itself.
 """
 
 from functools import lru_cache
@@ -43,7 +44,9 @@ def covers(window: int, grid: tuple[int, int]) -> bool:
     return window == 0 or window >= max(grid)
 
 
-def window_mask(queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int) -> Tensor:
+def window_mask(
+    queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
+) -> Tensor:
     """Who sees whom: True at [q, k] where sequence position queries[q] sees keys[k].
 
     Args:
@@ -52,6 +55,7 @@ def window_mask(queries: Tensor, keys: Tensor, *, width: int, window: int, prefi
         width: cells in a row of the grid.
         window: extent of the window in cells; 0 for none.
         prefix: number of prefix tokens.
+        depth: tokens in a cell.
 
     Returns:
         (Q, S), bool.
@@ -60,16 +64,21 @@ def window_mask(queries: Tensor, keys: Tensor, *, width: int, window: int, prefi
     causal = k <= q
     if window == 0:
         return causal
-    row_q, column_q = (q - prefix) // width, (q - prefix) % width
-    row_k, column_k = (k - prefix) // width, (k - prefix) % width
+    cell_q, cell_k = (q - prefix) // depth, (k - prefix) // depth
+    row_q, column_q = cell_q // width, cell_q % width
+    row_k, column_k = cell_k // width, cell_k % width
     near = (row_q - row_k < window) & ((column_q - column_k).abs() < window)
     return causal & (near | (k < prefix))
 
 
 class _Tiling(NamedTuple):
-    """How a grid is cut: tiles of queries, and the margins around each that its cells also see."""
+    """How a grid is cut: tiles of queries, and the margins around each that its cells also see.
+
+    Columns are counted in tokens here, `depth` of them in a cell; the window in cells.
+    """
 
     grid: tuple[int, int]
+    depth: int
     window: int
     prefix: int
     rows: int  # of a tile
@@ -83,17 +92,19 @@ class _Tiling(NamedTuple):
         return -(-self.grid[1] // self.columns)
 
 
-def _tile(grid: tuple[int, int], window: int, prefix: int) -> _Tiling:
+def _tile(grid: tuple[int, int], depth: int, window: int, prefix: int) -> _Tiling:
     """Tiles of about TILE_ROWS x TILE_COLUMNS; as wide as the grid where margins would not pay."""
     height, width = grid
     halo, side = min(window, height) - 1, min(window, width) - 1
+    width, side = width * depth, side * depth
+    grid = height, width
     if height * width <= CELLS_IN_ONE_TILE:
-        return _Tiling(grid, window, prefix, height, width, halo, 0)
-    columns = max(TILE_COLUMNS, side)
+        return _Tiling(grid, depth, window, prefix, height, width, halo, 0)
+    columns = max(-(-TILE_COLUMNS // depth) * depth, side)  # whole cells
     if columns + 2 * side >= width:
         columns, side = width, 0
     rows = max(TILE_ROWS * TILE_COLUMNS // columns, halo, 1)
-    return _Tiling(grid, window, prefix, min(rows, height), columns, halo, side)
+    return _Tiling(grid, depth, window, prefix, min(rows, height), columns, halo, side)
 
 
 @lru_cache(maxsize=32)
@@ -109,10 +120,15 @@ def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
     column_q = column + torch.arange(columns, device=device)  # (across, columns)
     column_k = column + torch.arange(-side, columns + side, device=device)
     down = rows[:, None] - torch.arange(-halo, tiling.rows, device=device)  # row_q - row_k
-    beside = column_q[:, :, None] - column_k[:, None, :]  # column_q - column_k
+    before = column_q[:, :, None] >= column_k[:, None, :]
+    beside = column_q[:, :, None] // tiling.depth - column_k[:, None, :] // tiling.depth
     # (across, rows, columns, rows of keys, columns of keys)
-    down, beside = down[None, :, None, :, None], beside[:, None, :, None, :]
-    earlier = (down > 0) | ((down == 0) & (beside >= 0))
+    down, before, beside = (
+        down[None, :, None, :, None],
+        before[:, None, :, None, :],
+        beside[:, None, :, None, :],
+    )
+    earlier = (down > 0) | ((down == 0) & before)
     near = (down < tiling.window) & (beside.abs() < tiling.window)
     inside = ((column_k >= 0) & (column_k < width))[:, None, None, None, :]
     cells = (earlier & near & inside).flatten(3).flatten(1, 2)
@@ -127,6 +143,7 @@ def attend(
     grid: tuple[int, int],
     window: int = 0,
     prefix: int = 1,
+    depth: int = 1,
 ) -> Tensor:
     """Causal attention over `prefix` tokens and the cells of `grid`, exact for every window.
 
@@ -135,18 +152,19 @@ def attend(
     Time and memory grow with the number of cells; no mask over all pairs of them ever exists.
 
     Args:
-        q, k, v: (B, heads, prefix + h*w, head_dim).
+        q, k, v: (B, heads, prefix + h*w*depth, head_dim).
         grid: rows and columns (h, w).
         window: extent of the window in cells; 0 for none.
         prefix: number of prefix tokens, at least 1.
+        depth: tokens in a cell.
 
     Returns:
-        (B, heads, prefix + h*w, head_dim).
+        (B, heads, prefix + h*w*depth, head_dim).
 
     Raises:
         ValueError: the tensors have another length, or there is no prefix.
     """
-    height, width = grid
+    height, width = grid[0], grid[1] * depth
     if q.shape[2] != prefix + height * width or prefix < 1:
         raise ValueError(
             f"expected {max(prefix, 1)} + {height}*{width} = {max(prefix, 1) + height * width} "
@@ -154,7 +172,7 @@ def attend(
         )
     if covers(window, grid):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
-    tiling = _tile(grid, window, prefix)
+    tiling = _tile(grid, depth, window, prefix)
     before = [x[:, :, :prefix] for x in (q, k, v)]
     outputs = [scaled_dot_product_attention(*before, is_causal=True)]
     # The first band of tiles has no rows above it; of the others many go into one call.
@@ -163,7 +181,7 @@ def attend(
     while sum(sizes) < height:
         sizes.append(min(bands * tiling.rows, height - sum(sizes)))
     # Split, not sliced: the gradients of all parts are then joined once.
-    parts = [x[:, :, prefix:].unflatten(2, grid).split(sizes, dim=2) for x in (q, k, v)]
+    parts = [x[:, :, prefix:].unflatten(2, tiling.grid).split(sizes, dim=2) for x in (q, k, v)]
     above: list[Tensor] | None = None
     for q_rows, *key_rows in zip(*parts, strict=True):
         if above is None or tiling.halo == 0:

@@ -12,11 +12,12 @@ class KVCache:
 
     The prefix has slots of its own. Behind it the cells stand in a ring of as many rows as the
     window reaches: cell c takes the slot of cell c - rows * w, which no later cell sees. So the
-    memory does not depend on the height of the grid; without a window all rows are kept.
+    memory does not depend on the height of the grid; without a window all rows are kept. A cell
+    is `depth` tokens, each with a slot.
 
     Attributes:
         places: where the cells are, in a grid of `places.size`.
-        keys, values: (num_layers, B, kv_heads, prefix + rows * w, head_dim).
+        keys, values: (num_layers, B, kv_heads, prefix + rows * w * depth, head_dim).
     """
 
     def __init__(
@@ -29,13 +30,14 @@ class KVCache:
         places: Places,
         window: int,
         prefix: int,
+        depth: int,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.places, self.prefix = places, prefix
+        self.places, self.prefix, self.depth = places, prefix, depth
         height, self.width = places.size
         self.window = 0 if covers(window, places.size) else window
-        self.ring = (min(self.window, height) or height) * self.width
+        self.ring = (min(self.window, height) or height) * self.width * depth
         shape = (num_layers, batch_size, kv_heads, prefix + self.ring, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -50,16 +52,20 @@ class KVCache:
 
     def slot(self, position: int) -> int:
         """Where the token at a position of the sequence is kept."""
-        cell = position - self.prefix
-        return position if cell < 0 else self.prefix + cell % self.ring
+        token = position - self.prefix
+        return position if token < 0 else self.prefix + token % self.ring
+
+    def cell(self, position: int) -> tuple[int, int]:
+        """Row and column of the token at a position behind the prefix."""
+        return divmod((position - self.prefix) // self.depth, self.width)
 
     def mask(self, position: int) -> Tensor | None:
         """Which of the slots in use the token at `position` sees, (1, slots); None: all."""
-        cell = position - self.prefix
-        if cell < 0 or self.window == 0:
+        token = position - self.prefix
+        if token < 0 or self.window == 0:
             return None
-        slots = torch.arange(min(cell + 1, self.ring), device=self.keys.device)
-        held = cell - (cell - slots) % self.ring  # the cell in each slot: the latest that fits
+        slots = torch.arange(min(token + 1, self.ring), device=self.keys.device)
+        held = token - (token - slots) % self.ring  # the token in each slot: the latest that fits
         positions = torch.cat([slots.new_tensor(range(self.prefix)), held + self.prefix])
         return window_mask(
             slots.new_tensor([position]),
@@ -67,13 +73,14 @@ class KVCache:
             width=self.width,
             window=self.window,
             prefix=self.prefix,
+            depth=self.depth,
         )
 
     def move_to(self, position: int) -> None:
         """Show the prefix as the cell at `position` is to see it (see `Places.offset`)."""
         if position < self.prefix or self.places.beyond != Beyond.SLIDE:
             return
-        offset = self.places.offset(*divmod(position - self.prefix, self.width))
+        offset = self.places.offset(*self.cell(position))
         if offset == self._offset:
             return
         if self._prefix_keys is None:

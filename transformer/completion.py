@@ -46,10 +46,11 @@ def log_likelihood(
     """Sum over `cells` (h, w) of log p(cell | cells before it), (N,), in nats, on the CPU."""
     device = model.head.weight.device
     beyond = None if tuple(cells.shape) == model.config.latent_dim else Beyond.EXTRAPOLATE
+    tokens = cells.flatten().repeat_interleave(model.config.depth)
     sums = []
     for part in zip(prefix.split(batch_size), indices.split(batch_size), strict=True):
         nats = model(*(x.to(device) for x in part), beyond=beyond, loss=True)
-        sums.append(-(nats.cpu() * cells.flatten()).sum(dim=1))
+        sums.append(-(nats.cpu() * tokens).sum(dim=1))
     return torch.cat(sums)
 
 
@@ -71,16 +72,16 @@ def complete(
 
     Args:
         model: in eval mode.
-        prefix: (N,) class of each image, or `model.config.no_class`.
-        given: (N, h, w), the indices; of the cells that are drawn any.
+        prefix: (N,) class of each image, or `model.config.no_class`; or (N, p), see `make_prefix`.
+        given: (N, h, w) or (N, h, w, depth), the indices; of the cells that are drawn any.
         keep: (h, w), bool, the cells that stay.
         candidates: draws for each image; of no use where all given cells come first.
         batch_size, options: see `generate`.
 
     Returns:
-        (N, h, w), int64, on the CPU.
+        Like `given`, int64, on the CPU.
     """
-    size = tuple(given.shape[1:])
+    size = tuple(keep.shape)
     later = unforeseen(keep)
     candidates = candidates if later.any() else 1
     prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, given))

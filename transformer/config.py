@@ -1,5 +1,6 @@
 """What a GPT is made of: its flags, and the named sizes."""
 
+import math
 from dataclasses import dataclass, field
 
 # num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
@@ -21,7 +22,10 @@ class GPTConfig:
     """
 
     codebook_size: int  # number of codebook indices K
+    depth: int = 1  # indices a cell
     num_classes: int = 0  # classes; the prefix "no class" comes on top
+    condition_codebook_size: int = 0  # of a grid that stands before the image's; 0: there is none
+    condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
     latent_dim: tuple[int, int] | None = field(
         default=None,
         metadata={"help": "side, or H,W, of the latent grid; default: what the indices have"},
@@ -64,6 +68,18 @@ class GPTConfig:
         default=0.1,
         metadata={"help": "share of the training images whose class is shown as 'no class'"},
     )
+    condition_dropout: float = field(
+        default=0.1,
+        metadata={"help": "share of the training images whose condition, if any, is hidden"},
+    )
+    order_anneal: tuple[float, float] | None = field(
+        default=None,
+        metadata={
+            "help": "shares of the training, as 0.5,0.75: cells in random order up to the first, "
+            "in raster order from the second on (RAR); default: in raster order throughout",
+            "metavar": "START,END",
+        },
+    )
 
     qk_norm: bool = True  # LlamaGen has neither this
     blank_prefix: bool = False  # nor a prefix that queries can tell from a key of zeros
@@ -88,7 +104,19 @@ class GPTConfig:
             raise ValueError(
                 f"dim {self.dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}"
             )
-        for name in ("dropout", "class_dropout"):
+        if self.depth < 1:
+            raise ValueError(f"depth must be at least 1, got {self.depth}")
+        if bool(self.condition_codebook_size) != (self.condition_latent_dim is not None):
+            raise ValueError("condition_codebook_size and condition_latent_dim go together")
+        if self.order_anneal is not None:
+            if not 0 <= self.order_anneal[0] <= self.order_anneal[1] <= 1:
+                raise ValueError(f"order_anneal must rise within [0, 1], got {self.order_anneal}")
+            if self.window_size:
+                raise ValueError(
+                    f"order_anneal needs window_size 0, got {self.window_size}: a random order "
+                    "has no rows above"
+                )
+        for name in ("dropout", "class_dropout", "condition_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.positions not in ("rotary", "learned"):
@@ -111,6 +139,16 @@ class GPTConfig:
     def no_class(self) -> int:
         """The prefix token that stands for "no class"; the classes are 0 .. num_classes - 1."""
         return self.num_classes
+
+    @property
+    def no_condition(self) -> int:
+        """What stands in all cells of a condition that is not known."""
+        return self.condition_codebook_size
+
+    @property
+    def prefix_length(self) -> int:
+        """Tokens before the grid: the class and the cells of the condition."""
+        return 1 + math.prod(self.condition_latent_dim or (0,))
 
     @property
     def head_dim(self) -> int:

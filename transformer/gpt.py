@@ -1,49 +1,51 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices."""
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transformer.attention import attend
-from transformer.blocks import Block, Look
+from transformer.blocks import Block, Look, RMSNorm
 from transformer.cache import KVCache
 from transformer.config import GPTConfig
-from transformer.positions import Beyond, Places
-
-LOGITS_AT_ONCE = 1 << 26  # beyond, the loss takes them in parts
+from transformer.head import Head
+from transformer.positions import Beyond
+from transformer.sequence import Sequence
 
 
 class GPT(nn.Module):
-    """p(indices | class) = product over the cells, in raster order, of p(cell | earlier cells).
+    """p(indices | prefix) = product over the tokens, in raster order, of p(token | those before).
 
-    The sequence is one prefix token (a class, or "no class") and the cells of the grid. The
-    token at each position predicts the cell that comes next (arXiv 2012.09841, section 3.2).
+    The sequence is the prefix (a class and perhaps a condition, see transformer/prefix.py) and
+    the cells of the grid, row by row, each of them `config.depth` tokens. The token at each
+    position predicts the one that comes next (arXiv 2012.09841, section 3.2).
     """
 
-    PREFIX = 1  # tokens before the grid
+    attend = staticmethod(attend)  # or `flex.flex_attend`
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         if config.latent_dim is None:
             raise ValueError("a GPT needs latent_dim")
-        self.config = config
+        self.config, self.sequence = config, Sequence(config)
         height, width = config.latent_dim
-        length = self.PREFIX + height * width
         self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
-        self.token_embedding = nn.Embedding(config.codebook_size, config.dim)
+        if config.condition_latent_dim is not None:
+            self.condition_embedding = nn.Embedding(config.condition_codebook_size + 1, config.dim)
+        # The codes of each depth are words of their own.
+        self.token_embedding = nn.Embedding(config.depth * config.codebook_size, config.dim)
         if config.positions == "learned":
+            length = config.prefix_length + height * width
             self.position_embedding = nn.Parameter(torch.zeros(length, config.dim))
         else:
-            cos, sin = self._turn(self.places(config.latent_dim))
+            cos, sin = self.sequence.turn(self.sequence.places(config.latent_dim))
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
+        if config.order_anneal is not None:
+            self.target_embedding = nn.Embedding(height * width, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.dim, eps=1e-5)
-        self.head = nn.Linear(config.dim, config.codebook_size, bias=False)
+        self.norm = RMSNorm(config.dim)
+        self.head = Head(config.dim, config.codebook_size, config.depth)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -62,98 +64,90 @@ class GPT(nn.Module):
         self,
         prefix: Tensor,
         indices: Tensor,
+        order: Tensor | None = None,
         *,
         beyond: Beyond | None = None,
         loss: bool = False,
     ) -> Tensor:
-        """Logits of every cell given the prefix and the cells before it.
+        """Logits of every token given the prefix and the tokens before it.
 
         Args:
-            prefix: (B,) class of each image, or `config.no_class`.
-            indices: (B, h, w) of `config.latent_dim`, in [0, codebook_size).
+            prefix: (B,) class of each image, or `config.no_class`; with a condition
+                (B, 1 + hc*wc), see `make_prefix`.
+            indices: (B, h, w) of `config.latent_dim`, in [0, codebook_size); with a depth above 1
+                (B, h, w, depth).
+            order: (B, h*w), permutations of the cells to predict them in, of a model with
+                `order_anneal`; default: raster order.
             beyond: EXTRAPOLATE or INTERPOLATE accept any (h, w), with rotary positions.
             loss: return the cross-entropy of `indices` instead; a large one is taken in parts,
                 so that the logits never stand whole.
 
         Returns:
-            (B, h*w, codebook_size): at [b, t] the logits of cell t in raster order; with `loss`
-            (B, h*w), in nats, float32.
+            (B, n, codebook_size), n = h*w*depth: at [b, t] the logits of token t in raster order,
+            depth innermost, or in `order`; with `loss` (B, n), in nats, float32.
 
         Raises:
-            ValueError: a grid of another size than the trained one, without `beyond`.
+            ValueError: a grid of another size than the trained one, without `beyond`; an order
+                that the model was not made for.
         """
-        grid = tuple(indices.shape[1:])
-        turn = None
-        if grid != self.config.latent_dim:
-            if beyond is None:
-                raise ValueError(
-                    f"this GPT was made for a grid of {self.config.latent_dim}, got {grid}"
-                )
-            if beyond == Beyond.SLIDE:
-                raise ValueError("sliding positions exist only where cells are drawn one by one")
-            turn = tuple(x.to(indices.device) for x in self._turn(self.places(grid, beyond)))
-        elif self.config.positions == "rotary":
-            turn = self.cos, self.sin
+        config, grid = self.config, tuple(indices.shape[1:3])
+        turn = self._turn_in(grid, beyond)  # (p + n, head_dim / 2) each
+        tokens = indices.flatten(1)  # (B, n)
+        x = torch.cat([self._embed_prefix(prefix), self._embed(tokens)], dim=1)  # (B, p + n, dim)
+        if config.positions == "learned":
+            x = x + self.sequence.by_token(self.position_embedding)
+        if order is not None:
+            x, tokens, turn = self.sequence.reorder(order, x, tokens, turn)
+        if config.order_anneal is not None:
+            x = x + self._targets(order)
 
         def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if k.shape[1] < q.shape[1]:
                 k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            return attend(q, k, v, grid=grid, window=self.config.window_size, prefix=self.PREFIX)
+            return self.attend(
+                *(q, k, v),
+                grid=grid,
+                window=config.window_size,
+                prefix=config.prefix_length,
+                depth=config.depth,
+            )
 
-        x = torch.cat(
-            [self.prefix_embedding(prefix)[:, None], self.token_embedding(indices.flatten(1))],
-            dim=1,
-        )  # (B, 1 + h*w, dim)
-        if self.config.positions == "learned":
-            x = x + self.position_embedding
-        x = self._run(x, turn, [look] * self.config.num_layers)
-        x = x[:, self.PREFIX - 1 : -1]  # the last cell predicts nothing
-        return self._loss(x, indices.flatten(1)) if loss else self.head(x)
-
-    def _loss(self, states: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy in nats, (B, t), from final states (B, t, dim) and targets (B, t)."""
-
-        def nats(states: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(self.head(states).float(), targets, reduction="none")
-
-        states, cells = states.flatten(0, 1), targets.flatten()
-        parts = math.ceil(len(states) * self.config.codebook_size / LOGITS_AT_ONCE)
-        if parts <= 1:
-            return nats(states, cells).view(targets.shape)
-        # The backward pass makes the logits of each part anew.
-        losses = [
-            checkpoint(nats, *part, use_reentrant=False)
-            for part in zip(states.chunk(parts), cells.chunk(parts), strict=True)
-        ]
-        return torch.cat(losses).view(targets.shape)
+        x = self._run(x, turn, [look] * config.num_layers)
+        x = x[:, config.prefix_length - 1 : -1]  # (B, n, dim); the last token predicts nothing
+        return self.head.loss(x, tokens) if loss else self.head(x)
 
     def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
-        """Logits of the next cell, from one new token and what the cache holds of the others.
+        """Logits of the next token, from new ones and what the cache holds of the others.
 
         Args:
-            tokens: (B,) the prefix if `position` is 0, else the index of cell position - 1.
-            position: where `tokens` stand in the sequence; all before are in the cache.
-            cache: of `make_cache`, which takes the token in.
+            tokens: the whole prefix, as in `forward`, if `position` is 0; else (B,) one index.
+            position: where `tokens` begin in the sequence; all before are in the cache.
+            cache: of `make_cache`, which takes the tokens in.
 
         Returns:
-            (B, codebook_size), the logits of cell `position` in raster order.
+            (B, codebook_size), the logits of the token that comes next.
         """
-        cell = position - self.PREFIX
-        x = (self.prefix_embedding if cell < 0 else self.token_embedding)(tokens)[:, None]
-        turn = None
-        if self.config.positions == "learned":
-            row, column = cache.places.inside(*divmod(max(cell, 0), cache.width))
-            inside = self.PREFIX + row * self.config.latent_dim[1] + column
-            x = x + self.position_embedding[inside if cell >= 0 else position]
+        config = self.config
+        token = position - config.prefix_length  # below 0: the prefix
+        after = max(token + 1, 0)  # the token that comes next
+        x = self._embed(tokens[:, None], token) if position else self._embed_prefix(tokens)
+        new, turn = x.shape[1], None
+        if config.positions == "rotary":
+            turn = self._turn_of(position, new, cache)
+        elif position:
+            x = x + self.position_embedding[config.prefix_length + self._inside(token, cache)]
         else:
-            turn = self._turn_of(position, cache)
+            x = x + self.position_embedding[:new]
+        if config.order_anneal is not None:
+            target = self.target_embedding.weight[self._inside(after, cache)]
+            x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
         cache.move_to(position)
         mask = cache.mask(position)
         looks = [
             lambda q, k, v, layer=layer: cache.attend(layer, q, k, v, position, mask)
-            for layer in range(self.config.num_layers)
+            for layer in range(config.num_layers)
         ]
-        return self.head(self._run(x, turn, looks)[:, 0])
+        return self.head.at(after % config.depth, self._run(x, turn, looks)[:, -1])
 
     def make_cache(
         self,
@@ -164,7 +158,7 @@ class GPT(nn.Module):
         """An empty cache for `batch_size` grids of `size` (default: the trained one).
 
         Raises:
-            ValueError: learned positions, which can only slide.
+            ValueError: see `Sequence.places`.
         """
         config, weight = self.config, self.token_embedding.weight
         return KVCache(
@@ -172,36 +166,66 @@ class GPT(nn.Module):
             batch_size=batch_size,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            places=self.places(size or config.latent_dim, beyond),
+            places=self.sequence.places(size or config.latent_dim, beyond),
             window=config.window_size,
-            prefix=self.PREFIX,
+            prefix=config.prefix_length,
+            depth=config.depth,
             device=weight.device,
             dtype=weight.dtype,
         )
 
-    def places(self, size: tuple[int, int], beyond: Beyond = Beyond.SLIDE) -> Places:
-        """Where the cells of a grid of `size` are to this model.
+    def _embed_prefix(self, prefix: Tensor) -> Tensor:
+        """The prefix (B,) or (B, p) -> (B, p, dim)."""
+        classes, conditions = prefix.reshape(len(prefix), -1).tensor_split([1], dim=1)
+        if 1 + conditions.shape[1] != self.config.prefix_length:
+            raise ValueError(
+                f"this GPT takes a class and {self.config.prefix_length - 1} cells of a condition, "
+                f"got {conditions.shape[1]} cells"
+            )
+        x = self.prefix_embedding(classes)
+        if self.config.condition_latent_dim is None:
+            return x
+        return torch.cat([x, self.condition_embedding(conditions)], dim=1)
 
-        Raises:
-            ValueError: learned positions, which can only slide.
-        """
-        config = self.config
-        if size != config.latent_dim and config.positions == "learned" and beyond != Beyond.SLIDE:
-            raise ValueError("learned positions can neither be extrapolated nor interpolated")
-        return Places(size, config.latent_dim, config.head_dim, beyond)
+    def _embed(self, indices: Tensor, first: int = 0) -> Tensor:
+        """Indices (B, n) of the tokens from `first` on -> (B, n, dim)."""
+        if self.config.depth > 1:
+            depths = torch.arange(first, first + indices.shape[1], device=indices.device)
+            indices = indices + depths % self.config.depth * self.config.codebook_size
+        return self.token_embedding(indices)
 
-    def _turn(self, places: Places) -> tuple[Tensor, Tensor]:
-        """cos and sin, (1 + h*w, head_dim / 2) each: the prefix, which is not turned, and cells."""
-        cos, sin = places.cells(0, places.size[0])
-        still = cos.new_full((self.PREFIX, cos.shape[1]), 0.0 if self.config.blank_prefix else 1.0)
-        return torch.cat([still, cos]), torch.cat([torch.zeros_like(still), sin])
+    def _targets(self, order: Tensor | None) -> Tensor:
+        """Which cell each position predicts, embedded: (p + n, dim), or (B, p + n, dim)."""
+        cells = self.target_embedding.weight if order is None else self.target_embedding(order)
+        tokens = cells.repeat_interleave(self.config.depth, dim=-2)
+        return nn.functional.pad(tokens, (0, 0, self.config.prefix_length - 1, 1))
 
-    def _turn_of(self, position: int, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """cos and sin of the token at one position, (1, head_dim / 2) each."""
-        if position < self.PREFIX or cache.places.size == self.config.latent_dim:
-            here = slice(position, position + 1)
+    def _inside(self, token: int, cache: KVCache) -> int:
+        """The cell of the trained grid that a token's cell takes the place of, in raster order."""
+        row, column = cache.places.inside(*divmod(token // self.config.depth, cache.width))
+        return row * self.config.latent_dim[1] + column
+
+    def _turn_in(
+        self, grid: tuple[int, int], beyond: Beyond | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin of the whole sequence, for rotary positions."""
+        if grid != self.config.latent_dim:
+            if beyond is None:
+                raise ValueError(
+                    f"this GPT was made for a grid of {self.config.latent_dim}, got {grid}"
+                )
+            if beyond == Beyond.SLIDE:
+                raise ValueError("sliding positions exist only where cells are drawn one by one")
+            turn = self.sequence.turn(self.sequence.places(grid, beyond))
+            return tuple(angle.to(self.head.weight.device) for angle in turn)
+        return (self.cos, self.sin) if self.config.positions == "rotary" else None
+
+    def _turn_of(self, position: int, new: int, cache: KVCache) -> tuple[Tensor, Tensor]:
+        """cos and sin of `new` tokens from a position on, (new, head_dim / 2) each."""
+        if position < self.config.prefix_length or cache.places.size == self.config.latent_dim:
+            here = slice(position, position + new)
             return self.cos[here], self.sin[here]
-        row, column = divmod(position - self.PREFIX, cache.width)
+        row, column = cache.cell(position)
         if cache.row != row:  # a row at a time: grids may be tall
             cache.row = row
             cache.turns = tuple(x.to(self.cos) for x in cache.places.cells(row))

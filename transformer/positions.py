@@ -1,6 +1,7 @@
 """Where the cells of a grid are: rotary angles, and grids of other sizes than the trained one."""
 
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,33 @@ def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 10
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x[..., i], x[..., i + head_dim / 2]) by the angles of `cos` and `sin`."""
+    return _Rotation.apply(x, cos, sin)
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is turned back: nothing of x need be kept, and the memory is read less often."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = x.dtype
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _turned(gradient, cos, -sin).to(ctx.dtype), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    y = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
+    left, right = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=left).addcmul_(b, sin, value=-1)
+    torch.mul(a, sin, out=right).addcmul_(b, cos)
+    return y
 
 
 def _inside(place: int, size: int, trained: int) -> int:
@@ -69,15 +95,29 @@ class Places:
         angles = rotary_angles(rows, columns, self._head_dim)
         return angles.cos(), angles.sin()
 
-    def cells(self, row: int, rows: int = 1) -> tuple[Tensor, Tensor]:
-        """cos and sin of the cells in `rows` rows from `row` on, (rows * w, head_dim / 2) each.
+    def at(self, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin of the cells in these rows and columns, (n,) each: (n, head_dim / 2) each.
 
         Cells count from 1; the prefix is at 0, 0. A compressed cell keeps its middle.
         """
-        (vertical, horizontal), width = self._scale, self.size[1]
-        down = (torch.arange(row, row + rows) + 0.5) * vertical + 0.5
-        right = (torch.arange(width) + 0.5) * horizontal + 0.5
-        return self.turn(down.repeat_interleave(width), right.repeat(rows))
+        vertical, horizontal = self._scale
+        return self.turn((rows + 0.5) * vertical + 0.5, (columns + 0.5) * horizontal + 0.5)
+
+    def cells(self, row: int, rows: int = 1) -> tuple[Tensor, Tensor]:
+        """cos and sin of the cells in `rows` rows from `row` on, (rows * w, head_dim / 2) each."""
+        down, right = torch.arange(row, row + rows), torch.arange(self.size[1])
+        return self.at(down.repeat_interleave(self.size[1]), right.repeat(rows))
+
+    def laid_over(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """cos and sin of another grid spread over this one, (its cells, head_dim / 2) each.
+
+        What lies at the same place of the picture is turned alike, whatever the two sizes.
+        """
+        down, right = (
+            (torch.arange(count) + 0.5) * (own / count) + 0.5
+            for count, own in zip(size, self.size, strict=True)
+        )
+        return self.turn(down.repeat_interleave(size[1]), right.repeat(size[0]))
 
     def inside(self, row: int, column: int) -> tuple[int, int]:
         """The cell of the trained grid that the cell (row, column) takes the place of."""

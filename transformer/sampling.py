@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from transformer import noise
 from transformer.gpt import GPT
+from transformer.graph import make_step
 from transformer.positions import Beyond
+from transformer.prefix import unknown
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -18,8 +22,8 @@ class Guidance:
     """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
 
     Attributes:
-        scale: 1 for none; the logits c know the class, u do not.
-        schedule: "constant", or how the scale rises from 1 at the first cell to `scale` at the
+        scale: 1 for none; the logits c know the class and the condition, u neither.
+        schedule: "constant", or how the scale rises from 1 at the first token to `scale` at the
             last: "linear" or "cosine".
 
     Raises:
@@ -35,9 +39,9 @@ class Guidance:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"guidance_schedule must be one of {SCHEDULES}, got {self.schedule}")
 
-    def at(self, cell: int, cells: int) -> float:
-        """The scale for cell number `cell` of `cells`."""
-        progress = cell / max(1, cells - 1)
+    def at(self, token: int, tokens: int) -> float:
+        """The scale for token number `token` of `tokens`."""
+        progress = token / max(1, tokens - 1)
         if self.schedule == "constant":
             progress = 1.0
         elif self.schedule == "cosine":
@@ -123,51 +127,59 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
 def draw_rows(
     model: GPT,
     prefix: Tensor,
-    uniform: Tensor,
+    uniform: Callable[[int], Tensor],
     *,
     size: tuple[int, int] | None = None,
     beyond: Beyond = Beyond.SLIDE,
     guidance: Guidance = Guidance(),
     given: Tensor | None = None,
     keep: Tensor | None = None,
+    compiled: bool = False,
     **shaping: float,
 ) -> Iterator[Tensor]:
     """Draw one batch of grids row by row; a window bounds the memory, however tall they are.
 
     Args:
         model: in eval mode.
-        prefix: (B,) class of each image, or `model.config.no_class`; on the model's device.
-        uniform: (B, h*w) in [0, 1), what makes the choices; on the model's device.
+        prefix: (B,) class of each image, or `model.config.no_class`, with a condition (B, p), see
+            `make_prefix`; on the model's device.
+        uniform: number of a token -> (B,) in [0, 1), what makes the choice; on the model's device.
         size: (h, w) of the grid; default: what the model was trained on.
         beyond: positions in a larger grid than that.
-        guidance: two passes in one batch, with class and without.
-        given: (B, h, w) or (1, h, w), indices that are taken over where `keep` says so.
+        guidance: two passes in one batch, with class and condition, and without.
+        given: (B, h, w) or (1, h, w), indices that are taken over where `keep` says so; with a
+            depth above 1 that is one more axis.
         keep: (h, w), bool.
+        compiled: see `make_step`.
         shaping: of `probabilities`.
 
     Yields:
-        (B, w), int64, from the top row to the bottom row.
+        (B, w) or (B, w, depth), int64, from the top row to the bottom row.
     """
     height, width = size or model.config.latent_dim
+    depth = model.config.depth
+    count = height * width * depth
+    shape = (width,) if depth == 1 else (width, depth)
     guided = guidance.scale != 1
-    tokens = torch.cat([prefix, torch.full_like(prefix, model.config.no_class)])
-    tokens = tokens if guided else prefix
+    tokens = torch.cat([prefix, unknown(prefix, model.config)]) if guided else prefix
     cache = model.make_cache(len(tokens), (height, width), beyond)
+    step = make_step(model, cache, compiled=compiled)
     kept = [False] * (height * width) if keep is None else keep.flatten().tolist()
     row = []
-    for cell in range(height * width):
-        logits = model.step(tokens, cell, cache)  # (B, K)
+    for token in range(count):
+        position = token and model.config.prefix_length + token - 1  # at 0 the whole prefix
+        logits = step(tokens, position)  # (B, K)
         if guided:
-            with_class, without = logits.chunk(2)
-            logits = torch.lerp(without, with_class, guidance.at(cell, height * width))
+            informed, without = logits.chunk(2)
+            logits = torch.lerp(without, informed, guidance.at(token, count))
         distribution = probabilities(logits, **shaping)
-        if kept[cell]:
-            tokens = given[:, cell // width, cell % width].expand(len(prefix))
+        if kept[token // depth]:
+            tokens = given.flatten(1)[:, token].expand(len(prefix))
         else:
-            tokens = draw(distribution, uniform[:, cell])
+            tokens = draw(distribution, uniform(token))
         row.append(tokens)
-        if len(row) == width:
-            yield torch.stack(row, dim=1)
+        if len(row) == width * depth:
+            yield torch.stack(row, dim=1).unflatten(1, shape)
             row = []
         tokens = tokens.repeat(2) if guided else tokens
 
@@ -181,6 +193,7 @@ def generate(
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
     given: Tensor | None = None,
+    out: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
     **options: object,
 ) -> Tensor:
@@ -188,35 +201,39 @@ def generate(
 
     Args:
         model: in eval mode.
-        prefix: (N,) class of each image, or `model.config.no_class`.
-        seed: of the N x h*w uniform numbers that make all choices; the batch size makes none.
+        prefix: (N,) class of each image, or `model.config.no_class`; with a condition (N, p), see
+            `make_prefix`.
+        seed: of all choices, which are a function of it, the image's number and the token.
         batch_size: images drawn at once.
         size: (h, w) of the grids; default: what the model was trained on.
-        given: (N, h, w), see `draw_rows`.
+        given: (N, h, w[, depth]), see `draw_rows`.
+        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: with a window the
+            memory then does not depend on the height, if it lies on a disk.
         progress: called with the number of images after each batch.
-        options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance and
-            keep of `draw_rows`.
+        options: temperature, top_k, top_p and min_p of `probabilities`; beyond, guidance, keep
+            and compiled of `draw_rows`.
 
     Returns:
-        (N, h, w), int64, on the CPU.
+        `out`; without it (N, h, w) or (N, h, w, depth), int64, on the CPU.
     """
-    height, width = size or model.config.latent_dim
-    uniforms = torch.rand(
-        len(prefix), height * width, generator=torch.Generator().manual_seed(seed)
-    )
+    config = model.config
+    size = size or config.latent_dim
+    shape = size if config.depth == 1 else (*size, config.depth)
     device = model.head.weight.device
-    grids = []
+    out = torch.empty(len(prefix), *shape, dtype=torch.long) if out is None else out
+    numbers = torch.arange(len(prefix), device=device)
     for start in range(0, len(prefix), batch_size):
         part = slice(start, start + batch_size)
         rows = draw_rows(
             model,
             prefix[part].to(device),
-            uniforms[part].to(device),
-            size=(height, width),
+            partial(noise.uniform, seed, numbers[part]),
+            size=size,
             given=None if given is None else given[part].to(device),
             **options,
         )
-        grids.append(torch.stack([row.cpu() for row in rows], dim=1))
+        for number, row in enumerate(rows):
+            out[part, number] = row.to("cpu", out.dtype)
         if progress is not None:
-            progress(len(grids[-1]))
-    return torch.cat(grids)
+            progress(len(prefix[part]))
+    return out

@@ -42,14 +42,27 @@ def height_and_width(text: str) -> tuple[int, int]:
     return values[0], values[-1]
 
 
+def two_numbers(text: str) -> tuple[float, float]:
+    """`0.5,0.75` -> (0.5, 0.75)."""
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected two numbers like 0.5,0.75, got {text!r}"
+        ) from None
+    return first, second
+
+
 def _value_type(annotation: object) -> Callable[[str], object]:
     """What turns a flag's text into a field of type `annotation`."""
     options = typing.get_args(annotation)
     if isinstance(annotation, types.UnionType):  # X | None
         (annotation,) = (option for option in options if option is not type(None))
     if typing.get_origin(annotation) is tuple:
-        fixed_length = typing.get_args(annotation)[-1] is not Ellipsis
-        return height_and_width if fixed_length else integers
+        first, last = typing.get_args(annotation)
+        if first is float:
+            return two_numbers
+        return integers if last is Ellipsis else height_and_width
     return typing.cast(type, annotation)
 
 

@@ -22,6 +22,7 @@ DOWNLOADS = {
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
 }
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation
+PATCH, STRIDE, SHRINK = 32, 4, 4  # of patches, in pixels of photographs that are shrunk first
 
 
 def write_csv(folder: Path, name: str, images: Iterable[tuple[Any, str]], total: int) -> None:
@@ -77,11 +78,39 @@ def write_digits(folder: Path) -> None:
             writer.writerow([path, label, split])
 
 
+def write_photographs(folder: Path) -> None:
+    """Write scikit-learn's two photographs in patches that overlap, and photographs.csv.
+
+    The right end of each photograph is for validation: no training patch reaches into it.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = load_sample_images()
+    (folder / "photographs").mkdir(parents=True, exist_ok=True)
+    with (folder / "photographs.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "label", "split"])
+        for name, pixels in zip(photographs.filenames, photographs.images, strict=True):
+            image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
+            held_out = image.width - PATCH
+            for top in range(0, image.height - PATCH + 1, STRIDE):
+                for left in range(0, held_out + 1, STRIDE):
+                    if held_out - PATCH < left < held_out:
+                        continue
+                    path = f"photographs/{label}-{top:03}-{left:03}.png"
+                    image.crop((left, top, left + PATCH, top + PATCH)).save(folder / path)
+                    writer.writerow([path, label, "val" if left == held_out else "train"])
+
+
+# What comes with scikit-learn.
+OFFLINE = {"digits": write_digits, "photographs": write_photographs}
+
+
 def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
-    if arguments.name == "digits":
-        write_digits(folder)
-        written = ["digits.csv"]
+    if arguments.name in OFFLINE:
+        OFFLINE[arguments.name](folder)
+        written = [f"{arguments.name}.csv"]
     else:
         write_download(arguments.name, folder)
         written = ["train.csv", "test.csv"]
@@ -92,7 +121,9 @@ def main(arguments: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument(
-        "name", choices=("digits", *DOWNLOADS), help="digits comes with scikit-learn, offline"
+        "name",
+        choices=(*OFFLINE, *DOWNLOADS),
+        help=" and ".join(OFFLINE) + " come with scikit-learn, offline",
     )
     parser.add_argument("--output_dir", required=True, help="folder for the CSV and the images")
     return parser

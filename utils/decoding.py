@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 
+from utils.cli import UserError
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # the EXIF tag
@@ -134,3 +136,22 @@ def decode_images(
         except Exception as error:  # Pillow raises nearly everything on damaged files
             complaints[position] = complaint(file, error)
     return pixels, complaints
+
+
+def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
+    """The cells that stay, (h, w), bool: where a picture, shrunk to the grid, is rather white.
+
+    Raises:
+        UserError: no picture, or nothing is left to draw.
+    """
+    try:
+        with Image.open(path) as picture:
+            mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(
+            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: {error}"
+        ) from error
+    keep = np.asarray(mask) >= 128
+    if keep.all():
+        raise UserError(f"--keep {path} leaves nothing to draw; black cells are drawn")
+    return keep

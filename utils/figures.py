@@ -55,6 +55,29 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     return grid(torch.cat([originals, reconstructions, errors], dim=3))
 
 
+def pairs(left: Tensor, right: Tensor) -> Image.Image:
+    """Two batches side by side, each pair in a near-square grid.
+
+    Args:
+        left, right: (N, C, H, W) in [-1, 1]; those on the left are brought to the size of those
+            on the right, and both to the larger number of channels.
+    """
+    sides = [left.float().cpu(), right.float().cpu()]
+    if sides[0].shape[2:] != sides[1].shape[2:]:
+        sides[0] = torch.nn.functional.interpolate(sides[0], size=sides[1].shape[2:])
+    channels = max(images.shape[1] for images in sides)
+    return grid(torch.cat([_widen(images, channels) for images in sides], dim=3))
+
+
+def _widen(images: Tensor, channels: int) -> Tensor:
+    """The same images with more channels: grey as RGB, what has no alpha opaque."""
+    if images.shape[1] == 1 < channels:
+        images = images.expand(-1, 3, -1, -1)
+    if images.shape[1] < channels:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
+    return images
+
+
 def comparison_table(
     names: list[str], originals: Tensor, reconstructions: Tensor
 ) -> dict[str, list[Any]]:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.decoding import Header, complaint, decode_image, decode_images, read_headers
-from utils.table import Row, read_csv, seeded, split_rows
+from utils.table import read_csv, seeded, split_rows
 
 CHUNK = 256  # files that a process reads at a time
 
@@ -98,6 +98,7 @@ class ImageDataset(Dataset):
         self,
         path: str | Path,
         *,
+        column: str = "image_path",
         size: tuple[int, int] | None = None,
         channels: int | None = None,
         random_crop: bool = False,
@@ -110,6 +111,7 @@ class ImageDataset(Dataset):
 
         Args:
             path: the CSV.
+            column: image_path, or condition_path for the pictures that come with the images.
             size: height and width to resize and crop to; None: what all images have.
             channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have an alpha channel,
                 else 3.
@@ -121,14 +123,17 @@ class ImageDataset(Dataset):
 
         Raises:
             UserError: see `read_csv`; files that are no images or, in memory, cannot be decoded;
-                sizes that differ without `size`.
+                sizes that differ without `size`; a CSV without the column.
         """
         self.path = Path(path)
         self.rows = read_csv(path, allow_outside_paths=allow_outside_paths)
-        self.files = [str(self.path.parent / row.image_path) for row in self.rows]
+        self.names = [getattr(row, column) for row in self.rows]
+        if not all(self.names):
+            raise UserError(f"{path} has no column {column}; add it, with a file for each image")
+        self.files = [str(self.path.parent / name) for name in self.names]
         self.num_workers = min(16, os.cpu_count() or 1) if num_workers < 0 else num_workers
         headers = self._headers()
-        self.size = size or _common_size(self.path, self.rows, headers)
+        self.size = size or _common_size(self.path, self.names, headers)
         self.channels = channels or _common_channels(headers)
         margin = 9 / 8 if random_crop else 1
         self.canvas = round(self.size[0] * margin), round(self.size[1] * margin)
@@ -234,7 +239,7 @@ class ImageDataset(Dataset):
     def _refuse_bad(self, images: dict[int, Any]) -> None:
         """Raise if what should be images (or headers), by row, is in truth a complaint."""
         bad = [
-            f"row {row + 1} {self.rows[row].image_path} ({image})"
+            f"row {row + 1} {self.names[row]} ({image})"
             for row, image in images.items()
             if isinstance(image, str)
         ]
@@ -271,13 +276,13 @@ def read_images(
     return dataset, *split_rows(dataset.rows, val_fraction=data.val_fraction, seed=seed)
 
 
-def _common_size(path: Path, rows: Sequence[Row], headers: Sequence[Header]) -> tuple[int, int]:
+def _common_size(path: Path, names: Sequence[str], headers: Sequence[Header]) -> tuple[int, int]:
     """The size that all images have."""
     sizes: dict[tuple[int, int], int] = {}
     for row, header in enumerate(headers):
         sizes.setdefault(header.size, row)
     if len(sizes) > 1:
-        found = [f"{h}x{w} ({rows[row].image_path})" for (h, w), row in sizes.items()]
+        found = [f"{h}x{w} ({names[row]})" for (h, w), row in sizes.items()]
         raise UserError(
             f"the images in {path} have {len(sizes)} sizes: {first_few(found)}; "
             "--image_size H,W resizes and crops them to one"

@@ -1,74 +1,51 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
 import csv
-import json
 import math
-import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel, read_json, swap_in, whole
+from utils.checkpoint import read_json, whole
 from utils.cli import UserError, build
+from utils.grid_meta import GridMeta, grid_meta
+from utils.index_folder import MANIFEST, META, new_folder, smallest_type
 from utils.index_text import read_lines
 from utils.table import Row
 
-META, MANIFEST = "meta.json", "manifest.csv"
 SHARD_BYTES = 1 << 30  # of one .npy file
 
 
 @dataclass(frozen=True)
-class IndicesMeta:
+class IndicesMeta(GridMeta):
     """meta.json: what the indices belong to.
 
     Attributes:
-        codebook_size: K; every index is below it.
-        latent_dim: rows and columns (h, w) of a grid.
         depth: indices a cell.
-        tokenizer_sha256: of the model.safetensors that made the indices or decodes them.
-        tokenizer_run_id, gpt_run_id: MLflow runs of the models, where there are any.
+        gpt_run_id: the MLflow run of the GPT that drew them, if one did.
         made_by: the command line.
+        condition: what the grids in condition.npy belong to, if there are any.
     """
 
-    codebook_size: int
-    latent_dim: tuple[int, int]
     depth: int = 1
-    tokenizer_sha256: str = ""
-    tokenizer_run_id: str = ""
     gpt_run_id: str = ""
     made_by: str = ""
+    condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codebook_size, int) or self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be 2 or more, got {self.codebook_size}")
-        grid = tuple(self.latent_dim)
-        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-            raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
+        super().__post_init__()
         if not isinstance(self.depth, int) or self.depth < 1:
             raise ValueError(f"depth must be 1 or more, got {self.depth}")
-        object.__setattr__(self, "latent_dim", grid)
+        object.__setattr__(self, "condition", grid_meta(self.condition))
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
         return _shape(self.latent_dim, self.depth)
-
-    def check_tokenizer(self, tokenizer: LoadedModel, path: Path) -> None:
-        """Refuse a tokenizer that is not the one that the indices at `path` belong to.
-
-        Raises:
-            UserError: it is another one.
-        """
-        if self.tokenizer_sha256 not in ("", tokenizer.sha256):
-            raise UserError(
-                f"{path} belongs to the tokenizer {self.tokenizer_sha256[:12]} (run "
-                f"{self.tokenizer_run_id or 'unknown'}), but {tokenizer.folder} is "
-                f"{tokenizer.sha256[:12]}; use indices and models of one tokenizer"
-            )
 
 
 @dataclass(frozen=True)
@@ -94,6 +71,11 @@ class Indices:
         """Rows and columns (h, w) of a grid."""
         return self.shards[0].shape[1:3]
 
+    @property
+    def depth(self) -> int:
+        """Indices a cell."""
+        return self.meta.depth if self.meta is not None else 1
+
     def tensor(self) -> Tensor:
         """All grids as one tensor (N, h, w[, depth]), in the type of the shards."""
         return torch.from_numpy(np.concatenate(self.shards))
@@ -101,11 +83,6 @@ class Indices:
     def largest(self) -> int:
         """The largest index."""
         return max(int(shard.max()) for shard in self.shards)
-
-
-def smallest_type(codebook_size: int) -> np.dtype:
-    """The smallest unsigned type that holds every index of a codebook."""
-    return np.min_scalar_type(codebook_size - 1)
 
 
 def check_writable(folder: Path) -> None:
@@ -130,6 +107,7 @@ def write_indices(
     *,
     text: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    add: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write an indices folder: indices.npy (or shards of it), manifest.csv and meta.json.
 
@@ -142,6 +120,7 @@ def write_indices(
         meta: see `IndicesMeta`.
         text: also write indices.txt, a line of space-separated indices for each grid.
         shard_bytes: above this size the array is written in shards, indices-00000.npy and so on.
+        add: called with the folder while it is made, to put more files into it.
 
     Raises:
         UserError: something else than an indices folder is there.
@@ -155,24 +134,16 @@ def write_indices(
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
-    staging = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     array = indices.cpu().numpy().astype(smallest_type(meta.codebook_size))
     per_shard = max(1, shard_bytes // max(1, array[:1].nbytes))
-    if len(array) <= per_shard:
-        np.save(staging / "indices.npy", array)
-    else:
-        for number, start in enumerate(range(0, len(array), per_shard)):
-            np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
-    with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-    if text:
-        np.savetxt(staging / "indices.txt", array.reshape(len(array), -1), fmt="%d")
-    (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
-    swap_in(staging, folder)
+    with new_folder(folder, rows, meta, text=text) as staging:
+        if len(array) <= per_shard:
+            np.save(staging / "indices.npy", array)
+        else:
+            for number, start in enumerate(range(0, len(array), per_shard)):
+                np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
+        if add is not None:
+            add(staging)
     return folder
 
 
@@ -181,7 +152,7 @@ def read_indices(
     *,
     latent_dim: tuple[int, int] | None = None,
     codebook_size: int | None = None,
-    depth: int = 1,
+    depth: int | None = 1,
 ) -> Indices:
     """Read an indices folder, or a plain text file of indices, one line for each grid.
 
@@ -190,7 +161,7 @@ def read_indices(
         latent_dim: the grid; a folder says it itself, and is refused where it differs. A text
             file without it must hold squares.
         codebook_size: refuse indices from there on; None: what meta.json says.
-        depth: indices a cell; a folder of another depth is refused.
+        depth: indices a cell; a folder of another depth is refused. None: what a folder says.
 
     Raises:
         UserError: no such path, something else than indices, or indices that do not fit.
@@ -208,14 +179,14 @@ def read_indices(
                 f"{path} was made with a codebook of {indices.meta.codebook_size} codes, but the "
                 f"model has {codebook_size}; use indices and models of one tokenizer"
             )
-        if indices.meta.depth != depth:
+        if depth not in (None, indices.meta.depth):
             raise UserError(
                 f"{path} has {indices.meta.depth} indices a cell, but {depth} is needed here; use "
                 "indices and models of one tokenizer, of a depth that this script takes"
             )
         return indices
     if path.is_file():
-        return _read_text(path, latent_dim, codebook_size, depth)
+        return _read_text(path, latent_dim, codebook_size, depth or 1)
     raise UserError(
         f"no indices at {path}; give a folder of quantize_dataset.py or transformer_generation.py, "
         "or a text file of indices"
@@ -263,9 +234,9 @@ def _read_manifest(path: Path) -> list[Row]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             header, *lines = csv.reader(file, strict=True)
-        if tuple(header) != Row._fields:
+        if tuple(header) not in (Row._fields, Row._fields[:-1]):
             raise ValueError(f"its first line is {','.join(header)!r}")
-        return [Row(*fields) for fields in lines]
+        return [Row(**dict(zip(header, fields, strict=True))) for fields in lines]
     except (OSError, ValueError, TypeError, csv.Error) as error:
         raise UserError(f"{path} is damaged: {error}; make it again") from error
 

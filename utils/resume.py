@@ -54,7 +54,8 @@ def training_files(
     tensors = {"random.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["random.cuda"] = torch.cuda.get_rng_state()
-    return {STATE: tensors | _optimizer_tensors(optimizer), PROGRESS: vars(progress)}
+    values = vars(progress) | {"optimizer": type(optimizer).__name__}
+    return {STATE: tensors | _optimizer_tensors(optimizer), PROGRESS: values}
 
 
 def part_files(
@@ -153,8 +154,12 @@ def restore_training(
         torch.set_rng_state(tensors.pop("random.cpu"))
         if "random.cuda" in tensors and torch.cuda.is_available():
             torch.cuda.set_rng_state(tensors["random.cuda"])
+        values = read_json(folder / PROGRESS)
+        before, now = values.pop("optimizer", "AdamW"), type(optimizer).__name__
+        if before != now:
+            raise ValueError(f"its optimizer was {before}, not {now}")
         _load_optimizer(optimizer, tensors)
-        return Progress(**read_json(folder / PROGRESS))
+        return Progress(**values)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(

@@ -13,14 +13,16 @@ from torch import Tensor
 from utils.cli import UserError, first_few
 
 SPLITS = ("train", "val")
+PATHS = ("image_path", "condition_path")  # columns of files
 
 
 class Row(NamedTuple):
-    """One line of the CSV; label and split are "" where the CSV has none."""
+    """One line of the CSV; all but image_path are "" where the CSV has no such column."""
 
     image_path: str  # as written, relative to the CSV
     label: str
     split: str
+    condition_path: str = ""  # like image_path
 
 
 def read_csv(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row]:
@@ -53,9 +55,10 @@ def read_csv(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row
                         f"names {len(header)} columns; quote values that contain a comma"
                     )
                 values = dict(zip(header, fields, strict=True))
-                row = Row(values["image_path"], values.get("label", ""), values.get("split", ""))
-                if not row.image_path:
-                    raise UserError(f"{path} line {lines.line_num}: image_path is empty")
+                row = Row(**{name: values.get(name, "") for name in Row._fields})
+                for name in PATHS:
+                    if name in header and not values[name]:
+                        raise UserError(f"{path} line {lines.line_num}: {name} is empty")
                 if "split" in header and row.split not in SPLITS:
                     raise UserError(
                         f"{path} line {lines.line_num}: split is {row.split!r}; use train or val"
@@ -65,27 +68,29 @@ def read_csv(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row
         raise UserError(f"{path} is no CSV in UTF-8: {error}") from error
     if not rows:
         raise UserError(f"{path} lists no images; add a line for each below the header")
-    _check_files(path, rows, allow_outside_paths)
+    for name in PATHS:
+        files = [getattr(row, name) for row in rows if getattr(row, name)]
+        _check_files(path, files, allow_outside_paths)
     return rows
 
 
-def _check_files(path: Path, rows: list[Row], allow_outside_paths: bool) -> None:
+def _check_files(path: Path, files: list[str], allow_outside_paths: bool) -> None:
     folder = os.path.realpath(path.parent)
     missing, outside = [], []
-    for row in rows:
-        file = os.path.join(folder, row.image_path)
+    for name in files:
+        file = os.path.join(folder, name)
         if not os.path.isfile(file):
-            missing.append(row.image_path)
+            missing.append(name)
         elif not allow_outside_paths and not os.path.realpath(file).startswith(folder + os.sep):
-            outside.append(row.image_path)
+            outside.append(name)
     if missing:
         raise UserError(
-            f"{len(missing)} of {len(rows)} files in {path} do not exist: {first_few(missing)}; "
+            f"{len(missing)} of {len(files)} files in {path} do not exist: {first_few(missing)}; "
             "paths are relative to the folder of the CSV"
         )
     if outside:
         raise UserError(
-            f"{len(outside)} of {len(rows)} files in {path} are outside its folder: "
+            f"{len(outside)} of {len(files)} files in {path} are outside its folder: "
             f"{first_few(outside)}; --allow_outside_paths accepts them"
         )
 

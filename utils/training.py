@@ -1,4 +1,4 @@
-"""What all trainings share: their flags, schedule and optimiser, the batches, stopping."""
+"""What all trainings share: their flags and schedule, the batches, stopping."""
 
 import math
 import signal
@@ -10,8 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.checkpoint import whole
 from utils.cli import Stopped, UserError, unused
@@ -85,51 +84,6 @@ class TrainingConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-
-
-def make_optimizer(
-    model: nn.Module, config: TrainingConfig, betas: tuple[float, float]
-) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) that decays matrices, and no biases, gains or embeddings."""
-    embeddings = {
-        parameter
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
-    decayed, kept = [], []
-    for parameter in model.parameters():
-        matrix = parameter.dim() > 1 and parameter not in embeddings
-        (decayed if matrix else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
-
-
-def optimizer_step(
-    optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
-) -> Tensor:
-    """Clip the gradients, step, and clear them. Returns the norm before clipping.
-
-    Raises:
-        UserError: a gradient is not finite; nothing was changed.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    try:
-        norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm, error_if_nonfinite=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"the gradient is not finite at learning rate {learning_rate:.2g}; lower "
-            "--learning_rate or use --precision fp32, then --resume"
-        ) from error
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 class StopRequest(AbstractContextManager):

@@ -6,6 +6,7 @@ from typing import Any
 
 from utils.checkpoint import read_json
 from utils.cli import UserError, build, first_few
+from utils.grid_meta import GridMeta, grid_meta
 
 FILE = "vocabulary.json"
 
@@ -18,6 +19,8 @@ class Vocabulary:
     class_names: the labels in the order of their prefix tokens 0, 1, ...
     tokenizer_sha256: of the tokenizer's model.safetensors, "" if not known.
     tokenizer_run_id: its MLflow run, "" if not known.
+    depth: indices a cell.
+    condition: what the grid belongs to that stands before the image's, if one does.
     """
 
     codebook_size: int
@@ -25,11 +28,15 @@ class Vocabulary:
     class_names: tuple[str, ...] = ()
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
+    depth: int = 1
+    condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "condition", grid_meta(self.condition))
         object.__setattr__(self, "latent_dim", tuple(self.latent_dim))
-        if not all(isinstance(number, int) for number in (self.codebook_size, *self.latent_dim)):
-            raise ValueError("codebook_size and latent_dim must be integers")
+        numbers = (self.codebook_size, self.depth, *self.latent_dim)
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError("codebook_size, depth and latent_dim must be integers")
         if isinstance(self.class_names, str):
             raise ValueError("class_names must be a list")
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -45,6 +52,19 @@ class Vocabulary:
     def no_class(self) -> int:
         """The prefix token of "no class"."""
         return len(self.class_names)
+
+    @property
+    def model_values(self) -> dict[str, Any]:
+        """The fields of a GPT's config that follow from the vocabulary."""
+        condition = self.condition
+        return {
+            "codebook_size": self.codebook_size,
+            "depth": self.depth,
+            "num_classes": len(self.class_names),
+            "latent_dim": self.latent_dim,
+            "condition_codebook_size": condition.codebook_size if condition else 0,
+            "condition_latent_dim": condition.latent_dim if condition else None,
+        }
 
     def tokens(self, labels: tuple[str, ...] | list[str]) -> list[int]:
         """Prefix tokens of labels; the empty label is "no class".
@@ -65,15 +85,12 @@ class Vocabulary:
         Raises:
             UserError: they differ.
         """
-        for name, own, theirs in (
-            ("codes", self.codebook_size, config.codebook_size),
-            ("a grid", self.latent_dim, config.latent_dim),
-            ("classes", len(self.class_names), config.num_classes),
-        ):
+        for name, own in self.model_values.items():
+            theirs = getattr(config, name)
             if own != theirs:
                 raise UserError(
-                    f"the vocabulary does not belong to the GPT in {folder}: it has {name} of "
-                    f"{own}, the GPT {theirs}; give the {FILE} that lies beside the GPT"
+                    f"the vocabulary does not belong to the GPT in {folder}: its {name} is {own}, "
+                    f"the GPT's {theirs}; give the {FILE} that lies beside the GPT"
                 )
 
     def content(self) -> dict:

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.indices import read_indices
+from utils.conditions import read_conditions
+from utils.indices import Indices, read_indices
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 100  # images in the grid, at most
@@ -34,6 +35,23 @@ def prepare(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def decode_conditions(
+    address: str, path: Path, indices: Indices, device: torch.device
+) -> torch.Tensor:
+    """What the first images, at most SHOWN, were drawn to, as pictures (N, C, H, W) in [-1, 1].
+
+    Raises:
+        UserError: the indices have no conditions, or those of another tokenizer.
+    """
+    conditions = read_conditions(path, indices)
+    if conditions is None:
+        raise cli.UserError(f"{path} has no conditions; leave --condition_model_dir away")
+    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    indices.meta.condition.check_tokenizer(tokenizer, f"the condition of {path}")
+    with torch.inference_mode():
+        return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
+
+
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
     tokenizer = checkpoint.load_model(
@@ -48,6 +66,9 @@ def main(arguments: argparse.Namespace) -> None:
     )
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer, path)
+    conditions = None
+    if arguments.condition_model_dir:
+        conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
     if arguments.output_dir:
         output_dir = Path(arguments.output_dir)
     else:
@@ -67,7 +88,8 @@ def main(arguments: argparse.Namespace) -> None:
                 figures.to_pil(image).save(output_dir / f"{number:05}.png")
             shown.append(images[: max(0, SHOWN - start)])
             bar.update(len(images))
-        picture = figures.grid(torch.cat(shown))
+        first = torch.cat(shown)
+        picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
         picture.save(output_dir / "grid.png")
         with (output_dir / LIST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -88,6 +110,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints"
+    )
+    parser.add_argument(
+        "--condition_model_dir",
+        help="tokenizer of the conditions, to show them beside the images in grid.png",
     )
     parser.add_argument(
         "--latent_dim",

@@ -1,0 +1,148 @@
+"""Several grids of every image: how they are made, picked in training, and refused."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import TINY_GPT, write_images
+from tests.test_drawing_scripts import call
+from utils import checkpoint
+from utils.checkpoint import read_tensors
+from utils.cli import Stopped, UserError
+from utils.crops import Crops, read_crops
+from utils.images import ImageDataset
+from utils.indices import read_indices
+from utils.training import StopRequest
+from vqvae import VQVAE, VQVAEConfig
+
+COUNT, GRID = 12, (6, 10)
+
+
+@pytest.fixture
+def tokenizer(own_folder: Path) -> VQVAE:
+    """An untrained tokenizer in tokenizer/, and images in data/data.csv."""
+    torch.manual_seed(0)
+    sizes = {"channels": 8, "codebook_size": 16, "codebook_dim": 4}
+    model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes)).eval()
+    files = checkpoint.model_files(model, checkpoint.Provenance())
+    checkpoint.write_folder(own_folder / "tokenizer", files)
+    write_images(own_folder / "data", COUNT)
+    return model
+
+
+def quantize(output_dir: str, *flags: object) -> Path:
+    call(
+        *("quantize_dataset", "--model_dir", "tokenizer", "--path_to_data", "data/data.csv"),
+        *("--device", "cpu", "--num_workers", 0, "--output_dir", output_dir, *flags),
+    )
+    return Path(output_dir)
+
+
+def crops_of(folder: Path) -> torch.Tensor:
+    return torch.from_numpy(np.load(folder / "crops.npy")).long()
+
+
+def test_crops_are_of_the_larger_image_and_their_mirror_images_follow(tokenizer: VQVAE) -> None:
+    plain = quantize("plain")
+    folder = quantize("crops", "--crops", 3, "--flip")
+    for name in ("indices.npy", "manifest.csv"):  # whoever wants no crops notices nothing
+        assert (folder / name).read_bytes() == (plain / name).read_bytes()
+    assert not (plain / "crops.npy").exists()
+    crops = crops_of(folder)
+    assert crops.shape == (COUNT, 6, *GRID)
+    dataset = ImageDataset("data/data.csv", size=(24, 40), random_crop=True, num_workers=0)
+    assert dataset.canvas == (27, 45)
+    row = 5
+    canvas = dataset.pixels[row].float() / 127.5 - 1
+    windows = torch.stack(
+        [canvas[:, top : top + 24, left : left + 40] for top in range(4) for left in range(6)]
+    )
+    with torch.inference_mode():
+        possible, mirrored = tokenizer.encode(windows), tokenizer.encode(windows.flip(3))
+    for crop, mirror in zip(crops[row, :3], crops[row, 3:], strict=True):
+        found = (possible == crop).all(dim=(1, 2))
+        assert found.any()
+        assert any(torch.equal(one, mirror) for one in mirrored[found])
+    assert len({crop.numpy().tobytes() for crop in crops[row]}) > 3
+    again = quantize("again", "--crops", 3, "--flip", "--batch_size", 5)
+    assert torch.equal(crops_of(again), crops)
+    assert not torch.equal(crops_of(quantize("other", "--crops", 3, "--flip", "--seed", 1)), crops)
+
+
+def test_without_crops_the_image_and_its_mirror_image(tokenizer: VQVAE) -> None:
+    crops = crops_of(quantize("flipped", "--flip"))
+    assert torch.equal(crops[:, 0], read_indices("flipped").tensor().long())
+    images = next(ImageDataset("data/data.csv").batches([torch.arange(COUNT)], torch.device("cpu")))
+    with torch.inference_mode():
+        assert torch.equal(crops[:, 1], tokenizer.encode(images.flip(3)))
+
+
+def test_the_choice_depends_on_seed_epoch_and_row_alone() -> None:
+    array = np.arange(1000 * 4).reshape(1000, 4, 1, 1).astype(np.uint16)
+    crops, rows = Crops(array), torch.randperm(1000)
+    picked = crops.pick(rows, seed=3, epoch=1).flatten().long()
+    assert torch.equal(picked // 4, rows)
+    assert torch.equal(crops.pick(rows[:7], 3, 1).flatten().long(), picked[:7])
+    for other in (crops.pick(rows, 3, 2), crops.pick(rows, 4, 1)):
+        assert 0.15 < (other.flatten().long() == picked).float().mean() < 0.35
+    assert torch.bincount(picked % 4).min() > 200
+
+
+def test_training_resumes_exactly_and_validates_on_the_plain_grids(
+    tokenizer: VQVAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize("indices", "--crops", 4, "--flip")
+    quantize("plain")
+    training = ("train", *TINY_GPT, "--device", "cpu", "--max_epochs", 3, "--path_to_data")
+    call(*training, "indices", "--output_dir", "whole")
+    call(*training, "plain", "--output_dir", "no-crops")
+    steps = []
+
+    def obeyed(self: StopRequest, group: object, save: Callable[[], None]) -> None:
+        steps.append(len(steps))
+        if len(steps) == 4:
+            save()
+            raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(StopRequest, "obeyed", obeyed)
+    with pytest.raises(SystemExit):
+        call(*training, "indices", "--output_dir", "parts")
+    call(*training, "indices", "--resume", "parts")
+    weights = [read_tensors(Path(name, "last/model.safetensors")) for name in ("whole", "parts")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    def validations(folder: str) -> list[float]:
+        lines = map(json.loads, Path(folder, "metrics.jsonl").read_text().splitlines())
+        return [x["val/bits_per_token"] for x in lines if "val/bits_per_token" in x]
+
+    assert validations("whole")[0] == validations("no-crops")[0]
+    assert validations("whole")[-1] != validations("no-crops")[-1]
+
+
+def test_what_does_not_fit_is_refused(tokenizer: VQVAE, error_of: Callable[..., str]) -> None:
+    folder = quantize("indices", "--crops", 2)
+    indices = read_indices(folder)
+    good = np.load(folder / "crops.npy")
+    for array, complaint in (
+        (good[1:], r"holds uint8 \(11, 2, 6, 10\), but the folder has 12 grids of uint8 \(6, 10\)"),
+        (good.astype(np.uint16), "holds uint16"),
+        (good[..., :-1], "holds uint8"),
+        (good + np.uint8(16), "holds the index"),
+    ):
+        np.save(folder / "crops.npy", array)
+        with pytest.raises(UserError, match=complaint):
+            read_crops(folder, indices)
+    (folder / "crops.npy").write_bytes(b"\x93NUMPY")
+    error = error_of("train", "--path_to_data", "indices", *TINY_GPT)
+    assert "crops.npy is damaged" in error
+
+
+def test_flex_attention_needs_cuda(tokenizer: VQVAE, error_of: Callable[..., str]) -> None:
+    quantize("indices")
+    flags = ("--path_to_data", "indices", "--flex_attention", "--device", "cpu", *TINY_GPT)
+    assert "--flex_attention needs CUDA" in error_of("train", *flags)

@@ -1,0 +1,39 @@
+"""What a GPT is told before the grid: the class, and the indices of another grid, the condition.
+
+The prefix is (B,) where there is no condition, else (B, 1 + hc*wc): the class token, and the
+condition's cells in raster order (arXiv 2012.09841, section 3.2). Both have words of their own,
+and each has one more for "not known".
+"""
+
+import torch
+from torch import Tensor
+
+from transformer.config import GPTConfig
+
+
+def make_prefix(classes: Tensor, conditions: Tensor | None = None) -> Tensor:
+    """Classes (B,) and conditions (B, hc, wc), of any integer type -> the prefix, int64."""
+    if conditions is None:
+        return classes
+    return torch.cat([classes[:, None], conditions.flatten(1).to(classes)], dim=1)
+
+
+def unknown(prefix: Tensor, config: GPTConfig) -> Tensor:
+    """A prefix like this one that says nothing: neither class nor condition."""
+    blank = torch.full_like(prefix, config.no_condition)
+    blank.view(len(blank), -1)[:, 0] = config.no_class
+    return blank
+
+
+def hide(prefix: Tensor, config: GPTConfig) -> Tensor:
+    """Hide the class of some images and the condition of some, for guidance (arXiv 2207.12598).
+
+    Their shares are `class_dropout` and `condition_dropout`. They overlap in half of the class's
+    share, so that each is hidden alone and both are hidden together, all of it often enough to
+    be learned.
+    """
+    chance = torch.rand(len(prefix)).to(prefix.device)
+    hidden = (chance - config.class_dropout / 2) % 1 < config.condition_dropout
+    hidden = hidden[:, None].repeat(1, config.prefix_length)
+    hidden[:, 0] = chance < config.class_dropout
+    return torch.where(hidden.view_as(prefix), unknown(prefix, config), prefix)
