@@ -13,10 +13,12 @@ from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
 from utils.indices import Indices, read_indices
+from utils.judge import Judge
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
+BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images that are drawn at each evaluation
 
 
@@ -32,6 +34,10 @@ class IndicesConfig:
     )
     val_fraction: float = field(
         default=0.1, metadata={"help": "share of a text file's lines for validation"}
+    )
+    fd_samples: int = field(
+        default=0,
+        metadata={"help": "samples that an evaluation draws for FD (classifier); 0: none"},
     )
 
 
@@ -119,6 +125,7 @@ def draw_samples(
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
     data = cli.read_flags(IndicesConfig, arguments)
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if data.fd_samples else 1])
     resumed = resume.find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="bf16")
@@ -134,6 +141,10 @@ def main(arguments: argparse.Namespace) -> None:
         indices.rows, val_fraction=data.val_fraction, seed=config.seed
     )
     schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
+    judge = None
+    if data.fd_samples:
+        splits = train_rows, val_rows[: max(0, data.fd_samples)]
+        judge = Judge(tokenizer, grids, indices.rows, *splits, seed=config.seed, group=group)
 
     def load(batches: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         for rows in batches:
@@ -200,11 +211,14 @@ def main(arguments: argparse.Namespace) -> None:
     group.print(baselines)
 
     def evaluation() -> float:
-        """Evaluate, log the figures and a picture of samples; validation bits per token."""
+        """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
+        values = {}
+        if judge is not None:
+            values = judge.figures(partial(generate, average.model.eval(), prefixes[judge.rows]))
         batches = group.share(val_rows).split(config.batch_size)
         by_cell = evaluate(average.model, load(batches), precision, group)
         bits = float(by_cell.mean())
-        values = {"bits_per_token": bits, "unigram_bits_per_token": unigram}
+        values |= {"bits_per_token": bits, "unigram_bits_per_token": unigram}
         values["bigram_bits_per_token"] = bigram
         run.metrics("val", values, progress.step)
         run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
@@ -212,7 +226,7 @@ def main(arguments: argparse.Namespace) -> None:
             picture = draw_samples(average.model, words, tokenizer)
             run.picture("pictures/samples", picture, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
-        return bits
+        return sign * values[config.best_metric]
 
     def save(*, best: bool) -> None:
         if group.first:
@@ -260,11 +274,11 @@ def main(arguments: argparse.Namespace) -> None:
 
         if group.first:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
-            bits = progress.best
-            run.metrics("val", {"best_bits_per_token": bits}, progress.step)
+            best_value = {f"best_{config.best_metric}": sign * progress.best}
+            run.metrics("val", best_value, progress.step)
             run.picture("pictures/best_samples", draw_samples(best.model, words, tokenizer), 0)
             run.folder(output_dir / "best", "checkpoints/best")
-            print(f"best: val {bits:.3f} bits per token; {baselines}")
+            print(f"best: val {config.best_metric} {sign * progress.best:.3f}; {baselines}")
             print(run.how_to_look)
             print(
                 cli.next_command(
@@ -278,7 +292,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     for config_class in (IndicesConfig, GPTConfig, training.TrainingConfig):
         cli.add_flags(parser, config_class)
-    parser.set_defaults(weight_decay=0.05, patience=5)
+    parser.set_defaults(weight_decay=0.05, patience=5, best_metric="bits_per_token")
     return parser
 
 
