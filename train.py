@@ -16,10 +16,12 @@ from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
 from utils.index_dataset import IndexDataset, IndicesConfig
+from utils.judge import Judge
 from utils.optimizers import OptimizerConfig, make_optimizer, optimizer_step
 from utils.vocabulary import FILE
 from vqvae import VQVAE, VQVAEConfig
 
+BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images that are drawn at each evaluation
 
 
@@ -81,6 +83,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
     kind = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
     resumed = resume.find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="bf16")
@@ -97,6 +100,10 @@ def main(arguments: argparse.Namespace) -> None:
         seed=config.seed,
     )
     schedule = training.Schedule(config, len(data.train_rows), len(data.val_rows), group.count)
+    judge = None
+    if source.fd_samples:
+        splits = data.train_rows, data.val_rows[: max(0, source.fd_samples)]
+        judge = Judge(tokenizer, data.grids, data.rows, *splits, seed=config.seed, group=group)
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
     model = GPT(model_config).to(group.device)
@@ -149,17 +156,22 @@ def main(arguments: argparse.Namespace) -> None:
             yield make_prefix(classes, conditions).to(group.device), grids.to(group.device)
 
     def evaluation() -> float:
-        """Evaluate, log the figures and a picture of samples; validation bits per token."""
+        """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
+        values = {}
+        if judge is not None:
+            told = make_prefix(*data.told(judge.rows))
+            values = judge.figures(partial(generate, average.model.eval(), told))
         batches = load(group.share(data.val_rows).split(config.batch_size))
         by_cell = evaluate(average.model, batches, precision, group)
         bits = float(by_cell.mean())
-        run.metrics("val", {"bits_per_token": bits, **floor}, progress.step)
+        values |= {"bits_per_token": bits, **floor}
+        run.metrics("val", values, progress.step)
         run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
         if group.first:
             samples = draw_samples(average.model, data, tokenizer)
             run.picture("pictures/samples", samples, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
-        return bits
+        return sign * values[config.best_metric]
 
     def save(*, best: bool) -> None:
         if not group.first:
@@ -208,10 +220,11 @@ def main(arguments: argparse.Namespace) -> None:
 
         if group.first:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
-            run.metrics("val", {"best_bits_per_token": progress.best}, progress.step)
+            best_value = sign * progress.best
+            run.metrics("val", {f"best_{config.best_metric}": best_value}, progress.step)
             run.picture("pictures/best_samples", draw_samples(best.model, data, tokenizer), 0)
             run.folder(output_dir / "best", "checkpoints/best")
-            print(f"best: val {progress.best:.3f} bits per token; {to_beat}\n{run.how_to_look}")
+            print(f"best: val {config.best_metric} {best_value:.3f}; {to_beat}\n{run.how_to_look}")
             conditions = () if data.conditions is None else ("--conditions", data.path)
             print(
                 cli.next_command(
@@ -229,7 +242,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"
     )
-    parser.set_defaults(weight_decay=0.05, patience=5)
+    parser.set_defaults(weight_decay=0.05, patience=5, best_metric="bits_per_token")
     return parser
 
 

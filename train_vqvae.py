@@ -22,6 +22,7 @@ from vqvae.adversary import make_adversary
 from vqvae.gradients import add_gradients
 from vqvae.losses import ObjectiveConfig, ReconstructionLoss
 
+BEST_METRICS = ("mse", "psnr", "ssim", "codebook_usage", "perplexity")  # for --best_metric
 PICTURES = 32  # validation images that are shown
 LOW_USAGE = 20  # percent
 LOW_USAGE_WARNING = (
@@ -31,7 +32,8 @@ LOW_USAGE_WARNING = (
 
 
 def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
-    return {"mse": metrics.squared_error(images, made).mean()}
+    errors = {"mse": metrics.squared_error(images, made), "ssim": metrics.ssim(images, made)}
+    return {name: error.mean() for name, error in errors.items()}
 
 
 def evaluate(
@@ -117,7 +119,7 @@ def report_best(
     folder = run.output_dir / "best"
     best = checkpoint.load_model(folder, VQVAE, VQVAEConfig, group.device).model
     values, seen = evaluate(best, dataset, rows, batch_size, group)
-    run.metrics("val", {f"best_{name}": values[name] for name in ("mse", "psnr")}, step)
+    run.metrics("val", {f"best_{name}": values[name] for name in ("mse", "psnr", "ssim")}, step)
     pair = seen.originals, seen.images
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
     names = [dataset.rows[row].image_path for row in rows[:PICTURES]]
@@ -130,6 +132,7 @@ def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
     objective = cli.read_flags(ObjectiveConfig, arguments)
     data = cli.read_flags(DataConfig, arguments)
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
     resumed = resume.find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
@@ -181,7 +184,7 @@ def main(arguments: argparse.Namespace) -> None:
         return dataset.batches(batches, group.device, augmentation)
 
     def evaluation() -> float:
-        """Evaluate, and log figures and pictures; the validation MSE."""
+        """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""
         values, seen = evaluate(average.model, dataset, val_rows, config.batch_size, group)
         if adversary is not None and adversary.autopilot.observe(values["mse"]):
             strength = adversary.autopilot.strength
@@ -190,7 +193,7 @@ def main(arguments: argparse.Namespace) -> None:
         if group.first:
             log_pictures(run, average.model, seen, progress.step)
         group.print(f"step {progress.step:>6,}  {in_words(values)}")
-        return values["mse"]
+        return sign * values[config.best_metric]
 
     def save_best() -> None:
         if group.first:
@@ -254,7 +257,9 @@ def main(arguments: argparse.Namespace) -> None:
                 averages.restart()
             stop.obeyed(group, save_last)
             if progress.exhausted(config.patience):
-                group.print(f"no better validation mse in {config.patience} evaluations: stopping")
+                group.print(
+                    f"no better {config.best_metric} in {config.patience} evaluations: stopping"
+                )
                 break
         if group.first:
             report_best(

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
 from utils import cli, processes, training
+from utils.optimizers import make_optimizer, optimizer_step
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversary import Adversary
 from vqvae.gradients import add_gradients
@@ -46,12 +47,12 @@ def make_step(
         losses.perceptual = PerceptualLoss("vgg", trained=False)
     losses.to(device)
     rates = training.TrainingConfig()
-    optimizer = training.make_optimizer(model, rates, betas=(0.9, 0.99))
+    optimizer = make_optimizer(model, rates, betas=(0.9, 0.99))
     acting = {}
     if objective.disc_weight > 0:
         adversary = Adversary(objective, 3, size, total_steps=1).to(device)
         adversary.to(memory_format=torch.channels_last)
-        against = training.make_optimizer(adversary, rates, betas=(0.5, 0.9))
+        against = make_optimizer(adversary, rates, betas=(0.5, 0.9))
         acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
     if flags.compile:
         model.compile()
@@ -59,9 +60,9 @@ def make_step(
 
     def step(images: torch.Tensor) -> None:
         add_gradients(model, images, losses, autocast, **acting)
-        training.optimizer_step(optimizer, 1e-4, 1.0)
+        optimizer_step(optimizer, 1e-4, 1.0)
         if acting:
-            training.optimizer_step(against, 1e-4, 1.0)
+            optimizer_step(against, 1e-4, 1.0)
 
     return step
 

@@ -54,13 +54,9 @@ def call(module_name: str, *arguments: object) -> None:
     module, before = importlib.import_module(module_name), sys.argv
     sys.argv = [module_name, *map(str, arguments)]
     try:
-        cli.run(module.main if module_name != "evaluate" else module_main, module.make_parser())
+        cli.run(module.main, module.make_parser())
     finally:
         sys.argv = before
-
-
-def module_main(arguments: object) -> None:
-    arguments.evaluate(arguments)
 
 
 def drawn(folder: Path) -> torch.Tensor:
@@ -182,6 +178,7 @@ def test_likelihood_ranks_all_images(models: Path) -> None:
     assert sorted(row["image_path"] for row in rows) == sorted(f"{n}.png" for n in range(12))
     assert bits == sorted(bits)
     values = json.loads((models / "ranked" / "likelihood.json").read_text())
+    values = {key: figure["value"] for key, figure in values["figures"].items()}
     assert values["bits_per_token"] == pytest.approx(sum(bits) / 12, abs=1e-3)
     assert values["bits_per_pixel"] == pytest.approx(values["bits_per_token"] * 60 / 960)
     assert (models / "ranked" / "strangest.png").is_file()

@@ -12,6 +12,7 @@ from utils.metrics import (
     entropy,
     psnr,
     squared_error,
+    ssim,
     unigram_bits,
 )
 
@@ -29,6 +30,49 @@ def test_psnr() -> None:
     assert psnr(1.0) == 0
     assert psnr(0.001) == pytest.approx(30)
     assert math.isfinite(psnr(0.0))
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 28, 28), (2, 3, 24, 40)])
+def test_ssim_and_psnr_agree_with_others(shape: tuple[int, ...]) -> None:
+    """With torchmetrics and scikit-image, which share no code with each other."""
+    from skimage.metrics import structural_similarity
+    from torchmetrics.functional.image import (
+        peak_signal_noise_ratio,
+        structural_similarity_index_measure,
+    )
+
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(shape, generator=generator) * 2 - 1
+    others = (images + 0.4 * torch.randn(shape, generator=generator)).clamp(-1, 1)
+    x, y = (images + 1) / 2, (others + 1) / 2
+    values = ssim(images, others)
+    _, everywhere = structural_similarity_index_measure(
+        x, y, data_range=1.0, return_full_image=True
+    )  # also where the window reaches beyond the image, into a mirror
+    inside = everywhere[:, :, 5:-5, 5:-5].mean(dim=(1, 2, 3))
+    assert values.tolist() == pytest.approx(inside.tolist(), abs=1e-5)
+    expected = [
+        structural_similarity(
+            *(a.numpy(), b.numpy()),
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=1.0,
+            channel_axis=0,
+        )
+        for a, b in zip(x, y, strict=True)
+    ]
+    assert values.tolist() == pytest.approx(expected, abs=1e-4)
+    mse = float(squared_error(images, others).mean())
+    assert psnr(mse) == pytest.approx(float(peak_signal_noise_ratio(x, y, data_range=1.0)))
+
+
+def test_ssim_of_equal_and_of_small_images() -> None:
+    images = torch.rand(2, 3, 8, 9) * 2 - 1
+    assert ssim(images, images).tolist() == pytest.approx([1, 1])
+    assert ssim(images, -images).max() < 0.5
+    flat = torch.full((1, 1, 4, 4), -0.9)
+    assert float(ssim(flat, flat + 0.1)) < 0.9  # another brightness, the same structure
 
 
 def test_entropy() -> None:

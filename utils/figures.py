@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from utils import metrics
 MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
 GAP = 1  # pixels between images
 WHITE_ERROR = 0.25  # of the whole range of a pixel
+MAX_BARS, BAR_HEIGHT = 2048, 128  # of a picture of distributions
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -112,3 +114,19 @@ def heat(values: Tensor) -> Image.Image:
     low, high = values.min(), values.max()
     shade = (values - low) / (high - low).clamp(min=1e-12)
     return enlarge(to_pil(shade[None] * 2 - 1))
+
+
+def distributions(shares: Tensor, others: Tensor) -> Image.Image:
+    """Two distributions over the same things, (K,) each: one upwards, the other downwards.
+
+    The order is that of the first, falling. Up to 2,048 bars; beyond, neighbours share one.
+    """
+    order = shares.argsort(descending=True)
+    up, down = (
+        F.adaptive_avg_pool1d(x[order].float()[None], min(len(x), MAX_BARS))[0]
+        for x in (shares, others)
+    )
+    top = torch.cat([up, down]).max().clamp(min=1e-12)
+    level = torch.linspace(1, 0, BAR_HEIGHT)[:, None]
+    halves = [(up / top >= level), (down / top >= level).flip(0)]
+    return enlarge(to_pil(torch.cat(halves).float()[None] * 2 - 1))

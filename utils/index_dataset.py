@@ -31,6 +31,10 @@ class IndicesConfig:
     val_fraction: float = field(
         default=0.1, metadata={"help": "share of a text file's lines for validation"}
     )
+    fd_samples: int = field(
+        default=0,
+        metadata={"help": "samples that an evaluation draws for FD (classifier); 0: none"},
+    )
 
 
 class IndexDataset:
@@ -39,6 +43,7 @@ class IndexDataset:
     Attributes:
         path: of the folder or the file.
         words: what the indices mean.
+        rows: what the manifest says of each grid.
         grids: (N, h, w), or (N, h, w, depth) for a depth above 1, of any integer type.
         classes: (N,), the prefix token of each grid's label.
         conditions: (N, hc, wc), of any integer type, or None.
@@ -70,7 +75,7 @@ class IndexDataset:
         if tokenizer is not None:
             _check_tokenizer(tokenizer, indices, path)
         self.words = describe(indices, tokenizer)
-        self.grids = indices.tensor()
+        self.rows, self.grids = indices.rows, indices.tensor()
         self.classes = torch.tensor(self.words.tokens([row.label for row in indices.rows]))
         self.conditions = read_conditions(path, indices)
         self._crops = read_crops(path, indices)

@@ -2,12 +2,17 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from utils.cli import UserError
+
 MAX_PAIRS = 1 << 25  # more tell a bigram baseline nothing new
+HIGHER_IS_BETTER = ("psnr", "ssim", "codebook_usage", "perplexity", "label_agreement")
+SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
 
 
 def psnr(mse: float) -> float:
@@ -25,6 +30,37 @@ def squared_error(images: Tensor, others: Tensor) -> Tensor:
         (B,), float32.
     """
     return (images.float() - others.float()).square().mean(dim=(1, 2, 3)) / 4
+
+
+def ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Structural similarity of each pair of images (Wang et al., 2004), on the scale [0, 1].
+
+    Gaussian window of 11 pixels and deviation 1.5, inside the image only; images of fewer than 11
+    pixels a side have a window of the largest odd side that they hold.
+
+    Args:
+        images, others: (B, C, H, W) in [-1, 1].
+
+    Returns:
+        (B,), float32, in [-1, 1]; 1 for equal images.
+    """
+    side = min(SSIM_WINDOW, *images.shape[2:])
+    place = torch.arange(side - (1 - side % 2), device=images.device)
+    window = (-(place - place.float().mean()).square() / (2 * SSIM_DEVIATION**2)).exp()
+    window = window / window.sum()
+
+    def blur(x: Tensor) -> Tensor:
+        x = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, -1, 1))
+        return F.conv2d(x, window.view(1, 1, 1, -1)).unflatten(0, images.shape[:2]).squeeze(2)
+
+    x, y = images.float() / 2, others.float() / 2  # around 0, so that little cancels in variances
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
+    cov = blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5  # the luminances, in [0, 1]
+    luminance = (2 * mean_x * mean_y + 0.01**2) / (mean_x**2 + mean_y**2 + 0.01**2)
+    structure = (2 * cov + 0.03**2) / (var_x + var_y + 0.03**2)
+    return (luminance * structure).mean(dim=(1, 2, 3))
 
 
 def entropy(counts: Tensor) -> float:
@@ -81,6 +117,17 @@ def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
         likely = (found + weight * unigram[second]) / (total[first] + weight)
         bits = bits - likely.log2().sum()
     return float(bits) / held_out.numel()
+
+
+def sign_of(metric: str, known: Sequence[str]) -> int:
+    """1 for a validation figure that is better when lower, -1 for one that is better when higher.
+
+    Raises:
+        UserError: it is none of those that are known here.
+    """
+    if metric not in known:
+        raise UserError(f"--best_metric {metric} is not measured here; use {', '.join(known)}")
+    return -1 if metric in HIGHER_IS_BETTER else 1
 
 
 class Averages:

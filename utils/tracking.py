@@ -24,13 +24,23 @@ __all__ = ["Run", "continue_run", "experiment_of", "fetch"]
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 
 
-def continue_run(output_dir: Path, run_id: str | None, default_run_id: str) -> "Run":
+def continue_run(
+    output_dir: Path, run_id: str | None, default_run_id: str, *, stages: tuple[str, ...] = ()
+) -> "Run":
     """Open the run that the user names, else the default one if this MLflow store has it.
 
     Raises:
-        UserError: the user named a run that does not exist.
+        UserError: the user named a run that does not exist, or one of none of the `stages`.
     """
     if run_id is not None:
+        if stages:
+            stage = store.existing_run(store.open_client(), run_id).data.tags.get("stage", "")
+            if stage not in stages:
+                raise UserError(
+                    f"the MLflow run {run_id} is that of a {stage or 'stage that is not known'}, "
+                    f"but this belongs to the run of a {' or '.join(stages)}; name that one as "
+                    "--run_id, or leave it away"
+                )
         return Run(output_dir, run_id=run_id)
     if default_run_id and experiment_of(default_run_id):
         return Run(output_dir, run_id=default_run_id)

@@ -65,6 +65,9 @@ class TrainingConfig:
     evaluate_every: int = field(
         default=0, metadata={"help": "steps between evaluations; 0: an epoch"}
     )
+    best_metric: str = field(
+        default="mse", metadata={"help": "validation figure by which the best model is chosen"}
+    )
     patience: int = field(
         default=0,
         metadata={"help": "stop after this many evaluations without a better one; 0: never"},

@@ -1,0 +1,128 @@
+"""Distances of sets of features, against independent implementations."""
+
+import numpy as np
+import pytest
+import torch
+
+from utils.bootstrap import resample
+from utils.distances import class_score, frechet_distance, kernel_distance
+
+
+def features(count: int, shift: float, seed: int, width: int = 12) -> torch.Tensor:
+    """Correlated and shifted features, float32."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, width, generator=generator) @ mixing * (1 + shift) + shift
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    return features(300, 0.0, 1), features(200, 0.3, 2)
+
+
+def weights(*parts: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return tuple(resample(len(part), seed) for seed, part in enumerate(parts))
+
+
+def test_frechet_distance_agrees_with_torchmetrics_and_scipy(
+    pair: tuple[torch.Tensor, torch.Tensor],
+) -> None:
+    from scipy.linalg import sqrtm
+    from torchmetrics.image.fid import _compute_fid
+
+    found = frechet_distance(*pair, weights(*pair)).value
+    moments = [(part.double().mean(0), part.double().T.cov()) for part in pair]
+    assert found == pytest.approx(float(_compute_fid(*moments[0], *moments[1])), rel=1e-6)
+    (mean_1, cov_1), (mean_2, cov_2) = (
+        (part.numpy().mean(0, dtype=float), np.cov(part.numpy().astype(float), rowvar=False))
+        for part in pair
+    )
+    cross = np.trace(sqrtm(cov_1 @ cov_2)).real
+    expected = ((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2 * cross
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_frechet_distance_of_fewer_images_than_features() -> None:
+    """The covariances have no full rank, where a matrix root from elsewhere gives up."""
+    from torchmetrics.image.fid import _compute_fid
+
+    pair = features(9, 0.0, 1, width=40), features(7, 0.3, 2, width=40)
+    moments = [(part.double().mean(0), part.double().T.cov()) for part in pair]
+    expected = float(_compute_fid(*moments[0], *moments[1]))
+    assert frechet_distance(*pair, weights(*pair)).value == pytest.approx(expected, rel=1e-4)
+
+
+def test_kernel_distance_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.kid import poly_mmd
+
+    pair = features(250, 0.0, 1), features(250, 0.3, 2)
+    expected = poly_mmd(*(part.double() for part in pair))
+    assert kernel_distance(*pair, weights(*pair)).value == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_kernel_distance_of_sets_of_one_kind_is_0_on_average() -> None:
+    values = []
+    for trial in range(20):
+        pair = features(100, 0.0, 2 * trial), features(80, 0.0, 2 * trial + 1)
+        values.append(kernel_distance(*pair, weights(*pair)).value)
+    spread = np.std(values) / len(values) ** 0.5
+    assert abs(np.mean(values)) < 3 * spread
+
+
+def test_resamples_of_a_kernel_distance_are_as_written_out() -> None:
+    """A resample's estimate from its very images, without pairs of draws of one image."""
+    first, second = features(20, 0.0, 1), features(15, 0.2, 2)
+    pair = weights(first, second)
+    found = kernel_distance(first, second, tuple(w[[0, 0, 1]] for w in pair))
+    rows, others = (w[1].long() for w in pair)
+    rows = torch.arange(20).repeat_interleave(rows)
+    others = torch.arange(15).repeat_interleave(others)
+
+    def kernel(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
+
+    estimate = -2 * kernel(first[rows], second[others]).mean()
+    for x, drawn in ((first, rows), (second, others)):
+        different = drawn[:, None] != drawn
+        estimate += kernel(x[drawn], x[drawn])[different].mean()
+    deviation = abs(float(estimate) - found.value) / 2**0.5  # of the two estimates
+    assert found.standard_error == pytest.approx(deviation, rel=1e-6)
+
+
+def test_class_score_agrees_with_torchmetrics() -> None:
+    from torchmetrics.image.inception import InceptionScore
+
+    class Given(torch.nn.Module):
+        """Images of 1 x classes pixels are their own logits."""
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return images.float().flatten(1) / 40
+
+    pixels = torch.randint(0, 256, (300, 1, 1, 10), dtype=torch.uint8)
+    judge = InceptionScore(feature=Given(), splits=1)
+    judge.update(pixels)
+    found = class_score(pixels.flatten(1) / 40, resample(300, 0))
+    assert found.value == pytest.approx(float(judge.compute()[0]), rel=1e-4)
+    certain = torch.eye(10).repeat(30, 1) * 1000
+    assert class_score(certain, resample(300, 0)).value == pytest.approx(10)
+    assert class_score(torch.zeros(300, 10), resample(300, 0)).value == pytest.approx(1)
+
+
+def test_identical_sets_are_at_0() -> None:
+    part = features(300, 0.0, 1)
+    pair = weights(part, part)
+    assert frechet_distance(part, part, pair).value == pytest.approx(0, abs=1e-6)
+    same = frechet_distance(part, part, (pair[0], pair[0]))
+    assert same.standard_error == pytest.approx(0, abs=1e-6)
+
+
+def test_intervals_of_distances_contain_a_second_draw() -> None:
+    """Of sets that differ, and of sets of one kind, whose distance is all noise."""
+    for shift in (0.0, 0.3):
+        held = 0
+        for trial in range(12):
+            draws = [features(400, s, 3 * trial + n) for n, s in enumerate((0.0, shift, shift))]
+            low, high = frechet_distance(draws[0], draws[1], weights(*draws[:2])).interval
+            again = frechet_distance(draws[0], draws[2], weights(draws[0], draws[2])).value
+            held += low <= again <= high
+        assert held >= 9
