@@ -52,7 +52,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalise(x) * self.weight
+        return (normalise(x) * self.weight).type_as(x)
 
 
 class SelfAttention(nn.Module):
