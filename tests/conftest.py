@@ -1,22 +1,27 @@
-"""What the tests share: small images, and scripts called as a user would."""
+"""What the tests share: small images, scripts called as a user would, an MLflow store."""
 
 import importlib
+import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from utils import cli
+from utils import cli, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = (
     *("--channels", "8", "--codebook_size", "16", "--codebook_dim", "4"),
     *("--batch_size", "4", "--num_workers", "0"),
 )
+PICTURE = Image.new("RGB", (8, 8), (200, 0, 0))
 TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_size", "4")
 
 
@@ -76,3 +81,75 @@ def error_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
         return lines[0]
 
     return call
+
+
+FIRST_START = """
+import sys
+from pathlib import Path
+import mlflow
+from utils.tracking import Run
+print("ready", flush=True)
+sys.stdin.readline()
+with Run(Path("outputs") / sys.argv[1], stage="gpt", experiment="first") as run:
+    run.metrics("train", {"loss": 0.5}, 1)
+print(run.run_id)
+"""
+
+
+def environment(**values: str) -> dict[str, str]:
+    """This one's, without what says where MLflow is."""
+    kept = {key: value for key, value in os.environ.items() if "MLFLOW" not in key}
+    return kept | {"PYTHONPATH": str(ROOT)} | values
+
+
+@pytest.fixture(scope="session")
+def first_starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder in which two processes opened a run in the same moment; what each had to say."""
+    folder = tmp_path_factory.mktemp("first")
+    # MLflow takes such a file for a store, of a kind that it then refuses.
+    (folder / "mlruns" / "0").mkdir(parents=True)
+    (folder / "mlruns" / "0" / "meta.yaml").write_text("artifact_location: x\n")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_START, name],
+            cwd=folder,
+            env=environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for name in "ab"
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = []
+    for process in processes:
+        out, error = process.communicate(timeout=60)
+        said.append(out.strip() if process.returncode == 0 else error)
+    return folder, said
+
+
+@pytest.fixture
+def store(
+    first_starts: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """A client of a copy of that store: a new one takes MLflow five seconds."""
+    import mlflow
+
+    shutil.copy(first_starts[0] / "mlflow.db", tmp_path)
+    address = f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
+    monkeypatch.chdir(tmp_path)
+    return mlflow.MlflowClient(address)
+
+
+def open_run(folder: str = "out", **options: Any) -> tracking.Run:
+    return tracking.Run(Path(folder), **{"stage": "tokenizer", "experiment": "tests"} | options)
+
+
+def lines_of(run: tracking.Run) -> list[dict]:
+    return [json.loads(line) for line in (run.output_dir / "metrics.jsonl").open()]

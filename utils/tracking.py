@@ -1,132 +1,27 @@
-"""MLflow: the only file that imports it, and only when a run is opened.
+"""Runs: what a script does with MLflow.
 
 Everything is first written to the output folder (metrics.jsonl, pictures/, tables/). A thread of
 its own then passes it on, so that a slow or dead MLflow server neither stops nor slows a training.
 """
 
 import csv
-import http.client
 import json
-import logging
 import os
 import sys
 import time
-import urllib.error
-import urllib.request
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from filelock import FileLock
 from PIL import Image
 
+from utils import store
 from utils.cli import Stopped, UserError, command_line
 from utils.outbox import Outbox
+from utils.store import experiment_of, fetch
 
-DEFAULT_EXPERIMENT = "image-synthesis"
+__all__ = ["Run", "continue_run", "experiment_of", "fetch"]
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
-ADDRESSES = ("runs:/", "models:/")
-START_TIMEOUT = 5  # seconds until a silent server counts as missing
-
-
-def _client() -> Any:
-    """An MLflow client of the tracking store, which is created or checked first.
-
-    Raises:
-        UserError: what MLFLOW_TRACKING_URI names does not answer, or is no MLflow store.
-    """
-    if not os.environ.get("MLFLOW_TRACKING_URI"):
-        os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{Path('mlflow.db').resolve()}"
-    # MLflow's own patience is four minutes a call.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(START_TIMEOUT))
-    # A training says itself where its run is, and its progress is no upload's.
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    address = os.environ["MLFLOW_TRACKING_URI"]
-    if address.startswith(("http://", "https://")):
-        try:
-            urllib.request.urlopen(f"{address.rstrip('/')}/health", timeout=START_TIMEOUT).close()
-        except urllib.error.HTTPError:
-            pass  # it answers; what it does not let us do, it will say itself
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise UserError(
-                f"no MLflow server answers at {address} ({_line(error)}); start it, or unset "
-                "MLFLOW_TRACKING_URI to write to ./mlflow.db"
-            ) from error
-
-    import mlflow
-
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line at every attempt
-    # Two first starts at once would both create the tables, and both break.
-    database = address.removeprefix("sqlite:///")
-    lock = FileLock(database + ".lock") if database != address else nullcontext()
-    try:
-        with lock:
-            client = mlflow.MlflowClient(address)
-            client.search_experiments(max_results=1)
-    except Exception as error:  # each kind of store has its own
-        raise UserError(
-            f"MLFLOW_TRACKING_URI={address} is no MLflow store that can be used "
-            f"({_line(error)}); mend it, or unset it to write to ./mlflow.db"
-        ) from error
-    return client
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
-
-
-def _existing_run(client: Any, run_id: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    address = os.environ["MLFLOW_TRACKING_URI"]
-    try:
-        run = client.get_run(run_id)
-    except MlflowException as error:
-        raise UserError(
-            f"no MLflow run {run_id!r} in {address}; copy the run id from mlflow ui or from the "
-            "output of the stage before"
-        ) from error
-    if run.info.lifecycle_stage == "deleted":
-        raise UserError(
-            f"the MLflow run {run_id} in {address} is deleted; restore it, or name another"
-        )
-    return run
-
-
-def fetch(address: str) -> Path:
-    """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
-
-    Raises:
-        UserError: an address that MLflow does not know.
-    """
-    if not address.startswith(ADDRESSES):
-        return Path(address)
-    _client()
-
-    import mlflow
-
-    try:
-        return Path(mlflow.artifacts.download_artifacts(artifact_uri=address))
-    except Exception as error:  # each artifact store has its own
-        raise UserError(f"cannot fetch {address} from MLflow: {_line(error)}") from error
-
-
-def experiment_of(run_id: str) -> str:
-    """The name of the experiment that a run belongs to; "" for no run, or one that is gone."""
-    if not run_id:
-        return ""
-    client = _client()
-    try:
-        run = _existing_run(client, run_id)
-    except UserError:
-        return ""
-    return client.get_experiment(run.info.experiment_id).name
 
 
 def continue_run(output_dir: Path, run_id: str | None, default_run_id: str) -> "Run":
@@ -190,9 +85,9 @@ class Run:
         if not enabled:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._client = _client()
+        self._client = store.open_client()
         if run_id is not None and not (continued and self._gone(run_id)):
-            run = _existing_run(self._client, run_id)
+            run = store.existing_run(self._client, run_id)
             if continued:
                 self._client.update_run(run_id, status="RUNNING")
         else:
@@ -201,14 +96,14 @@ class Run:
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._experiment_id = run.info.experiment_id
-        self._outbox = Outbox(complain=self._complain, is_final=_is_refusal)
+        self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
         if config is not None:
             self.file(output_dir / "config.json")
 
     def _gone(self, run_id: str) -> bool:
         """Whether a run that is to go on is not in this store, which is said."""
         try:
-            _existing_run(self._client, run_id)
+            store.existing_run(self._client, run_id)
         except UserError as error:
             print(f"warning: {error}; a new run takes its place", file=sys.stderr)
             return True
@@ -217,26 +112,15 @@ class Run:
     def _create(
         self, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
     ) -> Any:
-        from mlflow.entities import Param
-
         if len(params) > 10:
             raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
-        experiment = experiment or DEFAULT_EXPERIMENT
-        found = self._client.get_experiment_by_name(experiment)
-        if found is None:
-            try:
-                experiment_id = self._client.create_experiment(experiment)
-            except Exception:  # another process was first
-                found = self._client.get_experiment_by_name(experiment)
-                if found is None:
-                    raise
-        if found is not None:
-            experiment_id = found.experiment_id
         command = command_line()
-        run = self._client.create_run(
-            experiment_id,
-            run_name=name or self.output_dir.name,
-            tags={
+        return store.create_run(
+            self._client,
+            experiment,
+            name or self.output_dir.name,
+            params,
+            {
                 "stage": stage,
                 "mlflow.source.name": Path(sys.argv[0]).name,
                 "mlflow.source.type": "LOCAL",
@@ -245,10 +129,6 @@ class Run:
                 **tags,
             },
         )
-        self._client.log_batch(
-            run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()]
-        )
-        return run
 
     @property
     def link(self) -> str:
@@ -278,17 +158,7 @@ class Run:
         with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
 
-        def send() -> None:
-            from mlflow.entities import Metric
-
-            self._client.log_batch(
-                self.run_id,
-                metrics=[
-                    Metric(key, value, int(now * 1000), step) for key, value in values.items()
-                ],
-            )
-
-        self._outbox.put(send)
+        self._outbox.put(lambda: store.send_metrics(self._client, self.run_id, values, now, step))
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
@@ -305,17 +175,7 @@ class Run:
         if self._outbox is None:
             return
         self._write_table(name, columns)
-
-        def send() -> None:
-            import mlflow
-
-            data = {
-                key: [mlflow.Image(v) if isinstance(v, Image.Image) else v for v in values]
-                for key, values in columns.items()
-            }
-            self._client.log_table(self.run_id, data, artifact_file=f"tables/{name}.json")
-
-        self._outbox.put(send)
+        self._outbox.put(lambda: store.send_table(self._client, self.run_id, name, columns))
 
     def _write_table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """A CSV, with the names of PNG files beside it where the table has pictures."""
@@ -351,8 +211,9 @@ class Run:
 
     def _complain(self, error: Exception) -> None:
         print(
-            f"warning: MLflow does not take what is logged ({_line(error)}); all of it is in "
-            f"{self.output_dir}, and MLflow gets what it can take if it comes back before the end",
+            f"warning: MLflow does not take what is logged ({store.one_line(error)}); all of it "
+            f"is in {self.output_dir}, and MLflow gets what it can take if it comes back before "
+            "the end",
             file=sys.stderr,
         )
 
@@ -379,9 +240,3 @@ class Run:
             self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
         self._outbox.close()
         self._outbox = None
-
-
-def _is_refusal(error: Exception) -> bool:
-    """Whether MLflow is there and will never take it, as when the run was deleted meanwhile."""
-    status = getattr(error, "get_http_status_code", lambda: 0)()
-    return 400 <= status < 500 and status not in (408, 429)  # those two ask to try again
