@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
-from utils.checkpoints import Checkpoints, find_checkpoint
+from utils.checkpoints import find_checkpoint
 from utils.guard import Guard
 from utils.indices import Indices, read_indices
+from utils.saving import Checkpoints
 from utils.stopping import StopRequest
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
@@ -155,15 +156,9 @@ def main(arguments: argparse.Namespace) -> None:
     average = WeightAverage(model, config.ema_decay)
     progress, averages = resume.Progress(), metrics.Averages()
     settings = asdict(config) | asdict(data) | asdict(model_config)
-    state = resume.State(
-        group,
-        model,
-        settings | {"data_sha256": resume.fingerprint(indices.rows, grids), "precision": precision},
-        progress=progress,
-        optimizer=optimizer,
-        average=average,
-        averages=averages,
-    )
+    settings |= {"data_sha256": resume.fingerprint(indices.rows, grids), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages}
+    state = resume.State(group, model, settings, progress=progress, **parts)
     state.restore(resumed)
     if config.compile:
         model.compile()

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
-from utils.checkpoints import Checkpoints, find_checkpoint
+from utils.checkpoints import find_checkpoint
 from utils.guard import Guard
 from utils.images import Augmentation, DataConfig, ImageDataset
+from utils.saving import Checkpoints
 from utils.stopping import StopRequest
 from utils.table import split_rows
 from vqvae import PRESETS, VQVAE, VQVAEConfig
@@ -125,19 +126,10 @@ def main(arguments: argparse.Namespace) -> None:
         disc_optimizer = training.make_optimizer(adversary, config, betas=(0.5, 0.9))
         autopilot = Autopilot.plan(objective, schedule.total_steps)
     settings = asdict(config) | asdict(data) | asdict(model_config) | asdict(objective)
-    state = resume.State(
-        group,
-        model,
-        settings | {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision},
-        progress=progress,
-        optimizer=optimizer,
-        average=average,
-        averages=averages,
-        counts=counts,
-        adversary=adversary,
-        disc_optimizer=disc_optimizer,
-        autopilot=autopilot,
-    )
+    settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
+    parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer, "autopilot": autopilot}
+    state = resume.State(group, model, settings, progress=progress, **parts)
     state.restore(resumed)
     if config.compile:
         model.compile()

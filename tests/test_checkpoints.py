@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from utils import checkpoint, journal
-from utils.checkpoints import Checkpoints, checkpoints_in, find_checkpoint
+from utils.checkpoints import checkpoints_in, find_checkpoint
 from utils.cli import Stopped, UserError
 from utils.processes import Processes
 from utils.resume import Progress, State
+from utils.saving import Checkpoints
 from utils.tracking import Run
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from utils import checkpoint, metrics, resume
 from utils.averaging import WeightAverage
-from utils.checkpoints import Checkpoints, find_checkpoint
+from utils.checkpoints import find_checkpoint
 from utils.cli import UserError
 from utils.processes import Processes
 from utils.resume import Progress, State, fingerprint
+from utils.saving import Checkpoints
 from utils.tracking import Run
 from utils.training import Schedule, TrainingConfig, make_optimizer, optimizer_step
 

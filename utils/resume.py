@@ -81,7 +81,13 @@ class State:
     """
 
     def __init__(
-        self, group: Processes, model: nn.Module, settings: dict[str, Any], **parts: Any
+        self,
+        group: Processes,
+        model: nn.Module,
+        settings: dict[str, Any],
+        *,
+        progress: Progress,
+        **parts: Any,
     ) -> None:
         """Name the parts.
 
@@ -91,9 +97,10 @@ class State:
             model: in a file of its own, which makes a checkpoint a model folder as well.
             settings: what the training was started with, plain values; the same is expected of
                 one that goes on.
-            parts: by name; None is no part.
+            progress: a part that there always is.
+            parts: the others by name; None is no part.
         """
-        self.progress: Progress = parts["progress"]
+        self.progress = progress
         self._group, self._model = group, model
         self._settings = settings | {
             "precision_of_matmul": torch.get_float32_matmul_precision(),
@@ -103,6 +110,7 @@ class State:
             "torch": torch.__version__,
         }
         self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._parts["progress"] = progress
 
     def files(self) -> dict[str, dict[str, Any]]:
         """The files of a checkpoint beside its model folder's; all processes must call it."""

@@ -9,10 +9,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoints import checkpoints_in, home_of, interval
+from utils.checkpoints import checkpoints_in, home_of
 from utils.cli import UserError, unused
 from utils.processes import Processes
 from utils.resume import Progress
+from utils.saving import interval
 from utils.table import epoch_order
 
 T = TypeVar("T")
