@@ -111,7 +111,7 @@ def test_going_back_puts_later_ones_aside(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-00000015.tmp").mkdir()
     again = Training(tmp_path, resumed=find_checkpoint(str(checkpoints_in(tmp_path)[0]), ""))
     assert names(tmp_path) == ["step-00000005", "step-00000010.abandoned"]
-    assert (again.progress.step, float(again.net.weight)) == (5, 5.0)
+    assert (again.progress.step, again.net.weight.item()) == (5, 5.0)
     again.save(10, value=7.0)
     assert names(tmp_path) == ["step-00000005", "step-00000010", "step-00000010.abandoned"]
 

@@ -147,9 +147,10 @@ class State:
                 self._restore_part(name, part, tensors, records)
             self._restore_random(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
-            line = " ".join([*changes, *str(error).split()])[:300]
+            line = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} does not fit this training: {line}; resume with the flags it began with"
+                f"{folder} does not fit this training: {line}; resume with the flags it began with "
+                f"({', '.join(changes) or 'which do not differ'})"
             ) from error
 
     def _restore_part(

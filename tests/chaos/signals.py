@@ -16,6 +16,7 @@ from tests.chaos.trainings import (
     differences,
     prepare,
     start,
+    status_in_mlflow,
 )
 from utils.checkpoints import checkpoints_in, step_of
 
@@ -99,6 +100,8 @@ def _check_stop(code: int | None, expected: int | None, output_dir: Path) -> lis
         faults.append(f"exit code {code}, not {expected}")
     if status["status"] != "KILLED":
         faults.append(f"status.json says {status['status']}")
+    if (marked := status_in_mlflow(output_dir)) != "KILLED":
+        faults.append(f"MLflow says {marked}")
     if status["step"] != kept:
         faults.append(f"stopped at step {status['step']}, but step {kept} is kept")
     return [f"{output_dir}: {fault}" for fault in faults]

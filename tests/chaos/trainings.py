@@ -13,6 +13,7 @@ import sqlite3
 import sys
 import time
 import traceback
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -143,12 +144,19 @@ def logged(output_dir: Path) -> list[dict[str, float]]:
 
 def in_mlflow(output_dir: Path) -> list[tuple[str, int, float]]:
     """Every number that MLflow has of a training, without what the clock says, in order."""
+    query = "select key, step, value from metrics where run_uuid = ? order by step, key"
+    return [row for row in _ask(query, output_dir) if not row[0].endswith(NOT_COMPARED)]
+
+
+def status_in_mlflow(output_dir: Path) -> str:
+    """FINISHED, KILLED, ..."""
+    return _ask("select status from runs where run_uuid = ?", output_dir)[0][0]
+
+
+def _ask(query: str, output_dir: Path) -> list[tuple]:
     run_id = json.loads((output_dir / "status.json").read_text())["run_id"]
-    with sqlite3.connect(STORE) as database:
-        found = database.execute(
-            "select key, step, value from metrics where run_uuid = ? order by step, key", [run_id]
-        ).fetchall()
-    return [(key, step, x) for key, step, x in found if not key.endswith(NOT_COMPARED)]
+    with closing(sqlite3.connect(STORE)) as database:
+        return database.execute(query, [run_id]).fetchall()
 
 
 def differences(output_dir: Path, reference: Path) -> list[str]:
