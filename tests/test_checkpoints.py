@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, journal
+from utils import checkpoint, metrics_log
 from utils.checkpoints import checkpoints_in, find_checkpoint
 from utils.cli import Stopped, UserError
 from utils.processes import Processes
@@ -191,14 +191,14 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
     """What was logged after it comes again; an evaluation by another script stays."""
     training = Training(tmp_path)
     for step in (1, 2, 3):
-        journal.append(tmp_path, {"step": step, "time": 0, "train/loss": 1.0})
+        metrics_log.append(tmp_path, {"step": step, "time": 0, "train/loss": 1.0})
         if step == 2:
             training.save(2)
-    journal.append(tmp_path, {"step": 0, "time": 0, "test/mse": 1.0})
-    with (tmp_path / journal.FILE).open("a") as file:
+    metrics_log.append(tmp_path, {"step": 0, "time": 0, "test/mse": 1.0})
+    with (tmp_path / metrics_log.FILE).open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while it wrote
     again = Training(tmp_path, resumed=find_checkpoint("auto", str(tmp_path)))
-    journal.rewind(tmp_path, again.progress.logged)
-    assert [line["step"] for line in journal.read(tmp_path)] == [1, 2, 0]
-    journal.rewind(tmp_path, 0)
-    assert [line["step"] for line in journal.read(tmp_path)] == [0]
+    metrics_log.rewind(tmp_path, again.progress.logged)
+    assert [line["step"] for line in metrics_log.read(tmp_path)] == [1, 2, 0]
+    metrics_log.rewind(tmp_path, 0)
+    assert [line["step"] for line in metrics_log.read(tmp_path)] == [0]

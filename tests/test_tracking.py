@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PICTURE, lines_of, open_run
-from utils import journal, tracking
+from utils import metrics_log, tracking
 from utils.cli import Stopped, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -183,12 +183,12 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
     with open_run() as run:
         for step in (1, 2, 3):
             run.metrics("train", {"loss": float(step)}, step)
-    journal.append(
+    metrics_log.append(
         run.output_dir, {"step": 2, "time": 7.0, "val/mse": 0.5}
     )  # killed before it went
-    size = journal.mark(run.output_dir)
+    size = metrics_log.mark(run.output_dir)
     run_again = {"run_id": run.run_id, "continued": True}
-    journal.append(run.output_dir, {"step": 3, "time": 8.0, "val/mse": 0.25})  # to come again
+    metrics_log.append(run.output_dir, {"step": 3, "time": 8.0, "val/mse": 0.25})  # to come again
     with open_run(logged=size, **run_again) as again:
         again.metrics("train", {"loss": 3.0}, 3)
         again.metrics("val", {"mse": 0.25}, 3)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils import journal
+from utils import metrics_log
 from utils.checkpoint import TEMPORARY, is_whole, write_folder, write_new_folder
 from utils.checkpoints import ARTIFACTS, FOLDER, checkpoints_in, step_of
 from utils.cli import Stopped, UserError, unused
@@ -89,7 +89,7 @@ class Checkpoints(AbstractContextManager):
         progress = self._state.progress
         self._saved_at = time.monotonic()
         if self._group.first:
-            progress.logged = journal.mark(self._run.output_dir)
+            progress.logged = metrics_log.mark(self._run.output_dir)
         files = files | self._state.files()
         if not self._group.first:
             return
@@ -156,8 +156,8 @@ class Checkpoints(AbstractContextManager):
         self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
         if (output_dir / "best").is_dir():
             self._run.folder(output_dir / "best", f"{ARTIFACTS}/best")
-        if (output_dir / journal.FILE).is_file():
-            self._run.file(output_dir / journal.FILE, ARTIFACTS)
+        if (output_dir / metrics_log.FILE).is_file():
+            self._run.file(output_dir / metrics_log.FILE, ARTIFACTS)
 
 
 def _discard(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from utils import journal, store
+from utils import metrics_log, store
 from utils.cli import Stopped, UserError, command_line
 from utils.outbox import Outbox
 from utils.store import experiment_of, fetch
@@ -104,9 +104,9 @@ class Run:
         self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
         self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
         if logged is not None:
-            journal.rewind(output_dir, logged)
+            metrics_log.rewind(output_dir, logged)
         if continued:
-            self._catch_up(journal.read(output_dir))
+            self._catch_up(metrics_log.read(output_dir))
         if config is not None:
             self.file(output_dir / "config.json")
 
@@ -166,7 +166,7 @@ class Run:
             return
         line = {"step": step, "time": time.time()}
         line |= {f"{section}/{name}": value for name, value in values.items()}
-        journal.append(self.output_dir, line)
+        metrics_log.append(self.output_dir, line)
         self._outbox.put(lambda: self._send(line))
 
     def _send(self, line: dict[str, Any]) -> None:
