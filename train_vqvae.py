@@ -95,11 +95,16 @@ def main(arguments: argparse.Namespace) -> None:
         channels=model_config.in_channels,
         random_crop=data.random_crop,
         allow_outside_paths=data.allow_outside_paths,
+        max_pixels=data.max_pixels,
+        skip_bad_images=data.skip_bad_images,
         num_workers=config.num_workers,
         processes=group.count,
     )
     train_rows, val_rows = split_rows(
-        dataset.rows, val_fraction=data.val_fraction, seed=config.seed
+        dataset.rows,
+        val_fraction=data.val_fraction,
+        seed=config.seed,
+        folder=dataset.path.parent,
     )
     schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
 
@@ -155,6 +160,8 @@ def main(arguments: argparse.Namespace) -> None:
         },
     )
     progress.run_id = run.run_id
+    if group.first:
+        dataset.write_skipped(output_dir)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
@@ -195,7 +202,8 @@ def main(arguments: argparse.Namespace) -> None:
 
         def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
             augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
-            return dataset.batches(batches, group.device, augmentation)
+            images = dataset.batches(batches, group.device, augmentation)
+            return training.saved_if_it_fails(images, partial(save, best=False))
 
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)

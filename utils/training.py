@@ -168,6 +168,15 @@ class StopRequest(AbstractContextManager):
             raise Stopped(number)
 
 
+def saved_if_it_fails(batches: Iterator[T], save: Callable[[], None]) -> Iterator[T]:
+    """The batches; a training that cannot read the next one is saved before it ends."""
+    try:
+        yield from batches
+    except UserError:
+        save()
+        raise
+
+
 def find_output_dir(config: TrainingConfig, resumed: Path | None, default_name: str) -> Path:
     """The output folder: that of the resumed checkpoint, `--output_dir`, or outputs/<run name>.
 
