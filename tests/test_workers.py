@@ -60,8 +60,12 @@ def test_a_process_that_hangs_is_named_with_its_row(monkeypatch: pytest.MonkeyPa
 WORKING = """
 import os, sys, time
 from utils.workers import read_batches
+
+def read(file):
+    return os.getpid()
+
 if __name__ == "__main__":
-    batches = read_batches(lambda file: os.getpid(), ["a"], [[0]] * 9, 1, str)
+    batches = read_batches(read, ["a"], [[0]] * 9, 1, str)
     sys.stdout.write(f"{next(batches)[0]}")
     sys.stdout.flush()
     time.sleep(60)

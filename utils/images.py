@@ -108,6 +108,7 @@ class ImageDataset:
         """
         self.path = Path(path)
         self.rows = read_csv(path, allow_outside_paths=allow_outside_paths)
+        self.files = [str(self.path.parent / row.image_path) for row in self.rows]
         self.num_workers = min(16, os.cpu_count() or 1) if num_workers < 0 else num_workers
         self.max_pixels, self._to_skip = max_pixels, skip_bad_images
         self.skipped: list[tuple[int, str, str]] = []
@@ -209,7 +210,7 @@ class ImageDataset:
                 bad[good + len(bad)] = image
                 continue
             if self.pixels is not None:
-                self.pixels[good] = torch.from_numpy(image)
+                self.pixels.numpy()[good] = image
             good += 1
         self._leave_out(bad)
         if self.pixels is not None:

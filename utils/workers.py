@@ -74,14 +74,17 @@ def read_batches(
 
 def _end(shared: list[int], died: bool) -> list[int]:
     """Kill the workers; the rows that the dead ones (or, if none died, all of them) were at."""
-    alive = {child.pid: child for child in multiprocessing.active_children()}
-    rows = []
-    for pid, row in zip(shared[::2], shared[1::2], strict=True):
-        if row != IDLE and not (died and pid in alive):
-            rows.append(row)
-        if pid in alive:
-            alive[pid].kill()
-    return rows
+    workers = [pid for pid in shared[::2] if pid]
+    until = time.monotonic() + 2  # it is said before the process is quite gone
+    while True:
+        alive = {child.pid: child for child in multiprocessing.active_children()}
+        if not died or not alive.keys() >= set(workers) or time.monotonic() > until:
+            break
+        time.sleep(0.01)
+    for pid in alive.keys() & set(workers):
+        alive[pid].kill()
+    at = zip(shared[::2], shared[1::2], strict=True)
+    return [row for pid, row in at if row != IDLE and not (died and pid in alive)]
 
 
 def _begin(shared: Any, parent: int) -> None:
