@@ -74,17 +74,17 @@ def read_batches(
 
 def _end(shared: list[int], died: bool) -> list[int]:
     """Kill the workers; the rows that the dead ones (or, if none died, all of them) were at."""
-    workers = [pid for pid in shared[::2] if pid]
-    until = time.monotonic() + 2  # it is said before the process is quite gone
+    busy = {pid: row for pid, row in zip(shared[::2], shared[1::2], strict=True) if row != IDLE}
+    until = time.monotonic() + 2  # what died is said to have before it is quite gone
     while True:
         alive = {child.pid: child for child in multiprocessing.active_children()}
-        if not died or not alive.keys() >= set(workers) or time.monotonic() > until:
+        dead = busy.keys() - alive.keys()
+        if not died or dead or time.monotonic() > until:
             break
         time.sleep(0.01)
-    for pid in alive.keys() & set(workers):
+    for pid in alive.keys() & set(shared[::2]):
         alive[pid].kill()
-    at = zip(shared[::2], shared[1::2], strict=True)
-    return [row for pid, row in at if row != IDLE and not (died and pid in alive)]
+    return sorted(busy[pid] for pid in (dead if died else busy))
 
 
 def _begin(shared: Any, parent: int) -> None:
