@@ -1,0 +1,1 @@
+"""The chaos table: what must hold when machines fail and files are hostile."""
