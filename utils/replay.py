@@ -105,7 +105,7 @@ def _send_tables(client: Any, run_id: str, output_dir: Path, entries: list[Entry
     return len(missing)
 
 
-def _send_files(client: Any, run_id: str, files: dict[Path, str]) -> int:
+def _send_files(client: Any, run_id: str, files: set[tuple[Path, str]]) -> int:
     """Send each file, into its folder, that is not there at its size."""
 
     @cache
@@ -113,28 +113,25 @@ def _send_files(client: Any, run_id: str, files: dict[Path, str]) -> int:
         listed = client.list_artifacts(run_id, folder or None)
         return {Path(one.path).name: one.file_size for one in listed}
 
-    missing = [x for x in files.items() if there(x[1]).get(x[0].name) != x[0].stat().st_size]
+    missing = [x for x in sorted(files) if there(x[1]).get(x[0].name) != x[0].stat().st_size]
     for file, folder in missing:
         client.log_artifact(run_id, str(file), folder or None)
     return len(missing)
 
 
-def _files(output_dir: Path, entries: list[Entry]) -> dict[Path, str]:
-    """Every file that was logged and is still there: its folder among the run's artifacts.
+def _files(output_dir: Path, entries: list[Entry]) -> set[tuple[Path, str]]:
+    """Every file that was logged and is still there, and its folder among the run's artifacts.
 
     What lies outside of the output folder stays where it is, whoever wrote the journal.
     """
     home = output_dir.resolve()
-    found = {}
+    found = set()
     for entry in entries:
         if "file" in entry:
-            found[output_dir / entry["file"]] = entry["name"]
+            found.add((output_dir / entry["file"], entry["name"]))
         elif "folder" in entry:
             top = output_dir / entry["folder"]
-            for file in sorted(top.rglob("*")):
-                found[file] = (Path(entry["name"]) / file.parent.relative_to(top)).as_posix()
-    return {
-        file: folder
-        for file, folder in found.items()
-        if file.is_file() and file.resolve().is_relative_to(home)
-    }
+            for file in top.rglob("*"):
+                folder = Path(entry["name"]) / file.parent.relative_to(top)
+                found.add((file, folder.as_posix()))
+    return {x for x in found if x[0].is_file() and x[0].resolve().is_relative_to(home)}

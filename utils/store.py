@@ -7,7 +7,8 @@ import os
 import re
 import urllib.error
 import urllib.request
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -68,6 +69,24 @@ def open_client() -> Any:
             f"({one_line(error)}); mend it, or unset it to write to ./mlflow.db"
         ) from error
     return client
+
+
+@contextmanager
+def opening_a_run() -> Iterator[None]:
+    """What a store that dies or fills up while a run is opened has to say, in a line.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except (UserError, ValueError):
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise UserError(
+            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opens no run ({one_line(error)}); mend "
+            "it, or unset MLFLOW_TRACKING_URI to write to ./mlflow.db"
+        ) from error
 
 
 def existing_run(client: Any, run_id: str) -> Any:

@@ -86,12 +86,13 @@ class Run:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = store.open_client()
-        if run_id is not None and not (continued and self._gone(run_id)):
-            run = store.existing_run(self._client, run_id)
-            if continued:
-                self._client.update_run(run_id, status="RUNNING")
-        else:
-            run = self._create(stage, experiment, run_name, params or {}, tags or {})
+        with store.opening_a_run():
+            if run_id is not None and not (continued and self._gone(run_id)):
+                run = store.existing_run(self._client, run_id)
+                if continued:
+                    self._client.update_run(run_id, status="RUNNING")
+            else:
+                run = self._create(stage, experiment, run_name, params or {}, tags or {})
         self.run_id = run.info.run_id
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
