@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
+from utils.decoding import MAX_PIXELS
 from utils.images import ImageDataset
 from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import split_rows
@@ -36,6 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
         size=config.image_size,
         channels=config.in_channels,
         allow_outside_paths=arguments.allow_outside_paths,
+        max_pixels=arguments.max_pixels,
+        skip_bad_images=arguments.skip_bad_images,
         num_workers=arguments.num_workers,
     )
     name = f"indices/{Path(arguments.path_to_data).stem}"
@@ -48,7 +51,12 @@ def main(arguments: argparse.Namespace) -> None:
         indices = quantize(tokenizer.model, dataset, arguments.batch_size)
         # Without a split column the images are split as they were for the tokenizer, whose
         # validation images are then new to the transformer, too.
-        splits = split_rows(dataset.rows, val_fraction=origin.val_fraction, seed=origin.seed)
+        splits = split_rows(
+            dataset.rows,
+            val_fraction=origin.val_fraction,
+            seed=origin.seed,
+            folder=dataset.path.parent,
+        )
         rows = [row._replace(split="train") for row in dataset.rows]
         for row in splits[1].tolist():
             rows[row] = rows[row]._replace(split="val")
@@ -61,6 +69,7 @@ def main(arguments: argparse.Namespace) -> None:
             made_by=cli.command_line(),
         )
         write_indices(output_dir, indices, rows, meta, text=arguments.text)
+        dataset.write_skipped(output_dir)
         run.folder(output_dir, name)
 
     counts = tokenizer.model.quantizer.count(indices)
@@ -93,6 +102,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow_outside_paths",
         action="store_true",
         help="accept image paths that leave the folder of the CSV",
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=cli.positive,
+        default=MAX_PIXELS,
+        help=f"refuse image files whose header says more (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--skip_bad_images",
+        type=int,
+        default=0,
+        help="leave out up to this many files that cannot be read as images (default: 0)",
     )
     cli.add_inference_flags(parser, batch_size=128)
     parser.add_argument(

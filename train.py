@@ -225,16 +225,14 @@ def main(arguments: argparse.Namespace) -> None:
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
 
-    provenance = checkpoint.Provenance(
-        run.run_id, cli.command_line(), config.seed, data.val_fraction
-    )
+    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
 
     def save(*, best: bool) -> None:
-        files, best_files = (
-            checkpoint.model_files(one, provenance) | {FILE: words.content()}
-            for one in (model, average.model)
+        words_file = {FILE: words.content()}
+        models = (
+            checkpoint.model_files(one, origin) | words_file for one in (model, average.model)
         )
-        checkpoints.save(files, best_files if best else None)
+        checkpoints.save(*models, best=best)
 
     with run, checkpoints, StopRequest() as stop:
         if progress.step == 0:
@@ -249,9 +247,8 @@ def main(arguments: argparse.Namespace) -> None:
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, prefix, grid, precision, config.accumulate)
             values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
-            taken = guard.step(optimizers, values, learning_rate, schedule.rows)
             progress.step += 1
-            if taken:
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
                 average.update(model, progress.step)
                 averages.add(values | {"learning_rate": learning_rate})
 

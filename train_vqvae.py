@@ -1,7 +1,6 @@
 """Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
 
 import argparse
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import partial
@@ -100,11 +99,16 @@ def main(arguments: argparse.Namespace) -> None:
         channels=model_config.in_channels,
         random_crop=data.random_crop,
         allow_outside_paths=data.allow_outside_paths,
+        max_pixels=data.max_pixels,
+        skip_bad_images=data.skip_bad_images,
         num_workers=config.num_workers,
         processes=group.count,
     )
     train_rows, val_rows = split_rows(
-        dataset.rows, val_fraction=data.val_fraction, seed=config.seed
+        dataset.rows,
+        val_fraction=data.val_fraction,
+        seed=config.seed,
+        folder=dataset.path.parent,
     )
     schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
 
@@ -166,6 +170,8 @@ def main(arguments: argparse.Namespace) -> None:
     progress.run_id = run.run_id
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     guard = Guard(group, progress, config, changing=(model.quantizer, adversary))
+    if group.first:
+        dataset.write_skipped(output_dir)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
@@ -183,15 +189,11 @@ def main(arguments: argparse.Namespace) -> None:
         )
         return values["mse"]
 
-    provenance = checkpoint.Provenance(
-        run.run_id, cli.command_line(), config.seed, data.val_fraction
-    )
+    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
 
     def save(*, best: bool) -> None:
-        files, best_files = (
-            checkpoint.model_files(one, provenance) for one in (model, average.model)
-        )
-        checkpoints.save(files, best_files if best else None)
+        models = (checkpoint.model_files(one, origin) for one in (model, average.model))
+        checkpoints.save(*models, best=best)
 
     with run, checkpoints, StopRequest() as stop:
         if progress.step == 0:
@@ -201,7 +203,8 @@ def main(arguments: argparse.Namespace) -> None:
 
         def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
             augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
-            return dataset.batches(batches, group.device, augmentation)
+            images = dataset.batches(batches, group.device, augmentation)
+            return training.saved_if_it_fails(images, group, partial(save, best=False))
 
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)
@@ -225,16 +228,15 @@ def main(arguments: argparse.Namespace) -> None:
                 values["disc_strength"] = autopilot.strength
                 adversary.average_gradients()
                 optimizers["disc_gradient_norm"] = disc_optimizer
-            taken = guard.step(optimizers, values, learning_rate, schedule.rows)
             progress.step += 1
-            if taken:
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
                 average.update(model, progress.step)
                 averages.add({**values, "learning_rate": learning_rate})
                 counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))
-                values["psnr"] = metrics.psnr(values.get("mse", math.nan))
+                values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
                 values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
                 run.metrics("train", values, progress.step)
                 counts.zero_()

@@ -14,6 +14,7 @@ from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
+from utils.decoding import complaint, open_image
 from utils.indices import IndicesMeta, check_writable, read_indices, write_indices
 from utils.table import Row
 from utils.vocabulary import Vocabulary, read_vocabulary
@@ -38,11 +39,12 @@ def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
         UserError: no picture, or nothing is left to draw.
     """
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises nearly everything on damaged files
         raise cli.UserError(
-            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: {error}"
+            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: "
+            f"{complaint(path, error)}"
         ) from error
     keep = torch.from_numpy(np.asarray(mask) >= 128)
     if keep.all():

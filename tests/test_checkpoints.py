@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, metrics_log
+from utils import checkpoint, journal, metrics_log
 from utils.checkpoints import checkpoints_in, find_checkpoint
 from utils.cli import Stopped, UserError
 from utils.processes import Processes
@@ -34,7 +34,8 @@ class Training:
     def save(self, step: int, value: float | None = None) -> None:
         self.progress.step = step
         nn.init.constant_(self.net.weight, step if value is None else value)
-        self.checkpoints.save({"model.safetensors": self.net.state_dict(), "config.json": {}})
+        files = {"model.safetensors": self.net.state_dict(), "config.json": {}}
+        self.checkpoints.save(files, files, best=False)
 
 
 def names(folder: Path) -> list[str]:
@@ -191,11 +192,11 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
     """What was logged after it comes again; an evaluation by another script stays."""
     training = Training(tmp_path)
     for step in (1, 2, 3):
-        metrics_log.append(tmp_path, {"step": step, "time": 0, "train/loss": 1.0})
+        metrics_log.append(tmp_path, {"step": step, "time": 0.0, "train/loss": 1.0})
         if step == 2:
             training.save(2)
-    metrics_log.append(tmp_path, {"step": 0, "time": 0, "test/mse": 1.0})
-    with (tmp_path / metrics_log.FILE).open("a") as file:
+    metrics_log.append(tmp_path, {"step": 0, "time": 0.0, "test/mse": 1.0})
+    with (tmp_path / journal.METRICS).open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while it wrote
     again = Training(tmp_path, resumed=find_checkpoint("auto", str(tmp_path)))
     metrics_log.rewind(tmp_path, again.progress.logged)

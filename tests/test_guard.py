@@ -58,7 +58,7 @@ def test_it_stops_before_the_step_and_says_where(size: float, loss: float, named
     net, optimizers, values = batch(size, loss)
     before = clone(net)
     with pytest.raises(UserError, match=rf"step 8: {named} at learning rate 0.3, in rows 5, 10;"):
-        Guard(ALONE, Progress(step=7), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
+        Guard(ALONE, Progress(step=8), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
     assert same(net, before)
 
 

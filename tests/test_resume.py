@@ -70,7 +70,8 @@ def train(
         if progress.step == steps:
             break
     checkpoints = Checkpoints(Run(folder, enabled=False), "", ALONE, state, resumed)
-    checkpoints.save(checkpoint.model_files(net, checkpoint.Provenance()))
+    files = checkpoint.model_files(net, checkpoint.Provenance())
+    checkpoints.save(files, files, best=True)
     means = averages.take() | {"counts": counts.tolist(), "best": progress.best}
     del means["steps_per_second"]
     return seen, net.state_dict() | average.state_dict(), means

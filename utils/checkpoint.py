@@ -88,11 +88,7 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def write_new_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """`write_folder` where nothing is yet, and nothing will ever be overwritten.
-
-    Raises:
-        UserError: the disk is full.
-    """
+    """`write_folder` where nothing is yet."""
     _stage(folder, files).rename(folder)
     flush(folder.parent)
 
@@ -192,7 +188,11 @@ def verify(path: Path) -> None:
     """
     if (path.parent / CHECKSUMS).is_file():
         expected = read_json(path.parent / CHECKSUMS).get(path.name)
-        if expected is not None and expected != sha256(path):
+        try:
+            found = expected and sha256(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        if found != expected:
             raise UserError(
                 f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
                 f"if you changed it on purpose, take its line out of {CHECKSUMS}"
@@ -257,13 +257,14 @@ def load_model(
     """
     folder = find_model_folder(path)
     check_links(folder)
-    verify(folder / CONFIG)
+    written = folder / PROVENANCE
+    for path in (folder / CONFIG, written):
+        verify(path)
     values = read_json(folder / CONFIG)
     kind = values.pop("model", None)
     if kind != model_class.__name__:
         raise UserError(f"{folder} holds a {kind}, but a {model_class.__name__} is needed here")
     config = _read_typed(config_class, values, folder / CONFIG)
-    written = folder / PROVENANCE
     values = read_json(written) if written.is_file() else {}
     provenance = _read_typed(Provenance, values, written)
     tensors = read_tensors(folder / WEIGHTS)

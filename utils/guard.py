@@ -87,7 +87,7 @@ class Guard:
         progress = self._progress
         here = [f"{name} {float(x)}" for name, x in values.items() if not _finite(x)]
         line = (
-            f"step {progress.step + 1}: {', '.join(here) or 'a number of another process'} at "
+            f"step {progress.step}: {', '.join(here) or 'a number of another process'} at "
             f"learning rate {learning_rate:.2g}, in rows "
             f"{first_few([str(row + 1) for row in rows.tolist()], limit=ROWS_SHOWN)}"
         )

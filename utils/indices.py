@@ -1,6 +1,5 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
-import csv
 import json
 import math
 import shutil
@@ -12,13 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel, read_json, swap_in, whole
-from utils.cli import UserError, build
+from utils.checkpoint import CHECKSUMS, LoadedModel, read_json, sha256, swap_in, verify, whole
+from utils.cli import UserError
 from utils.index_text import read_lines
+from utils.manifest import MANIFEST, read_manifest, write_manifest
 from utils.table import Row
+from utils.untrusted import check_links, typed
 
-META, MANIFEST = "meta.json", "manifest.csv"
+META = "meta.json"
 SHARD_BYTES = 1 << 30  # of one .npy file
+MOST_CODES = 1 << 32  # what text files and .npy files of uint32 can hold
 
 
 @dataclass(frozen=True)
@@ -43,14 +45,12 @@ class IndicesMeta:
     made_by: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codebook_size, int) or self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be 2 or more, got {self.codebook_size}")
-        grid = tuple(self.latent_dim)
-        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-            raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
-        if not isinstance(self.depth, int) or self.depth < 1:
-            raise ValueError(f"depth must be 1 or more, got {self.depth}")
-        object.__setattr__(self, "latent_dim", grid)
+        if not 2 <= self.codebook_size <= MOST_CODES:
+            raise ValueError(
+                f"codebook_size must be from 2 to {MOST_CODES}, got {self.codebook_size}"
+            )
+        if min(*self.latent_dim, self.depth) < 1:
+            raise ValueError("latent_dim and depth must be 1 or more")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -131,7 +131,7 @@ def write_indices(
     text: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write an indices folder: indices.npy (or shards of it), manifest.csv and meta.json.
+    """Write an indices folder: indices.npy (or shards of it), manifest.csv, meta.json, sha256.json.
 
     The folder appears whole or not at all, and takes the place of an indices folder before it.
 
@@ -165,13 +165,12 @@ def write_indices(
     else:
         for number, start in enumerate(range(0, len(array), per_shard)):
             np.save(staging / f"indices-{number:05}.npy", array[start : start + per_shard])
-    with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
+    write_manifest(staging / MANIFEST, rows)
     if text:
         np.savetxt(staging / "indices.txt", array.reshape(len(array), -1), fmt="%d")
     (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+    sums = {file.name: sha256(file) for file in staging.iterdir()}
+    (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
     swap_in(staging, folder)
     return folder
 
@@ -225,27 +224,18 @@ def read_indices(
 def _read_folder(folder: Path) -> Indices:
     if not (folder / META).is_file():
         raise UserError(f"{folder} is no indices folder: it has no {META}")
-    try:
-        meta = build(IndicesMeta, **read_json(folder / META))
-    except (TypeError, UserError) as error:
-        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+    check_links(folder)
     files = sorted(folder.glob("indices*.npy"))
     if not files:
         raise UserError(f"{folder} has no indices.npy; make it again")
-    shards = []
-    for file in files:
-        try:
-            shard = np.lib.format.open_memmap(file, mode="r")
-        except Exception as error:  # numpy raises nearly everything on a damaged header
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} is damaged: {line}; make it again") from error
-        if shard.shape[1:] != meta.shape or shard.dtype.kind != "u" or len(shard) == 0:
-            raise UserError(
-                f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
-                f"{_shown(meta.shape)}; make it again"
-            )
-        shards.append(shard)
-    rows = _read_manifest(folder / MANIFEST)
+    for file in (folder / META, folder / MANIFEST, *files):
+        verify(file)
+    try:
+        meta = typed(IndicesMeta, read_json(folder / META))
+    except UserError as error:
+        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+    shards = [_read_shard(file, meta) for file in files]
+    rows = read_manifest(folder / MANIFEST)
     indices = Indices(shards, rows, meta)
     if len(rows) != len(indices):
         raise UserError(
@@ -259,15 +249,19 @@ def _read_folder(folder: Path) -> Indices:
     return indices
 
 
-def _read_manifest(path: Path) -> list[Row]:
+def _read_shard(file: Path, meta: IndicesMeta) -> np.ndarray:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file, strict=True)
-        if tuple(header) != Row._fields:
-            raise ValueError(f"its first line is {','.join(header)!r}")
-        return [Row(*fields) for fields in lines]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged: {error}; make it again") from error
+        shard = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # numpy raises nearly everything on a damaged header
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is damaged: {line}; make it again") from error
+    dtype = smallest_type(meta.codebook_size)
+    if shard.shape[1:] != meta.shape or shard.dtype != dtype or len(shard) == 0:
+        raise UserError(
+            f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
+            f"{_shown(meta.shape)} and {meta.codebook_size} codes, {dtype}; make it again"
+        )
+    return shard
 
 
 def _read_text(

@@ -5,28 +5,26 @@ import os
 from pathlib import Path
 from typing import Any
 
-FILE = "metrics.jsonl"
+from utils.journal import METRICS, read_lines
+
 OF_TRAININGS = ("train/", "val/")  # how the names of what a training logs begin
 
 
 def append(folder: Path, line: dict[str, Any]) -> None:
     """Add a line."""
-    with (folder / FILE).open("a", encoding="utf-8") as file:
+    with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """All lines; none where nothing was logged yet."""
-    path = folder / FILE
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    path = folder / METRICS
+    return read_lines(path) if path.is_file() else []
 
 
 def mark(folder: Path) -> int:
     """How many bytes there are, all of which have reached the disk."""
-    path = folder / FILE
+    path = folder / METRICS
     if not path.is_file():
         return 0
     with path.open("rb") as file:
@@ -39,7 +37,7 @@ def rewind(folder: Path, size: int) -> None:
 
     What others logged meanwhile, as an evaluation, stays.
     """
-    path = folder / FILE
+    path = folder / METRICS
     if not path.is_file():
         return
     content = path.read_bytes()
@@ -51,6 +49,6 @@ def rewind(folder: Path, size: int) -> None:
             continue  # cut off by a crash
         if not any(name.startswith(OF_TRAININGS) for name in names):
             kept.append(line)
-    staging = path.with_name(FILE + ".tmp")
+    staging = path.with_name(METRICS + ".tmp")
     staging.write_bytes(b"".join(kept))
     staging.replace(path)

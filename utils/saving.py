@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils import metrics_log
+from utils import journal, metrics_log
 from utils.checkpoint import TEMPORARY, is_whole, write_folder, write_new_folder
 from utils.checkpoints import ARTIFACTS, FOLDER, checkpoints_in, step_of
 from utils.cli import Stopped, UserError, unused
@@ -76,12 +76,13 @@ class Checkpoints(AbstractContextManager):
             return bool(self._group.largest(int(late)))
         return bool(self._steps) and self._state.progress.step % self._steps == 0
 
-    def save(self, files: Files, best: Files | None = None) -> None:
+    def save(self, files: Files, averaged: Files, *, best: bool) -> None:
         """Write a checkpoint of this step, if there is none yet; all processes must call it.
 
         Args:
             files: of the model folder.
-            best: of the model folder `best`, where there is a new one.
+            averaged: of the model folder as it is evaluated ...
+            best: ... and becomes `best`.
 
         Raises:
             UserError: the disk is full, or a number in the weights is not finite.
@@ -93,8 +94,8 @@ class Checkpoints(AbstractContextManager):
         files = files | self._state.files()
         if not self._group.first:
             return
-        if best is not None:  # before the checkpoint that knows of it
-            write_folder(self._run.output_dir / "best", best)
+        if best:  # before the checkpoint that knows of it
+            write_folder(self._run.output_dir / "best", averaged)
         folder = self._home / f"step-{progress.step:08}"
         if is_whole(folder):
             return
@@ -156,8 +157,8 @@ class Checkpoints(AbstractContextManager):
         self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
         if (output_dir / "best").is_dir():
             self._run.folder(output_dir / "best", f"{ARTIFACTS}/best")
-        if (output_dir / metrics_log.FILE).is_file():
-            self._run.file(output_dir / metrics_log.FILE, ARTIFACTS)
+        if (output_dir / journal.METRICS).is_file():
+            self._run.file(output_dir / journal.METRICS, ARTIFACTS)
 
 
 def _discard(folder: Path) -> None:

@@ -148,6 +148,21 @@ def optimizer_step(
     return norm
 
 
+def saved_if_it_fails(
+    batches: Iterator[T], group: Processes, save: Callable[[], None]
+) -> Iterator[T]:
+    """The batches; a training that cannot read the next one is saved before it ends.
+
+    Not one of several processes, which would wait for the others.
+    """
+    try:
+        yield from batches
+    except UserError:
+        if group.count == 1:
+            save()
+        raise
+
+
 def find_output_dir(config: TrainingConfig, resumed: Path | None, default_name: str) -> Path:
     """The output folder: that of the resumed checkpoint, `--output_dir`, or outputs/<run name>.
 

@@ -1,6 +1,6 @@
 """The rows of the table, in its order; each is a module with `run(count) -> Result`."""
 
-from tests.chaos import damage, disk, kill, signals
+from tests.chaos import damage, disk, images, kill, pickles, servers, signals, tables
 from tests.chaos.harness import Row
 
 ROWS: tuple[Row, ...] = (
@@ -26,4 +26,32 @@ ROWS: tuple[Row, ...] = (
         quick=1_000,
     ),
     Row("disk", "a disk that is full, every 64 KiB of its size", disk.run, full=40, quick=4),
+    Row(
+        "images",
+        "images: 7 formats mutated, each as often; the catalogue of odd ones",
+        images.run,
+        full=10_000,
+        quick=300,
+    ),
+    Row(
+        "tables",
+        "CSV files and text indices made up by hypothesis",
+        tables.run,
+        full=10_000,
+        quick=400,
+    ),
+    Row(
+        "mlflow",
+        "MLflow: 8 runs x 1,000 calls and 20 first starts at once; server killed; black hole",
+        servers.run,
+        full=1_000,
+        quick=25,
+    ),
+    Row(
+        "pickles",
+        "malicious pickles in place of any input file",
+        pickles.run,
+        full=6,
+        quick=2,
+    ),
 )
