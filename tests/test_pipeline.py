@@ -198,7 +198,7 @@ def test_stopped_by_a_signal_and_resumed_it_ends_the_same(own_folder: Path) -> N
     assert weights(Path("parts")) != weights(Path("whole"))
     shutil.rmtree("parts")  # with its machine; what it takes to go on is in MLflow
     run_script("train_vqvae.py", *flags, "--resume", status["run_id"])
-    assert weights(Path("parts")) == weights(Path("whole"))
+    assert weights(Path("outputs") / status["run_id"]) == weights(Path("whole"))
 
 
 def test_two_processes_train_one_model(own_folder: Path) -> None:

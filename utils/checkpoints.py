@@ -67,11 +67,11 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
 
 
 def _recover(run_id: str, output_dir: str) -> Path:
-    """The output folder of an MLflow run, made anew from the run's artifacts where it is gone."""
-    home = Path(store.tag_of(run_id, OUTPUT_TAG))
-    if (not output_dir or Path(output_dir).resolve() == home) and _last_run_id(home) == run_id:
-        return home
-    home = Path(output_dir or home)
+    """The output folder of an MLflow run, brought back from its artifacts where it is gone."""
+    made = Path(store.tag_of(run_id, OUTPUT_TAG))
+    if not output_dir and _last_run_id(made) == run_id:
+        return made
+    home = Path(output_dir or f"outputs/{run_id}")  # not where a store says that it was
     if checkpoints_in(home):
         if _last_run_id(home) == run_id:
             return home
@@ -81,7 +81,7 @@ def _recover(run_id: str, output_dir: str) -> Path:
     for folder in checkpoints_in(fetched):
         staging = home / FOLDER / (folder.name + TEMPORARY)
         shutil.copytree(folder, staging, dirs_exist_ok=True)
-        staging.rename(staging.with_name(folder.name))
+        staging.rename(home / FOLDER / folder.name)
     return home
 
 

@@ -60,8 +60,9 @@ class Checkpoints(AbstractContextManager):
         self._saved_at = time.monotonic()
         if not group.first:
             return
-        for stale in self._home.glob(f"*{TEMPORARY}"):
-            shutil.rmtree(stale)
+        for folder in (run.output_dir, self._home):
+            for stale in folder.glob(f"*{TEMPORARY}"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         for path in checkpoints_in(run.output_dir):
             if resumed is not None and step_of(path) > step_of(resumed):
                 aside = unused(path.with_name(f"{path.name}.abandoned"))
@@ -94,12 +95,12 @@ class Checkpoints(AbstractContextManager):
         files = files | self._state.files()
         if not self._group.first:
             return
+        _check_finite(files)
         if best:  # before the checkpoint that knows of it
             write_folder(self._run.output_dir / "best", averaged)
         folder = self._home / f"step-{progress.step:08}"
         if is_whole(folder):
             return
-        _check_finite(files)
         _discard(folder)
         write_new_folder(folder, files)
         self._prune()
