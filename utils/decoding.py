@@ -1,5 +1,6 @@
 """One image file: its header, and its pixels whatever the file holds."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
         Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombWarning
             where its header says more than `max_pixels`.
     """
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says names no file
     # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
     with open(file, "rb") as stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd EXIF entries and the like
