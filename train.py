@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.checkpoints import find_checkpoint
+from utils.guard import Guard
 from utils.indices import Indices, read_indices
+from utils.saving import Checkpoints
+from utils.stopping import StopRequest
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -119,7 +123,7 @@ def draw_samples(
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(training.TrainingConfig, arguments)
     data = cli.read_flags(IndicesConfig, arguments)
-    resumed = resume.find_checkpoint(config.resume, config.output_dir)
+    resumed = find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="bf16")
 
@@ -149,9 +153,13 @@ def main(arguments: argparse.Namespace) -> None:
     )
     model = GPT(model_config).to(group.device)
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.95))
-    progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
-    average.restore(resumed)
+    progress, averages = resume.Progress(), metrics.Averages()
+    settings = asdict(config) | asdict(data) | asdict(model_config)
+    settings |= {"data_sha256": resume.fingerprint(indices.rows, grids), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages}
+    state = resume.State(group, model, settings, progress=progress, **parts)
+    state.restore(resumed)
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -164,10 +172,11 @@ def main(arguments: argparse.Namespace) -> None:
         stage="gpt",
         run_id=progress.run_id or None,
         continued=resumed is not None,
+        logged=progress.logged,
         experiment=config.experiment or tracking.experiment_of(words.tokenizer_run_id),
         run_name=config.run_name,
         enabled=group.first,
-        config=asdict(config) | asdict(data) | asdict(model_config),
+        config=settings,
         tags={"tokenizer_run_id": words.tokenizer_run_id},
         params={
             "data": path.name,
@@ -182,6 +191,8 @@ def main(arguments: argparse.Namespace) -> None:
         },
     )
     progress.run_id = run.run_id
+    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
+    guard = Guard(group, progress, config)
 
     # What it has to beat: the distribution of the codes, and what the last code tells of the next
     counts = [
@@ -214,23 +225,20 @@ def main(arguments: argparse.Namespace) -> None:
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return bits
 
-    def save(*, best: bool) -> None:
-        if group.first:
-            provenance = checkpoint.Provenance(
-                run.run_id, cli.command_line(), config.seed, data.val_fraction
-            )
-            words_file = {FILE: words.content()}
-            if best:
-                files = checkpoint.model_files(average.model, provenance) | words_file
-                checkpoint.write_folder(output_dir / "best", files)
-            files = checkpoint.model_files(model, provenance) | words_file | average.files()
-            files |= resume.training_files(optimizer, progress)
-            checkpoint.write_folder(output_dir / "last", files)
+    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
 
-    with run, training.StopRequest() as stop:
-        if resumed is None:
+    def save(*, best: bool) -> None:
+        words_file = {FILE: words.content()}
+        models = (
+            checkpoint.model_files(one, origin) | words_file for one in (model, average.model)
+        )
+        checkpoints.save(*models, best=best)
+
+    with run, checkpoints, StopRequest() as stop:
+        if progress.step == 0:
+            save(best=False)
             evaluation()
-        averages = metrics.Averages()
+            averages.restart()
         batches = schedule.batches(train_rows, progress, group, lambda rows, epoch: load(rows))
         for prefix, grid in batches:
             # Now and then an image is shown without its class, so that the GPT learns "no class".
@@ -238,12 +246,11 @@ def main(arguments: argparse.Namespace) -> None:
             prefix = prefix.masked_fill(hidden, model_config.no_class)
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, prefix, grid, precision, config.accumulate)
-            norm = training.optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
             progress.step += 1
-            average.update(model, progress.step)
-            averages.add(
-                {"bits_per_token": bits, "gradient_norm": norm, "learning_rate": learning_rate}
-            )
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
+                average.update(model, progress.step)
+                averages.add(values | {"learning_rate": learning_rate})
 
             if schedule.logs(progress.step):
                 values = averages.take()
@@ -253,6 +260,8 @@ def main(arguments: argparse.Namespace) -> None:
             if schedule.evaluates(progress.step):
                 save(best=progress.improved(evaluation()))
                 averages.restart()
+            elif checkpoints.due():
+                save(best=False)
             stop.obeyed(group, partial(save, best=False))
             if progress.exhausted(config.patience):
                 group.print(f"no better validation in {config.patience} evaluations: stopping")

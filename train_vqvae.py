@@ -11,7 +11,11 @@ from torch import Tensor
 
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.checkpoints import find_checkpoint
+from utils.guard import Guard
 from utils.images import Augmentation, DataConfig, ImageDataset
+from utils.saving import Checkpoints
+from utils.stopping import StopRequest
 from utils.table import split_rows
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversary import Adversary, Autopilot
@@ -77,7 +81,7 @@ def main(arguments: argparse.Namespace) -> None:
     objective = cli.read_flags(ObjectiveConfig, arguments)
     data = cli.read_flags(DataConfig, arguments)
     model_config = cli.read_flags(VQVAEConfig, arguments)
-    resumed = resume.find_checkpoint(config.resume, config.output_dir)
+    resumed = find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
 
@@ -116,18 +120,21 @@ def main(arguments: argparse.Namespace) -> None:
     if start is not None:
         model.load_state_dict(start.state_dict())
     optimizer = training.make_optimizer(model, config, betas=(0.9, 0.99))
-    progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
-    average.restore(resumed)
-    adversary = None
+    progress, averages = resume.Progress(), metrics.Averages()
+    counts = torch.zeros(model_config.num_codes, device=group.device)  # of codes since the last log
+    adversary = disc_optimizer = autopilot = None
     if objective.disc_weight > 0:
         adversary = cli.build(Adversary, objective, dataset.channels, dataset.size)
         adversary = adversary.to(group.device, memory_format=torch.channels_last)
         disc_optimizer = training.make_optimizer(adversary, config, betas=(0.5, 0.9))
-        resume.restore_part(resumed, "adversary", adversary, disc_optimizer)
         autopilot = Autopilot.plan(objective, schedule.total_steps)
-        if resumed is not None:
-            autopilot = Autopilot(**checkpoint.read_json(resumed / "autopilot.json"))
+    settings = asdict(config) | asdict(data) | asdict(model_config) | asdict(objective)
+    settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
+    parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer, "autopilot": autopilot}
+    state = resume.State(group, model, settings, progress=progress, **parts)
+    state.restore(resumed)
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -143,10 +150,11 @@ def main(arguments: argparse.Namespace) -> None:
         stage="tokenizer",
         run_id=progress.run_id or None,
         continued=resumed is not None,
+        logged=progress.logged,
         experiment=config.experiment,
         run_name=config.run_name,
         enabled=group.first,
-        config=asdict(config) | asdict(data) | asdict(model_config) | asdict(objective),
+        config=settings,
         params={
             "data": Path(data.path_to_data).name,
             "image_size": dataset.size,
@@ -160,6 +168,8 @@ def main(arguments: argparse.Namespace) -> None:
         },
     )
     progress.run_id = run.run_id
+    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
+    guard = Guard(group, progress, config, changing=(model.quantizer, adversary))
     if group.first:
         dataset.write_skipped(output_dir)
     group.print(dataset)
@@ -179,35 +189,28 @@ def main(arguments: argparse.Namespace) -> None:
         )
         return values["mse"]
 
-    def save(*, best: bool) -> None:
-        if group.first:
-            provenance = checkpoint.Provenance(
-                run.run_id, cli.command_line(), config.seed, data.val_fraction
-            )
-            if best:
-                files = checkpoint.model_files(average.model, provenance)
-                checkpoint.write_folder(output_dir / "best", files)
-            files = checkpoint.model_files(model, provenance) | average.files()
-            if adversary is not None:
-                files |= resume.part_files("adversary", adversary, disc_optimizer)
-                files["autopilot.json"] = vars(autopilot)
-            files |= resume.training_files(optimizer, progress)
-            checkpoint.write_folder(output_dir / "last", files)
+    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
 
-    with run, training.StopRequest() as stop:
-        if resumed is None:
+    def save(*, best: bool) -> None:
+        models = (checkpoint.model_files(one, origin) for one in (model, average.model))
+        checkpoints.save(*models, best=best)
+
+    with run, checkpoints, StopRequest() as stop:
+        if progress.step == 0:
+            save(best=False)
             evaluation()
-        averages = metrics.Averages()
-        counts = torch.zeros(model_config.num_codes, device=group.device)
+            averages.restart()
 
         def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
             augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
             images = dataset.batches(batches, group.device, augmentation)
-            return training.saved_if_it_fails(images, partial(save, best=False))
+            return training.saved_if_it_fails(images, group, partial(save, best=False))
 
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)
             phase = "before" if adversary is None else autopilot.phase(progress.step)
+            guard.remember()
+            optimizers = {}
             if phase == "alone":
                 values, indices = add_discriminator_gradients(
                     model, images, autocast, accumulate=config.accumulate, adversary=adversary
@@ -220,21 +223,20 @@ def main(arguments: argparse.Namespace) -> None:
                 values, indices = add_gradients(
                     forward, images, losses, autocast, accumulate=config.accumulate, **acting
                 )
-                values["gradient_norm"] = training.optimizer_step(
-                    optimizer, learning_rate, config.max_grad_norm
-                )
+                optimizers["gradient_norm"] = optimizer
             if phase != "before":
                 values["disc_strength"] = autopilot.strength
                 adversary.average_gradients()
-                training.optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
+                optimizers["disc_gradient_norm"] = disc_optimizer
             progress.step += 1
-            average.update(model, progress.step)
-            averages.add({**values, "learning_rate": learning_rate})
-            counts += model.quantizer.count(indices)
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
+                average.update(model, progress.step)
+                averages.add({**values, "learning_rate": learning_rate})
+                counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))
-                values["psnr"] = metrics.psnr(values["mse"])
+                values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
                 values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
                 run.metrics("train", values, progress.step)
                 counts.zero_()
@@ -249,6 +251,8 @@ def main(arguments: argparse.Namespace) -> None:
                     best, progress.bad_evaluations = True, 0
                 save(best=best)
                 averages.restart()
+            elif checkpoints.due():
+                save(best=False)
             stop.obeyed(group, partial(save, best=False))
             if progress.exhausted(config.patience):
                 group.print(f"no better validation mse in {config.patience} evaluations: stopping")

@@ -19,6 +19,7 @@ from utils.untrusted import JSON_BYTES, check_links, check_size, typed
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "sha256.json"
 PROVENANCE = "provenance.json"
+TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 
 
 @dataclass(frozen=True)
@@ -78,26 +79,60 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     Args:
         folder: where to; takes the place of what is there.
         files: contents by name: state dicts for *.safetensors, plain values for *.json.
+
+    Raises:
+        UserError: the disk is full; what was there before still is.
     """
-    staging = folder.with_name(folder.name + ".tmp")
+    swap_in(_stage(folder, files), folder)
+    flush(folder.parent)
+
+
+def write_new_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """`write_folder` where nothing is yet."""
+    _stage(folder, files).rename(folder)
+    flush(folder.parent)
+
+
+def _stage(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """The files on the disk in a temporary folder, the manifest of their SHA-256 last."""
+    staging = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        _check_space(staging, files)
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                # safetensors stores row-major only; clones keep tied weights and views apart.
+                tensors = {
+                    key: value.detach().to("cpu", copy=True).contiguous()
+                    for key, value in content.items()
+                }
+                safetensors.torch.save_file(tensors, staging / name)
+            else:
+                (staging / name).write_text(json.dumps(content, indent=2) + "\n")
+            flush(staging / name)
+        sums = {name: sha256(staging / name) for name in files}
+        (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+        flush(staging / CHECKSUMS)
+        flush(staging)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"cannot write {folder} ({error}); what was saved before is whole: make room on the "
+            "disk, then --resume"
+        ) from error
+    return staging
+
+
+def _check_space(staging: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise an OSError where the tensors would not fit on the disk."""
+    needed = 1 << 20  # for names and numbers
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            # safetensors stores row-major only; clones keep tied weights and views apart.
-            tensors = {
-                key: value.detach().to("cpu", copy=True).contiguous()
-                for key, value in content.items()
-            }
-            safetensors.torch.save_file(tensors, staging / name)
-        else:
-            (staging / name).write_text(json.dumps(content, indent=2) + "\n")
-    sums = {name: sha256(staging / name) for name in files}
-    (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-    for path in (*staging.iterdir(), staging):
-        _flush(path)
-    swap_in(staging, folder)
-    _flush(folder.parent)
+            needed += sum(value.nbytes for value in content.values())
+    free = shutil.disk_usage(staging).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} are free")
 
 
 def swap_in(staging: Path, folder: Path) -> None:
@@ -120,7 +155,7 @@ def _old_name(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure that a file or a folder's list of names has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -162,6 +197,15 @@ def verify(path: Path) -> None:
                 f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
                 f"if you changed it on purpose, take its line out of {CHECKSUMS}"
             )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files that a folder was written with are there, unchanged."""
+    try:
+        sums = read_json(folder / CHECKSUMS)
+        return all(sha256(folder / name) == sums[name] for name in sums)
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import shlex
 import sys
@@ -169,6 +170,15 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
         ways = ways or ["a machine with more"]
         said = printable(" ".join(str(error).split())[:200]) or type(error).__name__
         print(f"error: out of memory: {said}; use {', or '.join(ways)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: no room is left on the disk ({error}); what was saved before is whole: make "
+            "room, and run it again (a training with --resume)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except Stopped as stop:
         print(f"{stop}; what it had is saved", file=sys.stderr)

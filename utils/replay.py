@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from utils import journal, picture_table, store
+from utils import journal, metrics_log, picture_table, store
 
 Entry = dict[str, Any]
 
@@ -77,7 +77,11 @@ def _send_metrics(client: Any, run_id: str, lines: list[Entry]) -> int:
         for key in sorted({one[0] for one in found})
         for one in client.get_metric_history(run_id, key)
     }
-    missing = [one for one in found if (one[0], *one[2:]) not in there]
+    # A training that went on after a crash logs the numbers of some steps at another time again.
+    again = {(key, step) for key, _, step in there if key.startswith(metrics_log.OF_TRAININGS)}
+    missing = [
+        one for one in found if (one[0], *one[2:]) not in there and (one[0], one[3]) not in again
+    ]
     store.send_numbers(client, run_id, missing)
     return len(missing)
 

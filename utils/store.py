@@ -112,6 +112,23 @@ def existing_run(client: Any, run_id: str) -> Any:
     return run
 
 
+def tag_of(run_id: str, key: str) -> str:
+    """A tag of an MLflow run, "" where it has none.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    return existing_run(open_client(), run_id).data.tags.get(key, "")
+
+
+def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:
+    """The names and steps of all numbers that an MLflow run has."""
+    names = client.get_run(run_id).data.metrics
+    return {
+        (name, point.step) for name in names for point in client.get_metric_history(run_id, name)
+    }
+
+
 def fetch(address: str) -> Path:
     """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
 

@@ -9,18 +9,20 @@ import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from PIL import Image
 
-from utils import cli, journal, picture_table, replay, store
+from utils import cli, journal, metrics_log, picture_table, replay, store
 from utils.cli import Stopped, UserError, command_line
 from utils.outbox import Outbox
 from utils.store import experiment_of, fetch
 
 __all__ = ["Run", "continue_run", "experiment_of", "fetch"]
+OUTPUT_TAG = "output_dir"  # where a run's output folder was made
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 
 
@@ -58,6 +60,7 @@ class Run:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         continued: bool = False,
+        logged: int | None = None,
         enabled: bool = True,
     ) -> None:
         """Open a new run, or with `run_id` an existing one.
@@ -72,6 +75,8 @@ class Run:
             tags: further tags of a new run.
             continued: the existing run goes on training: it counts as running until closed. If it
                 is gone, a new one takes its place.
+            logged: bytes of metrics.jsonl behind which a training goes on; what came after them
+                will come again, and MLflow gets no number twice. None: all of them.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
@@ -99,6 +104,11 @@ class Run:
         journal.note(output_dir, run_id=self.run_id)
         self._experiment_id = run.info.experiment_id
         self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
+        self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
+        if logged is not None:
+            metrics_log.rewind(output_dir, logged)
+        if continued:
+            self._catch_up(metrics_log.read(output_dir))
         if config is not None:
             self.file(output_dir / "config.json")
 
@@ -124,6 +134,7 @@ class Run:
             params,
             {
                 "stage": stage,
+                OUTPUT_TAG: str(self.output_dir.resolve()),
                 "mlflow.source.name": Path(sys.argv[0]).name,
                 "mlflow.source.type": "LOCAL",
                 "mlflow.runColor": COLOURS[stage],
@@ -155,12 +166,31 @@ class Run:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
         if self._outbox is None:
             return
-        values = {f"{section}/{name}": value for name, value in values.items()}
-        now = time.time()
-        with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+        line = {"step": step, "time": time.time()}
+        line |= {f"{section}/{name}": value for name, value in values.items()}
+        metrics_log.append(self.output_dir, line)
+        self._outbox.put(lambda: self._send(line))
 
-        self._outbox.put(lambda: store.send_metrics(self._client, self.run_id, values, now, step))
+    def _send(self, line: dict[str, Any]) -> None:
+        """Send what MLflow lacks of a line of metrics.jsonl."""
+        step, seconds = line["step"], line["time"]
+        values = {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "time") and (name, step) not in self._points
+        }
+        if values:
+            store.send_metrics(self._client, self.run_id, values, seconds, step)
+
+    def _catch_up(self, lines: list[dict[str, Any]]) -> None:
+        """Send what a crash kept from MLflow."""
+
+        def ask() -> None:
+            self._points = store.logged_points(self._client, self.run_id)
+
+        self._outbox.put(ask)
+        for line in lines:
+            self._outbox.put(partial(self._send, line))
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
