@@ -47,9 +47,7 @@ def everything(client: Any, run_id: str) -> tuple:
     return history, sorted(names), files, tags, run.info.status
 
 
-def test_a_run_that_mlflow_has_is_not_sent_again(
-    store: Any, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.CaptureFixture) -> None:
     with open_run(config={"a": 1}) as run:
         log_all(run)
     before = everything(store, run.run_id)

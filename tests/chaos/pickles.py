@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import unittest.mock
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -122,9 +123,15 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         Path("b.safetensors"),
         lambda: checkpoint.read_tensors(Path("b.safetensors")),
     )
-    weights = lambda: cli.build(perceptual._read_features, "squeeze", "lpips.pth")  # noqa: E731
-    found["LPIPS weights"] = Path("lpips.pth"), weights
+    found["LPIPS weights"] = Path("lpips.pth"), _read_backbone
     return found
+
+
+def _read_backbone() -> Any:
+    """As `vqvae.perceptual` reads its weights, into a network that is made at once."""
+    tiny = {"tiny": (torch.nn.Identity, perceptual.BACKBONES["vgg"][1])}
+    with unittest.mock.patch.dict(perceptual.BACKBONES, tiny):
+        return cli.build(perceptual._read_features, "tiny", "lpips.pth")
 
 
 def run(count: int) -> Result:
