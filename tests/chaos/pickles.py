@@ -20,7 +20,7 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
-from utils import checkpoint, cli, foreign, images, indices, resume, table, vocabulary
+from utils import checkpoint, cli, foreign, images, indices, processes, resume, table, vocabulary
 from vqvae import VQVAE, VQVAEConfig, perceptual
 
 CANARY = Path("canary")
@@ -90,7 +90,9 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     gpt = GPT(gpt_config)
     optimizer = torch.optim.AdamW(model.parameters())
     files = checkpoint.model_files(model, checkpoint.Provenance())
-    files |= resume.training_files(optimizer, resume.Progress())
+    group = processes.join_processes("cpu", seed=0)
+    state = resume.State(group, model, {}, progress=resume.Progress(), optimizer=optimizer)
+    files |= state.files()
     checkpoint.write_folder(Path("model"), files)
     files = checkpoint.model_files(gpt, checkpoint.Provenance())
     checkpoint.write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
@@ -108,8 +110,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         read = lambda: checkpoint.load_model("gpt", GPT, GPTConfig)  # noqa: E731
         found[f"gpt {name}"] = Path("gpt", name), read
     for name in ("training.safetensors", "training.json", "model.safetensors"):
-        read = lambda: resume.restore_training(Path("model"), model, optimizer)  # noqa: E731
-        found[f"resume {name}"] = Path("model", name), read
+        found[f"resume {name}"] = Path("model", name), lambda: state.restore(Path("model"))
     for name in ("meta.json", "manifest.csv", "indices.npy", "sha256.json"):
         found[f"indices {name}"] = Path("indices", name), lambda: indices.read_indices("indices")
     text = Path("indices", "indices.txt")
