@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.conftest import PICTURE, open_run, run_script
+from tests.conftest import PICTURE, open_run
 from utils import replay, tracking
 from utils.cli import UserError
 from utils.store import pictures
@@ -47,13 +47,14 @@ def everything(client: Any, run_id: str) -> tuple:
     return history, sorted(names), files, tags, run.info.status
 
 
-def test_a_run_that_mlflow_has_is_not_sent_again(store: Any) -> None:
+def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.CaptureFixture) -> None:
     with open_run(config={"a": 1}) as run:
         log_all(run)
     before = everything(store, run.run_id)
     assert not replay.replay(store, Path("out")).total()
     assert everything(store, run.run_id) == before
-    assert run_script("utils/tracking.py", "--replay", "out").stdout.startswith("sent: 0 metrics")
+    tracking.main(tracking.make_parser().parse_args(["--replay", "out"]))
+    assert capsys.readouterr().out == "sent: 0 metrics, 0 pictures, 0 files, 0 tables\n"
 
 
 def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

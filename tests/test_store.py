@@ -77,6 +77,7 @@ def test_a_store_that_dies_while_a_run_is_opened(
         "runs:/../../etc/passwd",
         "runs:/0123/../../secret",
         "runs:/0123//etc",
+        "runs:/0123/..",
         "runs:/0123/%2e%2e/secret",
         "models:/a/../b",
         "runs:/0123/a\0b",

@@ -1,9 +1,11 @@
 """One image file: its header, and its pixels whatever the file holds."""
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,16 +33,21 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
     """An image file of one of `FORMATS`, whose pixels are read when they are first asked for.
 
     Raises:
-        Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombWarning
-            where its header says more than `max_pixels`.
+        Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombError
+            where its header, or a frame of it, says more than `max_pixels`.
     """
+    _quieten()
+    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # where Pillow warns; it raises from twice that on
     # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
-    with open(file, "rb") as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd EXIF entries and the like
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        Image.MAX_IMAGE_PIXELS = max_pixels  # holds for the frames of a GIF file as well
-        with Image.open(stream, formats=FORMATS) as image:
-            yield image
+    with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        yield image
+
+
+@cache
+def _quieten() -> None:
+    """Have Pillow keep to itself what it says of odd files, without a name; once a process."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
@@ -80,7 +87,7 @@ def complaint(file: str, error: Exception) -> str:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         return f"no image file of a kind that is read here: {', '.join(FORMATS)}"
-    if isinstance(error, Image.DecompressionBombWarning | Image.DecompressionBombError):
+    if isinstance(error, Image.DecompressionBombError):
         return "its header says more pixels than --max_pixels allows"
     return " ".join(str(error).split()) or type(error).__name__
 

@@ -1,5 +1,6 @@
 """State dicts in files of torch.save, which are zipped pickles: read without running anything."""
 
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         check_size(path, CHECKPOINT_BYTES)
         _check_zip(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of odd pickles, in torch's own words
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # what unpickling refuses has many types

@@ -137,8 +137,9 @@ def fetch(address: str) -> Path:
     """
     if not address.startswith(ADDRESSES):
         return Path(address)
-    parts = address.split("/")
-    if not re.fullmatch(r"[\w@.:/ -]+", address) or {"", ".", ".."} & set(parts[1:-1]):
+    parts = address.split("/")[1:]
+    odd = re.search(r"[%?#\\\x00-\x1f]", address) or {".", ".."} & set(parts)
+    if odd or "" in parts[:-1]:
         raise UserError(
             f"{address!r:.200} is no address of an artifact; write runs:/<run id>/<artifact> or "
             "models:/<name>@<alias>"

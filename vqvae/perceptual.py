@@ -62,7 +62,9 @@ def _read_features(network: str, path: str) -> nn.Sequential:
     try:
         if path:
             model = make()
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            with warnings.catch_warnings(action="ignore"):  # of odd pickles, beside the error
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            model.load_state_dict(state)
         else:
             model = make(weights=weights)
     except Exception as error:  # no network, no such file, or no weights: of many types

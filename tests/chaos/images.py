@@ -102,7 +102,7 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
     changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
         at = draw.randrange(max(1, len(changed)))
-        near = draw.randrange(min(64, len(changed))) if draw.random() < 0.5 else at
+        near = draw.randrange(max(1, min(64, len(changed)))) if draw.random() < 0.5 else at
         length = draw.randrange(1, 32)
         kind = draw.randrange(6)
         if kind == 0 and changed:
@@ -220,7 +220,7 @@ def _catalogue() -> dict[str, tuple[bytes, bool]]:
     found["largest-side.png"] = _png((1 << 31) - 1, 1, b""), False
     found["no-pixels.png"] = _png(0, 0, b""), False
     text = b"tEXt-bomb\0\0" + zlib.compress(bytes(50_000_000))
-    found["text-bomb.png"] = png[:33] + _chunk(b"zTXt", text) + png[33:], True
+    found["text-bomb.png"] = png[:33] + _chunk(b"zTXt", text) + png[33:], False
     found["huge-header.gif"] = b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(3), False
     found["huge-header.bmp"] = _bmp(100_000, 100_000), False
     found["huge-header.ppm"] = b"P6 99999 99999 255\n", False

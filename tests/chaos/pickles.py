@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+import unittest.mock
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
-from utils import checkpoint, cli, foreign, images, indices, resume, table, vocabulary
+from utils import checkpoint, cli, foreign, images, indices, processes, resume, table, vocabulary
 from vqvae import VQVAE, VQVAEConfig, perceptual
 
 CANARY = Path("canary")
@@ -89,7 +90,9 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     gpt = GPT(gpt_config)
     optimizer = torch.optim.AdamW(model.parameters())
     files = checkpoint.model_files(model, checkpoint.Provenance())
-    files |= resume.training_files(optimizer, resume.Progress())
+    group = processes.join_processes("cpu", seed=0)
+    state = resume.State(group, model, {}, progress=resume.Progress(), optimizer=optimizer)
+    files |= state.files()
     checkpoint.write_folder(Path("model"), files)
     files = checkpoint.model_files(gpt, checkpoint.Provenance())
     checkpoint.write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
@@ -107,8 +110,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         read = lambda: checkpoint.load_model("gpt", GPT, GPTConfig)  # noqa: E731
         found[f"gpt {name}"] = Path("gpt", name), read
     for name in ("training.safetensors", "training.json", "model.safetensors"):
-        read = lambda: resume.restore_training(Path("model"), model, optimizer)  # noqa: E731
-        found[f"resume {name}"] = Path("model", name), read
+        found[f"resume {name}"] = Path("model", name), lambda: state.restore(Path("model"))
     for name in ("meta.json", "manifest.csv", "indices.npy", "sha256.json"):
         found[f"indices {name}"] = Path("indices", name), lambda: indices.read_indices("indices")
     text = Path("indices", "indices.txt")
@@ -122,9 +124,15 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         Path("b.safetensors"),
         lambda: checkpoint.read_tensors(Path("b.safetensors")),
     )
-    weights = lambda: cli.build(perceptual._read_features, "squeeze", "lpips.pth")  # noqa: E731
-    found["LPIPS weights"] = Path("lpips.pth"), weights
+    found["LPIPS weights"] = Path("lpips.pth"), _read_backbone
     return found
+
+
+def _read_backbone() -> Any:
+    """As `vqvae.perceptual` reads its weights, into a network that is made at once."""
+    tiny = {"tiny": (torch.nn.Identity, perceptual.BACKBONES["vgg"][1])}
+    with unittest.mock.patch.dict(perceptual.BACKBONES, tiny):
+        return cli.build(perceptual._read_features, "tiny", "lpips.pth")
 
 
 def run(count: int) -> Result:

@@ -42,7 +42,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "mlflow",
-        "MLflow: 8 runs x 1,000 calls and 20 first starts at once; server killed; black hole",
+        "MLflow: 8 runs x 1,000 calls, 20 first starts at once; locked, killed, silent",
         servers.run,
         full=1_000,
         quick=25,

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
@@ -80,6 +81,7 @@ def run(count: int) -> Result:
     parts: dict[str, Callable[[], Part]] = {
         "first-starts": lambda: _first_starts(starts),
         "at-once": lambda: _at_once(parallel, count),
+        "locked": lambda: _locked(count),
         "killed": lambda: _server_killed(count),
         "black-hole": lambda: _black_hole(count),
     }
@@ -96,7 +98,7 @@ def run(count: int) -> Result:
     detail = f"{bad['lost']} lost, {bad['doubled']} doubled after replay"
     for name, value in ({"slowest call": f"{slowest:.2f} s"} | seen | +bad).items():
         detail += f"; {name} {value}"
-    return Result((parallel + 2) * count + starts, not +bad and slowest < 1, detail)
+    return Result((parallel + 3) * count + starts, not +bad and slowest < 1, detail)
 
 
 def _first_starts(count: int) -> Part:
@@ -132,6 +134,17 @@ def _at_once(parallel: int, count: int) -> Part:
     for training in trainings:
         bad.update(_check(address, training))
     return {"runs at once": parallel, "slowest": slowest}, bad
+
+
+def _locked(count: int) -> Part:
+    """A database that another program locks for longer than anybody waits for it."""
+    address = f"sqlite:///{Path('mlflow.db').absolute()}"
+    training = Training("run", count, 2 / count, address)
+    with contextlib.closing(sqlite3.connect("mlflow.db", timeout=60)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        slowest, _ = training.end()
+        other.rollback()
+    return {"slowest": slowest}, _check(address, training)
 
 
 def _server_killed(count: int) -> Part:

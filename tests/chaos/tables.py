@@ -18,8 +18,6 @@ from utils import cli
 from utils.indices import read_indices
 from utils.table import read_csv, split_rows
 
-SCRIPTS = 4  # of each kind of file one in this many thousand is read by the real script, too
-
 WORDS = st.text(max_size=12)
 COLUMNS = st.sampled_from(["image_path", "label", "split", " image_path", "IMAGE_PATH", "x", ""])
 CELLS = st.one_of(
@@ -43,6 +41,25 @@ def _bytes(text: st.SearchStrategy[str]) -> st.SearchStrategy[bytes]:
     return st.one_of(encoded, encoded, st.binary(max_size=200))
 
 
+def _or_good(files: st.SearchStrategy[bytes], good: st.SearchStrategy[str]) -> st.SearchStrategy:
+    return st.one_of(files, good.map(lambda text: text.encode("utf-8", "replace")))
+
+
+def _nearly(rows: st.SearchStrategy[list[str]]) -> st.SearchStrategy[str]:
+    """Lines that are right, in which now and then one is something else."""
+    lines = st.lists(st.one_of(rows.map("".join), rows.map("".join)), min_size=1, max_size=6)
+    other = st.one_of(st.just(""), st.just(""), WORDS)
+    return st.tuples(lines, other).map(
+        lambda pair: "".join(line + "\n" for line in pair[0]) + pair[1]
+    )
+
+
+FILES = st.sampled_from(["0.png", "1.png", "./0.png", "link.png", "1.png"])
+LABELS = st.one_of(st.sampled_from(["a", "0001", '"x,y"', ""]), WORDS)
+GOOD_TABLES = _nearly(st.tuples(FILES, st.just(","), LABELS).map(list)).map(
+    "image_path,label\n".__add__
+)
+GOOD_TEXTS = _nearly(st.lists(st.integers(0, 16).map("{} ".format), min_size=4, max_size=4))
 HEADERS = st.lists(COLUMNS, min_size=1, max_size=4).map(",".join)
 TABLES = _bytes(
     st.tuples(
@@ -65,8 +82,8 @@ def run(count: int) -> Result:
         Image.new("RGB", (8, 8)).save(name)
     Path("link.png").symlink_to("0.png")
     codes: Counter[object] = Counter()
-    _try_all(TABLES, Path("data.csv"), _use_table, codes, count)
-    _try_all(TEXTS, Path("indices.txt"), _use_text, codes, count)
+    _try_all(_or_good(TABLES, GOOD_TABLES), Path("data.csv"), _use_table, codes, count)
+    _try_all(_or_good(TEXTS, GOOD_TEXTS), Path("indices.txt"), _use_text, codes, count)
     scripts = _try_scripts(max(2, count // 1000))
     seen = ", ".join(f"{number:,} x exit code {code}" for code, number in codes.items())
     return Result(
