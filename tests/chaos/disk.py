@@ -18,7 +18,7 @@ SMALL = Path("small")
 
 
 def run(count: int) -> Result:
-    """Run trainings on disks of `count` sizes, from next to nothing to enough."""
+    """Run trainings on disks of at most `count` sizes, from next to nothing to enough."""
     prepare()
     if not _mounts():
         return Result(0, True, "not run: it takes root and the right to mount a tmpfs")
@@ -26,13 +26,14 @@ def run(count: int) -> Result:
     process = start(command(script, "roomy"), forked=True)
     if not process.wait(600) or process.code:
         raise RuntimeError(f"{script} fails on a disk that is not full:\n{process.output}")
-    needed = _bytes_in(Path("roomy")) + 2 * _bytes_in(checkpoints_in(Path("roomy"))[-1])
+    enough = 2 * _bytes_in(Path("roomy")) + _bytes_in(checkpoints_in(Path("roomy"))[-1])
     store = Path("mlflow.db").stat().st_size
     problems, seen = [], Counter()
-    sizes = [max(STEP, round(needed * (n + 1) / count / STEP) * STEP) for n in range(count)]
+    sizes = range(STEP, enough + STEP, STEP)
+    sizes = sizes[:: max(1, len(sizes) // count)]
     for size in sizes:
         problems += _full_output(script, size, seen)
-    for size in [store + STEP * n for n in range(-2, max(2, count // 4))]:
+    for size in [store + STEP * n for n in range(-2, 2 + count // 8)]:
         problems += _full_store(script, size, seen)
     detail = (
         f"output folder on {len(sizes)} disks of {sizes[0] >> 10} to {sizes[-1] >> 10} KiB: "

@@ -16,7 +16,7 @@ ROWS: tuple[Row, ...] = (
         "SIGTERM, SIGINT, SIGUSR1, a fifth of them under torchrun with 2 gloo processes",
         signals.run,
         full=50,
-        quick=4,
+        quick=3,
     ),
     Row(
         "damage",
@@ -25,7 +25,7 @@ ROWS: tuple[Row, ...] = (
         full=10_000,
         quick=1_000,
     ),
-    Row("disk", "a disk that is full, every 64 KiB of its size", disk.run, full=40, quick=4),
+    Row("disk", "a disk that is full, every 64 KiB of its size", disk.run, full=99, quick=4),
     Row(
         "images",
         "images: 7 formats mutated, each as often; the catalogue of odd ones",
