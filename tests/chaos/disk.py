@@ -30,13 +30,13 @@ def run(count: int) -> Result:
     store = Path("mlflow.db").stat().st_size
     problems, seen = [], Counter()
     sizes = range(STEP, enough + STEP, STEP)
-    sizes = sizes[:: max(1, len(sizes) // count)]
+    sizes = sizes[:: -max(1, len(sizes) // count)]  # the largest in any case
     for size in sizes:
         problems += _full_output(script, size, seen)
     for size in [store + STEP * n for n in range(-2, 2 + count // 8)]:
         problems += _full_store(script, size, seen)
     detail = (
-        f"output folder on {len(sizes)} disks of {sizes[0] >> 10} to {sizes[-1] >> 10} KiB: "
+        f"output folder on {len(sizes)} disks of {sizes[-1] >> 10} to {sizes[0] >> 10} KiB: "
         f"{seen['stopped']} stopped with one line and only whole checkpoints, {seen['ended']} "
         f"ended; MLflow store on {seen['stores']} disks: {seen['complete']} trainings ended with "
         f"complete metrics, {seen['refused']} were refused at the start"
