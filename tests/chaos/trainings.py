@@ -105,7 +105,7 @@ def start(words: list[str], *, forked: bool) -> Process:
     pid = os.fork()
     if pid == 0:
         os.setsid()
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(file, 1)
         os.dup2(file, 2)
         if not forked:
