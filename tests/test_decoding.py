@@ -253,6 +253,7 @@ def test_large_jpeg_shrinks_to_the_same_picture(tmp_path: Path) -> None:
     assert fast[0, 0, 0] == pytest.approx(64 + 4, abs=3)  # the left quarter is cut away
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_more_pixels_than_allowed_are_refused_by_the_header_alone(tmp_path: Path) -> None:
     """A PNG file of 400 megapixels can be as small as 389 kB."""
     image = Image.new("L", (40, 30))

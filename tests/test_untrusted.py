@@ -1,6 +1,6 @@
 """Values of JSON files are taken only where they have the type and range of their field."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 
@@ -19,6 +19,28 @@ class Settings:
     def __post_init__(self) -> None:
         if self.size < 1:
             raise ValueError(f"size must be at least 1, got {self.size}")
+
+
+@dataclass(frozen=True)
+class Nested:
+    parts: tuple[Settings, ...]
+    sums: dict[str, str] = field(default_factory=dict)
+    one: Settings | None = None
+
+
+def test_nested_values() -> None:
+    values = {"parts": [{"size": 3}, {"size": 4, "on": True}], "sums": {"a": "b"}, "one": None}
+    assert typed(Nested, values) == Nested((Settings(3), Settings(4, on=True)), {"a": "b"})
+    assert typed(Nested, {"parts": [], "one": {"size": 3}}).one == Settings(3)
+    for wrong, complaint in (
+        ({"parts": {}}, "parts must be"),
+        ({"parts": [3]}, "parts must be"),
+        ({"parts": [{"size": 0}]}, "size must be at least 1, got 0"),
+        ({"parts": [], "sums": {"a": 1}}, "sums must be"),
+        ({"parts": [], "one": {"colour": 1}}, "'colour' is unknown"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            typed(Nested, wrong)
 
 
 @pytest.mark.parametrize(

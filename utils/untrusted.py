@@ -5,6 +5,7 @@ import os
 import stat
 import types
 import typing
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +53,50 @@ def check_links(folder: Path) -> None:
 def typed(make: type, values: dict[str, Any]) -> Any:
     """A dataclass from the values of a JSON file, each of the type that its field says.
 
-    Lists become tuples, which JSON has not.
+    Lists become tuples, which JSON has not, and objects become dataclasses where the field is one.
 
     Raises:
         UserError: a value that is missing, unknown, of another type or out of its range.
     """
     hints = typing.get_type_hints(make)
+    taken = {}
     for name, value in values.items():
         if name not in hints:
             raise UserError(f"{name!r:.80} is unknown to this version")
-        if not _fits(value, hints[name]):
+        try:
+            taken[name] = _take(value, hints[name])
+        except TypeError as error:
             kind = getattr(hints[name], "__name__", hints[name])
-            raise UserError(f"{name} must be {kind}, got {value!r:.80}")
+            raise UserError(f"{name} must be {kind}, got {value!r:.80}") from error
     for field in dataclasses.fields(make):
-        if field.default is dataclasses.MISSING and field.name not in values:
+        needed = field.default is field.default_factory  # both MISSING
+        if needed and field.name not in values:
             raise UserError(f"{field.name} is missing")
-    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     try:
-        return make(**values | tuples)
+        return make(**taken)
     except (ValueError, ArithmeticError) as error:
         raise UserError(" ".join(str(error).split())[:200]) from error
 
 
-def _fits(value: object, kind: Any) -> bool:
-    """Whether a value of a JSON file may stand where `kind` is annotated."""
+def _take(value: Any, kind: Any) -> Any:
+    """A value of a JSON file as what `kind` annotates, or a TypeError."""
     options = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
-        return any(_fits(value, option) for option in options)
-    if typing.get_origin(kind) is tuple:
-        if not isinstance(value, list | tuple):
-            return False
+        for option in options:
+            with suppress(TypeError):
+                return _take(value, option)
+        raise TypeError
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return typed(kind, value)
+    if typing.get_origin(kind) is dict and isinstance(value, dict):
+        return {name: _take(one, options[1]) for name, one in value.items()}
+    if typing.get_origin(kind) is tuple and isinstance(value, list | tuple):
         kinds = options[:1] * len(value) if options[-1] is Ellipsis else options
-        return len(kinds) == len(value) and all(map(_fits, value, kinds))
-    if isinstance(value, bool):
-        return kind is bool
-    if isinstance(value, int):
-        return kind in (int, float) and abs(value) < LARGEST_INTEGER
-    return isinstance(value, kind)
+        if len(kinds) != len(value):
+            raise TypeError
+        return tuple(map(_take, value, kinds))
+    number = isinstance(value, int) and not isinstance(value, bool)
+    fits = kind in (int, float) and abs(value) < LARGEST_INTEGER if number else type(value) is kind
+    if not fits:
+        raise TypeError
+    return value
