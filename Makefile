@@ -27,9 +27,10 @@ lint: .env/.installed-dev  ## style, as CI checks it
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: .env/.installed-dev  ## attention, sampling and training beside their peers
+bench: .env/.installed-dev  ## attention, sampling and training beside their peers, the presets
 	$(BIN)/python benchmarks/attention.py
 	$(BIN)/python benchmarks/gpt.py
+	$(BIN)/python -m benchmarks.presets
 
 clean:  ## remove what trainings wrote, not your data
 	rm -rf outputs mlruns mlflow.db mlflow.db.lock

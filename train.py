@@ -4,7 +4,6 @@ import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -227,16 +226,15 @@ def main(arguments: argparse.Namespace) -> None:
 
     origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
 
-    def save(*, best: bool) -> None:
-        words_file = {FILE: words.content()}
-        models = (
-            checkpoint.model_files(one, origin) | words_file for one in (model, average.model)
-        )
-        checkpoints.save(*models, best=best)
+    def files_of(one: GPT) -> dict:
+        return checkpoint.model_files(one, origin) | {FILE: words.content()}
+
+    def save() -> None:
+        checkpoints.save(files_of(model))
 
     with run, checkpoints, StopRequest() as stop:
         if progress.step == 0:
-            save(best=False)
+            save()
             evaluation()
             averages.restart()
         batches = schedule.batches(train_rows, progress, group, lambda rows, epoch: load(rows))
@@ -258,11 +256,13 @@ def main(arguments: argparse.Namespace) -> None:
                 values["tokens_per_second"] = images_per_second * grids[0].numel()
                 run.metrics("train", values, progress.step)
             if schedule.evaluates(progress.step):
-                save(best=progress.improved(evaluation()))
+                if progress.improved(evaluation()):
+                    checkpoints.save_best(files_of(average.model))
+                save()
                 averages.restart()
             elif checkpoints.due():
-                save(best=False)
-            stop.obeyed(group, partial(save, best=False))
+                save()
+            stop.obeyed(group, save)
             if progress.exhausted(config.patience):
                 group.print(f"no better validation in {config.patience} evaluations: stopping")
                 break

@@ -1,22 +1,26 @@
 """All quantizers beside each other: the same network, data and time for each of them."""
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from benchmarks import record
 from utils import cli, metrics, training
 from utils.images import ImageDataset
 from utils.table import epoch_order, split_rows
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SEED = 0
+# Settings by name; residual a second time, with as many bits an image as the others have.
+CASES = {
+    **{name: {"quantizer": name} for name in QUANTIZERS},
+    "residual-3x8": {"quantizer": "residual", "codebook_size": 8, "depth": 3},
+}
 COLUMNS = ("quantizer", "MSE", "usage %", "perplexity", "bits an image", "images/s")
 
 
@@ -71,7 +75,7 @@ def main(flags: argparse.Namespace) -> None:
     for name in flags.quantizers:
         torch.manual_seed(SEED)
         config = VQVAEConfig(
-            quantizer=name,
+            **CASES[name],
             image_size=dataset.size,
             in_channels=dataset.channels,
             patch_size=flags.patch_size,
@@ -85,11 +89,7 @@ def main(flags: argparse.Namespace) -> None:
             f"{values['perplexity']:.0f} | {values['bits']:.0f} | {speed:,.0f} |",
             flush=True,
         )
-    if flags.output_dir:
-        folder = Path(flags.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"made_by": cli.command_line(), "results": results}
-        (folder / "quantizers.json").write_text(json.dumps(content, indent=2) + "\n")
+    print(f"\nwritten: {record.write('quantizers', results)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,12 +97,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--path_to_data", required=True, metavar="CSV", help="CSV of images")
     parser.add_argument("--seconds", type=cli.positive, default=180, help="of training, each")
     parser.add_argument(
-        "--quantizers", nargs="+", choices=tuple(QUANTIZERS), default=tuple(QUANTIZERS), metavar="X"
+        "--quantizers", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="X"
     )
     parser.add_argument("--patch_size", type=cli.positive, default=4)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
     parser.add_argument("--learning_rate", type=float, default=2e-3)
-    parser.add_argument("--output_dir", help="folder for quantizers.json")
     return parser
 
 

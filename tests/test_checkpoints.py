@@ -35,7 +35,7 @@ class Training:
         self.progress.step = step
         nn.init.constant_(self.net.weight, step if value is None else value)
         files = {"model.safetensors": self.net.state_dict(), "config.json": {}}
-        self.checkpoints.save(files, files, best=False)
+        self.checkpoints.save(files)
 
 
 def names(folder: Path) -> list[str]:

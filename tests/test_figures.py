@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from utils.figures import comparison, enlarge, grid, to_pil
+from utils.figures import comparison, comparison_table, enlarge, error_maps, grid, to_pil
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
@@ -53,8 +53,28 @@ def test_grid_is_nearly_square() -> None:
     assert grid(flat(0.0)).size == (300, 600)
 
 
-def test_comparison_has_the_original_on_the_left() -> None:
-    originals, others = flat(-1.0, 1.0), flat(-0.5, 0.5)
+def test_comparison_has_original_reconstruction_and_error_side_by_side() -> None:
+    originals, others = flat(-1.0, 0.5), flat(-0.75, 0.5)
     pixels = np.asarray(comparison(originals, others))
-    assert pixels.shape == (2 * 601 - 1, 600)
-    assert [[int(pixels[y, x]) for x in (150, 450)] for y in (300, 901)] == [[0, 64], [255, 191]]
+    assert pixels.shape == (2 * 601 - 1, 900)
+    found = [[int(pixels[y, x]) for x in (150, 450, 750)] for y in (300, 901)]
+    assert found == [[0, 32, 128], [191, 191, 0]]
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_an_error_map_is_grey_opaque_and_on_a_fixed_scale(channels: int) -> None:
+    images = torch.zeros(1, channels, 1, 3)
+    others = torch.tensor([0.0, 0.1, -1.0]).expand(1, channels, 1, 3)
+    maps = error_maps(images, others)
+    assert maps.shape == images.shape
+    for shades in maps[0, :3]:
+        torch.testing.assert_close(shades[0], torch.tensor([-1.0, -0.6, 1.0]))
+    if channels == 4:
+        assert (maps[0, 3] == 1).all()
+
+
+def test_a_comparison_table_names_each_image_and_its_error() -> None:
+    table = comparison_table(["a.png", "b.png"], flat(-1.0, 1.0), flat(-1.0, 0.0))
+    assert table["image_path"] == ["a.png", "b.png"]
+    assert table["mse"] == [0.0, 0.25]
+    assert [picture.size for picture in table["original"]] == [(300, 600)] * 2

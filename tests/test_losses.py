@@ -19,9 +19,9 @@ from vqvae.adversary import (
     generator_loss,
 )
 from vqvae.discriminator import PatchDiscriminator
-from vqvae.gradients import add_discriminator_gradients, add_gradients
+from vqvae.gradients import add_gradients
 from vqvae.losses import ObjectiveConfig, ReconstructionLoss
-from vqvae.perceptual import PerceptualLoss
+from vqvae.perceptual import BACKBONES, PerceptualLoss
 
 CPU = partial(autocast, torch.device("cpu"), "fp32")
 
@@ -34,7 +34,7 @@ def make_model() -> VQVAE:
 
 def make_adversary(**settings: float) -> Adversary:
     settings = {"disc_weight": 0.8, "disc_layers": 2, "disc_channels": 8, **settings}
-    return Adversary(ObjectiveConfig(**settings), 1, (16, 16))
+    return Adversary(ObjectiveConfig(**settings), 1, (16, 16), total_steps=100)
 
 
 def test_pixel_terms_are_weighted_and_others_do_not_exist() -> None:
@@ -52,7 +52,7 @@ def test_pixel_terms_are_weighted_and_others_do_not_exist() -> None:
 def test_perceptual_distance_is_none_between_equals(channels: int) -> None:
     pytest.importorskip("lpips")
     torch.manual_seed(0)
-    distance = PerceptualLoss("alex", "random")
+    distance = PerceptualLoss("alex", trained=False)
     images = torch.rand(2, channels, 64, 64) * 2 - 1
     assert torch.equal(distance(images, images), torch.zeros(2))
     assert (distance(images, -images) > 0).all()
@@ -60,16 +60,48 @@ def test_perceptual_distance_is_none_between_equals(channels: int) -> None:
     assert not any(parameter.requires_grad for parameter in distance.parameters())
 
 
-def test_perceptual_weights_are_read_from_a_file_or_asked_for_in_one_line(tmp_path: Path) -> None:
-    pytest.importorskip("lpips")
-    from torchvision.models import alexnet
+@pytest.mark.parametrize("network", ["alex", "vgg"])
+def test_perceptual_weights_are_read_from_a_file(network: str, tmp_path: Path) -> None:
+    """The distance is LPIPS' formula on the file's network (equation 1), with its own heads."""
+    lpips = pytest.importorskip("lpips")
+    torch.manual_seed(0)
+    make, _ = BACKBONES[network]
+    features = make().features
+    torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, tmp_path / "w.pth")
+    distance = PerceptualLoss(network, str(tmp_path / "w.pth"))
+    images, others = torch.rand(2, 2, 3, 32, 32) * 2 - 1
 
-    network = alexnet()
-    torch.save(network.state_dict(), tmp_path / "alex.pth")
-    distance = PerceptualLoss("alex", str(tmp_path / "alex.pth"))
-    assert torch.equal(distance.lpips.net.slice1[0].weight, network.features[0].weight)
-    with pytest.raises(OSError, match=r"https://.*--lpips_weights.*--perceptual_weight 0"):
+    heads = [head.model[-1].weight for head in distance.lpips.lins]
+    expected = torch.zeros(2)
+    scaled = [lpips.ScalingLayer()(x) for x in (images, others)]
+    ends = {"alex": (1, 4, 7, 9, 11), "vgg": (3, 8, 15, 22, 29)}[network]  # the last ReLUs
+    for number, layer in enumerate(features[: ends[-1] + 1]):
+        scaled = [layer(x.clone()) for x in scaled]
+        if number in ends:
+            left, right = (F.normalize(x, dim=1, eps=1e-10) for x in scaled)
+            weighted = (left - right).square() * heads[ends.index(number)]
+            expected += weighted.sum(dim=1).mean(dim=(1, 2))
+    torch.testing.assert_close(distance(images, others), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_missing_perceptual_weights_are_asked_for_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lpips")
+    remedy = r"https://.*alexnet.*--lpips_weights.*--perceptual_weight 0"
+    with pytest.raises(OSError, match=remedy):
         PerceptualLoss("alex", str(tmp_path / "missing.pth"))
+    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(OSError, match=remedy):
+        PerceptualLoss("alex", str(tmp_path / "other.pth"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_internet)
+    with pytest.raises(OSError, match=remedy):
+        PerceptualLoss("alex")
+
+
+def no_internet(*arguments: object, **options: object) -> None:
+    raise OSError("Name or service not known")
 
 
 def test_adversarial_losses_of_known_logits() -> None:
@@ -96,7 +128,8 @@ def test_each_side_gets_only_its_own_gradients() -> None:
     images = torch.rand(4, 1, 16, 16) * 2 - 1
     made = model(images).reconstruction
     last = model.decoder.conv_out.weight
-    term, _ = adversary.generator_term(made, F.mse_loss(made, images), last, 0.5)
+    adversary.autopilot.strength = 0.5
+    term, _ = adversary.generator_term(made, F.mse_loss(made, images), last)
     term.backward()
     assert all(parameter.grad is None for parameter in adversary.parameters())
     assert last.grad.abs().sum() > 0
@@ -104,6 +137,14 @@ def test_each_side_gets_only_its_own_gradients() -> None:
     adversary.discriminator_term(images, model(images).reconstruction)[0].backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in adversary.parameters())
+
+
+def test_losses_are_in_float32_under_autocast() -> None:
+    adversary, images = make_adversary(lecam_weight=0.1), torch.rand(4, 1, 16, 16)
+    with autocast(torch.device("cpu"), "bf16"):
+        loss, values = adversary.discriminator_term(images, images)
+        assert adversary.discriminator(images).dtype == torch.bfloat16
+    assert {loss.dtype, *(value.dtype for value in values.values())} == {torch.float32}
 
 
 def test_r1_is_the_squared_gradient_at_real_images() -> None:
@@ -120,6 +161,39 @@ def test_r1_is_the_squared_gradient_at_real_images() -> None:
     torch.testing.assert_close(difference, 2 * norms.mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_lecam_is_the_distance_from_the_moving_averages_of_the_logits() -> None:
+    plain, held = make_adversary(), make_adversary(lecam_weight=3.0)
+    for adversary in (plain, held):
+        adversary.eval()  # BatchNorm would change between the calls
+    averages = torch.zeros(2)
+    for step in range(3):
+        torch.manual_seed(step)
+        images, made = torch.rand(2, 3, 1, 16, 16) * 5
+        real, fake = plain.discriminator(images), plain.discriminator(made)
+        averages = 0.999 * averages + 0.001 * torch.stack([real.mean(), fake.mean()]).detach()
+        distance = (real - averages[1]).clamp(min=0).square().mean()
+        distance = distance + (averages[0] - fake).clamp(min=0).square().mean()
+        difference = held.discriminator_term(images, made)[0]
+        difference = difference - plain.discriminator_term(images, made)[0]
+        torch.testing.assert_close(difference, 3 * distance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(held.logits, averages, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(0.5, 0.5), (0.0, 1.0)])
+def test_the_adaptive_weight_is_capped_and_logged(cap: float, expected: float) -> None:
+    model, adversary = make_model(), make_adversary(disc_adaptive_max=cap)
+    images = torch.rand(4, 1, 16, 16) * 2 - 1
+    made = model(images).reconstruction
+    last = model.decoder.conv_out.weight
+    loss = 1e6 * F.mse_loss(made, images)  # its gradient is far above the adversary's
+    adversary.autopilot.strength = 0.5
+    term, logged = adversary.generator_term(made, loss, last)
+    assert float(logged["adaptive_weight"]) == pytest.approx(expected)
+    adversarial = generator_loss("hinge", adversary.discriminator(made))
+    wanted = 0.4 * expected * adversarial.item()
+    assert term.item() == pytest.approx(wanted, rel=1e-3)
+
+
 @pytest.mark.parametrize("with_adversary", [False, True])
 def test_accumulated_gradients_are_those_of_the_whole_batch(with_adversary: bool) -> None:
     images = torch.rand(8, 1, 16, 16) * 2 - 1
@@ -130,7 +204,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(with_adversary: bool
         if with_adversary:
             adversary = make_adversary(disc_adaptive_max=0.0).eval()
             last = model.decoder.conv_out.weight
-            acting = {"adversary": adversary, "last": last, "strength": 0.7}
+            acting = {"adversary": adversary, "last": last, "step": 70}  # in the ramp
         losses = ReconstructionLoss(ObjectiveConfig())
         values, indices = add_gradients(model, images, losses, CPU, accumulate=parts, **acting)
         trained = [*model.parameters(), *(adversary.parameters() if with_adversary else ())]
@@ -144,11 +218,24 @@ def test_the_tokenizer_stands_still_while_the_discriminator_learns_alone() -> No
     model, adversary = make_model(), make_adversary()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(8, 1, 16, 16) * 2 - 1
-    add_discriminator_gradients(model, images, CPU, accumulate=2, adversary=adversary)
+    losses = ReconstructionLoss(ObjectiveConfig())
+    acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
+    add_gradients(model, images, losses, CPU, accumulate=2, **acting, step=50)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
     assert any(parameter.grad.abs().sum() > 0 for parameter in adversary.parameters())
+
+
+def test_before_its_start_the_discriminator_learns_nothing() -> None:
+    model, adversary = make_model(), make_adversary()
+    images = torch.rand(8, 1, 16, 16) * 2 - 1
+    losses = ReconstructionLoss(ObjectiveConfig())
+    acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
+    values, _ = add_gradients(model, images, losses, CPU, **acting, step=49)
+    assert all(parameter.grad is None for parameter in adversary.parameters())
+    assert model.decoder.conv_out.weight.grad.abs().sum() > 0
+    assert not any("disc" in name for name in values)
 
 
 def test_the_autopilot_waits_ramps_up_and_gives_way() -> None:
@@ -197,6 +284,7 @@ def test_an_adversary_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) -> 
     )
     optimizers = [torch.optim.AdamW(a.parameters(), 1e-2, fused=True) for a in (first, second)]
     step(first, optimizers[0], 1)
+    first.autopilot.strength, first.autopilot.baseline = 0.3, 0.0123456789
     alone = Processes(0, 1, torch.device("cpu"))
     states = [
         resume.State(alone, a, {}, progress=resume.Progress(), optimizer=optimizer)
@@ -209,6 +297,7 @@ def test_an_adversary_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) -> 
         step(adversary, optimizer, 2)
     for name, value in first.state_dict().items():
         assert torch.equal(value, second.state_dict()[name]), name
+    assert second.autopilot == first.autopilot
 
 
 def test_a_discriminator_says_what_is_too_small_for_it() -> None:

@@ -202,13 +202,15 @@ def test_stopped_by_a_signal_and_resumed_it_ends_the_same(own_folder: Path) -> N
 
 
 def test_two_processes_train_one_model(own_folder: Path) -> None:
-    """torchrun: half of each batch for each process, one output folder, one run."""
+    """torchrun: half of each batch for each process, one output folder, one run; an adversary."""
     data = write_images(own_folder / "data")
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
             *("--standalone", ROOT / "train_vqvae.py", "--path_to_data", data),
             *(*TINY_TOKENIZER, "--max_epochs", "2", "--device", "cpu", "--output_dir", "two"),
+            *("--disc_weight", "0.8", "--disc_channels", "4", "--disc_start", "0.25"),
+            *("--disc_warmup", "0.25", "--lecam_weight", "0.01"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -219,3 +221,5 @@ def test_two_processes_train_one_model(own_folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("best: val mse") == 1
     assert (own_folder / "two" / "best" / "model.safetensors").is_file()
+    logged = (own_folder / "two" / "metrics.jsonl").read_text()
+    assert "train/adaptive_weight" in logged

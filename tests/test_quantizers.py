@@ -136,6 +136,17 @@ def test_the_chosen_code_is_the_nearest(name: str) -> None:
     assert torch.equal(quantizer.nearest(encodings(quantizer)), distances.argmin(-1))
 
 
+@WITH_CODEBOOK
+def test_codes_start_as_the_k_means_centres_of_the_first_batch(name: str) -> None:
+    quantizer = make(name, codebook_size=2, codebook_dim=4)
+    clusters = [torch.randn(50, 4) * 0.1 + centre for centre in (torch.eye(4)[0], torch.eye(4)[2])]
+    vectors = torch.cat(clusters)[torch.randperm(100)]
+    quantizer.quantize(vectors)
+    means = quantizer.place(torch.stack([quantizer.place(c).mean(dim=0) for c in clusters]))
+    found = quantizer.codebook[quantizer.codebook[:, 0].argsort(descending=True)]
+    torch.testing.assert_close(found, means, atol=1e-5, rtol=0)
+
+
 def test_the_nearest_code_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, codebook = torch.randn(100, 8), torch.randn(64, 8)
     whole = nearest_codes(vectors, codebook)

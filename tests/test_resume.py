@@ -71,7 +71,7 @@ def train(
             break
     checkpoints = Checkpoints(Run(folder, enabled=False), "", ALONE, state, resumed)
     files = checkpoint.model_files(net, checkpoint.Provenance())
-    checkpoints.save(files, files, best=True)
+    checkpoints.save(files)
     means = averages.take() | {"counts": counts.tolist(), "best": progress.best}
     del means["steps_per_second"]
     return seen, net.state_dict() | average.state_dict(), means

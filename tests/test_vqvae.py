@@ -32,6 +32,7 @@ def test_a_decoded_image_has_the_shape_of_the_encoded(settings: dict) -> None:
     assert decoded.shape == images.shape
     output = model(images)
     assert torch.equal(output.quantized.indices, indices)
+    assert torch.equal(output.quantized.z_q, model.embed(indices))
     assert torch.allclose(output.reconstruction.clamp(-1, 1), decoded)
 
 

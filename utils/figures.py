@@ -1,13 +1,17 @@
 """Pictures that trainings and evaluations share."""
 
 import math
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from utils import metrics
+
 MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
 GAP = 1  # pixels between images
+WHITE_ERROR = 0.25  # of the whole range of a pixel
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -41,13 +45,43 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
-    """Pairs of original (left) and reconstruction (right), in a near-square grid.
+    """Original, reconstruction and error side by side, each three in a near-square grid.
 
     Args:
         originals, reconstructions: (N, C, H, W) in [-1, 1].
     """
-    pairs = torch.cat([originals.float().cpu(), reconstructions.float().cpu()], dim=3)
-    return grid(pairs)
+    originals, reconstructions = originals.float().cpu(), reconstructions.float().cpu()
+    errors = error_maps(originals, reconstructions)
+    return grid(torch.cat([originals, reconstructions, errors], dim=3))
+
+
+def comparison_table(
+    names: list[str], originals: Tensor, reconstructions: Tensor
+) -> dict[str, list[Any]]:
+    """A table of images (N, C, H, W) in [-1, 1] by name, there and back, with their errors."""
+
+    def pictures(images: Tensor) -> list[Image.Image]:
+        return [enlarge(to_pil(image), 128) for image in images]
+
+    return {
+        "image_path": names,
+        "original": pictures(originals),
+        "reconstruction": pictures(reconstructions),
+        "mse": metrics.squared_error(originals, reconstructions).tolist(),
+    }
+
+
+def error_maps(images: Tensor, others: Tensor) -> Tensor:
+    """Where two batches (N, C, H, W) in [-1, 1] differ, in the same shape: grey, and opaque.
+
+    Black where they are equal, white where the channels differ by `WHITE_ERROR` or more on
+    average: a scale that does not change, so that pictures of different steps compare.
+    """
+    errors = (images - others).abs().mean(dim=1, keepdim=True) / (2 * WHITE_ERROR)
+    shades = (errors.clamp(max=1) * 2 - 1).expand(images.shape).clone()
+    if images.shape[1] == 4:
+        shades[:, 3] = 1
+    return shades
 
 
 def heat(values: Tensor) -> Image.Image:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from utils.augmentation import Augmentation
 from utils.cli import UserError, first_few
 from utils.decoding import MAX_PIXELS, Header, read_header, read_image
-from utils.table import Row, read_csv
+from utils.table import Row, read_csv, split_rows
 from utils.workers import read_batches
 
 CHUNK = 256  # files that a process reads at a time
@@ -251,6 +251,37 @@ class ImageDataset:
                 f"as images: {named}; replace them, take them out of the CSV, or leave out that "
                 f"many by --skip_bad_images {count}"
             )
+
+
+def read_images(
+    data: DataConfig,
+    *,
+    size: tuple[int, int] | None,
+    channels: int | None,
+    seed: int,
+    num_workers: int,
+    processes: int,
+) -> tuple[ImageDataset, Tensor, Tensor]:
+    """The images of a training, and the rows of them to train on and to validate.
+
+    Raises:
+        UserError: see `ImageDataset`.
+    """
+    dataset = ImageDataset(
+        data.path_to_data,
+        size=size,
+        channels=channels,
+        random_crop=data.random_crop,
+        allow_outside_paths=data.allow_outside_paths,
+        max_pixels=data.max_pixels,
+        skip_bad_images=data.skip_bad_images,
+        num_workers=num_workers,
+        processes=processes,
+    )
+    parts = split_rows(
+        dataset.rows, val_fraction=data.val_fraction, seed=seed, folder=dataset.path.parent
+    )
+    return dataset, *parts
 
 
 def _common_size(path: Path, rows: Sequence[Row], headers: Sequence[Header]) -> tuple[int, int]:

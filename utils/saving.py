@@ -77,13 +77,21 @@ class Checkpoints(AbstractContextManager):
             return bool(self._group.largest(int(late)))
         return bool(self._steps) and self._state.progress.step % self._steps == 0
 
-    def save(self, files: Files, averaged: Files, *, best: bool) -> None:
+    def save_best(self, files: Files) -> None:
+        """Write the model folder `best`; before the checkpoint that knows of it.
+
+        Raises:
+            UserError: see `save`.
+        """
+        if self._group.first:
+            _check_finite(files)
+            write_folder(self._run.output_dir / "best", files)
+
+    def save(self, files: Files) -> None:
         """Write a checkpoint of this step, if there is none yet; all processes must call it.
 
         Args:
             files: of the model folder.
-            averaged: of the model folder as it is evaluated ...
-            best: ... and becomes `best`.
 
         Raises:
             UserError: the disk is full, or a number in the weights is not finite.
@@ -96,8 +104,6 @@ class Checkpoints(AbstractContextManager):
         if not self._group.first:
             return
         _check_finite(files)
-        if best:  # before the checkpoint that knows of it
-            write_folder(self._run.output_dir / "best", averaged)
         folder = self._home / f"step-{progress.step:08}"
         if is_whole(folder):
             return

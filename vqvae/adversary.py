@@ -38,81 +38,6 @@ def adaptive_weight(
     return _mean(ratio)
 
 
-class Adversary(nn.Module):
-    """A discriminator and the two losses that it gives."""
-
-    MEMORY = 0.999  # of the moving averages of LeCam
-
-    def __init__(
-        self, config: ObjectiveConfig, in_channels: int, image_size: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.config = config
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)  # the same in every process
-            self.discriminator = PatchDiscriminator(
-                in_channels, image_size, config.disc_channels, config.disc_layers
-            )
-        self.register_buffer("logits", torch.zeros(2))  # moving averages: real, made
-
-    def generator_term(
-        self, made: Tensor, reconstruction_loss: Tensor, last: Tensor, strength: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The term to add to the generator's loss, and numbers to log.
-
-        Args:
-            made: reconstructions (B, C, H, W) with their graph.
-            reconstruction_loss: what the term is balanced against, a scalar with its graph.
-            last: the decoder's last weight.
-            strength: in [0, 1], from the autopilot.
-        """
-        self.discriminator.requires_grad_(False)  # the generator's loss is none of its business
-        loss = generator_loss(self.config.disc_loss, self.discriminator(made))
-        self.discriminator.requires_grad_(True)
-        weight = torch.ones_like(loss)
-        if self.config.disc_adaptive_max > 0:
-            cap = self.config.disc_adaptive_max
-            weight = adaptive_weight(reconstruction_loss, loss, last, cap)
-        term = strength * self.config.disc_weight * weight * loss
-        return term, {"adversarial_loss": term.detach(), "adaptive_weight": weight}
-
-    def discriminator_term(self, images: Tensor, made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The discriminator's loss on real and made images (B, C, H, W), and numbers to log."""
-        images = images.detach().requires_grad_(self.config.r1_weight > 0)
-        real, fake = self.discriminator(images), self.discriminator(made.detach())
-        loss = discriminator_loss(self.config.disc_loss, real, fake)
-        values = {
-            "disc_loss": loss.detach(),
-            "disc_real": real.detach().mean(),
-            "disc_fake": fake.detach().mean(),
-        }
-        if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
-            averages = torch.stack([values["disc_real"], values["disc_fake"]])
-            self.logits.lerp_(_mean(averages), 1 - self.MEMORY)
-            distance = (real - self.logits[1]).relu().square().mean()
-            distance = distance + (self.logits[0] - fake).relu().square().mean()
-            loss = loss + self.config.lecam_weight * distance
-        if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
-            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
-            penalty = slope.square().sum(dim=(1, 2, 3)).mean()
-            loss = loss + self.config.r1_weight / 2 * penalty
-        return loss, values
-
-    def average_gradients(self) -> None:
-        """Give the discriminator of every process the mean of all their gradients."""
-        for parameter in self.discriminator.parameters():
-            if parameter.grad is not None:
-                _mean(parameter.grad)
-
-
-def _mean(values: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
-
-
 @dataclass
 class Autopilot:
     """How strong the adversarial term is, from step to step; it gives way when images suffer.
@@ -168,3 +93,124 @@ class Autopilot:
             return False
         self.strength, self.slowness = self.strength / 2, self.slowness * 2
         return True
+
+    def state(self) -> Tensor:
+        """What changes in a training, (3,)."""
+        return torch.tensor([self.strength, self.slowness, self.baseline], dtype=torch.float64)
+
+    def set_state(self, state: Tensor) -> None:
+        """Go on from `state`."""
+        self.strength, self.slowness, self.baseline = state.tolist()
+
+
+class Adversary(nn.Module):
+    """A discriminator, the two losses that it gives, and the autopilot that brings them in.
+
+    Attributes:
+        discriminator: what tells real images from made ones.
+        autopilot: says from step to step how strong the generator's term is; is part of the state.
+    """
+
+    MEMORY = 0.999  # of the moving averages of LeCam
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        in_channels: int,
+        image_size: tuple[int, int],
+        total_steps: int,
+    ) -> None:
+        """Build it for images (in_channels, *image_size) and a training of so many steps.
+
+        Raises:
+            ValueError: the images are too small for the discriminator.
+        """
+        super().__init__()
+        self.config = config
+        self.autopilot = Autopilot.plan(config, total_steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same in every process
+            self.discriminator = PatchDiscriminator(
+                in_channels, image_size, config.disc_channels, config.disc_layers
+            )
+        self.register_buffer("logits", torch.zeros(2))  # moving averages: real, made
+
+    def judge(self, images: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W), in float32 also under autocast."""
+        return self.discriminator(images).float()
+
+    def generator_term(
+        self, made: Tensor, reconstruction_loss: Tensor, last: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term to add to the generator's loss, and numbers to log.
+
+        Args:
+            made: reconstructions (B, C, H, W) with their graph.
+            reconstruction_loss: what the term is balanced against, a scalar with its graph.
+            last: the decoder's last weight.
+        """
+        self.discriminator.requires_grad_(False)  # the generator's loss is none of its business
+        loss = generator_loss(self.config.disc_loss, self.judge(made))
+        self.discriminator.requires_grad_(True)
+        weight = torch.ones_like(loss)
+        if self.config.disc_adaptive_max > 0:
+            cap = self.config.disc_adaptive_max
+            weight = adaptive_weight(reconstruction_loss, loss, last, cap)
+        term = self.autopilot.strength * self.config.disc_weight * weight * loss
+        return term, {"adversarial_loss": term.detach(), "adaptive_weight": weight}
+
+    def discriminator_term(self, images: Tensor, made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss on real and made images (B, C, H, W), and numbers to log."""
+        images = images.detach().requires_grad_(self.config.r1_weight > 0)
+        real, fake = self.judge(images), self.judge(made.detach())
+        loss = discriminator_loss(self.config.disc_loss, real, fake)
+        values = {
+            "disc_loss": loss.detach(),
+            "disc_real": real.detach().mean(),
+            "disc_fake": fake.detach().mean(),
+        }
+        if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
+            averages = torch.stack([values["disc_real"], values["disc_fake"]])
+            self.logits.lerp_(_mean(averages), 1 - self.MEMORY)
+            distance = (real - self.logits[1]).relu().square().mean()
+            distance = distance + (self.logits[0] - fake).relu().square().mean()
+            loss = loss + self.config.lecam_weight * distance
+        if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
+            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+            penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+            loss = loss + self.config.r1_weight / 2 * penalty
+        return loss, values
+
+    def get_extra_state(self) -> Tensor:
+        """What the autopilot has learned, for the state dict."""
+        return self.autopilot.state()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.autopilot.set_state(state)
+
+    def average_gradients(self) -> None:
+        """Give the discriminator of every process the mean of all their gradients."""
+        for parameter in self.discriminator.parameters():
+            if parameter.grad is not None:
+                _mean(parameter.grad)
+
+
+def make_adversary(
+    config: ObjectiveConfig, in_channels: int, image_size: tuple[int, int], total_steps: int
+) -> Adversary | None:
+    """None where the adversarial term has no weight.
+
+    Raises:
+        ValueError: see `Adversary`.
+    """
+    if config.disc_weight == 0:
+        return None
+    return Adversary(config, in_channels, image_size, total_steps)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """The mean over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

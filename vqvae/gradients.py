@@ -22,9 +22,12 @@ def add_gradients(
     accumulate: int = 1,
     adversary: Adversary | None = None,
     last: Tensor | None = None,
-    strength: float = 0.0,
+    step: int = 0,
 ) -> tuple[Values, Tensor]:
-    """Add the gradients of one batch; its losses, and the indices that it was encoded to.
+    """Add the gradients of one batch: of the tokenizer, of the discriminator, or of both.
+
+    Which of them learns is for the adversary's autopilot to say. Who does not is left without
+    gradients, so that a step of its optimiser does nothing.
 
     Args:
         forward: the `VQVAE`, perhaps wrapped.
@@ -32,53 +35,70 @@ def add_gradients(
         losses: the reconstruction's terms.
         autocast: makes the context in which the network runs.
         accumulate: in how many parts the batch is cut.
-        adversary, last, strength: see `Adversary.generator_term`; its discriminator gets its
-            gradients, too.
+        adversary: gets its gradients, too.
+        last: the decoder's last weight, see `Adversary.generator_term`.
+        step: of the training, from 0.
+
+    Returns:
+        Numbers to log, and the indices that the batch was encoded to.
     """
+    phase = "before" if adversary is None else adversary.autopilot.phase(step)
+    if phase == "both":
+        adversary.autopilot.advance()
     values: Values = {}
     indices = []
     for part in images.chunk(accumulate):
-        with autocast():
-            made, quantized = forward(part)
-        made = made.float()
-        terms = losses(made, part)
-        reconstruction_loss = sum(terms.values())
-        loss = reconstruction_loss + sum(quantized.losses.values())
-        logged = {"mse": F.mse_loss(made.detach(), part) / 4}  # on the scale [0, 1]
-        logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
-        if adversary is not None:
-            with autocast():
-                term, more = adversary.generator_term(made, reconstruction_loss, last, strength)
-            loss, logged = loss + term, logged | more
-        (loss / accumulate).backward()
-        if adversary is not None:
+        if phase == "alone":
+            made, logged, chosen = _stand_still(forward, part, autocast)
+        else:
+            opponent = adversary if phase == "both" else None
+            made, logged, chosen = _learn(
+                forward, part, losses, autocast, accumulate, opponent, last
+            )
+        if phase != "before":
             logged |= _discriminate(adversary, part, made, autocast, accumulate)
-        _add(values, logged, accumulate)
-        indices.append(quantized.indices)
+        for name, value in logged.items():
+            values[name] = values.get(name, 0.0) + value.detach() / accumulate
+        indices.append(chosen)
     return values, torch.cat(indices)
 
 
-def add_discriminator_gradients(
-    model: nn.Module,
+def _learn(
+    forward: nn.Module,
     images: Tensor,
+    losses: ReconstructionLoss,
     autocast: Callable[[], AbstractContextManager],
-    *,
-    accumulate: int = 1,
-    adversary: Adversary,
-) -> tuple[Values, Tensor]:
-    """`add_gradients` for the discriminator alone, while the tokenizer stands still."""
-    values: Values = {}
-    indices = []
-    model.eval()
-    for part in images.chunk(accumulate):
-        with torch.no_grad(), autocast():
-            made, quantized = model(part)
-        logged = {"mse": F.mse_loss(made.float(), part) / 4}
-        logged |= _discriminate(adversary, part, made.float(), autocast, accumulate)
-        _add(values, logged, accumulate)
-        indices.append(quantized.indices)
-    model.train()
-    return values, torch.cat(indices)
+    accumulate: int,
+    adversary: Adversary | None,
+    last: Tensor | None,
+) -> tuple[Tensor, Values, Tensor]:
+    """Reconstructions with the tokenizer's gradients added, numbers, indices."""
+    with autocast():
+        made, quantized = forward(images)
+    made = made.float()
+    terms = losses(made, images)
+    reconstruction_loss = sum(terms.values())
+    loss = reconstruction_loss + sum(quantized.losses.values())
+    logged = {"mse": F.mse_loss(made.detach(), images) / 4}  # on the scale [0, 1]
+    logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
+    if adversary is not None:
+        with autocast():
+            term, more = adversary.generator_term(made, reconstruction_loss, last)
+        loss, logged = loss + term, logged | more
+    (loss / accumulate).backward()
+    return made, logged, quantized.indices
+
+
+def _stand_still(
+    forward: nn.Module, images: Tensor, autocast: Callable[[], AbstractContextManager]
+) -> tuple[Tensor, Values, Tensor]:
+    """Reconstructions, numbers and indices of a tokenizer that does not change, nor its codes."""
+    forward.eval()
+    with torch.no_grad(), autocast():
+        made, quantized = forward(images)
+    forward.train()
+    made = made.float()
+    return made, {"mse": F.mse_loss(made, images) / 4}, quantized.indices
 
 
 def _discriminate(
@@ -88,12 +108,8 @@ def _discriminate(
     autocast: Callable[[], AbstractContextManager],
     accumulate: int,
 ) -> Values:
+    """The numbers of the discriminator, with its gradients added."""
     with autocast():
         loss, values = adversary.discriminator_term(images, made)
     (loss / accumulate).backward()
-    return values
-
-
-def _add(values: Values, more: Values, accumulate: int) -> None:
-    for name, value in more.items():
-        values[name] = values.get(name, 0.0) + value.detach() / accumulate
+    return values | {"disc_strength": torch.tensor(adversary.autopilot.strength)}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ class Layout:
         norm_out: the last GroupNorm.
         leaves: names within a block or an attention, by ours, where they differ.
         quantizers: ours that it can hold; the first where the names do not tell.
+        commitment_cost: weight of the encoder's term in its trainings.
         ignored: full names that hold no part of the model.
     """
 
@@ -37,6 +40,7 @@ class Layout:
     top_first: bool = False
     leaves: Mapping[str, str] = field(default_factory=dict)
     quantizers: tuple[str, ...] = ("vq",)
+    commitment_cost: float = 0.25
     ignored: tuple[str, ...] = ()
 
     def modules(self, config: VQVAEConfig) -> dict[str, str]:
@@ -121,10 +125,17 @@ class Layout:
             quantizer=quantizer,
             codebook_size=len(codes),
             codebook_dim=codes.shape[1],
+            commitment_cost=self.commitment_cost,
         )
 
 
 EMBEDDING = "quantize.embedding.weight"
+# Their legacy quantizers put beta on the codebook's term, and nothing on the encoder's. (The scale
+# of the codebook's makes no difference to Adam, as no other term moves the codes.)
+LEGACY = 1.0
+
+# Settings that no weight tells.
+UNTOLD = ("dropout", "entropy_weight")
 
 LAYOUTS = {
     # github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py
@@ -135,6 +146,7 @@ LAYOUTS = {
         block="block",
         mid=("mid.block_1", "mid.attn_1", "mid.block_2"),
         quantizers=("vq", "ema", "gumbel"),
+        commitment_cost=LEGACY,
         ignored=("loss.", "model_ema.", "quantize.used"),
     ),
     # github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
@@ -165,12 +177,16 @@ LAYOUTS = {
             "proj_out": "to_out.0",
         },
         quantizers=("vq", "ema"),
+        commitment_cost=LEGACY,
     ),
 }
 
 
 def from_other(
-    name: str, state: Mapping[str, Tensor], image_size: tuple[int, int]
+    name: str,
+    state: Mapping[str, Tensor],
+    image_size: tuple[int, int],
+    settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the names that were ignored.
 
@@ -178,15 +194,23 @@ def from_other(
         name: of `LAYOUTS`.
         state: its state dict, not nested.
         image_size: height and width, which no weight tells.
+        settings: what a config file says: of `UNTOLD` it counts, the rest must agree.
 
     Raises:
-        ValueError: names that are missing or unknown, or a network that `VQVAE` cannot be.
+        ValueError: names that are missing or unknown, a network that `VQVAE` cannot be, or other
+            settings than those of the weights.
     """
     layout = LAYOUTS[name]
     try:
         config = layout.read_config(state, image_size, layout.quantizers[0])
     except KeyError as error:
         raise ValueError(f"it is no tokenizer of {name}: it has no {error}") from error
+    for setting, value in settings.items():
+        told = getattr(config, setting)
+        if setting not in UNTOLD and value != told:
+            raise ValueError(f"{setting} is {told} by its weights, but {value} by its config")
+    untold = {setting: settings[setting] for setting in UNTOLD if setting in settings}
+    config = replace(config, **untold)
     keys = layout.keys(config)
     ignored = [key for key in state if key.startswith(layout.ignored)] if layout.ignored else []
     missing = sorted(set(keys.values()) - set(state))

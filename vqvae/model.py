@@ -142,10 +142,14 @@ class VQVAE(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] -> indices (B, h, w), int64 in [0, codebook_size).
 
-        With a depth above 1 it is the last axis of the indices, here and in `decode`.
+        With a depth above 1 it is the last axis of the indices, here and in what takes them.
         """
         return self.quantizer.nearest(self.encoder(images))
 
+    def embed(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w) -> z_q (B, codebook_dim, h, w), what the decoder sees."""
+        return self.quantizer.embed(indices)
+
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> images (B, C, H, W), clamped to [-1, 1]."""
-        return self.decoder(self.quantizer.embed(indices)).clamp(-1, 1)
+        return self.decoder(self.embed(indices)).clamp(-1, 1)

@@ -21,13 +21,14 @@ class PerceptualLoss(nn.Module):
         OSError: the backbone's weights are neither there nor can be downloaded.
     """
 
-    def __init__(self, network: str = "vgg", weights: str = "") -> None:
+    def __init__(self, network: str = "vgg", weights: str = "", *, trained: bool = True) -> None:
         """Build LPIPS.
 
         Args:
             network: of `BACKBONES`.
-            weights: torchvision's file of the network; "" downloads it, "random" leaves the
-                network as it is initialised, which costs as much and means nothing.
+            weights: torchvision's file of the network; "" downloads it.
+            trained: False leaves the network as it is initialised, which costs as much and means
+                nothing: for benchmarks.
         """
         super().__init__()
         try:
@@ -36,14 +37,14 @@ class PerceptualLoss(nn.Module):
             raise ImportError("perceptual_weight needs the package lpips: pip install lpips") from (
                 error
             )
+        features = _read_features(network, weights) if trained else {}
         with warnings.catch_warnings():  # it builds the network in torchvision's former way
             warnings.simplefilter("ignore")
             self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-        if weights != "random":
-            features = _read_features(network, weights)
-            for part in self.lpips.net.children():
-                for number, layer in part.named_children():
-                    layer.load_state_dict(features[int(number)].state_dict())
+        for part in self.lpips.net.children() if trained else ():
+            for number, layer in part.named_children():
+                for name, parameter in layer.named_parameters():
+                    parameter.data.copy_(features[f"{number}.{name}"])
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
@@ -56,21 +57,24 @@ class PerceptualLoss(nn.Module):
         return self.lpips(images, others).flatten()
 
 
-def _read_features(network: str, path: str) -> nn.Sequential:
-    """The convolutional part of torchvision's network with its trained weights."""
+def _read_features(network: str, path: str) -> dict[str, Tensor]:
+    """The trained weights of the convolutional part of torchvision's network."""
     make, weights = BACKBONES[network]
     try:
         if path:
-            model = make()
             with warnings.catch_warnings(action="ignore"):  # of odd pickles, beside the error
                 state = torch.load(path, map_location="cpu", weights_only=True)
-            model.load_state_dict(state)
         else:
-            model = make(weights=weights)
+            state = weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+        prefix = "features."
+        state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+        with torch.device("meta"):
+            features = make().features
+        features.load_state_dict(state, assign=True)  # has it all, in the right shapes?
     except Exception as error:  # no network, no such file, or no weights: of many types
         line = " ".join(str(error).split())[:150]
         raise OSError(
             f"LPIPS needs the weights of {network} ({line}); download {weights.url} and give its "
             "path as --lpips_weights, or use --perceptual_weight 0"
         ) from error
-    return model.features
+    return state

@@ -2,12 +2,14 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils import checkpoint, cli, foreign, tracking
 from vqvae import VQVAE, VQVAEConfig
+from vqvae.configs import READERS, write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
 DEFAULT_SIZE = (256, 256)  # what most of them were trained on
@@ -17,66 +19,62 @@ OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v."}
 OLD_NAMES[".proj_attn."] = ".to_out.0."
 
 
-def read_diffusers(folder: Path) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """State dict and image size of a diffusers folder.
+def read_diffusers(folder: Path) -> dict[str, Tensor]:
+    """The state dict in a diffusers folder, by the names of today.
 
     Raises:
-        UserError: it holds no `VQModel`, or one that is built in another way.
+        UserError: there is none.
     """
-    config = checkpoint.read_json(folder / "config.json")
-    for name, needed in (
-        ("_class_name", "VQModel"),
-        ("act_fn", "silu"),
-        ("norm_num_groups", 32),
-        ("norm_type", "group"),
-    ):
-        if config.get(name, needed) != needed:
-            raise cli.UserError(
-                f"{folder / 'config.json'}: {name} is {config[name]!r}, but only {needed!r} can "
-                "be read"
-            )
     state = checkpoint.read_tensors(folder / DIFFUSERS_WEIGHTS)
     for old, new in OLD_NAMES.items():
         state = {key.replace(old, new): value for key, value in state.items()}
-    size = config.get("sample_size", DEFAULT_SIZE[0])
-    return state, (size, size)
+    return state
 
 
-def diffusers_config(config: VQVAEConfig) -> dict[str, object]:
-    """What diffusers' config.json says of such a tokenizer."""
-    kinds = [
-        "Attn" * (i in config.attention_levels) for i in range(len(config.channel_multipliers))
-    ]
-    return {
-        "_class_name": "VQModel",
-        "act_fn": "silu",
-        "block_out_channels": [config.channels * m for m in config.channel_multipliers],
-        "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in kinds],
-        "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)],
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "latent_channels": config.z_channels,
-        "layers_per_block": config.num_res_blocks,
-        "mid_block_add_attention": config.mid_attention,
-        "norm_num_groups": 32,
-        "norm_type": "group",
-        "num_vq_embeddings": config.codebook_size,
-        "sample_size": config.image_size[0],
-        "vq_embed_dim": config.codebook_dim,
-    }
+def read_config(project: str, path: Path) -> dict[str, Any]:
+    """The settings that another project's config file holds, JSON or YAML.
+
+    Raises:
+        UserError: no such file, one of something else, or a project without config files.
+    """
+    if project not in READERS:
+        raise cli.UserError(
+            f"{project} has no config files; leave --config away: the weights tell all but "
+            "--image_size"
+        )
+    content = checkpoint.read_json(path) if path.suffix == ".json" else _read_yaml(path)
+    try:
+        return READERS[project](content)
+    except ValueError as error:
+        raise cli.UserError(f"{path}: {error}") from error
+
+
+def _read_yaml(path: Path) -> object:
+    try:
+        import yaml  # comes with MLflow
+    except ImportError as error:
+        raise cli.UserError(f"{path} is YAML, to read which needs: pip install pyyaml") from error
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise cli.UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def bring_in(arguments: argparse.Namespace) -> None:
     """Convert a checkpoint of another project into a model folder."""
     path, project = Path(arguments.checkpoint), arguments.source
+    config_file = arguments.config
     if project == "diffusers":
-        state, image_size = read_diffusers(path)
-    elif path.suffix == ".safetensors":
-        state, image_size = checkpoint.read_tensors(path), DEFAULT_SIZE
+        state = read_diffusers(path)
+        config_file = config_file or path / "config.json"
     else:
-        state, image_size = foreign.read_state_dict(path), DEFAULT_SIZE
+        in_safetensors = path.suffix == ".safetensors"
+        read = checkpoint.read_tensors if in_safetensors else foreign.read_state_dict
+        state = read(path)
+    settings = read_config(project, Path(config_file)) if config_file else {}
+    size = settings.pop("image_size", DEFAULT_SIZE)
     try:
-        model, ignored = from_other(project, state, arguments.image_size or image_size)
+        model, ignored = from_other(project, state, arguments.image_size or size, settings)
     except ValueError as error:
         raise cli.UserError(f"{path}: {error}") from error
     if "quantize.used" in ignored:
@@ -106,7 +104,7 @@ def take_out(arguments: argparse.Namespace) -> None:
         raise cli.UserError(f"{loaded.folder}: {error}") from error
     folder = Path(arguments.output_dir)
     if arguments.target == "diffusers":
-        files = {"config.json": diffusers_config(loaded.model.config), DIFFUSERS_WEIGHTS: state}
+        files = {"config.json": write_diffusers(loaded.model.config), DIFFUSERS_WEIGHTS: state}
         folder.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.write_folder(folder, files)
     else:
@@ -131,12 +129,18 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="--from: file, or folder of diffusers; --to: model folder, or runs:/...",
     )
+    parser.add_argument(
+        "--config",
+        metavar="PATH",
+        help="with --from: config file of the checkpoint (taming: .yaml; diffusers: the folder's), "
+        "for image size, dropout and loss weights, which weights do not tell; the rest must agree",
+    )
     parser.add_argument("--output_dir", required=True, help="folder to write")
     parser.add_argument(
         "--image_size",
         type=cli.height_and_width,
         metavar="H,W",
-        help="of the data, with --from (default: diffusers' sample_size, else 256)",
+        help="of the data, with --from (default: as the config says, else 256)",
     )
     return parser
 

@@ -15,7 +15,7 @@ class QuantizerConfig:
     """
 
     quantizer: str = field(
-        default="cosine",
+        default="vq",
         metadata={
             "help": "vq: nearest code by distance; ema: the same, codes as moving averages; "
             "cosine: by angle, on the unit sphere; gumbel: named by the encoder; fsq: each "

@@ -82,6 +82,10 @@ class Quantizer(nn.Module):
         """Let the codes start anew from the next batch; False where they do not start from data."""
         return False
 
+    def codes(self, numbers: Tensor) -> Tensor:
+        """The codes themselves, by their places in `count`: (n,) -> (n, D)."""
+        return self.lookup(numbers)
+
     def count(self, indices: Tensor) -> Tensor:
         """How often each code occurs in indices of any shape: (codebook_size,), int64."""
         return torch.bincount(indices.flatten(), minlength=self.config.codebook_size)

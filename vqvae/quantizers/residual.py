@@ -65,6 +65,10 @@ class ResidualQuantizer(Quantizer):
         """Let the codes of all depths start anew from the next batch."""
         return all(layer.restart() for layer in self.layers)
 
+    def codes(self, numbers: Tensor) -> Tensor:
+        """The codes of all depths, those of the first before those of the second: (n, D)."""
+        return torch.cat([layer.codebook for layer in self.layers])[numbers]
+
     def count(self, indices: Tensor) -> Tensor:
         """How often each code of each depth occurs in (..., depth): (depth*codebook_size,)."""
         size, depth = self.config.codebook_size, self.config.depth

@@ -1,0 +1,85 @@
+"""What is shown of a tokenizer: its reconstructions, and its codes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
+from vqvae.inspection import look_at_codes, principal_plane, reconstruct
+
+EVERY = pytest.mark.parametrize("name", QUANTIZERS)
+
+
+def make_model(name: str) -> VQVAE:
+    torch.manual_seed(0)
+    sizes = {"image_size": (8, 16), "in_channels": 3, "channels": 8, "dropout": 0.5}
+    return VQVAE(VQVAEConfig(name, 64, **sizes))
+
+
+@EVERY
+def test_codes_are_what_embed_adds_up(name: str) -> None:
+    quantizer = make_model(name).quantizer
+    config = quantizer.config
+    codes = quantizer.codes(torch.arange(config.num_codes))
+    assert codes.shape == (config.num_codes, config.codebook_dim)
+    indices = torch.randint(config.codebook_size, (2, 3, 5, config.depth))
+    places = indices + config.codebook_size * torch.arange(config.depth)
+    expected = codes[places].sum(dim=3).permute(0, 3, 1, 2)
+    found = quantizer.embed(indices if config.depth > 1 else indices[..., 0])
+    torch.testing.assert_close(found, expected)
+    assert (quantizer.count(indices).nonzero().flatten() == places.unique()).all()
+
+
+@EVERY
+def test_a_look_at_the_codes_shows_the_most_used_first(name: str) -> None:
+    model = make_model(name)
+    counts = torch.zeros(model.config.num_codes)
+    counts[[5, 9, 2]] = torch.tensor([1.0, 6.0, 3.0])
+    codes = look_at_codes(model, counts, points=50, alone=4)
+    torch.testing.assert_close(codes.shares[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
+    assert len(codes.shares) == len(counts)
+    assert codes.places.shape == (50, 2)
+    assert codes.images.shape == (4, 3, 4, 4)
+    assert model.training
+    if model.config.depth == 1:
+        decoded = model.eval().decode(torch.tensor([9, 2, 5])[:, None, None])
+        torch.testing.assert_close(codes.images[:3], decoded)
+
+
+def test_the_principal_plane_is_that_of_the_largest_variances() -> None:
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(5, 5)).Q
+    flat = torch.randn(200, 5) * torch.tensor([0.01, 3.0, 0.02, 1.0, 0.03])
+    places = principal_plane(flat @ turn + 7)
+    expected = flat[:, [1, 3]] - flat[:, [1, 3]].mean(dim=0)
+    for axis in range(2):
+        correlation = torch.corrcoef(torch.stack([places[:, axis], expected[:, axis]]))[0, 1]
+        assert abs(float(correlation)) > 0.98
+    torch.testing.assert_close(places.std(dim=0), expected.std(dim=0), rtol=0.1, atol=0)
+    again = principal_plane((flat @ turn + 7).flip(0)).flip(0)
+    torch.testing.assert_close(places, again, rtol=1e-4, atol=1e-4)  # no axis is mirrored
+
+
+def test_a_plane_of_one_dimension() -> None:
+    assert (principal_plane(torch.randn(4, 1))[:, 1] == 0).all()
+
+
+def measure(images: torch.Tensor, made: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"mse": F.mse_loss(made, images)}
+
+
+def test_sums_count_every_image_once_in_batches_of_any_size() -> None:
+    model = make_model("vq")
+    images = torch.rand(7, 3, 8, 16) * 2 - 1
+    seen = reconstruct(model, images.split(3), measure, keep=4)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        made, quantized = model(images)
+    torch.testing.assert_close(seen.sums["mse"], 7 * F.mse_loss(made.clamp(-1, 1), images))
+    torch.testing.assert_close(seen.sums["commitment_loss"], 7 * quantized.losses["commitment"])
+    assert torch.equal(seen.counts, model.quantizer.count(quantized.indices).float())
+    assert torch.equal(seen.originals, images[:4])
+    assert seen.images.shape == (4, 3, 8, 16)
+    nothing = reconstruct(model, images.split(3), measure, keep=4, weight=0.0)
+    assert nothing.sums["mse"] == nothing.counts.sum() == 0
