@@ -112,5 +112,5 @@ def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
     assert not same(model.quantizer, before)
     (made.mean() + sum(quantized.losses.values())).backward()
     optimizer = make_optimizer(model, TrainingConfig(), (0.9, 0.99))
-    assert not guard.step({"norm": optimizer}, {"loss": made.mean()}, 0.1, ROWS)
+    assert not guard.step({"norm": optimizer}, {"loss": made.mean().detach()}, 0.1, ROWS)
     assert same(model.quantizer, before)
