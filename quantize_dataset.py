@@ -9,10 +9,12 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
+from utils.augmentation import Augmentation
 from utils.conditions import write_conditions
 from utils.crops import FILE
+from utils.decoding import MAX_PIXELS
 from utils.grid_meta import GridMeta
-from utils.images import Augmentation, ImageDataset
+from utils.images import ImageDataset
 from utils.index_folder import allocate
 from utils.indices import IndicesMeta, check_writable, write_indices
 from utils.table import split_rows
@@ -69,6 +71,8 @@ def read_images(
         size=config.image_size,
         channels=config.in_channels,
         allow_outside_paths=arguments.allow_outside_paths,
+        max_pixels=arguments.max_pixels,
+        skip_bad_images=arguments.skip_bad_images,
         num_workers=arguments.num_workers,
         **options,
     )
@@ -100,6 +104,11 @@ def main(arguments: argparse.Namespace) -> None:
         tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
     )
     config, origin = tokenizer.model.config, tokenizer.provenance
+    if arguments.skip_bad_images and arguments.condition_model_dir:
+        raise cli.UserError(
+            "--skip_bad_images does not go with --condition_model_dir: a picture and its condition "
+            "come and go together; take both out of the CSV"
+        )
     dataset = read_images(arguments, config)
     second = load_condition_tokenizer(arguments.condition_model_dir, device)
     pictures = second and read_images(arguments, second.model.config, "condition_path")
@@ -130,7 +139,12 @@ def main(arguments: argparse.Namespace) -> None:
             add = partial(write_conditions, conditions=grids, codebook_size=condition.codebook_size)
         # Without a split column the images are split as they were for the tokenizer, whose
         # validation images are then new to the transformer, too.
-        splits = split_rows(dataset.rows, val_fraction=origin.val_fraction, seed=origin.seed)
+        splits = split_rows(
+            dataset.rows,
+            val_fraction=origin.val_fraction,
+            seed=origin.seed,
+            folder=dataset.path.parent,
+        )
         rows = [row._replace(split="train") for row in dataset.rows]
         for row in splits[1].tolist():
             rows[row] = rows[row]._replace(split="val")
@@ -155,6 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
                 flags=arguments,
             )
         write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
+        dataset.write_skipped(output_dir)
         run.folder(output_dir, name)
 
     counts = tokenizer.model.quantizer.count(indices)
@@ -206,6 +221,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--allow_outside_paths",
         action="store_true",
         help="accept image paths that leave the folder of the CSV",
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=cli.positive,
+        default=MAX_PIXELS,
+        help=f"refuse image files whose header says more (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--skip_bad_images",
+        type=int,
+        default=0,
+        help="leave out up to this many files that cannot be read as images (default: 0)",
     )
     cli.add_inference_flags(parser, batch_size=128)
     parser.add_argument(

@@ -15,9 +15,13 @@ from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.checkpoints import find_checkpoint
+from utils.guard import Guard
 from utils.index_dataset import IndexDataset, IndicesConfig
 from utils.judge import Judge
-from utils.optimizers import OptimizerConfig, make_optimizer, optimizer_step
+from utils.optimizers import OptimizerConfig, make_optimizer
+from utils.saving import Checkpoints
+from utils.stopping import StopRequest
 from utils.vocabulary import FILE
 from vqvae import VQVAE, VQVAEConfig
 
@@ -84,7 +88,7 @@ def main(arguments: argparse.Namespace) -> None:
     kind = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
-    resumed = resume.find_checkpoint(config.resume, config.output_dir)
+    resumed = find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="bf16")
 
@@ -113,9 +117,13 @@ def main(arguments: argparse.Namespace) -> None:
         model.attend = flex_attend
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
-    progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
-    average.restore(resumed)
+    progress, averages = resume.Progress(), metrics.Averages()
+    settings = asdict(config) | asdict(kind) | asdict(source) | asdict(model_config)
+    settings |= {"data_sha256": resume.fingerprint(data.rows, *data.arrays), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages}
+    state = resume.State(group, model, settings, progress=progress, **parts)
+    state.restore(resumed)
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -127,10 +135,11 @@ def main(arguments: argparse.Namespace) -> None:
         stage="gpt",
         run_id=progress.run_id or None,
         continued=resumed is not None,
+        logged=progress.logged,
         experiment=config.experiment or tracking.experiment_of(data.words.tokenizer_run_id),
         run_name=config.run_name,
         enabled=group.first,
-        config=asdict(config) | asdict(kind) | asdict(source) | asdict(model_config),
+        config=settings,
         tags={"tokenizer_run_id": data.words.tokenizer_run_id},
         params={
             **data.params,
@@ -142,6 +151,8 @@ def main(arguments: argparse.Namespace) -> None:
         },
     )
     progress.run_id = run.run_id
+    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
+    guard = Guard(group, progress, config)
     split = config.seed, source.val_fraction
     origin = checkpoint.Provenance(run.run_id, cli.command_line(), *split)
     unigram, bigram = data.baselines()
@@ -173,21 +184,17 @@ def main(arguments: argparse.Namespace) -> None:
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return sign * values[config.best_metric]
 
-    def save(*, best: bool) -> None:
-        if not group.first:
-            return
-        words = {FILE: data.words.content()}
-        if best:
-            files = checkpoint.model_files(average.model, origin) | words
-            checkpoint.write_folder(output_dir / "best", files)
-        files = checkpoint.model_files(model, origin) | words | average.files()
-        files |= resume.training_files(optimizer, progress)
-        checkpoint.write_folder(output_dir / "last", files)
+    def files_of(one: GPT) -> dict:
+        return checkpoint.model_files(one, origin) | {FILE: data.words.content()}
 
-    with run, training.StopRequest() as stop:
-        if resumed is None:
+    def save() -> None:
+        checkpoints.save(files_of(model))
+
+    with run, checkpoints, StopRequest() as stop:
+        if progress.step == 0:
+            save()
             evaluation()
-        averages = metrics.Averages()
+            averages.restart()
         for prefix, grid in schedule.batches(data.train_rows, progress, group, load):
             # Now and then an image is shown without what is known of it, for drawing without.
             batch = [hide(prefix, model_config), grid]
@@ -198,12 +205,11 @@ def main(arguments: argparse.Namespace) -> None:
                 batch.append(draw_orders(grid, share))
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, batch, precision, config.accumulate)
-            norm = optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
             progress.step += 1
-            average.update(model, progress.step)
-            averages.add(
-                {"bits_per_token": bits, "gradient_norm": norm, "learning_rate": learning_rate}
-            )
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
+                average.update(model, progress.step)
+                averages.add(values | {"learning_rate": learning_rate})
 
             if schedule.logs(progress.step):
                 values = averages.take()
@@ -211,9 +217,13 @@ def main(arguments: argparse.Namespace) -> None:
                 values["tokens_per_second"] = images_per_second * data.grids[0].numel()
                 run.metrics("train", values, progress.step)
             if schedule.evaluates(progress.step):
-                save(best=progress.improved(evaluation()))
+                if progress.improved(evaluation()):
+                    checkpoints.save_best(files_of(average.model))
+                save()
                 averages.restart()
-            stop.obeyed(group, partial(save, best=False))
+            elif checkpoints.due():
+                save()
+            stop.obeyed(group, save)
             if progress.exhausted(config.patience):
                 group.print(f"no better validation in {config.patience} evaluations: stopping")
                 break

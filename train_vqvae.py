@@ -12,10 +12,14 @@ from torch import Tensor
 
 from utils import checkpoint, cli, figures, metrics, plots, processes, resume, tracking, training
 from utils.averaging import WeightAverage
+from utils.checkpoints import find_checkpoint
+from utils.guard import Guard
 from utils.images import Augmentation, DataConfig, ImageDataset, read_images
-from utils.optimizers import make_optimizer, optimizer_step
+from utils.optimizers import make_optimizer
 from utils.processes import Processes
 from utils.resume import Progress
+from utils.saving import Checkpoints
+from utils.stopping import StopRequest
 from utils.training import TrainingConfig
 from vqvae import PRESETS, VQVAE, VQVAEConfig, inspection
 from vqvae.adversary import make_adversary
@@ -83,10 +87,9 @@ def read_start(
 
 
 def open_run(
-    output_dir: Path, progress: Progress, model: VQVAE, group: Processes, *configs: Any
+    output_dir: Path, progress: Progress, model: VQVAE, group: Processes, config: dict[str, Any]
 ) -> tracking.Run:
     """The run in MLflow, or that of the training which goes on."""
-    config = {name: value for part in configs for name, value in asdict(part).items()}
     shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
     params = {name: config[name] for name in (*shown, "learning_rate")}
     params["data"] = Path(config["path_to_data"]).name
@@ -96,7 +99,8 @@ def open_run(
         output_dir,
         stage="tokenizer",
         run_id=progress.run_id or None,
-        continued=bool(progress.step),
+        continued=bool(progress.run_id),
+        logged=progress.logged,
         experiment=config["experiment"],
         run_name=config["run_name"],
         enabled=group.first,
@@ -133,7 +137,7 @@ def main(arguments: argparse.Namespace) -> None:
     objective = cli.read_flags(ObjectiveConfig, arguments)
     data = cli.read_flags(DataConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS)
-    resumed = resume.find_checkpoint(config.resume, config.output_dir)
+    resumed = find_checkpoint(config.resume, config.output_dir)
     group = processes.join_processes(config.device, config.seed)
     precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(processes.autocast, group.device, precision)
@@ -156,14 +160,20 @@ def main(arguments: argparse.Namespace) -> None:
         model.load_state_dict(start.model.state_dict())
     model = model.to(group.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config, betas=(0.9, 0.99))
-    progress = resume.restore_training(resumed, model, optimizer)
     average = WeightAverage(model, config.ema_decay)
-    average.restore(resumed)
+    progress, averages = Progress(), metrics.Averages()
+    counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
+    disc_optimizer = None
     adversary = cli.build(make_adversary, objective, *found.values(), schedule.total_steps)
     if adversary is not None:
         adversary.to(group.device, memory_format=torch.channels_last)
         disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
-        resume.restore_part(resumed, "adversary", adversary, disc_optimizer)
+    settings = asdict(config) | asdict(data) | asdict(model.config) | asdict(objective)
+    settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
+    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
+    parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
+    state = resume.State(group, model, settings, progress=progress, **parts)
+    state.restore(resumed)
     if config.compile:
         model.compile()
     forward = group.wrap(model)
@@ -171,17 +181,20 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     default_name = f"{name}-f{model.config.downsampling}"
     output_dir = training.find_output_dir(config, resumed, default_name)
-    run = open_run(output_dir, progress, model, group, config, data, model.config, objective)
-    provenance = checkpoint.Provenance(
-        run.run_id, cli.command_line(), config.seed, data.val_fraction
-    )
+    run = open_run(output_dir, progress, model, group, settings)
+    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
+    guard = Guard(group, progress, config, changing=(model.quantizer, adversary))
+    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
+    if group.first:
+        dataset.write_skipped(output_dir)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
 
     def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
         augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
-        return dataset.batches(batches, group.device, augmentation)
+        images = dataset.batches(batches, group.device, augmentation)
+        return training.saved_if_it_fails(images, group, save)
 
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""
@@ -195,26 +208,17 @@ def main(arguments: argparse.Namespace) -> None:
         group.print(f"step {progress.step:>6,}  {in_words(values)}")
         return sign * values[config.best_metric]
 
-    def save_best() -> None:
-        if group.first:
-            files = checkpoint.model_files(average.model, provenance)
-            checkpoint.write_folder(output_dir / "best", files)
+    def save() -> None:
+        checkpoints.save(checkpoint.model_files(model, origin))
 
-    def save_last() -> None:
-        if group.first:
-            files = checkpoint.model_files(model, provenance) | average.files()
-            if adversary is not None:
-                files |= resume.part_files("adversary", adversary, disc_optimizer)
-            files |= resume.training_files(optimizer, progress)
-            checkpoint.write_folder(output_dir / "last", files)
-
-    with run, training.StopRequest() as stop:
-        if resumed is None:
+    with run, checkpoints, StopRequest() as stop:
+        if progress.step == 0:
+            save()
             evaluation()
-        averages = metrics.Averages()
-        counts = torch.zeros(model.config.num_codes, device=group.device)
+            averages.restart()
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)
+            guard.remember()
             values, indices = add_gradients(
                 forward,
                 images,
@@ -226,18 +230,19 @@ def main(arguments: argparse.Namespace) -> None:
                 step=progress.step,
             )
             # Whoever the adversary's autopilot lets stand still has no gradients, and no step.
-            values["gradient_norm"] = optimizer_step(optimizer, learning_rate, config.max_grad_norm)
+            optimizers = {"gradient_norm": optimizer}
             if adversary is not None:
                 adversary.average_gradients()
-                optimizer_step(disc_optimizer, learning_rate, config.max_grad_norm)
+                optimizers["disc_gradient_norm"] = disc_optimizer
             progress.step += 1
-            average.update(model, progress.step)
-            averages.add({**values, "learning_rate": learning_rate})
-            counts += model.quantizer.count(indices)
+            if guard.step(optimizers, values, learning_rate, schedule.rows):
+                average.update(model, progress.step)
+                averages.add({**values, "learning_rate": learning_rate})
+                counts += model.quantizer.count(indices)
 
             if schedule.logs(progress.step):
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))
-                values["psnr"] = metrics.psnr(values["mse"])
+                values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
                 values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
                 run.metrics("train", values, progress.step)
                 counts.zero_()
@@ -247,15 +252,17 @@ def main(arguments: argparse.Namespace) -> None:
                     # With an adversary the error of pixels does not say which is best: the last.
                     best, progress.bad_evaluations = True, 0
                 if best:
-                    save_best()
+                    checkpoints.save_best(checkpoint.model_files(average.model, origin))
                 if values["codebook_usage"] < LOW_USAGE:
                     group.print(LOW_USAGE_WARNING.format(values["codebook_usage"]))
                     going_on = progress.step < schedule.total_steps
                     if objective.codebook_rescue and going_on and model.quantizer.restart():
                         group.print("codebook rescue: all codes start anew from the next batch")
-                save_last()
+                save()
                 averages.restart()
-            stop.obeyed(group, save_last)
+            elif checkpoints.due():
+                save()
+            stop.obeyed(group, save)
             if progress.exhausted(config.patience):
                 group.print(
                     f"no better {config.best_metric} in {config.patience} evaluations: stopping"

@@ -1,5 +1,6 @@
 """Everything that a user can get wrong: one line that says what, where, and what to do."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -180,6 +181,24 @@ def test_a_model_of_the_wrong_kind(error_of: Call, data: Path, tokenizer: Path, 
 def test_no_run_that_has_ended_is_touched_by_a_typo(error_of: Call, gpt: Path) -> None:
     error = error_of("transformer_generation", "--model_path", gpt, "--run_id", "")
     assert "no MLflow run ''" in error
+
+
+@pytest.mark.parametrize("change", [{"num_res_blocks": 10**9}, {"channels": 10**9}])
+def test_a_config_that_asks_for_all_of_the_machine(
+    error_of: Call, data: Path, tokenizer: Path, change: dict
+) -> None:
+    """Whoever changed config.json can change sha256.json, too; it was built for ever."""
+    (tokenizer / "sha256.json").unlink()
+    file = tokenizer / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    error = error_of("quantize_dataset", "--model_dir", tokenizer, "--path_to_data", data)
+    assert "config.json" in error
+
+
+def test_a_mask_that_is_no_picture(error_of: Call, gpt: Path, indices: Path) -> None:
+    Path("mask.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    flags = ("--model_path", gpt, "--complete", indices, "--keep", "mask.png")
+    assert "neither a side as top:0.5 nor a picture" in error_of("transformer_generation", *flags)
 
 
 # --- what does not belong together --------------------------------------------------------------

@@ -137,8 +137,12 @@ def test_without_checksums_damage_is_still_one_line(tmp_path: Path) -> None:
     [
         ({"width": 4}, "do not fit together"),
         ({"width": 0}, "net.*width must be at least 1, got 0"),
-        ({"width": None}, "do not fit together"),
-        ({"colour": "red"}, "do not fit together: .*colour"),
+        ({"width": None}, r"config\.json is damaged: width must be int, got None"),
+        ({"width": True}, r"config\.json is damaged: width must be int, got True"),
+        ({"width": 10**30}, r"config\.json is damaged: width must be int"),
+        ({"width": 10**9}, "do not fit together"),  # 4 exabytes, of which none is taken
+        ({"shape": [2, "2"]}, r"config\.json is damaged: shape must be"),
+        ({"colour": "red"}, r"config\.json is damaged: 'colour' is unknown"),
     ],
 )
 def test_a_config_that_does_not_fit(tmp_path: Path, change: dict, complaint: str) -> None:
@@ -148,6 +152,49 @@ def test_a_config_that_does_not_fit(tmp_path: Path, change: dict, complaint: str
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=complaint):
         load_model(tmp_path / "net", Net, NetConfig)
+
+
+def test_whoever_changed_a_file_on_purpose_is_told_how(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    with (tmp_path / "net" / "config.json").open("a") as file:
+        file.write("\n")
+    with pytest.raises(UserError, match=r"take its line out of sha256\.json"):
+        load_model(tmp_path / "net", Net, NetConfig)
+    sums = json.loads((tmp_path / "net" / "sha256.json").read_text())
+    del sums["config.json"]
+    (tmp_path / "net" / "sha256.json").write_text(json.dumps(sums))
+    load_model(tmp_path / "net", Net, NetConfig)
+
+
+@pytest.mark.parametrize("run_id", ["../../elsewhere", "/etc", "a\nb"])
+def test_a_provenance_that_leaves_its_folder(tmp_path: Path, run_id: str) -> None:
+    """What is made with a model is put into a folder that is named after its run."""
+    saved(tmp_path / "net")
+    (tmp_path / "net" / "sha256.json").unlink()
+    (tmp_path / "net" / "provenance.json").write_text(json.dumps({"run_id": run_id}))
+    with pytest.raises(UserError, match=r"provenance\.json is damaged: run_id"):
+        load_model(tmp_path / "net", Net, NetConfig)
+
+
+def test_a_link_that_leads_out_of_the_folder(tmp_path: Path) -> None:
+    saved(tmp_path / "net")
+    file = tmp_path / "net" / "model.safetensors"
+    file.rename(tmp_path / "elsewhere")
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"model\.safetensors is a link that leads out"):
+        load_model(tmp_path / "net", Net, NetConfig)
+
+
+def test_json_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nesting ended in a RecursionError; a pipe would have been read for ever."""
+    (tmp_path / "deep.json").write_text('{"a":' * 100_000)
+    (tmp_path / "long.json").write_text('{"a": "' + "x" * 1000 + '"}')
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, complaint in (("deep", "recursion"), ("pipe", "no plain"), ("long", "1,000 at most")):
+        if name == "long":
+            monkeypatch.setattr("utils.checkpoint.JSON_BYTES", 1000)
+        with pytest.raises(UserError, match=complaint):
+            read_json(tmp_path / f"{name}.json")
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{", "\xff"])

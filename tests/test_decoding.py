@@ -2,13 +2,14 @@
 
 import io
 import random
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from utils.decoding import Header, decode_image, decode_images, read_header
+from utils.decoding import Header, decode_image, read_header, read_image
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
 HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, white right
@@ -168,7 +169,7 @@ def test_exif_behind_the_pixels_counts_neither_in_header_nor_in_pixels(tmp_path:
 def test_what_is_no_image(tmp_path: Path, content: bytes, complaint: str) -> None:
     file = tmp_path / "a.png"
     file.write_bytes(content)
-    for text in (read_header(str(file)), decode_images([str(file)], 3, (4, 4))[1][0]):
+    for text in (read_header(str(file)), read_image(str(file), 3, (4, 4))):
         assert complaint in text
         assert "\n" not in text
 
@@ -183,11 +184,9 @@ def test_truncated(tmp_path: Path, ending: str) -> None:
     good = save(Image.fromarray(noise), tmp_path / f"good.{ending}")
     bad = tmp_path / f"bad.{ending}"
     bad.write_bytes(Path(good).read_bytes()[:-400])
-    pixels, complaints = decode_images([good, str(bad), good], 3, (32, 32))
-    assert list(complaints) == [1]
-    assert complaints[1]
-    assert np.array_equal(pixels[0], pixels[2])
-    assert not pixels[1].any()
+    assert isinstance(read_image(good, 3, (32, 32)), np.ndarray)
+    assert isinstance(complaint := read_image(bad, 3, (32, 32)), str)
+    assert complaint
 
 
 def test_flipped_bits_in_png_files_crash_nothing(tmp_path: Path) -> None:
@@ -202,10 +201,9 @@ def test_flipped_bits_in_png_files_crash_nothing(tmp_path: Path) -> None:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         files.append(str(tmp_path / f"{number}.png"))
         Path(files[-1]).write_bytes(content)
-    pixels, complaints = decode_images(files, 3, (16, 16))
+    complaints = [x for file in files if isinstance(x := read_image(file, 3, (16, 16)), str)]
     assert len(complaints) > 200
-    assert all(text and "\n" not in text for text in complaints.values())
-    assert not pixels[list(complaints)].any()
+    assert all(text and "\n" not in text for text in complaints)
     for file in files:
         assert isinstance(read_header(file), Header | str)
 
@@ -253,3 +251,29 @@ def test_large_jpeg_shrinks_to_the_same_picture(tmp_path: Path) -> None:
     slow = decode_image(save(image, tmp_path / "a.png"), 1, (16, 16))
     assert np.abs(fast.astype(int) - slow).max() <= 3
     assert fast[0, 0, 0] == pytest.approx(64 + 4, abs=3)  # the left quarter is cut away
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_more_pixels_than_allowed_are_refused_by_the_header_alone(tmp_path: Path) -> None:
+    """A PNG file of 400 megapixels can be as small as 389 kB."""
+    image = Image.new("L", (40, 30))
+    for ending in ("png", "jpg", "webp", "gif", "bmp", "tif"):
+        file = save(image, tmp_path / f"a.{ending}")
+        assert isinstance(read_header(file, 1200), Header)
+        assert "--max_pixels" in read_header(file, 1199)
+        assert isinstance(read_image(file, 1, (4, 4), 1200), np.ndarray)
+        assert "--max_pixels" in read_image(file, 1, (4, 4), 1199)
+    bomb = bytearray(Path(save(image, tmp_path / "bomb.png")).read_bytes())
+    bomb[16:24] = (30_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bomb[12:29]).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    assert "--max_pixels" in read_header(str(tmp_path / "bomb.png"))
+
+
+def test_formats_that_start_other_programs_are_not_read(tmp_path: Path) -> None:
+    """Pillow has Ghostscript run what an EPS file says."""
+    file = tmp_path / "a.png"
+    file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
+    assert Image.open(file).format == "EPS"
+    for text in (read_header(str(file)), read_image(str(file), 3, (4, 4))):
+        assert "no image file of a kind that is read here: BMP, GIF, JPEG" in text

@@ -1,5 +1,6 @@
 """CSV to batches: the same images whether kept in memory or streamed, and mistakes named."""
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -179,3 +180,55 @@ def test_a_file_that_vanishes_while_streaming_is_named(tmp_path: Path) -> None:
 def test_val_fraction_is_a_share(fraction: float) -> None:
     with pytest.raises(ValueError, match="val_fraction"):
         DataConfig("data.csv", val_fraction=fraction)
+
+
+def hurt(folder: Path) -> Path:
+    """The CSV of twelve images: one is no image, two are truncated."""
+    path = write_noise(folder, size=(32, 32))
+    (folder / "3.png").write_text("hello")
+    for name in ("7.png", "9.png"):
+        damage(folder / name)
+    return path
+
+
+@pytest.mark.parametrize("max_memory", [None, 0])
+def test_bad_images_are_left_out_as_asked(
+    tmp_path: Path, max_memory: int | None, capsys: pytest.CaptureFixture
+) -> None:
+    """Found before the first batch also where images are streamed: the order must not change."""
+    path = hurt(tmp_path)
+    dataset = ImageDataset(path, skip_bad_images=3, max_memory=max_memory, num_workers=0)
+    kept = [number for number in range(12) if number not in (3, 7, 9)]
+    assert [row.image_path for row in dataset.rows] == [f"{number}.png" for number in kept]
+    whole = write_csv(tmp_path, [f"{number}.png" for number in kept])
+    assert torch.equal(batches(dataset), batches(ImageDataset(whole)))
+
+    dataset.write_skipped(tmp_path)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said == f"skipped 3 bad images, listed in {tmp_path / 'skipped.csv'}"
+    lines = list(csv.DictReader((tmp_path / "skipped.csv").open()))
+    assert [(line["row"], line["image_path"]) for line in lines] == [
+        ("4", "3.png"),
+        ("8", "7.png"),
+        ("10", "9.png"),
+    ]
+    assert "no image" in lines[0]["complaint"]
+    assert "truncated" in lines[1]["complaint"]
+
+
+def test_more_bad_images_than_may_be_left_out(tmp_path: Path) -> None:
+    path = hurt(tmp_path)
+    with pytest.raises(UserError, match=r"1 of 12 .* row 4 3\.png .*--skip_bad_images 1$"):
+        ImageDataset(path)
+    with pytest.raises(UserError, match=r"3 of 12 .* row 8 7\.png .* row 10 9\.png .*images 3$"):
+        ImageDataset(path, skip_bad_images=2)
+    (tmp_path / "data.csv").write_text("image_path\n3.png\n3.png\n")
+    with pytest.raises(UserError, match="2 of 2 files"):
+        ImageDataset(path, skip_bad_images=2)
+
+
+def test_max_pixels(tmp_path: Path) -> None:
+    path = write_noise(tmp_path, 2)
+    with pytest.raises(UserError, match=r"2 of 2 .*--max_pixels"):
+        ImageDataset(path, max_pixels=59)
+    assert len(ImageDataset(path, max_pixels=60)) == 2

@@ -26,6 +26,12 @@ def written(folder: Path, **options: object) -> Path:
     return write_indices(folder / "indices", GRIDS, ROWS, META, **options)
 
 
+def unsealed(folder: Path) -> Path:
+    """As it was written before indices folders had checksums."""
+    (written(folder) / "sha256.json").unlink()
+    return folder / "indices"
+
+
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 70, 1])
 def test_round_trip(tmp_path: Path, shard_bytes: int) -> None:
     folder = written(tmp_path, shard_bytes=shard_bytes)
@@ -133,17 +139,20 @@ def change_meta(folder: Path, **values: object) -> None:
 @pytest.mark.parametrize(
     ("values", "complaint"),
     [
-        ({"codebook_size": 1}, r"meta\.json is damaged: codebook_size must be 2 or more, got 1"),
+        ({"codebook_size": 1}, r"meta\.json is damaged: codebook_size must be from 2 to .*, got 1"),
         ({"codebook_size": "300"}, r"meta\.json is damaged: codebook_size"),
         ({"latent_dim": [2]}, r"meta\.json is damaged: latent_dim"),
         ({"latent_dim": 5}, r"meta\.json is damaged"),
         ({"colour": 1}, r"meta\.json is damaged: .*colour"),
         ({"latent_dim": [5, 2]}, r"holds uint16 \(7, 2, 5\), but meta\.json says grids of 5,2"),
         ({"codebook_size": 298}, "holds the index 298, but its codebook has only 298 codes"),
+        ({"codebook_size": 256}, r"holds uint16 .* 256 codes, uint8"),
+        ({"codebook_size": 10**15}, r"meta\.json is damaged: codebook_size"),
+        ({"depth": True}, r"meta\.json is damaged: depth must be int, got True"),
     ],
 )
 def test_damaged_meta(tmp_path: Path, values: dict, complaint: str) -> None:
-    folder = written(tmp_path)
+    folder = unsealed(tmp_path)
     change_meta(folder, **values)
     with pytest.raises(UserError, match=complaint):
         read_indices(folder)
@@ -151,7 +160,7 @@ def test_damaged_meta(tmp_path: Path, values: dict, complaint: str) -> None:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"codebook_size": 3}'])
 def test_unreadable_meta(tmp_path: Path, content: str) -> None:
-    folder = written(tmp_path)
+    folder = unsealed(tmp_path)
     (folder / "meta.json").write_text(content)
     with pytest.raises(UserError, match=r"meta\.json"):
         read_indices(folder)
@@ -165,12 +174,13 @@ def test_unreadable_meta(tmp_path: Path, content: str) -> None:
         (b"image_path,label,split\n" + b"a.png,1\n" * 7, "damaged"),
         (b"path,label,split\n" + b"a.png,1,train\n" * 7, "damaged: its first line is 'path,"),
         (b"\xff\xfe", "damaged"),
+        (b"image_path,label,split\n" + b"a.png,1,test\n" * 7, "damaged: a split is none of train"),
         (None, "damaged.*No such file"),
     ],
 )
 def test_damaged_manifest(tmp_path: Path, content: bytes | None, complaint: str) -> None:
     """These ended in a traceback: FileNotFoundError, TypeError, UnicodeDecodeError."""
-    manifest = written(tmp_path) / "manifest.csv"
+    manifest = unsealed(tmp_path) / "manifest.csv"
     if content is None:
         manifest.unlink()
     else:
@@ -180,7 +190,7 @@ def test_damaged_manifest(tmp_path: Path, content: bytes | None, complaint: str)
 
 
 def test_damaged_array(tmp_path: Path) -> None:
-    folder = written(tmp_path)
+    folder = unsealed(tmp_path)
     file = folder / "indices.npy"
     good = file.read_bytes()
     np.savez(file.with_suffix(".npz"), GRIDS.numpy())
@@ -204,7 +214,7 @@ def test_damaged_array(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")  # numpy's, of invalid headers
 def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
     """Refused in one line, or read as it was (spaces may become tabs)."""
-    folder = written(tmp_path)
+    folder = unsealed(tmp_path)
     good = (folder / "indices.npy").read_bytes()
     draw, refused = random.Random(0), 0
     for _ in range(300):
@@ -218,6 +228,34 @@ def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
         else:
             assert indices.tensor().shape == (7, 2, 5)
     assert refused > 100
+
+
+def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
+    """A flipped bit in an index or a label was trained on."""
+    folder = written(tmp_path, shard_bytes=70)
+    for file in sorted(folder.iterdir()):
+        good = file.read_bytes()
+        if file.name != "sha256.json":
+            file.write_bytes(good[:-3] + bytes([good[-3] ^ 1]) + good[-2:])
+            with pytest.raises(UserError, match=f"{file.name} is damaged: its SHA-256"):
+                read_indices(folder)
+            file.write_bytes(good)
+    assert len(read_indices(folder)) == 7
+    (folder / "sha256.json").unlink()
+    assert len(read_indices(folder)) == 7
+
+
+def test_a_link_that_leads_out_of_the_folder(tmp_path: Path) -> None:
+    folder = unsealed(tmp_path)
+    for name in ("manifest.csv", "indices.npy"):
+        (folder / name).rename(tmp_path / name)
+        (folder / name).symlink_to(tmp_path / name)
+        with pytest.raises(UserError, match=f"{name} is a link that leads out of its folder"):
+            read_indices(folder)
+        (folder / name).unlink()
+        (tmp_path / name).rename(folder / name)
+    (tmp_path / "link").symlink_to(folder)  # of the whole folder, as for a large disk
+    assert len(read_indices(tmp_path / "link")) == 7
 
 
 def text_file(folder: Path, content: str | bytes) -> Path:
@@ -265,6 +303,7 @@ def test_text_file_of_a_grid_that_is_no_square(tmp_path: Path) -> None:
         ("", "line 1, number 1: no index"),
         ("\n0 1 2 3\n", "line 1, number 1: no index"),
         (b"\x89PNG\xff\x00", "line 1, number 1: .* is no index"),
+        ("0 1 2 3\n" + "0 " * (1 << 23), "line 2: it has 16,777,216 characters or more"),
     ],
 )
 def test_mistakes_in_a_text_file_have_line_and_column(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from utils import resume
-from utils.processes import autocast
+from utils.processes import Processes, autocast
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.adversary import (
     Adversary,
@@ -285,8 +285,14 @@ def test_an_adversary_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) -> 
     optimizers = [torch.optim.AdamW(a.parameters(), 1e-2, fused=True) for a in (first, second)]
     step(first, optimizers[0], 1)
     first.autopilot.strength, first.autopilot.baseline = 0.3, 0.0123456789
-    write_folder(tmp_path / "last", resume.part_files("adversary", first, optimizers[0]))
-    resume.restore_part(tmp_path / "last", "adversary", second, optimizers[1])
+    alone = Processes(0, 1, torch.device("cpu"))
+    states = [
+        resume.State(alone, a, {}, progress=resume.Progress(), optimizer=optimizer)
+        for a, optimizer in zip((first, second), optimizers, strict=True)
+    ]
+    weights = {"model.safetensors": first.state_dict()}
+    write_folder(tmp_path / "last", states[0].files() | weights)
+    states[1].restore(tmp_path / "last")
     for adversary, optimizer in zip((first, second), optimizers, strict=True):
         step(adversary, optimizer, 2)
     for name, value in first.state_dict().items():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weights
-from utils import checkpoint, cli
+from utils import checkpoint
 from vqvae import VQVAE, VQVAEConfig, pretrained
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
@@ -155,13 +155,3 @@ def test_missing_and_unknown_names_are_listed() -> None:
 def test_a_network_that_a_project_does_not_have_is_refused(project: str) -> None:
     with pytest.raises(ValueError, match=project):
         to_other(project, VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=3)))
-
-
-class Callback:
-    """What Lightning puts beside the weights."""
-
-
-def test_a_checkpoint_with_python_objects_is_not_executed(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}, "callbacks": Callback()}, tmp_path / "last.ckpt")
-    with pytest.raises(cli.UserError, match="weights_only=False"):
-        pretrained.read_pickle(tmp_path / "last.ckpt")

@@ -57,6 +57,39 @@ def test_fetch(store: Any) -> None:
             tracking.fetch(address)
 
 
+@pytest.mark.parametrize("call", ["create_run", "get_experiment_by_name"])
+def test_a_store_that_dies_while_a_run_is_opened(
+    store: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """It answered when it was asked whether it is there; then there was a traceback."""
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError("database or disk is full")
+
+    monkeypatch.setattr(type(store), call, full)
+    with pytest.raises(UserError, match=r"opens no run \(database or disk is full\); mend it"):
+        open_run()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "runs:/../../etc/passwd",
+        "runs:/0123/../../secret",
+        "runs:/0123//etc",
+        "runs:/0123/..",
+        "runs:/0123/%2e%2e/secret",
+        "models:/a/../b",
+        "runs:/0123/a\0b",
+        "runs:/0123/a?b#c",
+    ],
+)
+def test_addresses_that_lead_elsewhere_are_refused_unasked(address: str) -> None:
+    with pytest.raises(UserError, match="is no address of an artifact"):
+        tracking.fetch(address)
+    assert not Path("mlflow.db").exists()
+
+
 @contextlib.contextmanager
 def listening(answer: bytes | None) -> Iterator[int]:
     """A port that accepts connections and gives one answer to all, or none ever."""

@@ -54,6 +54,8 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
         ("image_path,split\na.png,\n", "line 2: split is ''"),
         ("image_path,label\n,1\n", "line 2: image_path is empty"),
         ('image_path\n"a.png', "no CSV in UTF-8"),
+        ("image_path\na\0.png\n", "line 2: image_path has a zero byte"),
+        ("image_path,label,label\na.png,1,2\n", "names a column twice"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: str, complaint: str) -> None:
@@ -161,3 +163,33 @@ def test_epoch_order_follows_from_seed_and_epoch() -> None:
     assert torch.equal(first.sort().values, rows)
     for seed, epoch in ((5, 3), (6, 2), (2, 5)):
         assert not torch.equal(first, epoch_order(rows, seed, epoch))
+
+
+def test_two_names_of_one_file_are_on_one_side(tmp_path: Path) -> None:
+    """A symbolic link to a training image could be a validation image."""
+    names = [f"{number}.png" for number in range(60)]
+    path = write(tmp_path, "image_path\n" + "\n".join(names), files=" ".join(names))
+    before = split_rows(read_csv(path), val_fraction=0.3, seed=0, folder=tmp_path)
+    (tmp_path / "folder").symlink_to(tmp_path)
+    for number in range(60):
+        (tmp_path / f"link{number}.png").symlink_to(f"{number}.png")
+    links = [f"link{number}.png" for number in range(60)]
+    ways = [f"folder/{number}.png" for number in range(60)]
+    path.write_text("image_path\n" + "\n".join(names + links + ways))
+    train, val = split_rows(read_csv(path), val_fraction=0.3, seed=0, folder=tmp_path)
+    sides = [{row % 60 for row in side.tolist()} for side in (train, val)]
+    assert sides == [set(side.tolist()) for side in before]  # and the links change nothing
+
+
+def test_one_file_on_both_sides_of_a_split_column(tmp_path: Path) -> None:
+    path = write(tmp_path, "image_path,split\na.png,train\nlink.png,val\n")
+    (tmp_path / "link.png").symlink_to("a.png")
+    with pytest.raises(UserError, match=r"a\.png \(train\) and link\.png \(val\) are one file"):
+        read_csv(path)
+
+
+def test_a_csv_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "image_path\na.png\n")
+    monkeypatch.setattr("utils.table.TABLE_BYTES", 10)
+    with pytest.raises(UserError, match="17 bytes, but such a file may have 10 at most"):
+        read_csv(path)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PICTURE, lines_of, open_run
-from utils import tracking
+from utils import metrics_log, tracking
 from utils.cli import Stopped, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -177,3 +177,26 @@ def test_a_run_that_is_deleted_meanwhile(store: Any, capsys: pytest.CaptureFixtu
     assert time.monotonic() - started < 5
     assert len(capsys.readouterr().err.splitlines()) == 1
     assert len(lines_of(run)) == 20
+
+
+def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any) -> None:
+    with open_run() as run:
+        for step in (1, 2, 3):
+            run.metrics("train", {"loss": float(step)}, step)
+    metrics_log.append(
+        run.output_dir, {"step": 2, "time": 7.0, "val/mse": 0.5}
+    )  # killed before it went
+    size = metrics_log.mark(run.output_dir)
+    run_again = {"run_id": run.run_id, "continued": True}
+    metrics_log.append(run.output_dir, {"step": 3, "time": 8.0, "val/mse": 0.25})  # to come again
+    with open_run(logged=size, **run_again) as again:
+        again.metrics("train", {"loss": 3.0}, 3)
+        again.metrics("val", {"mse": 0.25}, 3)
+        again.metrics("train", {"loss": 4.0}, 4)
+
+    def points(key: str) -> list[tuple[int, float]]:
+        return [(x.step, x.value) for x in store.get_metric_history(run.run_id, key)]
+
+    assert points("train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    assert points("val/mse") == [(2, 0.5), (3, 0.25)]
+    assert [line["step"] for line in lines_of(again)] == [1, 2, 3, 2, 3, 3, 4]

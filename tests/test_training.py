@@ -1,8 +1,6 @@
-"""Schedule, optimiser, signals, and a resumed training that equals an uninterrupted one."""
+"""Schedule, batches and optimiser, and where a training writes."""
 
 import math
-import os
-import signal
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,14 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, resume
-from utils.cli import Stopped, UserError
+from utils.cli import UserError
 from utils.optimizers import make_optimizer, optimizer_step
 from utils.processes import Processes
 from utils.resume import Progress
 from utils.training import (
     Schedule,
-    StopRequest,
     TrainingConfig,
     find_output_dir,
 )
@@ -90,6 +86,9 @@ def test_what_cannot_be_scheduled(arguments: dict, complaint: str) -> None:
         {"weight_decay": math.nan},
         {"max_grad_norm": 0.0},
         {"patience": -1},
+        {"nonfinite_limit": -1},
+        {"checkpoint_every": "0"},
+        {"checkpoint_every": "5 minutes"},
     ],
 )
 def test_flags_out_of_range(flags: dict) -> None:
@@ -99,7 +98,7 @@ def test_flags_out_of_range(flags: dict) -> None:
 
 
 def seen_rows(plan: Schedule, progress: Progress, group: Processes = ALONE) -> list[list[int]]:
-    """The rows of every batch from `progress` to the end."""
+    """The rows of every batch of `group`'s process from `progress` to the end."""
 
     def load(batches: list[Tensor], epoch: int) -> Iterator[list[int]]:
         yield from (batch.tolist() for batch in batches)
@@ -107,6 +106,7 @@ def seen_rows(plan: Schedule, progress: Progress, group: Processes = ALONE) -> l
     seen = []
     for batch in plan.batches(torch.arange(100, 125), progress, group, load):
         progress.step += 1
+        assert group.share(plan.rows).tolist() == batch
         seen.append(batch)
     return seen
 
@@ -199,122 +199,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert torch.equal(net.weight, before)
 
 
-def train(
-    folder: Path, steps: int | None, resumed: Path | None = None, *, muon: bool = False
-) -> tuple[list[float], dict[str, Tensor]]:
-    """A training with dropout, up to `steps`; its losses and its last weights."""
-    torch.manual_seed(3 if resumed is None else 99)
-    net = Net()
-    config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
-    for_muon = [net.linear.weight, net.mixer.weight] if muon else []
-    optimizer = make_optimizer(net, config, (0.9, 0.99), for_muon)
-    progress = resume.restore_training(resumed, net, optimizer)
-    plan = Schedule(config, 25, 5)
-    losses = []
-    for rows in plan.batches(torch.arange(25), progress, ALONE, lambda batch, _: iter(batch)):
-        loss = (net(rows) - rows[:, None]).square().mean()
-        loss.backward()
-        optimizer_step(optimizer, plan.learning_rate(progress.step), 1.0)
-        progress.step += 1
-        losses.append(loss.item())
-        progress.improved(losses[-1])
-        if progress.step == steps:
-            break
-    net.config = config
-    files = checkpoint.model_files(net, checkpoint.Provenance())
-    checkpoint.write_folder(folder / "last", files | resume.training_files(optimizer, progress))
-    return losses, net.state_dict()
-
-
-@pytest.mark.parametrize("muon", [False, True])
-@pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_resumed_training_equals_an_uninterrupted_one(
-    tmp_path: Path, steps: int, muon: bool
-) -> None:
-    expected, weights = train(tmp_path / "whole", None, muon=muon)
-    first, _ = train(tmp_path / "parts", steps, muon=muon)
-    found = resume.find_checkpoint(str(tmp_path / "parts"), "")
-    second, resumed = train(tmp_path / "parts", None, found, muon=muon)
-    assert first + second == expected
-    assert len(first) == steps
-    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
-
-
-def test_find_checkpoint(tmp_path: Path) -> None:
-    assert resume.find_checkpoint("", str(tmp_path)) is None
-    assert resume.find_checkpoint("auto", str(tmp_path)) is None
-    train(tmp_path, 1)
-    last = tmp_path / "last"
-    assert resume.find_checkpoint("auto", str(tmp_path)) == last
-    assert resume.find_checkpoint(str(tmp_path), "") == last
-    assert resume.find_checkpoint(str(last), "") == last
-    with pytest.raises(UserError, match="--resume auto needs --output_dir"):
-        resume.find_checkpoint("auto", "")
-    with pytest.raises(UserError, match="no checkpoint there"):
-        resume.find_checkpoint(str(tmp_path / "none"), "")
-    # a crash between the two renames of a checkpoint
-    last.rename(tmp_path / "last.old")
-    for wish in ("auto", str(tmp_path)):
-        found = resume.find_checkpoint(wish, str(tmp_path))
-        assert len(train(tmp_path / "new", None, found)[0]) == 7
-    with pytest.raises(UserError, match="holds a training already"):
-        find_output_dir(TrainingConfig(output_dir=str(tmp_path)), None, "name")
-
-
-def test_a_checkpoint_of_another_training(tmp_path: Path) -> None:
-    train(tmp_path, 1)
-    other = nn.Linear(3, 3)
-    optimizer = make_optimizer(other, TrainingConfig(), (0.9, 0.99))
-    with pytest.raises(UserError, match=r"does not fit this training.*resume with the flags"):
-        resume.restore_training(tmp_path / "last", other, optimizer)
-    (tmp_path / "last" / "training.json").write_text('{"steps": 3}')
-    net = Net()
-    optimizer = make_optimizer(net, TrainingConfig(), (0.9, 0.99))
-    with pytest.raises(UserError, match="does not fit this training"):
-        resume.restore_training(tmp_path / "last", net, optimizer)
-
-
-@pytest.mark.parametrize("muon", [False, True])
-def test_a_checkpoint_of_another_optimizer(tmp_path: Path, muon: bool) -> None:
-    train(tmp_path, 1, muon=muon)
-    with pytest.raises(UserError, match=r"its optimizer was \w+, not \w+; resume with the flags"):
-        train(tmp_path, 2, tmp_path / "last", muon=not muon)
-
-
-def test_progress_counts_evaluations_without_a_better_one() -> None:
-    progress = Progress()
-    better = [progress.improved(value) for value in (3.0, 2.0, 2.0, math.nan, 1.0)]
-    assert better == [True, True, False, False, True]  # after NaN nothing was ever better
-    assert progress.best == 1
-    progress.improved(5.0)
-    assert not progress.exhausted(2)
-    progress.improved(5.0)
-    assert progress.exhausted(2)
-    assert not progress.exhausted(0)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int) -> None:
-    before = signal.getsignal(number)
-    saved = []
-    with StopRequest() as stop:
-        stop.obeyed(ALONE, lambda: saved.append("too early"))
-        os.kill(os.getpid(), number)
-        with pytest.raises(Stopped) as caught:
-            stop.obeyed(ALONE, lambda: saved.append("now"))
-    assert caught.value.exit_code == 128 + number
-    assert saved == ["now"]
-    assert signal.getsignal(number) is before
-
-
-def test_a_second_signal_stops_at_once() -> None:
-    with StopRequest():
-        os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(SystemExit) as caught:
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.code == 143
-
-
 def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_output_dir(TrainingConfig(), None, "made-up") == Path("outputs/made-up")
@@ -324,7 +208,8 @@ def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert find_output_dir(named, None, "made-up") == Path("outputs/mine-2")
     given = TrainingConfig(output_dir="here", run_name="mine")
     assert find_output_dir(given, None, "made-up") == Path("here")
-    assert find_output_dir(named, Path("there/last"), "made-up") == Path("there")
-    Path("here/last").mkdir(parents=True)
+    resumed = Path("there/checkpoints/step-00000003")
+    assert find_output_dir(named, resumed, "made-up") == Path("there")
+    Path("here/checkpoints/step-00000003").mkdir(parents=True)
     with pytest.raises(UserError, match="here holds a training already"):
         find_output_dir(given, None, "made-up")

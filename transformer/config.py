@@ -11,6 +11,7 @@ SIZES = {
     "L": (24, 16, 1024, 2816),
     "XL": (36, 20, 1280, 3584),
 }
+MOST_LAYERS = 1000  # above, a config file has been tampered with
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ class GPTConfig:
             raise ValueError(
                 "num_layers, num_heads, num_kv_heads, dim and hidden_dim must be at least 1"
             )
+        if self.num_layers > MOST_LAYERS:
+            raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {self.num_layers}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transformer.config import GPTConfig
 from transformer.gpt import GPT
-from utils import checkpoint, cli
+from utils import checkpoint, cli, foreign
 from utils.vocabulary import FILE, Vocabulary
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
@@ -96,27 +96,8 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     return model.eval()
 
 
-def read_weights(path: str) -> dict[str, Tensor]:
-    """The state dict in a file of torch.save, whatever it is nested under; nothing is executed.
-
-    Raises:
-        UserError: no such file, or something else.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what unpickling refuses has many types
-        line = " ".join(str(error).split())[:200]
-        raise cli.UserError(f"cannot read {path} as a checkpoint of weights: {line}") from error
-    for name in ("model", "module", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict):
-        raise cli.UserError(f"{path} holds no state dict")
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
-
-
 def main(arguments: argparse.Namespace) -> None:
-    weights = read_weights(arguments.checkpoint)
+    weights = foreign.read_state_dict(arguments.checkpoint)
     model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     words = Vocabulary(

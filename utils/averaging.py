@@ -1,16 +1,11 @@
 """An average of a model's weights along its training, which often draws better than the last."""
 
 import copy
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import read_tensors
 from utils.cli import UserError
-
-FILE = "average.safetensors"
 
 
 class WeightAverage:
@@ -42,20 +37,15 @@ class WeightAverage:
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)  # counters and the like: these have no average
 
-    def files(self) -> dict[str, dict[str, Any]]:
-        """The file of a checkpoint that a resumed training needs."""
-        return {FILE: self.model.state_dict()} if self._decay else {}
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed training needs: nothing without an average."""
+        return self.model.state_dict() if self._decay else {}
 
-    def restore(self, folder: Path | None) -> None:
-        """Go on with the average of a checkpoint; nothing without one.
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Go on with the average of a checkpoint.
 
         Raises:
-            UserError: the checkpoint was trained without an average, or another model.
+            RuntimeError: it is of another model, or there is none.
         """
-        if folder is None or not self._decay:
-            return
-        tensors: dict[str, Tensor] = read_tensors(folder / FILE)
-        try:
+        if self._decay:
             self.model.load_state_dict(tensors)
-        except RuntimeError as error:
-            raise UserError(f"{folder / FILE} does not fit the model: {error}") from error

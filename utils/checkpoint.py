@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UserError, build
+from utils.cli import UserError
+from utils.untrusted import JSON_BYTES, check_links, check_size, typed
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "sha256.json"
 PROVENANCE = "provenance.json"
+TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ class Provenance:
     command: str = ""
     seed: int = 0
     val_fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
+            raise ValueError(f"run_id is {self.run_id!r:.80}, which no MLflow run is called")
+        if not 0 <= self.val_fraction <= 1:
+            raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
 
 
 class LoadedModel(NamedTuple):
@@ -70,26 +79,60 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     Args:
         folder: where to; takes the place of what is there.
         files: contents by name: state dicts for *.safetensors, plain values for *.json.
+
+    Raises:
+        UserError: the disk is full; what was there before still is.
     """
-    staging = folder.with_name(folder.name + ".tmp")
+    swap_in(_stage(folder, files), folder)
+    flush(folder.parent)
+
+
+def write_new_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """`write_folder` where nothing is yet."""
+    _stage(folder, files).rename(folder)
+    flush(folder.parent)
+
+
+def _stage(folder: Path, files: dict[str, dict[str, Any]]) -> Path:
+    """The files on the disk in a temporary folder, the manifest of their SHA-256 last."""
+    staging = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
+    try:
+        _check_space(staging, files)
+        for name, content in files.items():
+            if name.endswith(".safetensors"):
+                # safetensors stores row-major only; clones keep tied weights and views apart.
+                tensors = {
+                    key: value.detach().to("cpu", copy=True).contiguous()
+                    for key, value in content.items()
+                }
+                safetensors.torch.save_file(tensors, staging / name)
+            else:
+                (staging / name).write_text(json.dumps(content, indent=2) + "\n")
+            flush(staging / name)
+        sums = {name: sha256(staging / name) for name in files}
+        (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+        flush(staging / CHECKSUMS)
+        flush(staging)
+    except (OSError, safetensors.SafetensorError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise UserError(
+            f"cannot write {folder} ({error}); what was saved before is whole: make room on the "
+            "disk, then --resume"
+        ) from error
+    return staging
+
+
+def _check_space(staging: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Raise an OSError where the tensors would not fit on the disk."""
+    needed = 1 << 20  # for names and numbers
     for name, content in files.items():
         if name.endswith(".safetensors"):
-            # safetensors stores row-major only; clones keep tied weights and views apart.
-            tensors = {
-                key: value.detach().to("cpu", copy=True).contiguous()
-                for key, value in content.items()
-            }
-            safetensors.torch.save_file(tensors, staging / name)
-        else:
-            (staging / name).write_text(json.dumps(content, indent=2) + "\n")
-    sums = {name: sha256(staging / name) for name in files}
-    (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-    for path in (*staging.iterdir(), staging):
-        _flush(path)
-    swap_in(staging, folder)
-    _flush(folder.parent)
+            needed += sum(value.nbytes for value in content.values())
+    free = shutil.disk_usage(staging).free
+    if free < needed:
+        raise OSError(f"it takes {needed / 2**20:,.0f} MiB, but {free / 2**20:,.0f} are free")
 
 
 def swap_in(staging: Path, folder: Path) -> None:
@@ -112,7 +155,7 @@ def _old_name(folder: Path) -> Path:
     return folder.with_name(folder.name + ".old")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Make sure that a file or a folder's list of names has reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -122,14 +165,15 @@ def _flush(path: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file.
+    """An object from a JSON file of at most 64 MiB.
 
     Raises:
         UserError: no such file, or no JSON object.
     """
     try:
+        check_size(path, JSON_BYTES)
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no JSON object")
@@ -144,10 +188,24 @@ def verify(path: Path) -> None:
     """
     if (path.parent / CHECKSUMS).is_file():
         expected = read_json(path.parent / CHECKSUMS).get(path.name)
-        if expected is not None and expected != sha256(path):
+        try:
+            found = expected and sha256(path)
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error}") from error
+        if found != expected:
             raise UserError(
-                f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again"
+                f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
+                f"if you changed it on purpose, take its line out of {CHECKSUMS}"
             )
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether all files that a folder was written with are there, unchanged."""
+    try:
+        sums = read_json(folder / CHECKSUMS)
+        return all(sha256(folder / name) == sums[name] for name in sums)
+    except (OSError, ValueError, UserError):
+        return False
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -198,27 +256,43 @@ def load_model(
         UserError: no model folder, another kind of model, or damaged files.
     """
     folder = find_model_folder(path)
-    verify(folder / CONFIG)
+    check_links(folder)
+    written = folder / PROVENANCE
+    for path in (folder / CONFIG, written):
+        verify(path)
     values = read_json(folder / CONFIG)
     kind = values.pop("model", None)
     if kind != model_class.__name__:
         raise UserError(f"{folder} holds a {kind}, but a {model_class.__name__} is needed here")
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-    }
+    config = _read_typed(config_class, values, folder / CONFIG)
+    values = read_json(written) if written.is_file() else {}
+    provenance = _read_typed(Provenance, values, written)
+    tensors = read_tensors(folder / WEIGHTS)
     try:
-        model = model_class(_build_config(config_class, values, folder))
-        model.load_state_dict(read_tensors(folder / WEIGHTS))
-        written = folder / PROVENANCE
-        provenance = Provenance(**read_json(written)) if written.is_file() else Provenance()
-    except (TypeError, RuntimeError) as error:
+        # First without memory for the weights: a config may ask for any size.
+        with torch.device("meta"):
+            _check_kinds(model_class(config).state_dict(), tensors)
+        model = model_class(config)
+        model.load_state_dict(tensors)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {line}") from error
     return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
 
 
-def _build_config(config_class: type, values: dict[str, Any], folder: Path) -> Any:
+def _read_typed(make: type, values: dict[str, Any], path: Path) -> Any:
     try:
-        return build(config_class, **values)
+        return typed(make, values)
     except UserError as error:
-        raise UserError(f"{folder / CONFIG} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def _check_kinds(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Raise a ValueError if tensors are missing, left over, or of another shape or kind."""
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise ValueError(f"{name:.80} is only in one of them")
+    for name, tensor in expected.items():
+        if tensor.shape != found[name].shape:
+            raise ValueError(f"{name} is {list(found[name].shape)} and not {list(tensor.shape)}")
+        if tensor.is_floating_point() != found[name].is_floating_point():
+            raise ValueError(f"{name} is {found[name].dtype} and not {tensor.dtype}")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import shlex
 import sys
@@ -10,6 +11,14 @@ import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+
+# What takes less memory, by the flag that a script may have for it.
+LESS_MEMORY = {
+    "batch_size": "a smaller --batch_size",
+    "accumulate": "--accumulate N (the same batch in N parts)",
+    "image_size": "a smaller --image_size",
+    "num_workers": "fewer --num_workers",
+}
 
 
 class UserError(Exception):
@@ -165,7 +174,24 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     except UserError as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if arguments.debug or not out_of_memory(error):
+            raise
+        ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
+        ways = ways or ["a machine with more"]
+        said = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        print(f"error: out of memory: {said}; use {', or '.join(ways)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"error: no room is left on the disk ({error}); what was saved before is whole: make "
+            "room, and run it again (a training with --resume)",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except Stopped as stop:
         print(f"{stop}; what it had is saved", file=sys.stderr)
@@ -173,6 +199,17 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of this machine or of its GPU is used up."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def printable(text: str) -> str:
+    """A text as one line that cannot steer the terminal, whatever names and labels it quotes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def command_line() -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.checkpoint import verify
 from utils.cli import UserError
 from utils.grid_meta import GridMeta
 from utils.index_folder import smallest_type
@@ -54,6 +55,7 @@ def read_conditions(path: Path, indices: Indices) -> Tensor | None:
     if meta is None:
         return None
     file = path / FILE
+    verify(file)
     try:
         array = np.lib.format.open_memmap(file, mode="r")
         expected = (len(indices), *meta.latent_dim)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.checkpoint import verify
 from utils.cli import UserError
 from utils.indices import Indices
 from utils.table import seeded
@@ -48,6 +49,7 @@ def read_crops(folder: Path, indices: Indices) -> Crops | None:
     path = folder / FILE
     if not path.is_file():
         return None
+    verify(path)
     try:
         array = np.lib.format.open_memmap(path, mode="r")
         largest = int(array.max())

@@ -1,7 +1,11 @@
 """One image file: its header, and its pixels whatever the file holds."""
 
+import logging
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +17,9 @@ from utils.cli import UserError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # the EXIF tag
+# Of the many kinds that Pillow knows, some start other programs; these only decode.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_PIXELS = 64_000_000
 
 
 class Header(NamedTuple):
@@ -23,10 +30,32 @@ class Header(NamedTuple):
     alpha: bool
 
 
-def read_header(file: str) -> Header | str:
+@contextmanager
+def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """An image file of one of `FORMATS`, whose pixels are read when they are first asked for.
+
+    Raises:
+        Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombError
+            where its header, or a frame of it, says more than `max_pixels`.
+    """
+    _quieten()
+    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # where Pillow warns; it raises from twice that on
+    # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
+    with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+        yield image
+
+
+@cache
+def _quieten() -> None:
+    """Have Pillow keep to itself what it says of odd files, without a name; once a process."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+
+
+def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
     """The header of an image file, or what is wrong with it."""
     try:
-        with Image.open(file) as image:
+        with open_image(file, max_pixels) as image:
             width, height = image.size
             # Pillow has swapped those of a TIFF file already.
             rotated = image.format != "TIFF" and _says_rotation(image)
@@ -59,7 +88,9 @@ def complaint(file: str, error: Exception) -> str:
     if os.path.exists(file) and os.path.getsize(file) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
-        return "no image file of a kind that Pillow knows"
+        return f"no image file of a kind that is read here: {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return "its header says more pixels than --max_pixels allows"
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -77,16 +108,19 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def decode_image(file: str | Path, channels: int, size: tuple[int, int]) -> np.ndarray:
+def decode_image(
+    file: str | Path, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> np.ndarray:
     """An image file as a picture of the given size: resized to cover it, then cut in the middle.
 
     Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, of an animation the
     first frame is taken. Without an alpha channel in the result, transparent parts become white.
 
     Args:
-        file: anything that Pillow opens.
+        file: of one of `FORMATS`.
         channels: 1, 3 or 4.
         size: height and width.
+        max_pixels: refuse a file whose header says more.
 
     Returns:
         (channels, height, width), uint8.
@@ -94,9 +128,8 @@ def decode_image(file: str | Path, channels: int, size: tuple[int, int]) -> np.n
     Raises:
         Exception: of any type, where Pillow cannot read the file.
     """
-    # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
-    with open(file, "rb") as stream, Image.open(stream) as image:
-        height, width = size
+    height, width = size
+    with open_image(file, max_pixels) as image:
         if image.format == "JPEG":  # decodes at a fraction of the size where that is enough
             image.draft(None, (2 * max(size), 2 * max(size)))
         if _says_rotation(image):
@@ -114,28 +147,14 @@ def decode_image(file: str | Path, channels: int, size: tuple[int, int]) -> np.n
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
 
 
-def read_headers(files: Sequence[str]) -> list[Header | str]:
-    """The header of each file, or what is wrong with it."""
-    return [read_header(file) for file in files]
-
-
-def decode_images(
-    files: Sequence[str], channels: int, size: tuple[int, int]
-) -> tuple[np.ndarray, dict[int, str]]:
-    """`decode_image` of each file.
-
-    Returns:
-        (N, channels, height, width), uint8, zeros where a file cannot be read;
-        what is wrong with those files, by position.
-    """
-    pixels = np.zeros((len(files), channels, *size), np.uint8)
-    complaints = {}
-    for position, file in enumerate(files):
-        try:
-            pixels[position] = decode_image(file, channels, size)
-        except Exception as error:  # Pillow raises nearly everything on damaged files
-            complaints[position] = complaint(file, error)
-    return pixels, complaints
+def read_image(
+    file: str | Path, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+) -> np.ndarray | str:
+    """`decode_image`, or what is wrong with the file."""
+    try:
+        return decode_image(file, channels, size, max_pixels)
+    except Exception as error:  # Pillow raises nearly everything on damaged files
+        return complaint(str(file), error)
 
 
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
@@ -145,11 +164,12 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
         UserError: no picture, or nothing is left to draw.
     """
     try:
-        with Image.open(path) as picture:
+        with open_image(path) as picture:
             mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except (OSError, ValueError, SyntaxError) as error:
+    except Exception as error:  # Pillow raises nearly everything on damaged files
         raise UserError(
-            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: {error}"
+            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: "
+            f"{complaint(path, error)}"
         ) from error
     keep = np.asarray(mask) >= 128
     if keep.all():

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from utils.checkpoint import LoadedModel
 from utils.cli import UserError
+
+MOST_CODES = 1 << 32  # what text files and .npy files of uint32 can hold
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,12 @@ class GridMeta:
     tokenizer_run_id: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.codebook_size, int) or self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be 2 or more, got {self.codebook_size}")
-        grid = tuple(self.latent_dim)
-        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 for side in grid):
-            raise ValueError(f"latent_dim must be rows and columns, got {self.latent_dim}")
-        object.__setattr__(self, "latent_dim", grid)
+        if not 2 <= self.codebook_size <= MOST_CODES:
+            raise ValueError(
+                f"codebook_size must be from 2 to {MOST_CODES}, got {self.codebook_size}"
+            )
+        if min(self.latent_dim) < 1:
+            raise ValueError(f"latent_dim must be 1 or more, got {self.latent_dim}")
 
     def check_tokenizer(self, tokenizer: LoadedModel, path: str | Path) -> None:
         """Refuse a tokenizer that is not the one that the indices at `path` belong to.
@@ -60,17 +61,3 @@ class GridMeta:
                     f"{names[0]}: {what} {one}, but {names[1]}: {what} {two}; use indices and "
                     "models of one tokenizer"
                 )
-
-
-def grid_meta(value: Any) -> GridMeta | None:
-    """What a JSON file holds for a `GridMeta`: an object, or null.
-
-    Raises:
-        ValueError: something else.
-    """
-    if value is None or isinstance(value, GridMeta):
-        return value
-    try:
-        return GridMeta(**value)
-    except TypeError as error:
-        raise ValueError(f"expected what a grid belongs to, got {value!r}") from error

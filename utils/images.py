@@ -1,26 +1,27 @@
 """CSV of images to batches of image tensors in [-1, 1]."""
 
+import csv
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from utils.augmentation import Augmentation
 from utils.cli import UserError, first_few
-from utils.decoding import Header, complaint, decode_image, decode_images, read_headers
-from utils.table import read_csv, seeded, split_rows
+from utils.decoding import MAX_PIXELS, Header, read_header, read_image
+from utils.table import read_csv, split_rows
+from utils.workers import read_batches
 
 CHUNK = 256  # files that a process reads at a time
+SKIPPED = "skipped.csv"
 
 
 @dataclass(frozen=True)
@@ -43,50 +44,27 @@ class DataConfig:
     allow_outside_paths: bool = field(
         default=False, metadata={"help": "accept image paths that leave the folder of the CSV"}
     )
+    max_pixels: int = field(
+        default=MAX_PIXELS, metadata={"help": "refuse image files whose header says more"}
+    )
+    skip_bad_images: int = field(
+        default=0,
+        metadata={"help": "leave out up to this many files that cannot be read as images"},
+    )
 
     def __post_init__(self) -> None:
+        if self.max_pixels < 1 or self.skip_bad_images < 0:
+            raise ValueError("max_pixels must be 1 or more, skip_bad_images must not be negative")
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
 
 
-class Augmentation(NamedTuple):
-    """What changes from epoch to epoch in a training image: a function of seed, epoch and row."""
-
-    horizontal_flip: bool
-    random_crop: bool
-    seed: int
-    epoch: int
-
-    def apply(self, images: Tensor, rows: Tensor, size: tuple[int, int], num_rows: int) -> Tensor:
-        """(B, C, canvas height, canvas width) of the given rows -> (B, C, *size), uint8."""
-        if not (self.random_crop or self.horizontal_flip):
-            return images
-        chance = _chances(self.seed, self.epoch, num_rows)[rows]
-        if self.random_crop:
-            spare = torch.tensor([images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1])
-            corners = (chance[:, :2] * spare).long().tolist()
-            images = torch.stack(
-                [
-                    image[:, top : top + size[0], left : left + size[1]]
-                    for image, (top, left) in zip(images, corners, strict=True)
-                ]
-            )
-        if self.horizontal_flip:
-            images = torch.where((chance[:, 2] < 0.5)[:, None, None, None], images.flip(3), images)
-        return images
-
-
-@lru_cache(maxsize=1)
-def _chances(seed: int, epoch: int, num_rows: int) -> Tensor:
-    """Three random numbers for each row of an epoch, (num_rows, 3) in [0, 1)."""
-    return torch.rand(num_rows, 3, generator=seeded("augmentation", seed, epoch))
-
-
-class ImageDataset(Dataset):
+class ImageDataset:
     """The images of a CSV, decoded once into memory where they fit, else streamed from disk.
 
     Attributes:
-        rows: the lines of the CSV.
+        rows: the lines of the CSV, without those of bad images that were skipped.
+        skipped: those rows' number (from 1), image_path and what is wrong with the file.
         size: height and width of an image in pixels.
         channels: 1, 3 or 4.
         canvas: height and width of the images as they are kept; larger than `size` where random
@@ -103,6 +81,8 @@ class ImageDataset(Dataset):
         channels: int | None = None,
         random_crop: bool = False,
         allow_outside_paths: bool = False,
+        max_pixels: int = MAX_PIXELS,
+        skip_bad_images: int = 0,
         num_workers: int = -1,
         processes: int = 1,
         max_memory: int | None = None,
@@ -117,13 +97,17 @@ class ImageDataset(Dataset):
                 else 3.
             random_crop: keep the images an eighth larger, for random crops of `size`.
             allow_outside_paths: see `read_csv`.
+            max_pixels: more in the header of a file make it a bad one.
+            skip_bad_images: leave out up to this many files that cannot be read as images. To
+                find them all now, images that do not fit into memory are decoded once as well.
             num_workers: processes that decode; below 0 as many as there are cores, up to 16.
             processes: how many processes share this machine's memory.
             max_memory: bytes that the images may take; None: half of what is free.
 
         Raises:
             UserError: see `read_csv`; files that are no images or, in memory, cannot be decoded;
-                sizes that differ without `size`; a CSV without the column.
+                sizes that differ without `size`; a CSV without the column; a process that
+                decodes dies or hangs.
         """
         self.path = Path(path)
         self.rows = read_csv(path, allow_outside_paths=allow_outside_paths)
@@ -132,6 +116,9 @@ class ImageDataset(Dataset):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
         self.files = [str(self.path.parent / name) for name in self.names]
         self.num_workers = min(16, os.cpu_count() or 1) if num_workers < 0 else num_workers
+        self.max_pixels, self._to_skip = max_pixels, skip_bad_images
+        self.skipped: list[tuple[int, str, str]] = []
+        self._numbers = range(len(self.rows))  # of the rows in the CSV
         headers = self._headers()
         self.size = size or _common_size(self.path, self.names, headers)
         self.channels = channels or _common_channels(headers)
@@ -141,17 +128,12 @@ class ImageDataset(Dataset):
         if max_memory is None:
             max_memory = psutil.virtual_memory().available // (2 * processes)
         if self.size_in_memory <= max_memory:
+            self.pixels = torch.empty(len(self), self.channels, *self.canvas, dtype=torch.uint8)
+        if self.pixels is not None or skip_bad_images:
             self._decode_all()
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def __getitem__(self, row: int) -> np.ndarray | str:
-        """(channels, *canvas), uint8, or what is wrong with the file."""
-        try:
-            return decode_image(self.files[row], self.channels, self.canvas)
-        except Exception as error:  # Pillow raises nearly everything on damaged files
-            return complaint(self.files[row], error)
 
     def __str__(self) -> str:
         kept = "in memory" if self.pixels is not None else f"streamed by {self.num_workers} workers"
@@ -194,59 +176,87 @@ class ImageDataset(Dataset):
             for rows in batches_of_rows:
                 yield self.pixels[rows]
             return
-        loader = DataLoader(
-            self,
-            batch_sampler=[rows.tolist() for rows in batches_of_rows],
-            num_workers=self.num_workers,
-            collate_fn=list,
-        )
-        for rows, images in zip(batches_of_rows, loader, strict=True):
-            self._refuse_bad(dict(zip(rows.tolist(), images, strict=True)))
+        lists = [rows.tolist() for rows in batches_of_rows]
+        batches = read_batches(self._decode, self.files, lists, self.num_workers, self._name)
+        for rows, images in zip(lists, batches, strict=True):
+            found = zip(rows, images, strict=True)
+            self._refuse({row: image for row, image in found if isinstance(image, str)})
             yield torch.from_numpy(np.stack(images))
 
-    def _decode_all(self) -> None:
-        self.pixels = torch.empty(len(self), self.channels, *self.canvas, dtype=torch.uint8)
-        decode = partial(decode_images, channels=self.channels, size=self.canvas)
-        complaints: dict[int, str] = {}
-        start = 0
-        for pixels, bad in self._map(decode, "decoding"):
-            self.pixels[start : start + len(pixels)] = torch.from_numpy(pixels)
-            complaints |= {start + position: text for position, text in bad.items()}
-            start += len(pixels)
-        self._refuse_bad(complaints)
+    def write_skipped(self, folder: Path) -> None:
+        """List the files that were skipped in skipped.csv, and say so; nothing without any."""
+        if not self.skipped:
+            return
+        with (folder / SKIPPED).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "image_path", "complaint"])
+            writer.writerows(self.skipped)
+        print(f"skipped {len(self.skipped):,} bad images, listed in {folder / SKIPPED}")
+
+    @property
+    def _decode(self) -> Callable[[str], np.ndarray | str]:
+        settings = {"channels": self.channels, "size": self.canvas}
+        return partial(read_image, **settings, max_pixels=self.max_pixels)
 
     def _headers(self) -> list[Header]:
-        headers = [header for piece in self._map(read_headers, "checking") for header in piece]
-        self._refuse_bad(dict(enumerate(headers)))
+        headers, bad = [], {}
+        for header in self._each(partial(read_header, max_pixels=self.max_pixels), "checking"):
+            if isinstance(header, str):
+                bad[len(headers) + len(bad)] = header
+            else:
+                headers.append(header)
+        self._leave_out(bad)
         return headers
 
-    def _map(self, function: Callable[[list[str]], Any], title: str) -> Iterator[Any]:
-        """function(files) of each CHUNK of files, in order; by processes where there is much."""
-        pieces = [self.files[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
-        with ExitStack() as stack:
-            bar = stack.enter_context(
-                tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False)
-            )
-            if self.num_workers > 1 and len(pieces) > 3:
-                pool = stack.enter_context(ProcessPoolExecutor(self.num_workers))
-                results = pool.map(function, pieces)
-            else:
-                results = map(function, pieces)
-            for piece, result in zip(pieces, results, strict=True):
-                yield result
-                bar.update(len(piece))
+    def _decode_all(self) -> None:
+        """Fill `pixels`, if there are any, without those of bad files."""
+        good, bad = 0, {}
+        for image in self._each(self._decode, "decoding"):
+            if isinstance(image, str):
+                bad[good + len(bad)] = image
+                continue
+            if self.pixels is not None:
+                self.pixels.numpy()[good] = image
+            good += 1
+        self._leave_out(bad)
+        if self.pixels is not None:
+            self.pixels = self.pixels[:good]
 
-    def _refuse_bad(self, images: dict[int, Any]) -> None:
-        """Raise if what should be images (or headers), by row, is in truth a complaint."""
-        bad = [
-            f"row {row + 1} {self.names[row]} ({image})"
-            for row, image in images.items()
-            if isinstance(image, str)
-        ]
+    def _each(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
+        """read(file) of each file, in order; by processes where there is much."""
+        pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
+        num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
+        with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
+            for results in read_batches(read, self.files, pieces, num_workers, self._name):
+                yield from results
+                bar.update(len(results))
+
+    def _name(self, row: int) -> str:
+        return f"row {self._numbers[row] + 1} {self.names[row]}"
+
+    def _leave_out(self, bad: dict[int, str]) -> None:
+        """Take rows out of the data set, if so many may be skipped."""
+        if not bad:
+            return
+        if len(self.skipped) + len(bad) > self._to_skip or len(bad) == len(self):
+            self._refuse(bad)
+        for row, complaint in bad.items():
+            self.skipped.append((self._numbers[row] + 1, self.names[row], complaint))
+        kept = [row for row in range(len(self)) if row not in bad]
+        self._numbers = [self._numbers[row] for row in kept]
+        self.rows = [self.rows[row] for row in kept]
+        self.names = [self.names[row] for row in kept]
+        self.files = [self.files[row] for row in kept]
+
+    def _refuse(self, bad: dict[int, str]) -> None:
+        """Raise if there are bad files, by row."""
         if bad:
+            count = len(bad) + len(self.skipped)
+            named = first_few([f"{self._name(row)} ({text})" for row, text in bad.items()])
             raise UserError(
-                f"{len(bad)} of {len(self)} files in {self.path} cannot be read as images: "
-                f"{first_few(bad)}; replace them or take them out of the CSV"
+                f"{count} of {len(self) + len(self.skipped)} files in {self.path} cannot be read "
+                f"as images: {named}; replace them, take them out of the CSV, or leave out that "
+                f"many by --skip_bad_images {count}"
             )
 
 
@@ -270,10 +280,15 @@ def read_images(
         channels=channels,
         random_crop=data.random_crop,
         allow_outside_paths=data.allow_outside_paths,
+        max_pixels=data.max_pixels,
+        skip_bad_images=data.skip_bad_images,
         num_workers=num_workers,
         processes=processes,
     )
-    return dataset, *split_rows(dataset.rows, val_fraction=data.val_fraction, seed=seed)
+    parts = split_rows(
+        dataset.rows, val_fraction=data.val_fraction, seed=seed, folder=dataset.path.parent
+    )
+    return dataset, *parts
 
 
 def _common_size(path: Path, names: Sequence[str], headers: Sequence[Header]) -> tuple[int, int]:

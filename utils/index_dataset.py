@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,12 @@ class IndexDataset:
             f"{self.words.codebook_size} codes, {len(self.words.class_names)} classes, {told}"
             f"{len(self.train_rows):,} to train on, {len(self.val_rows):,} to validate"
         )
+
+    @property
+    def arrays(self) -> list[np.ndarray]:
+        """All that a training reads: grids, conditions and crops, as far as there are any."""
+        crops = None if self._crops is None else self._crops.array
+        return [np.asarray(x) for x in (self.grids, self.conditions, crops) if x is not None]
 
     @property
     def params(self) -> dict[str, object]:

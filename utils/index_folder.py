@@ -1,6 +1,5 @@
 """An indices folder in the making: it appears whole or not at all."""
 
-import csv
 import json
 import os
 import shutil
@@ -12,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import swap_in
+from utils.checkpoint import CHECKSUMS, sha256, swap_in
+from utils.manifest import MANIFEST, write_manifest
 from utils.table import Row
 
-META, MANIFEST = "meta.json", "manifest.csv"
+META = "meta.json"
 
 
 @contextmanager
@@ -40,17 +40,15 @@ def new_folder(
     staging.mkdir(parents=True)
     try:
         yield staging
-        with (staging / MANIFEST).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            header = Row._fields if any(row.condition_path for row in rows) else Row._fields[:-1]
-            writer.writerow(header)
-            writer.writerows(row[: len(header)] for row in rows)
+        write_manifest(staging / MANIFEST, rows)
         if text:
             with (staging / "indices.txt").open("w") as file:
                 for path in sorted(staging.glob("indices*.npy")):
                     array = np.load(path, mmap_mode="r", allow_pickle=False)
                     np.savetxt(file, array.reshape(len(array), -1), fmt="%d")
         (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
+        sums = {file.name: sha256(file) for file in staging.iterdir()}
+        (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
         swap_in(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)

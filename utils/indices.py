@@ -1,6 +1,5 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
-import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import read_json, whole
-from utils.cli import UserError, build
-from utils.grid_meta import GridMeta, grid_meta
-from utils.index_folder import MANIFEST, META, new_folder, smallest_type
+from utils.checkpoint import read_json, verify, whole
+from utils.cli import UserError
+from utils.grid_meta import MOST_CODES, GridMeta
+from utils.index_folder import META, new_folder, smallest_type
 from utils.index_text import read_lines
+from utils.manifest import MANIFEST, read_manifest
 from utils.table import Row
+from utils.untrusted import check_links, typed
 
 SHARD_BYTES = 1 << 30  # of one .npy file
 
@@ -38,9 +39,8 @@ class IndicesMeta(GridMeta):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.depth, int) or self.depth < 1:
+        if self.depth < 1:
             raise ValueError(f"depth must be 1 or more, got {self.depth}")
-        object.__setattr__(self, "condition", grid_meta(self.condition))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +109,7 @@ def write_indices(
     shard_bytes: int = SHARD_BYTES,
     add: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write an indices folder: indices.npy (or shards of it), manifest.csv and meta.json.
+    """Write an indices folder: indices.npy (or shards of it), manifest.csv, meta.json, sha256.json.
 
     The folder appears whole or not at all, and takes the place of an indices folder before it.
 
@@ -196,27 +196,18 @@ def read_indices(
 def _read_folder(folder: Path) -> Indices:
     if not (folder / META).is_file():
         raise UserError(f"{folder} is no indices folder: it has no {META}")
-    try:
-        meta = build(IndicesMeta, **read_json(folder / META))
-    except (TypeError, UserError) as error:
-        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+    check_links(folder)
     files = sorted(folder.glob("indices*.npy"))
     if not files:
         raise UserError(f"{folder} has no indices.npy; make it again")
-    shards = []
-    for file in files:
-        try:
-            shard = np.lib.format.open_memmap(file, mode="r")
-        except Exception as error:  # numpy raises nearly everything on a damaged header
-            line = " ".join(str(error).split())[:200]
-            raise UserError(f"{file} is damaged: {line}; make it again") from error
-        if shard.shape[1:] != meta.shape or shard.dtype.kind != "u" or len(shard) == 0:
-            raise UserError(
-                f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
-                f"{_shown(meta.shape)}; make it again"
-            )
-        shards.append(shard)
-    rows = _read_manifest(folder / MANIFEST)
+    for file in (folder / META, folder / MANIFEST, *files):
+        verify(file)
+    try:
+        meta = typed(IndicesMeta, read_json(folder / META))
+    except UserError as error:
+        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+    shards = [_read_shard(file, meta) for file in files]
+    rows = read_manifest(folder / MANIFEST)
     indices = Indices(shards, rows, meta)
     if len(rows) != len(indices):
         raise UserError(
@@ -230,21 +221,25 @@ def _read_folder(folder: Path) -> Indices:
     return indices
 
 
-def _read_manifest(path: Path) -> list[Row]:
+def _read_shard(file: Path, meta: IndicesMeta) -> np.ndarray:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            header, *lines = csv.reader(file, strict=True)
-        if tuple(header) not in (Row._fields, Row._fields[:-1]):
-            raise ValueError(f"its first line is {','.join(header)!r}")
-        return [Row(**dict(zip(header, fields, strict=True))) for fields in lines]
-    except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise UserError(f"{path} is damaged: {error}; make it again") from error
+        shard = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # numpy raises nearly everything on a damaged header
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} is damaged: {line}; make it again") from error
+    dtype = smallest_type(meta.codebook_size)
+    if shard.shape[1:] != meta.shape or shard.dtype != dtype or len(shard) == 0:
+        raise UserError(
+            f"{file} holds {shard.dtype} {shard.shape}, but {META} says grids of "
+            f"{_shown(meta.shape)} and {meta.codebook_size} codes, {dtype}; make it again"
+        )
+    return shard
 
 
 def _read_text(
     path: Path, latent_dim: tuple[int, int] | None, codebook_size: int | None, depth: int
 ) -> Indices:
-    array = read_lines(path, codebook_size or 1 << 32)
+    array = read_lines(path, codebook_size or MOST_CODES)
     length = array.shape[1]
     if latent_dim is None:
         side = math.isqrt(length // depth)

@@ -157,3 +157,24 @@ class Averages:
         self._sums, self._counts, self._steps = {}, {}, 0
         self.restart()
         return means
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed training needs to log the same means."""
+        state = {"steps": torch.tensor(self._steps)}
+        state["seconds"] = torch.tensor(time.perf_counter() - self._since, dtype=torch.double)
+        for name, value in self._sums.items():
+            exact = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.double)
+            state |= {f"sum.{name}": exact, f"count.{name}": torch.tensor(self._counts[name])}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            KeyError: it was taken of something else.
+        """
+        self._steps = int(state["steps"])
+        self._since = time.perf_counter() - float(state["seconds"])
+        names = [key.removeprefix("sum.") for key in state if key.startswith("sum.")]
+        self._sums = {name: state[f"sum.{name}"] for name in names}
+        self._counts = {name: int(state[f"count.{name}"]) for name in names}

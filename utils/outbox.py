@@ -8,7 +8,11 @@ RETRY_SECONDS = 10  # between attempts after the server was lost
 
 
 class Outbox:
-    """Makes calls in order and in the background; what fails is tried again until it is closed."""
+    """Makes calls in order and in the background; what fails is tried again until it is closed.
+
+    Attributes:
+        troubled: whether a call failed, so that a later one may have been made in part.
+    """
 
     def __init__(
         self, *, complain: Callable[[Exception], object], is_final: Callable[[Exception], bool]
@@ -20,7 +24,7 @@ class Outbox:
             is_final: whether trying again is pointless.
         """
         self._complain, self._is_final = complain, is_final
-        self._warned = False
+        self.troubled = False
         self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -51,8 +55,8 @@ class Outbox:
         try:
             call()
         except Exception as error:  # whatever the server, its database or the network come up with
-            if not self._warned:
-                self._warned = True
+            if not self.troubled:
+                self.troubled = True
                 self._complain(error)
             return self._is_final(error)
         return True

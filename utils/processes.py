@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.randomness import seed_all
 
 
 def pick_device(name: str) -> torch.device:
@@ -70,6 +71,15 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The `values` of each process, which are of one shape, on the CPU."""
+        if self.count == 1:
+            return [values]
+        values = values.to(self.device)
+        everywhere = [torch.empty_like(values) for _ in range(self.count)]
+        dist.all_gather(everywhere, values)
+        return [one.cpu() for one in everywhere]
+
     def largest(self, value: int) -> int:
         """The largest value of any process."""
         if self.count == 1:
@@ -86,7 +96,7 @@ class Processes:
 
 
 def join_processes(device: str, seed: int) -> Processes:
-    """Join the other processes of torchrun, if there are any, and seed torch.
+    """Join the other processes of torchrun, if there are any, and seed the random numbers.
 
     Each process draws its own random numbers, but all build the same model with the first ones:
     parameters are made before `Processes.wrap`, which copies those of the first process.
@@ -98,7 +108,7 @@ def join_processes(device: str, seed: int) -> Processes:
             torch.cuda.set_device(picked)
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
         rank = dist.get_rank()
-    torch.manual_seed(seed + rank)
+    seed_all(seed + rank)
     return Processes(rank, count, picked)
 
 

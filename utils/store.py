@@ -1,22 +1,28 @@
 """The MLflow store: what is opened, asked and sent to, where a run lives."""
 
 import http.client
+import json
 import logging
 import os
+import re
 import urllib.error
 import urllib.request
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
-from PIL import Image
 
+from utils import picture_table
 from utils.cli import UserError
+from utils.decoding import open_image
 
 DEFAULT_EXPERIMENT = "image-synthesis"
 ADDRESSES = ("runs:/", "models:/")
 START_TIMEOUT = 5  # seconds until a silent server counts as missing
+PICTURE_FILES = 2  # of a picture: itself, and a small one for lists
 
 
 def open_client() -> Any:
@@ -65,6 +71,24 @@ def open_client() -> Any:
     return client
 
 
+@contextmanager
+def opening_a_run() -> Iterator[None]:
+    """What a store that dies or fills up while a run is opened has to say, in a line.
+
+    Raises:
+        UserError: it does.
+    """
+    try:
+        yield
+    except (UserError, ValueError):
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise UserError(
+            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opens no run ({one_line(error)}); mend "
+            "it, or unset MLFLOW_TRACKING_URI to write to ./mlflow.db"
+        ) from error
+
+
 def existing_run(client: Any, run_id: str) -> Any:
     """An MLflow run.
 
@@ -88,6 +112,23 @@ def existing_run(client: Any, run_id: str) -> Any:
     return run
 
 
+def tag_of(run_id: str, key: str) -> str:
+    """A tag of an MLflow run, "" where it has none.
+
+    Raises:
+        UserError: there is no such run.
+    """
+    return existing_run(open_client(), run_id).data.tags.get(key, "")
+
+
+def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:
+    """The names and steps of all numbers that an MLflow run has."""
+    names = client.get_run(run_id).data.metrics
+    return {
+        (name, point.step) for name in names for point in client.get_metric_history(run_id, name)
+    }
+
+
 def fetch(address: str) -> Path:
     """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
 
@@ -96,6 +137,13 @@ def fetch(address: str) -> Path:
     """
     if not address.startswith(ADDRESSES):
         return Path(address)
+    parts = address.split("/")[1:]
+    odd = re.search(r"[%?#\\\x00-\x1f]", address) or {".", ".."} & set(parts)
+    if odd or "" in parts[:-1]:
+        raise UserError(
+            f"{address!r:.200} is no address of an artifact; write runs:/<run id>/<artifact> or "
+            "models:/<name>@<alias>"
+        )
     open_client()
 
     import mlflow
@@ -154,15 +202,62 @@ def send_metrics(
     )
 
 
-def send_table(client: Any, run_id: str, name: str, columns: dict[str, list[Any]]) -> None:
-    """Log a table, whose columns may hold pictures."""
-    import mlflow
+def send_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
+    """Log a table of `picture_table.write`; MLflow's own call would append to one before it."""
+    folder = picture_table.FOLDER
+    client.log_artifacts(run_id, str(output_dir / folder / name), f"{folder}/{name}")
+    client.log_artifact(run_id, str(output_dir / folder / f"{name}.json"), folder)
+    # The page of MLflow that compares tables asks this tag which there are.
+    tag = "mlflow.loggedArtifacts"
+    known = json.loads(client.get_run(run_id).data.tags.get(tag, "[]"))
+    entry = {"path": f"{folder}/{name}.json", "type": "table"}
+    if entry not in known:
+        client.set_tag(run_id, tag, json.dumps([*known, entry]))
 
-    data = {
-        key: [mlflow.Image(v) if isinstance(v, Image.Image) else v for v in values]
-        for key, values in columns.items()
-    }
-    client.log_table(run_id, data, artifact_file=f"tables/{name}.json")
+
+def send_numbers(client: Any, run_id: str, numbers: list[tuple[str, float, int, int]]) -> None:
+    """Log many numbers: key, value, time in milliseconds since 1970, and step of each."""
+    from mlflow.entities import Metric
+
+    for start in range(0, len(numbers), 1000):  # MLflow takes no more in a call
+        metrics = [Metric(*number) for number in numbers[start : start + 1000]]
+        client.log_batch(run_id, metrics=metrics)
+
+
+def pictures(client: Any, run_id: str) -> dict[tuple[str, int, int], list[str]]:
+    """The artifacts of each picture of a run, by its key, step and time in milliseconds."""
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for file in client.list_artifacts(run_id, "images"):
+        # MLflow's names, of this version or an earlier one: key+step+3+timestamp+1700+id.png
+        parts = re.split("[+%]", Path(file.path).name)
+        if len(parts) >= 6 and parts[2].isdecimal() and parts[4].isdecimal():
+            which = re.sub("[~#]", "/", parts[0]), int(parts[2]), int(parts[4])
+            found.setdefault(which, []).append(file.path)
+    return found
+
+
+def send_picture(
+    client: Any, run_id: str, path: Path, key: str, step: int, when: int, *, check: bool
+) -> None:
+    """Log the picture in a file, taken at a time in milliseconds since 1970.
+
+    Args:
+        check: whether it may be there already, as when a server died before it answered.
+    """
+    there = pictures(client, run_id).get((key, step, when), []) if check else []
+    with open_image(path) as image:
+        if not there:
+            client.log_image(run_id, image, key=key, step=step, timestamp=when)
+        elif len(there) < PICTURE_FILES:
+            from mlflow.tracking.multimedia import compress_image_size
+
+            name = there[0].removesuffix(".png")
+            with TemporaryDirectory() as folder:
+                small = Path(folder) / f"{Path(name).name}{name[-37]}compressed.webp"
+                compress_image_size(image).save(small)
+                client.log_artifact(run_id, str(small), "images")
+    if check:
+        client.set_tag(run_id, "mlflow.loggedImages", True)
 
 
 def one_line(error: Exception) -> str:

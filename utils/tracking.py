@@ -4,23 +4,25 @@ Everything is first written to the output folder (metrics.jsonl, pictures/, tabl
 its own then passes it on, so that a slow or dead MLflow server neither stops nor slows a training.
 """
 
-import csv
+import argparse
 import json
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from PIL import Image
 
-from utils import store
+from utils import cli, journal, metrics_log, picture_table, replay, store
 from utils.cli import Stopped, UserError, command_line
 from utils.outbox import Outbox
 from utils.store import experiment_of, fetch
 
 __all__ = ["Run", "continue_run", "experiment_of", "fetch"]
+OUTPUT_TAG = "output_dir"  # where a run's output folder was made
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 
 
@@ -68,6 +70,7 @@ class Run:
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
         continued: bool = False,
+        logged: int | None = None,
         enabled: bool = True,
     ) -> None:
         """Open a new run, or with `run_id` an existing one.
@@ -82,6 +85,8 @@ class Run:
             tags: further tags of a new run.
             continued: the existing run goes on training: it counts as running until closed. If it
                 is gone, a new one takes its place.
+            logged: bytes of metrics.jsonl behind which a training goes on; what came after them
+                will come again, and MLflow gets no number twice. None: all of them.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
@@ -96,17 +101,24 @@ class Run:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = store.open_client()
-        if run_id is not None and not (continued and self._gone(run_id)):
-            run = store.existing_run(self._client, run_id)
-            if continued:
-                self._client.update_run(run_id, status="RUNNING")
-        else:
-            run = self._create(stage, experiment, run_name, params or {}, tags or {})
+        with store.opening_a_run():
+            if run_id is not None and not (continued and self._gone(run_id)):
+                run = store.existing_run(self._client, run_id)
+                if continued:
+                    self._client.update_run(run_id, status="RUNNING")
+            else:
+                run = self._create(stage, experiment, run_name, params or {}, tags or {})
         self.run_id = run.info.run_id
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        journal.note(output_dir, run_id=self.run_id)
         self._experiment_id = run.info.experiment_id
         self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
+        self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
+        if logged is not None:
+            metrics_log.rewind(output_dir, logged)
+        if continued:
+            self._catch_up(metrics_log.read(output_dir))
         if config is not None:
             self.file(output_dir / "config.json")
 
@@ -132,6 +144,7 @@ class Run:
             params,
             {
                 "stage": stage,
+                OUTPUT_TAG: str(self.output_dir.resolve()),
                 "mlflow.source.name": Path(sys.argv[0]).name,
                 "mlflow.source.type": "LOCAL",
                 "mlflow.runColor": COLOURS[stage],
@@ -163,12 +176,31 @@ class Run:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
         if self._outbox is None:
             return
-        values = {f"{section}/{name}": value for name, value in values.items()}
-        now = time.time()
-        with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
+        line = {"step": step, "time": time.time()}
+        line |= {f"{section}/{name}": value for name, value in values.items()}
+        metrics_log.append(self.output_dir, line)
+        self._outbox.put(lambda: self._send(line))
 
-        self._outbox.put(lambda: store.send_metrics(self._client, self.run_id, values, now, step))
+    def _send(self, line: dict[str, Any]) -> None:
+        """Send what MLflow lacks of a line of metrics.jsonl."""
+        step, seconds = line["step"], line["time"]
+        values = {
+            name: value
+            for name, value in line.items()
+            if name not in ("step", "time") and (name, step) not in self._points
+        }
+        if values:
+            store.send_metrics(self._client, self.run_id, values, seconds, step)
+
+    def _catch_up(self, lines: list[dict[str, Any]]) -> None:
+        """Send what a crash kept from MLflow."""
+
+        def ask() -> None:
+            self._points = store.logged_points(self._client, self.run_id)
+
+        self._outbox.put(ask)
+        for line in lines:
+            self._outbox.put(partial(self._send, line))
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
@@ -177,44 +209,38 @@ class Run:
             return path
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-        self._outbox.put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
+        now, outbox = time.time(), self._outbox
+        journal.note(self.output_dir, now, picture=path.name, key=key, step=step)
+        where = self._client, self.run_id, path, key, step, int(now * 1000)
+        outbox.put(lambda: store.send_picture(*where, check=outbox.troubled))
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon."""
         if self._outbox is None:
             return
-        self._write_table(name, columns)
-        self._outbox.put(lambda: store.send_table(self._client, self.run_id, name, columns))
-
-    def _write_table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """A CSV, with the names of PNG files beside it where the table has pictures."""
-        folder = self.output_dir / "tables"
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for number, row in enumerate(zip(*columns.values(), strict=True)):
-                cells = dict(zip(columns, row, strict=True))
-                for key, value in cells.items():
-                    if isinstance(value, Image.Image):
-                        cells[key] = f"{name}/{key}-{number:05}.png"
-                        value.save(folder / cells[key])
-                writer.writerow(cells.values())
+        picture_table.write(self.output_dir, name, columns)
+        journal.note(self.output_dir, table=name)
+        self._outbox.put(lambda: store.send_table(self._client, self.run_id, self.output_dir, name))
 
     def tag(self, key: str, value: str) -> None:
         """Tag the run, as with the id of a run that it builds on."""
         if self._outbox is not None:
+            journal.note(self.output_dir, tag=key, value=value)
             self._outbox.put(lambda: self._client.set_tag(self.run_id, key, value))
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
         if self._outbox is not None:
+            place = journal.place(path, self.output_dir)
+            journal.note(self.output_dir, folder=place, name=name)
             self._outbox.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
         if self._outbox is not None:
+            place = journal.place(path, self.output_dir)
+            journal.note(self.output_dir, file=place, name=name)
             self._outbox.put(
                 lambda: self._client.log_artifact(self.run_id, str(path), name or None)
             )
@@ -223,7 +249,7 @@ class Run:
         print(
             f"warning: MLflow does not take what is logged ({store.one_line(error)}); all of it "
             f"is in {self.output_dir}, and MLflow gets what it can take if it comes back before "
-            "the end",
+            f"the end; python -m utils.tracking --replay {self.output_dir} sends the rest later",
             file=sys.stderr,
         )
 
@@ -247,6 +273,27 @@ class Run:
         if self._outbox is None:
             return
         if self._owned:
+            journal.note(self.output_dir, status=status)
             self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
         self._outbox.close()
         self._outbox = None
+
+
+def main(arguments: argparse.Namespace) -> None:
+    sent = replay.replay(store.open_client(), Path(arguments.replay))
+    print(f"sent: {', '.join(f'{count:,} {kind}' for kind, count in sent.items())}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser("Send MLflow what it missed of a training while it was away.")
+    parser.add_argument(
+        "--replay",
+        required=True,
+        metavar="OUTPUT_DIR",
+        help="output folder whose runs MLflow is to have in full; what it has is not sent again",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

@@ -1,21 +1,19 @@
-"""What all trainings share: their flags and schedule, the batches, stopping."""
+"""What all trainings share: their flags, schedule, and the batches."""
 
 import math
-import signal
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from utils.checkpoint import whole
-from utils.cli import Stopped, UserError, unused
+from utils.checkpoints import checkpoints_in, home_of
+from utils.cli import UserError, unused
 from utils.processes import Processes
 from utils.resume import Progress
+from utils.saving import interval
 from utils.table import epoch_order
 
 T = TypeVar("T")
@@ -72,57 +70,55 @@ class TrainingConfig:
         default=0,
         metadata={"help": "stop after this many evaluations without a better one; 0: never"},
     )
+    checkpoint_every: str = field(
+        default="",
+        metadata={"help": "steps (500) or minutes (5m) between checkpoints beside evaluations"},
+    )
     resume: str = field(
         default="",
-        metadata={"help": "output folder to go on in; auto: --output_dir, if it has a checkpoint"},
+        metadata={
+            "help": "output folder, checkpoint or MLflow run id to go on from; auto: --output_dir, "
+            "or start there if it has no checkpoint"
+        },
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "what to do about a loss or gradient that is not finite",
+            "choices": ("stop", "skip"),
+        },
+    )
+    nonfinite_limit: int = field(
+        default=10, metadata={"help": "batches that --on_nonfinite skip may leave out"}
     )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accumulate", "max_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("warmup_steps", "weight_decay", "max_steps", "evaluate_every", "patience"):
+        not_negative = ("warmup_steps", "weight_decay", "max_steps", "evaluate_every", "patience")
+        for name in (*not_negative, "nonfinite_limit"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        interval(self.checkpoint_every)
 
 
-class StopRequest(AbstractContextManager):
-    """Turns SIGINT and SIGTERM into a wish that the loop fulfils after its step.
+def saved_if_it_fails(
+    batches: Iterator[T], group: Processes, save: Callable[[], None]
+) -> Iterator[T]:
+    """The batches; a training that cannot read the next one is saved before it ends.
 
-    A second signal stops at once.
+    Not one of several processes, which would wait for the others.
     """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self._number = 0
-
-    def __enter__(self) -> "StopRequest":
-        self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._number:
-            sys.exit(128 + number)
-        self._number = number
-
-    def obeyed(self, group: Processes, save: Callable[[], None]) -> None:
-        """If a signal came, to this process or another, save and leave.
-
-        Raises:
-            Stopped: it came.
-        """
-        number = group.largest(self._number)
-        if number:
+    try:
+        yield from batches
+    except UserError:
+        if group.count == 1:
             save()
-            raise Stopped(number)
+        raise
 
 
 def find_output_dir(config: TrainingConfig, resumed: Path | None, default_name: str) -> Path:
@@ -132,10 +128,10 @@ def find_output_dir(config: TrainingConfig, resumed: Path | None, default_name: 
         UserError: `--output_dir` holds a training already.
     """
     if resumed is not None:
-        return resumed.parent
+        return home_of(resumed)
     if config.output_dir:
         folder = Path(config.output_dir)
-        if whole(folder / "last").exists():
+        if checkpoints_in(folder):
             raise UserError(
                 f"{folder} holds a training already; choose another --output_dir, or go on with "
                 f"it by --resume {folder}"
@@ -151,6 +147,7 @@ class Schedule:
         steps_per_epoch: full batches in one pass over the rows.
         total_steps: optimiser steps of the whole training.
         evaluate_every: steps between evaluations.
+        rows: the numbers of the rows of the current batch, in all processes.
     """
 
     LOG_EVERY = 50  # steps
@@ -183,6 +180,7 @@ class Schedule:
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.evaluate_every = config.evaluate_every or self.steps_per_epoch
+        self.rows = torch.empty(0, dtype=torch.long)
         self._config = config
 
     def __str__(self) -> str:
@@ -230,8 +228,10 @@ class Schedule:
             while progress.step < self.total_steps:
                 order = epoch_order(rows, self._config.seed, progress.epoch)
                 batches = order.split(self._config.batch_size)[: self.steps_per_epoch]
-                shares = [group.share(batch) for batch in batches[progress.offset :]]
-                for batch in load(shares, progress.epoch):
+                batches = batches[progress.offset :]
+                shares = [group.share(rows) for rows in batches]
+                loaded = load(shares, progress.epoch)
+                for self.rows, batch in zip(batches, loaded, strict=True):
                     progress.offset += 1
                     yield batch
                     bar.update()

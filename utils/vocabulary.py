@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import read_json
-from utils.cli import UserError, build, first_few
-from utils.grid_meta import GridMeta, grid_meta
+from utils.checkpoint import read_json, verify
+from utils.cli import UserError, first_few
+from utils.grid_meta import GridMeta
+from utils.untrusted import typed
 
 FILE = "vocabulary.json"
 
@@ -32,16 +33,10 @@ class Vocabulary:
     condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "condition", grid_meta(self.condition))
-        object.__setattr__(self, "latent_dim", tuple(self.latent_dim))
-        numbers = (self.codebook_size, self.depth, *self.latent_dim)
-        if not all(isinstance(number, int) for number in numbers):
-            raise ValueError("codebook_size, depth and latent_dim must be integers")
-        if isinstance(self.class_names, str):
-            raise ValueError("class_names must be a list")
-        object.__setattr__(self, "class_names", tuple(self.class_names))
-        if len(self.latent_dim) != 2 or len(set(self.class_names)) != len(self.class_names):
-            raise ValueError("latent_dim must be rows and columns, class_names must be distinct")
+        if min(self.codebook_size, self.depth, *self.latent_dim) < 1:
+            raise ValueError("codebook_size, depth and latent_dim must be 1 or more")
+        if len(set(self.class_names)) != len(self.class_names):
+            raise ValueError("class_names must be distinct")
 
     @property
     def prefix_tokens(self) -> dict[str, int]:
@@ -107,14 +102,18 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     path = Path(path)
     for candidate in (path, path / FILE, path / "best" / FILE):
         if candidate.is_file():
+            verify(candidate)
             values = read_json(candidate)
-            values = {
-                name: value
-                for name, value in values.items()
-                if name not in ("prefix_tokens", "no_class")
-            }
+            derived = {name: values.pop(name, None) for name in ("prefix_tokens", "no_class")}
             try:
-                return build(Vocabulary, **values)
-            except (TypeError, UserError) as error:
+                words = typed(Vocabulary, values)
+            except UserError as error:
                 raise UserError(f"{candidate} is no vocabulary: {error}") from error
+            for name, value in derived.items():
+                if value not in (None, getattr(words, name)):
+                    raise UserError(
+                        f"{candidate} is no vocabulary: its {name} do not follow from its "
+                        "class_names; take them out of it"
+                    )
+            return words
     raise UserError(f"no vocabulary at {path}; it is saved beside the GPT as {FILE}")

@@ -9,6 +9,8 @@ from vqvae.decoder import Decoder
 from vqvae.encoder import Encoder
 from vqvae.quantizers import Quantized, QuantizerConfig, make_quantizer
 
+MOST_BLOCKS = 64  # above, a config file has been tampered with
+
 
 @dataclass(frozen=True)
 class VQVAEConfig(QuantizerConfig):
@@ -70,6 +72,11 @@ class VQVAEConfig(QuantizerConfig):
         if not self.channel_multipliers or min(self.channel_multipliers) < 1:
             raise ValueError(
                 f"channel_multipliers must be 1 or more each, got {self.channel_multipliers}"
+            )
+        if max(self.num_res_blocks, self.mid_blocks, len(self.channel_multipliers)) > MOST_BLOCKS:
+            raise ValueError(
+                "num_res_blocks, mid_blocks and the number of channel_multipliers must be at most "
+                f"{MOST_BLOCKS}"
             )
         levels = range(len(self.channel_multipliers))
         if not set(self.attention_levels) <= set(levels):

@@ -62,7 +62,8 @@ def _read_features(network: str, path: str) -> dict[str, Tensor]:
     make, weights = BACKBONES[network]
     try:
         if path:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # of odd pickles, beside the error
+                state = torch.load(path, map_location="cpu", weights_only=True)
         else:
             state = weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
         prefix = "features."

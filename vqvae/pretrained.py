@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import checkpoint, cli, tracking
+from utils import checkpoint, cli, foreign, tracking
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.configs import READERS, write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
@@ -17,33 +17,6 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # diffusers renamed its attention's parts; released files have the old names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v."}
 OLD_NAMES[".proj_attn."] = ".to_out.0."
-
-
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The state dict in a .ckpt or .pt file, which may lie under `state_dict` or `model`.
-
-    Raises:
-        UserError: no such file; one that holds more than tensors, or none.
-    """
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what unpickling refuses has many types
-        if type(error).__name__ != "UnpicklingError":
-            line = " ".join(str(error).split())[:200]
-            raise cli.UserError(f"cannot read {path}: {line}") from error
-        raise cli.UserError(
-            f"{path} holds Python objects besides its tensors, which can run any code when they "
-            "are read; if you trust where it comes from, save the tensors alone where its own "
-            "project is installed: python -c \"import torch; c = torch.load('IN', "
-            "weights_only=False); torch.save({'state_dict': c.get('state_dict', c.get('model'))}, "
-            "'OUT')\""
-        ) from error
-    for nest in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(nest), dict):
-            content = content[nest]
-    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
-        raise cli.UserError(f"{path} holds no state dict; give the file of the trained tokenizer")
-    return content
 
 
 def read_diffusers(folder: Path) -> dict[str, Tensor]:
@@ -96,7 +69,8 @@ def bring_in(arguments: argparse.Namespace) -> None:
         config_file = config_file or path / "config.json"
     else:
         in_safetensors = path.suffix == ".safetensors"
-        state = checkpoint.read_tensors(path) if in_safetensors else read_pickle(path)
+        read = checkpoint.read_tensors if in_safetensors else foreign.read_state_dict
+        state = read(path)
     settings = read_config(project, Path(config_file)) if config_file else {}
     size = settings.pop("image_size", DEFAULT_SIZE)
     try:

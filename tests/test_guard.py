@@ -1,0 +1,117 @@
+"""No step is taken on numbers that are not finite: the training stops, or leaves the batch out."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.cli import UserError
+from utils.guard import Guard
+from utils.optimizers import make_optimizer
+from utils.processes import Processes
+from utils.resume import Progress
+from utils.training import TrainingConfig
+from vqvae import VQVAE, VQVAEConfig
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+ROWS = torch.tensor([4, 9])
+
+
+def clone(module: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+
+
+def batch(size: float, loss: float = 1.0) -> tuple[nn.Module, dict, dict[str, Tensor]]:
+    """A net with gradients of some size, its optimiser, and a loss."""
+    net = nn.Linear(3, 1)
+    optimizer = make_optimizer(net, TrainingConfig(weight_decay=0.1), (0.9, 0.99))
+    for parameter in net.parameters():
+        parameter.grad = torch.full_like(parameter, size)
+    return net, {"norm": optimizer}, {"loss": torch.tensor(loss)}
+
+
+def test_a_finite_step_is_that_of_the_optimiser() -> None:
+    net, optimizers, values = batch(2.0)
+    other = nn.Linear(3, 1)
+    other.load_state_dict(net.state_dict())
+    reference = make_optimizer(other, TrainingConfig(weight_decay=0.1), (0.9, 0.99))
+    for parameter in other.parameters():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+    for group in reference.param_groups:
+        group["lr"] = 0.3
+    reference.step()
+    assert Guard(ALONE, Progress(), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
+    assert same(net, other.state_dict())
+    assert values["norm"] == 4
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "loss", "named"), [(math.nan, 1.0, "norm nan"), (1.0, math.inf, "loss inf")]
+)
+def test_it_stops_before_the_step_and_says_where(size: float, loss: float, named: str) -> None:
+    net, optimizers, values = batch(size, loss)
+    before = clone(net)
+    with pytest.raises(UserError, match=rf"step 8: {named} at learning rate 0.3, in rows 5, 10;"):
+        Guard(ALONE, Progress(step=8), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
+    assert same(net, before)
+
+
+def test_of_two_optimisers_none_steps_if_one_must_not() -> None:
+    (good, first, values), (_, second, _) = batch(1.0), batch(math.nan)
+    before = clone(good)
+    with pytest.raises(UserError, match="other nan"):
+        Guard(ALONE, Progress(), TrainingConfig()).step(
+            first | {"other": second["norm"]}, values, 0.3, ROWS
+        )
+    assert same(good, before)
+
+
+def test_bad_batches_are_left_out_up_to_a_limit(capsys: pytest.CaptureFixture) -> None:
+    config = TrainingConfig(on_nonfinite="skip", nonfinite_limit=2)
+    progress = Progress()
+    guard = Guard(ALONE, progress, config)
+    for number in (1, 2):
+        net, optimizers, values = batch(math.nan)
+        before = clone(net)
+        assert not guard.step(optimizers, values, 0.3, ROWS)
+        assert same(net, before)
+        assert all(parameter.grad is None for parameter in net.parameters())
+        assert f"left out, {number} of 2" in capsys.readouterr().out
+    assert progress.skipped == 2
+    net, optimizers, values = batch(math.nan)
+    with pytest.raises(UserError, match="2 batches were left out before"):
+        guard.step(optimizers, values, 0.3, ROWS)
+
+
+def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
+    """Codes that are averages change in the forward pass, before any loss is known."""
+    torch.manual_seed(0)
+    model = VQVAE(
+        VQVAEConfig(
+            quantizer="ema",
+            codebook_size=8,
+            codebook_dim=4,
+            image_size=(8, 8),
+            in_channels=1,
+            channels=8,
+        )
+    ).train()
+    model(torch.rand(4, 1, 8, 8))
+    guard = Guard(
+        ALONE, Progress(), TrainingConfig(on_nonfinite="skip"), changing=(model.quantizer, None)
+    )
+    guard.remember()
+    before = clone(model.quantizer)
+    made, quantized = model(torch.full((4, 1, 8, 8), math.nan))
+    assert not same(model.quantizer, before)
+    (made.mean() + sum(quantized.losses.values())).backward()
+    optimizer = make_optimizer(model, TrainingConfig(), (0.9, 0.99))
+    assert not guard.step({"norm": optimizer}, {"loss": made.mean().detach()}, 0.1, ROWS)
+    assert same(model.quantizer, before)

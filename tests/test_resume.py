@@ -1,0 +1,155 @@
+"""A training that goes on from a checkpoint is the one that never stopped, or it is refused."""
+
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils import checkpoint, metrics, resume
+from utils.averaging import WeightAverage
+from utils.checkpoints import find_checkpoint
+from utils.cli import UserError
+from utils.optimizers import make_optimizer, optimizer_step
+from utils.processes import Processes
+from utils.resume import Progress, State, fingerprint
+from utils.saving import Checkpoints
+from utils.tracking import Run
+from utils.training import Schedule, TrainingConfig
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+SETTINGS = {"data_sha256": "abc", "seed": 1, "learning_rate": 0.05, "num_workers": 2}
+
+
+class Net(nn.Module):
+    """Dropout draws from torch; the weights that decay and those that do not have two groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.norm = nn.LayerNorm(4)
+        self.dropout = nn.Dropout(0.5)
+        self.linear = nn.Linear(4, 1)
+        self.config = TrainingConfig()
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.linear(self.dropout(self.norm(self.embedding(rows % 9))))
+
+
+def train(
+    folder: Path, steps: int, resumed: Path | None = None, **settings: object
+) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
+    """A training up to `steps`: what it drew and its losses, its weights, its means."""
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3 if resumed is None else 99)
+    net = Net()
+    config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
+    optimizer = make_optimizer(net, config, (0.9, 0.99))
+    progress, averages, counts = Progress(), metrics.Averages(), torch.zeros(2)
+    average = WeightAverage(net, 0.5)
+    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
+    state = State(ALONE, net, SETTINGS | settings, progress=progress, absent=None, **parts)
+    state.restore(resumed)
+    plan = Schedule(config, 25, 5)
+    seen = []
+    for rows in plan.batches(torch.arange(25), progress, ALONE, lambda batch, _: iter(batch)):
+        loss = (net(rows) - rows[:, None]).square().mean()
+        loss.backward()
+        optimizer_step(optimizer, plan.learning_rate(progress.step), 1.0)
+        progress.step += 1
+        average.update(net, progress.step)
+        counts[progress.step % 2] += 1
+        draws = {"python": random.random(), "gauss": random.gauss(0, 1)}
+        draws |= {"numpy": np.random.rand(), "normal": np.random.randn()}
+        averages.add({"loss": loss.detach(), "rate": plan.learning_rate(progress.step), **draws})
+        seen += [loss.item(), *draws.values()]
+        progress.improved(seen[-1])
+        if progress.step == steps:
+            break
+    checkpoints = Checkpoints(Run(folder, enabled=False), "", ALONE, state, resumed)
+    files = checkpoint.model_files(net, checkpoint.Provenance())
+    checkpoints.save(files)
+    means = averages.take() | {"counts": counts.tolist(), "best": progress.best}
+    del means["steps_per_second"]
+    return seen, net.state_dict() | average.state_dict(), means
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, steps: int) -> None:
+    expected, weights, means = train(tmp_path / "whole", 8)
+    first, _, _ = train(tmp_path / "parts", steps)
+    found = find_checkpoint(str(tmp_path / "parts"), "")
+    second, resumed, again = train(tmp_path / "parts", 8, found)
+    assert first + second == expected
+    assert 0 < len(first) < len(expected)
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert again == means
+
+
+def test_what_makes_another_training_is_refused_by_name(tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    found = find_checkpoint("auto", str(tmp_path))
+    with pytest.raises(UserError, match=r"another training: data_sha256 'abc' -> 'xyz'"):
+        train(tmp_path, 2, found, data_sha256="xyz")
+    with pytest.raises(UserError, match=r"seed 1 -> 2"):
+        train(tmp_path, 2, found, seed=2)
+
+
+def test_what_may_differ_is_warned_of_or_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    train(tmp_path, 1)
+    found = find_checkpoint("auto", str(tmp_path))
+    train(tmp_path, 2, found, num_workers=7)
+    assert "warning" not in capsys.readouterr().err
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        train(tmp_path, 2, found, learning_rate=0.1)
+    finally:
+        torch.set_num_threads(threads)
+    said = capsys.readouterr().err
+    assert f"learning_rate 0.05 -> 0.1, threads {threads} -> {threads + 1}" in said
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    train(tmp_path, 1)
+    found = find_checkpoint("auto", str(tmp_path))
+    other = nn.Linear(3, 3)
+    state = State(ALONE, other, SETTINGS | {"width": 3}, progress=Progress())
+    with pytest.raises(UserError, match=r"does not fit this training: .*flags.*width None -> 3"):
+        state.restore(found)
+    (found / "sha256.json").unlink()
+    (found / "training.json").write_text('{"progress": {"steps": 3}}')
+    with pytest.raises(UserError, match=r"'steps' is unknown"):
+        State(ALONE, Net(), {}, progress=Progress()).restore(found)
+
+
+def test_progress_counts_evaluations_without_a_better_one() -> None:
+    progress = Progress()
+    better = [progress.improved(value) for value in (3.0, 2.0, 2.0, math.nan, 1.0)]
+    assert better == [True, True, False, False, True]  # after NaN nothing was ever better
+    assert progress.best == 1
+    progress.improved(5.0)
+    assert not progress.exhausted(2)
+    progress.improved(5.0)
+    assert progress.exhausted(2)
+    assert not progress.exhausted(0)
+
+
+def test_a_fingerprint_is_of_rows_and_arrays() -> None:
+    rows = [("a.png", "cat", ""), ("b.png", "dog", "")]
+    prints = {
+        fingerprint(rows),
+        fingerprint(rows[::-1]),
+        fingerprint([("a.png", "dog", ""), ("b.png", "dog", "")]),
+        fingerprint(rows, torch.zeros(3)),
+        fingerprint(rows, torch.ones(3)),
+    }
+    assert len(prints) == 5
+    assert fingerprint(list(rows)) in prints
+    assert resume.fingerprint(iter(rows), torch.ones(6)[::2]) in prints

@@ -1,0 +1,48 @@
+"""Signals that ask a training to stop."""
+
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
+
+from utils.cli import Stopped
+from utils.processes import Processes
+
+
+class StopRequest(AbstractContextManager):
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a wish that the loop fulfils after its step.
+
+    A second signal stops at once. SIGUSR1, which batch systems send before the time is up, counts
+    as SIGTERM.
+    """
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __enter__(self) -> "StopRequest":
+        self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        number = signal.SIGTERM if number == signal.SIGUSR1 else number
+        if self._number:
+            sys.exit(128 + number)
+        self._number = number
+
+    def obeyed(self, group: Processes, save: Callable[[], None]) -> None:
+        """If a signal came, to this process or another, save and leave.
+
+        Raises:
+            Stopped: it came.
+        """
+        number = group.largest(self._number)
+        if number:
+            save()
+            raise Stopped(number)
