@@ -70,3 +70,14 @@ def test_llamagen_has_no_config_and_diffusers_only_the_model_that_is_read(tmp_pa
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "norm_type": "spatial"}')
     with pytest.raises(cli.UserError, match="norm_type is 'spatial', but only 'group'"):
         pretrained.read_config("diffusers", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 1000, "a: !!python/object/apply:os.system ['touch canary']", "x" * (2 << 20)]
+)
+def test_a_config_of_a_stranger(tmp_path: Path, text: str) -> None:
+    """Nesting ended in a RecursionError."""
+    (tmp_path / "project.yaml").write_text(text)
+    with pytest.raises(cli.UserError, match=r"project\.yaml"):
+        pretrained.read_config("taming", tmp_path / "project.yaml")
+    assert not Path("canary").exists()

@@ -54,7 +54,7 @@ def open_client() -> Any:
     import mlflow
 
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # tracebacks
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # a line at every attempt
     # Two first starts at once would both create the tables, and both break.
     database = address.removeprefix("sqlite:///")

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint, cli, foreign, tracking
+from utils.untrusted import check_size
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.configs import READERS, write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
 DEFAULT_SIZE = (256, 256)  # what most of them were trained on
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+YAML_BYTES = 1 << 18
 # diffusers renamed its attention's parts; released files have the old names.
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v."}
 OLD_NAMES[".proj_attn."] = ".to_out.0."
@@ -55,9 +57,10 @@ def _read_yaml(path: Path) -> object:
     except ImportError as error:
         raise cli.UserError(f"{path} is YAML, to read which needs: pip install pyyaml") from error
     try:
+        check_size(path, YAML_BYTES)
         return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise cli.UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise cli.UserError(f"cannot read {path}: {' '.join(str(error).split())[:200]}") from error
 
 
 def bring_in(arguments: argparse.Namespace) -> None:
