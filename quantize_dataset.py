@@ -41,7 +41,17 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"indices/{Path(arguments.path_to_data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     check_writable(output_dir)
-    run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
+    run = tracking.continue_run(
+        output_dir.parent,
+        arguments.run_id,
+        origin.run_id,
+        stage="indices",
+        inputs={
+            arguments.path_to_data: checkpoint.sha256(Path(arguments.path_to_data)),
+            arguments.model_dir: tokenizer.sha256,
+        },
+        upstream=tokenizer.lineage,
+    )
     print(dataset)
 
     with run:
@@ -58,7 +68,7 @@ def main(arguments: argparse.Namespace) -> None:
             depth=config.depth,
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
-            made_by=cli.command_line(),
+            lineage=run.lineage,
         )
         write_indices(output_dir, indices, rows, meta, text=arguments.text)
         run.folder(output_dir, name)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformer import GPT, GPTConfig, generate
 from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
 from utils.averaging import WeightAverage
-from utils.indices import Indices, read_indices
+from utils.indices import Indices, digest, lineage_of, read_indices
+from utils.provenance import joined
 from utils.table import split_rows
 from utils.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -168,6 +169,9 @@ def main(arguments: argparse.Namespace) -> None:
         run_name=config.run_name,
         enabled=group.first,
         config=asdict(config) | asdict(data) | asdict(model_config),
+        inputs={data.path_to_data: digest(path)}
+        | ({} if tokenizer is None else {data.model_dir: tokenizer.sha256}),
+        upstream=joined(lineage_of(path), () if tokenizer is None else tokenizer.lineage),
         tags={"tokenizer_run_id": words.tokenizer_run_id},
         params={
             "data": path.name,
@@ -217,7 +221,7 @@ def main(arguments: argparse.Namespace) -> None:
     def save(*, best: bool) -> None:
         if group.first:
             provenance = checkpoint.Provenance(
-                run.run_id, cli.command_line(), config.seed, data.val_fraction
+                run.run_id, config.seed, data.val_fraction, run.lineage
             )
             words_file = {FILE: words.content()}
             if best:
@@ -261,9 +265,13 @@ def main(arguments: argparse.Namespace) -> None:
         if group.first:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
             bits = progress.best
-            run.metrics("val", {"best_bits_per_token": bits}, progress.step)
             run.picture("pictures/best_samples", draw_samples(best.model, words, tokenizer), 0)
-            run.folder(output_dir / "best", "checkpoints/best")
+            run.model(
+                output_dir / "best",
+                {"val/best_bits_per_token": bits},
+                progress.step,
+                register=config.register,
+            )
             print(f"best: val {bits:.3f} bits per token; {baselines}")
             print(run.how_to_look)
             print(

@@ -80,7 +80,12 @@ def read_start(
 
 
 def open_run(
-    output_dir: Path, progress: Progress, model: VQVAE, group: Processes, *configs: Any
+    output_dir: Path,
+    progress: Progress,
+    model: VQVAE,
+    start: checkpoint.LoadedModel | None,
+    group: Processes,
+    *configs: Any,
 ) -> tracking.Run:
     """The run in MLflow, or that of the training which goes on."""
     config = {name: value for part in configs for name, value in asdict(part).items()}
@@ -99,6 +104,9 @@ def open_run(
         enabled=group.first,
         config=config,
         params=params,
+        inputs={config["path_to_data"]: checkpoint.sha256(Path(config["path_to_data"]))}
+        | ({} if start is None else {config["init_from"]: start.sha256}),
+        upstream=() if start is None else start.lineage,
     )
     progress.run_id = run.run_id
     return run
@@ -111,17 +119,18 @@ def report_best(
     batch_size: int,
     group: Processes,
     step: int,
+    register: str,
 ) -> None:
     """Figures and pictures of the best tokenizer, which is logged as a whole."""
     folder = run.output_dir / "best"
     best = checkpoint.load_model(folder, VQVAE, VQVAEConfig, group.device).model
     values, seen = evaluate(best, dataset, rows, batch_size, group)
-    run.metrics("val", {f"best_{name}": values[name] for name in ("mse", "psnr")}, step)
     pair = seen.originals, seen.images
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
     names = [dataset.rows[row].image_path for row in rows[:PICTURES]]
     run.table("reconstructions", figures.comparison_table(names, *pair))
-    run.folder(folder, "checkpoints/best")
+    scores = {f"val/best_{name}": values[name] for name in ("mse", "psnr")}
+    run.model(folder, scores, step, register=register)
     print(f"best: {in_words(values)}")
 
 
@@ -167,10 +176,8 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     default_name = f"{name}-f{model.config.downsampling}"
     output_dir = training.find_output_dir(config, resumed, default_name)
-    run = open_run(output_dir, progress, model, group, config, data, model.config, objective)
-    provenance = checkpoint.Provenance(
-        run.run_id, cli.command_line(), config.seed, data.val_fraction
-    )
+    run = open_run(output_dir, progress, model, start, group, config, data, model.config, objective)
+    provenance = checkpoint.Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
@@ -258,9 +265,9 @@ def main(arguments: argparse.Namespace) -> None:
                 group.print(f"no better validation mse in {config.patience} evaluations: stopping")
                 break
         if group.first:
-            report_best(
-                run, dataset, val_rows, config.batch_size, replace(group, count=1), progress.step
-            )
+            alone = replace(group, count=1)
+            facts = (config.batch_size, alone, progress.step, config.register)
+            report_best(run, dataset, val_rows, *facts)
             print(run.how_to_look)
     if group.first:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")

@@ -14,7 +14,15 @@ from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.indices import IndicesMeta, check_writable, read_indices, write_indices
+from utils.indices import (
+    IndicesMeta,
+    check_writable,
+    digest,
+    lineage_of,
+    read_indices,
+    write_indices,
+)
+from utils.provenance import joined
 from utils.table import Row
 from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -29,6 +37,7 @@ class Given(NamedTuple):
     grids: torch.Tensor
     keep: torch.Tensor
     labels: list[str]
+    path: Path  # of the indices
 
 
 def read_mask(path: str, size: tuple[int, int]) -> torch.Tensor:
@@ -75,6 +84,7 @@ def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
         grids.repeat_interleave(times, dim=0),
         keep,
         [label for label in labels for _ in range(times)],
+        path,
     )
 
 
@@ -116,7 +126,19 @@ def main(arguments: argparse.Namespace) -> None:
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
-    run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
+    inputs = {arguments.model_path: gpt.sha256, arguments.vocabulary_path: gpt.sha256}
+    if given is not None:
+        inputs[arguments.complete] = digest(given.path)
+    if tokenizer is not None:
+        inputs[arguments.model_dir] = tokenizer.sha256
+    run = tracking.continue_run(
+        output_dir.parent,
+        arguments.run_id,
+        origin.run_id,
+        stage="samples",
+        inputs={path: sha256 for path, sha256 in inputs.items() if path},
+        upstream=joined(gpt.lineage, () if given is None else lineage_of(given.path)),
+    )
     draw = partial(
         generate if given is None else partial(complete, candidates=arguments.candidates),
         gpt.model,
@@ -146,7 +168,7 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer_sha256=vocabulary.tokenizer_sha256,
             tokenizer_run_id=vocabulary.tokenizer_run_id,
             gpt_run_id=origin.run_id,
-            made_by=cli.command_line(),
+            lineage=run.lineage,
         )
         rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
         write_indices(output_dir, indices, rows, meta, text=arguments.text)
@@ -155,7 +177,6 @@ def main(arguments: argparse.Namespace) -> None:
             picture.save(output_dir / PICTURE)
             print(f"given, drawn and original in {output_dir / PICTURE}")
         run.folder(output_dir, output_dir.name)
-        run.tag("gpt_run_id", origin.run_id)
 
     print(f"{len(indices):,} grids in {output_dir}")
     print(

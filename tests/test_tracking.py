@@ -54,8 +54,9 @@ def test_what_is_logged_is_in_the_folder_and_in_mlflow(store: Any) -> None:
     assert found.data.tags["tokenizer_run_id"] == "abc"
     assert Path(sys.argv[0]).name in found.data.tags["mlflow.note.content"]
     assert found.data.tags["mlflow.runColor"].startswith("#")
-    assert f"/experiments/{found.info.experiment_id}/runs/{run.run_id}/" in run.link
-    assert run.link.endswith("workflowType=machine_learning")
+    page = f"/experiments/{found.info.experiment_id}/runs/{run.run_id}/"
+    assert page in run.how_to_look
+    assert run.how_to_look.endswith("workflowType=machine_learning")
     assert os.environ["MLFLOW_TRACKING_URI"] in run.how_to_look
 
     assert json.loads(Path("out/config.json").read_text()) == {"a": 1}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UserError, build
+from utils.provenance import Lineage, finished, parse
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "sha256.json"
 PROVENANCE = "provenance.json"
@@ -25,14 +26,14 @@ class Provenance:
 
     Attributes:
         run_id: the MLflow run that trained it, or "".
-        command: the command line that did.
         seed, val_fraction: of the split of its data.
+        lineage: the commands up to the one that made it.
     """
 
     run_id: str = ""
-    command: str = ""
     seed: int = 0
     val_fraction: float = 0.1
+    lineage: Lineage = ()
 
 
 class LoadedModel(NamedTuple):
@@ -49,6 +50,11 @@ class LoadedModel(NamedTuple):
     sha256: str
     folder: Path
     provenance: Provenance
+
+    @property
+    def lineage(self) -> Lineage:
+        """The commands that led to the model."""
+        return finished(self.provenance.lineage, self.sha256)
 
     @property
     def home(self) -> Path:
@@ -209,12 +215,28 @@ def load_model(
     try:
         model = model_class(_build_config(config_class, values, folder))
         model.load_state_dict(read_tensors(folder / WEIGHTS))
-        written = folder / PROVENANCE
-        provenance = Provenance(**read_json(written)) if written.is_file() else Provenance()
     except (TypeError, RuntimeError) as error:
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {line}") from error
-    return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
+    return LoadedModel(
+        model.eval().to(device), sha256(folder / WEIGHTS), folder, read_provenance(folder)
+    )
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Where the model of a model folder comes from, as far as it says.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not (folder / PROVENANCE).is_file():
+        return Provenance()
+    values = read_json(folder / PROVENANCE)
+    values.pop("command", None)  # of folders from before there was a lineage
+    try:
+        return Provenance(**values | {"lineage": parse(values.get("lineage", ()))})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / PROVENANCE} is damaged: {error}") from error
 
 
 def _build_config(config_class: type, values: dict[str, Any], folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
 import csv
+import hashlib
 import json
 import math
 import shutil
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel, read_json, swap_in, whole
+from utils.checkpoint import LoadedModel, read_json, sha256, swap_in, whole
 from utils.cli import UserError, build
 from utils.index_text import read_lines
+from utils.provenance import Lineage, finished, parse
 from utils.table import Row
 
 META, MANIFEST = "meta.json", "manifest.csv"
@@ -31,7 +33,7 @@ class IndicesMeta:
         depth: indices a cell.
         tokenizer_sha256: of the model.safetensors that made the indices or decodes them.
         tokenizer_run_id, gpt_run_id: MLflow runs of the models, where there are any.
-        made_by: the command line.
+        lineage: the commands up to the one that made them.
     """
 
     codebook_size: int
@@ -40,7 +42,7 @@ class IndicesMeta:
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
     gpt_run_id: str = ""
-    made_by: str = ""
+    lineage: Lineage = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.codebook_size, int) or self.codebook_size < 2:
@@ -226,7 +228,7 @@ def _read_folder(folder: Path) -> Indices:
     if not (folder / META).is_file():
         raise UserError(f"{folder} is no indices folder: it has no {META}")
     try:
-        meta = build(IndicesMeta, **read_json(folder / META))
+        meta = _read_meta(folder)
     except (TypeError, UserError) as error:
         raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
     files = sorted(folder.glob("indices*.npy"))
@@ -257,6 +259,27 @@ def _read_folder(folder: Path) -> Indices:
             f"{meta.codebook_size} codes; make it again"
         )
     return indices
+
+
+def _read_meta(folder: Path) -> IndicesMeta:
+    values = read_json(folder / META)
+    values.pop("made_by", None)  # of folders from before there was a lineage
+    return build(IndicesMeta, **values | {"lineage": build(parse, values.get("lineage", ()))})
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of the index files of a folder, or of a text file."""
+    path = whole(path)
+    files = sorted(path.glob("indices*.npy")) if path.is_dir() else [path]
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def lineage_of(path: Path) -> Lineage:
+    """The commands that led to an indices folder; () for a text file, which does not say."""
+    path = whole(path)
+    return finished(_read_meta(path).lineage, digest(path)) if path.is_dir() else ()
 
 
 def _read_manifest(path: Path) -> list[Row]:

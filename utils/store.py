@@ -1,8 +1,10 @@
-"""The MLflow store: what is opened, asked and sent to, where a run lives."""
+"""The MLflow store where runs live; this file and utils/registry.py import MLflow, and late."""
 
 import http.client
+import json
 import logging
 import os
+import sys
 import urllib.error
 import urllib.request
 from contextlib import nullcontext
@@ -10,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from PIL import Image
 
+from utils import picture_table
 from utils.cli import UserError
 
-DEFAULT_EXPERIMENT = "image-synthesis"
 ADDRESSES = ("runs:/", "models:/")
+COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
+HOMES = {  # of the stages that are logged to the run of another
+    "indices": ("tokenizer",),
+    "samples": ("gpt",),
+    "images": ("gpt", "tokenizer"),
+}
 START_TIMEOUT = 5  # seconds until a silent server counts as missing
 
 
@@ -88,6 +95,18 @@ def existing_run(client: Any, run_id: str) -> Any:
     return run
 
 
+def find_run(client: Any, run_id: str) -> Any:
+    """An MLflow run; None for "", or one that is not in this store."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def fetch(address: str) -> Path:
     """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
 
@@ -118,13 +137,38 @@ def experiment_of(run_id: str) -> str:
     return client.get_experiment(run.info.experiment_id).name
 
 
+def check_stage(run: Any, stage: str) -> None:
+    """Refuse a run of another stage than the one whose run this stage is logged to.
+
+    Raises:
+        UserError: it is one.
+    """
+    homes = HOMES.get(stage, (stage,))
+    found = run.data.tags.get("stage", stage)
+    if stage and found not in homes:
+        raise UserError(
+            f"the MLflow run {run.info.run_id} is that of a {found}, but {stage} belong to the run "
+            f"of a {' or '.join(homes)}; give that one as --run_id, or leave it away"
+        )
+
+
 def create_run(
-    client: Any, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
+    client: Any,
+    stage: str,
+    experiment: str,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
 ) -> Any:
-    """A new MLflow run in an experiment, which is made where it is missing."""
+    """A new MLflow run in an experiment, which is made where it is missing.
+
+    Raises:
+        ValueError: too many params.
+    """
     from mlflow.entities import Param
 
-    experiment = experiment or DEFAULT_EXPERIMENT
+    if len(params) > 10:
+        raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
@@ -135,6 +179,13 @@ def create_run(
                 raise
     if found is not None:
         experiment_id = found.experiment_id
+    tags = {
+        "stage": stage,
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.runColor": COLOURS[stage],
+        **tags,
+    }
     run = client.create_run(experiment_id, run_name=name, tags=tags)
     client.log_batch(
         run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()]
@@ -143,26 +194,33 @@ def create_run(
 
 
 def send_metrics(
-    client: Any, run_id: str, values: dict[str, float], seconds: float, step: int
+    client: Any,
+    run_id: str,
+    values: dict[str, float],
+    seconds: float,
+    step: int,
+    model_id: str | None = None,
 ) -> None:
-    """Log numbers of one step, which were taken at a time in `seconds` since 1970."""
+    """Log numbers of one step, or of a model, taken at a time in `seconds` since 1970."""
     from mlflow.entities import Metric
 
     when = int(seconds * 1000)
     client.log_batch(
-        run_id, metrics=[Metric(key, value, when, step) for key, value in values.items()]
+        run_id, metrics=[Metric(key, value, when, step, model_id) for key, value in values.items()]
     )
 
 
-def send_table(client: Any, run_id: str, name: str, columns: dict[str, list[Any]]) -> None:
-    """Log a table, whose columns may hold pictures."""
-    import mlflow
-
-    data = {
-        key: [mlflow.Image(v) if isinstance(v, Image.Image) else v for v in values]
-        for key, values in columns.items()
-    }
-    client.log_table(run_id, data, artifact_file=f"tables/{name}.json")
+def send_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
+    """Log a table of `picture_table.write`; MLflow's own call would append to one before it."""
+    folder = picture_table.FOLDER
+    client.log_artifacts(run_id, str(output_dir / folder / name), f"{folder}/{name}")
+    client.log_artifact(run_id, str(output_dir / folder / f"{name}.json"), folder)
+    # The page of MLflow that compares tables asks this tag which there are.
+    tag = "mlflow.loggedArtifacts"
+    known = json.loads(client.get_run(run_id).data.tags.get(tag, "[]"))
+    entry = {"path": f"{folder}/{name}.json", "type": "table"}
+    if entry not in known:
+        client.set_tag(run_id, tag, json.dumps([*known, entry]))
 
 
 def one_line(error: Exception) -> str:

@@ -4,38 +4,52 @@ Everything is first written to the output folder (metrics.jsonl, pictures/, tabl
 its own then passes it on, so that a slow or dead MLflow server neither stops nor slows a training.
 """
 
-import csv
 import json
-import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from PIL import Image
 
-from utils import store
-from utils.cli import Stopped, UserError, command_line
+from utils import links, picture_table, provenance, registry, report, store
+from utils.cli import Stopped, UserError
 from utils.outbox import Outbox
+from utils.provenance import Lineage, Stage
 from utils.store import experiment_of, fetch
+from utils.system_metrics import SystemMetrics
 
 __all__ = ["Run", "continue_run", "experiment_of", "fetch"]
-COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 
 
-def continue_run(output_dir: Path, run_id: str | None, default_run_id: str) -> "Run":
+def continue_run(
+    output_dir: Path,
+    run_id: str | None,
+    default_run_id: str,
+    *,
+    stage: str = "",
+    inputs: dict[str, str] | None = None,
+    upstream: Lineage = (),
+) -> "Run":
     """Open the run that the user names, else the default one if this MLflow store has it.
 
+    Args:
+        output_dir: where pictures and numbers go.
+        run_id: as the user named it.
+        default_run_id: of the model that is used, or "".
+        stage: indices, samples or images; "" for what no later stage reads.
+        inputs, upstream: of that stage, see `Run`.
+
     Raises:
-        UserError: the user named a run that does not exist.
+        UserError: the user named a run that does not exist, or one of another stage.
     """
-    if run_id is not None:
-        return Run(output_dir, run_id=run_id)
-    if default_run_id and experiment_of(default_run_id):
-        return Run(output_dir, run_id=default_run_id)
-    print("not logged to MLflow: the model's run is not in this store; --run_id names another")
-    return Run(output_dir, enabled=False)
+    what = {"stage": stage, "inputs": inputs, "upstream": upstream}
+    if run_id is None and not experiment_of(default_run_id):
+        print("not logged to MLflow: the model's run is not in this store; --run_id names another")
+        return Run(output_dir, enabled=False, **what)
+    return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **what)
 
 
 class Run:
@@ -44,6 +58,7 @@ class Run:
     Attributes:
         run_id: the MLflow run's id.
         output_dir: where everything is written first.
+        lineage: the commands up to this one; () for what no later stage reads.
     """
 
     def __init__(
@@ -57,6 +72,8 @@ class Run:
         config: dict[str, Any] | None = None,
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
+        inputs: dict[str, str] | None = None,
+        upstream: Lineage = (),
         continued: bool = False,
         enabled: bool = True,
     ) -> None:
@@ -64,41 +81,75 @@ class Run:
 
         Args:
             output_dir: is made where it is missing.
-            stage: tokenizer or gpt, of a new run.
+            stage: tokenizer or gpt, or what is logged to a run of them, see `store.HOMES`.
             run_id: of an existing run.
-            experiment, run_name: of a new run.
+            experiment, run_name: of a new run; the experiment is by default called as the data.
             config: all settings, for config.json.
             params: at most 10 of them, since MLflow prints all of them on every picture.
             tags: further tags of a new run.
+            inputs: the SHA-256 of what the stage reads, by path as given; its data first.
+            upstream: the lineage of what it reads.
             continued: the existing run goes on training: it counts as running until closed. If it
                 is gone, a new one takes its place.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
-            UserError: no such run, or a tracking server that does not answer.
+            UserError: no such run, one of another stage, or a tracking server that does not answer.
         """
         self.output_dir = output_dir
         self.run_id = run_id or ""
         self._outbox: Outbox | None = None
         self._experiment_id: str | None = None
         self._owned = continued or run_id is None
+        self._system_metrics: SystemMetrics | None = None
+        self._model_id = ""
+        inputs = inputs or {}
         if not enabled:
+            self.lineage = self._describe(stage, inputs, upstream)
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = store.open_client()
         if run_id is not None and not (continued and self._gone(run_id)):
             run = store.existing_run(self._client, run_id)
+            store.check_stage(run, stage)
             if continued:
                 self._client.update_run(run_id, status="RUNNING")
+            else:
+                self._model_id = registry.newest_model(run)
         else:
-            run = self._create(stage, experiment, run_name, params or {}, tags or {})
+            run = store.create_run(
+                self._client,
+                stage,
+                experiment or provenance.data_set_name(next(iter(inputs), "images")),
+                run_name or output_dir.name,
+                params or {},
+                {links.NOTE: links.first_note(output_dir), **(tags or {})},
+            )
         self.run_id = run.info.run_id
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._experiment_id = run.info.experiment_id
         self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
+        self.lineage = self._describe(stage, inputs, upstream)
         if config is not None:
             self.file(output_dir / "config.json")
+        if self._owned:
+            self._open_training()
+
+    def _describe(self, stage: str, inputs: dict[str, str], upstream: Lineage) -> Lineage:
+        return (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
+
+    def _open_training(self) -> None:
+        """What only the run of a training has: a lineage of its own, and figures of the machine."""
+        if self.lineage:
+            text = json.dumps(provenance.content(self.lineage), indent=2) + "\n"
+            (self.output_dir / links.FILE).write_text(text)
+            self._put(lambda: registry.log_inputs(self._client, self.lineage))
+            self._put(lambda: links.link(self._client, self.lineage))
+        start = time.time()
+        self._system_metrics = SystemMetrics(
+            lambda values: self.metrics("system", values, round(time.time() - start))
+        )
 
     def _gone(self, run_id: str) -> bool:
         """Whether a run that is to go on is not in this store, which is said."""
@@ -109,56 +160,30 @@ class Run:
             return True
         return False
 
-    def _create(
-        self, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
-    ) -> Any:
-        if len(params) > 10:
-            raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
-        command = command_line()
-        return store.create_run(
-            self._client,
-            experiment,
-            name or self.output_dir.name,
-            params,
-            {
-                "stage": stage,
-                "mlflow.source.name": Path(sys.argv[0]).name,
-                "mlflow.source.type": "LOCAL",
-                "mlflow.runColor": COLOURS[stage],
-                "mlflow.note.content": f"```\n{command}\n```\n\nOutput folder: `{self.output_dir}`",
-                **tags,
-            },
-        )
-
-    @property
-    def link(self) -> str:
-        """Where `mlflow ui` shows the run's curves and pictures."""
-        server = os.environ["MLFLOW_TRACKING_URI"]
-        server = server.rstrip("/") if server.startswith("http") else "http://127.0.0.1:5000"
-        return (
-            f"{server}/#/experiments/{self._experiment_id}/runs/{self.run_id}/model-metrics"
-            "?workflowType=machine_learning"
-        )
-
     @property
     def how_to_look(self) -> str:
         """The lines that tell the user how to see the run."""
         if self._experiment_id is None:
             return "not logged to MLflow"
-        address = os.environ["MLFLOW_TRACKING_URI"]
-        start = "" if address.startswith("http") else f"\n  mlflow ui --backend-store-uri {address}"
-        return f"\nbrowse:{start}\n  {self.link}"
+        return links.how_to_look(self._experiment_id, self.run_id)
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
         if self._outbox is None:
             return
         values = {f"{section}/{name}": value for name, value in values.items()}
+        now = self._keep(values, step)
+        model_id = self._model_id or None
+        self._put(
+            lambda: store.send_metrics(self._client, self.run_id, values, now, step, model_id)
+        )
+
+    def _keep(self, values: dict[str, float], step: int) -> float:
+        """Write numbers to metrics.jsonl; the time, in seconds since 1970."""
         now = time.time()
         with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "time": now, **values}) + "\n")
-
-        self._outbox.put(lambda: store.send_metrics(self._client, self.run_id, values, now, step))
+        return now
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
@@ -167,47 +192,57 @@ class Run:
             return path
         path.parent.mkdir(exist_ok=True)
         image.save(path)
-        self._outbox.put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
+        self._put(lambda: self._client.log_image(self.run_id, image, key=key, step=step))
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon."""
-        if self._outbox is None:
-            return
-        self._write_table(name, columns)
-        self._outbox.put(lambda: store.send_table(self._client, self.run_id, name, columns))
+        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon.
 
-    def _write_table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """A CSV, with the names of PNG files beside it where the table has pictures."""
-        folder = self.output_dir / "tables"
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            for number, row in enumerate(zip(*columns.values(), strict=True)):
-                cells = dict(zip(columns, row, strict=True))
-                for key, value in cells.items():
-                    if isinstance(value, Image.Image):
-                        cells[key] = f"{name}/{key}-{number:05}.png"
-                        value.save(folder / cells[key])
-                writer.writerow(cells.values())
-
-    def tag(self, key: str, value: str) -> None:
-        """Tag the run, as with the id of a run that it builds on."""
+        It takes the place of a table of that name.
+        """
         if self._outbox is not None:
-            self._outbox.put(lambda: self._client.set_tag(self.run_id, key, value))
+            picture_table.write(self.output_dir, name, columns)
+            self._put(lambda: store.send_table(self._client, self.run_id, self.output_dir, name))
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        if self._outbox is not None:
-            self._outbox.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
+        self._put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
+        self._put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
+
+    def model(
+        self,
+        folder: Path,
+        values: dict[str, float],
+        step: int,
+        *,
+        register: str = "",
+        lower_is_better: bool = True,
+    ) -> None:
+        """Log the model folder that a training ends with, as artifacts and as a logged model.
+
+        Args:
+            folder: the model folder.
+            values: figures of its quality, by full name.
+            step: of the training.
+            register: also a name in the registry, whose champion it becomes if its first figure
+                beats that of the champion so far.
+            lower_is_better: for that figure.
+        """
+        if self._outbox is None:
+            return
+        self.folder(folder, f"checkpoints/{folder.name}")
+        where, now = (self._client, self.run_id), self._keep(values, step)
+        self._put(lambda: registry.log_model(*where, folder, values, now, step))
+        if register:
+            by = registry.Judge(next(iter(values)), lower_is_better)
+            self._put(lambda: print(registry.register(*where, register, by)))
+
+    def _put(self, call: Callable[[], object]) -> None:
         if self._outbox is not None:
-            self._outbox.put(
-                lambda: self._client.log_artifact(self.run_id, str(path), name or None)
-            )
+            self._outbox.put(call)
 
     def _complain(self, error: Exception) -> None:
         print(
@@ -236,7 +271,23 @@ class Run:
         """Send what is left, and tell MLflow how a run that was opened here ended."""
         if self._outbox is None:
             return
+        if self._system_metrics is not None:
+            self._system_metrics.close()
+        if self.lineage and not self._owned and status == "FINISHED":
+            self._put(lambda: links.link(self._client, self.lineage))
+        self._report()
         if self._owned:
-            self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
+            self._put(lambda: self._client.set_terminated(self.run_id, status))
         self._outbox.close()
         self._outbox = None
+
+    def _report(self) -> None:
+        """Write report.html anew: of this training, or of the one whose folder this stage is in."""
+        folders = [self.output_dir, *self.output_dir.parents[:1]]
+        home = next((one for one in folders if (one / links.FILE).is_file()), None)
+        if home is None:
+            return
+        try:
+            self.file(report.write(home))
+        except OSError as error:
+            print(f"warning: no report: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint, cli, tracking
+from utils.provenance import Stage
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.configs import READERS, write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
@@ -106,7 +107,8 @@ def bring_in(arguments: argparse.Namespace) -> None:
     if "quantize.used" in ignored:
         print("warning: the checkpoint's remap of used codes is ignored: indices are unmapped")
     print(f"ignored, not part of the model: {cli.first_few(ignored) or 'nothing'}")
-    provenance = checkpoint.Provenance(command=cli.command_line())
+    inputs = {arguments.checkpoint: checkpoint.sha256(path)} if path.is_file() else {}
+    provenance = checkpoint.Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
     folder = Path(arguments.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_folder(folder, checkpoint.model_files(model, provenance))
