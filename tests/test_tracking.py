@@ -74,6 +74,17 @@ def test_what_is_logged_is_in_the_folder_and_in_mlflow(store: Any) -> None:
         assert image.size == (8, 8)
 
 
+def test_a_table_takes_the_place_of_the_one_before(store: Any) -> None:
+    """A training that went on after its end had every row twice."""
+    with open_run() as run:
+        for colour in ("a.png", "b.png"):
+            run.table("pairs", {"image_path": [colour], "original": [PICTURE]})
+    experiment_id = store.get_run(run.run_id).info.experiment_id
+    table = store.load_table(experiment_id, "tables/pairs.json", [run.run_id])
+    assert list(table["image_path"]) == ["b.png"]
+    assert {file.path for file in walk(store, run.run_id)} >= {"tables/pairs/original-00000.png"}
+
+
 def walk(client: Any, run_id: str, path: str | None = None) -> Iterator[Any]:
     for file in client.list_artifacts(run_id, path):
         if file.is_dir:
