@@ -166,7 +166,7 @@ def main(arguments: argparse.Namespace) -> None:
         run_id=progress.run_id or None,
         continued=resumed is not None,
         experiment=config.experiment or tracking.experiment_of(words.tokenizer_run_id),
-        run_name=config.run_name,
+        run_name=config.run_name or name,
         enabled=group.first,
         config=asdict(config) | asdict(data) | asdict(model_config),
         inputs={data.path_to_data: digest(path)}

@@ -176,6 +176,7 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     default_name = f"{name}-f{model.config.downsampling}"
     output_dir = training.find_output_dir(config, resumed, default_name)
+    config = replace(config, run_name=config.run_name or default_name)
     run = open_run(output_dir, progress, model, start, group, config, data, model.config, objective)
     provenance = checkpoint.Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
     group.print(dataset)
