@@ -50,7 +50,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     dataset = parts.read_images(arguments.path_to_data, config.image_size, config.in_channels)
     output_dir = Path(arguments.output_dir or tokenizer.home / "evaluation")
     with tracking.continue_run(
-        output_dir, arguments.run_id, tokenizer.provenance.run_id, stages=("tokenizer",)
+        output_dir, arguments.run_id, tokenizer.provenance.run_id, homes=("tokenizer",)
     ) as run:
         if arguments.features == "classifier":
             path = arguments.path_to_train or arguments.path_to_data
@@ -119,7 +119,7 @@ def evaluate_samples(arguments: argparse.Namespace) -> None:
         )
     source = Path(arguments.images or arguments.indexes_path)
     output_dir = Path(arguments.output_dir or source.parent / "evaluation")
-    with tracking.continue_run(output_dir, arguments.run_id, run_id, stages=("gpt",)) as run:
+    with tracking.continue_run(output_dir, arguments.run_id, run_id, homes=("gpt",)) as run:
         if network is None:
             network = features.taught_network(*train, arguments.path_to_data, device, seed)
         found = sample_report.report(
@@ -199,7 +199,7 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
     output_dir = Path(arguments.output_dir or gpt.home / "evaluation")
     with tracking.continue_run(
-        output_dir, arguments.run_id, gpt.provenance.run_id, stages=("gpt",)
+        output_dir, arguments.run_id, gpt.provenance.run_id, homes=("gpt",)
     ) as run:
         bits = bits_of_images(tokenizer.model, gpt.model, dataset, prefix, arguments.batch_size)
         order = bits.argsort(stable=True)

@@ -122,7 +122,17 @@ def main(arguments: argparse.Namespace) -> None:
             "be cropped alike; leave one of them away"
         )
     check_writable(output_dir)
-    run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
+    run = tracking.continue_run(
+        output_dir.parent,
+        arguments.run_id,
+        origin.run_id,
+        stage="indices",
+        inputs={
+            arguments.path_to_data: checkpoint.sha256(Path(arguments.path_to_data)),
+            arguments.model_dir: tokenizer.sha256,
+        },
+        upstream=tokenizer.lineage,
+    )
     print(dataset)
 
     with run:
@@ -154,7 +164,7 @@ def main(arguments: argparse.Namespace) -> None:
             depth=config.depth,
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
-            made_by=cli.command_line(),
+            lineage=run.lineage,
             condition=condition,
         )
         if crops:

@@ -18,8 +18,10 @@ from utils.averaging import WeightAverage
 from utils.checkpoints import find_checkpoint
 from utils.guard import Guard
 from utils.index_dataset import IndexDataset, IndicesConfig
+from utils.indices import digest, lineage_of
 from utils.judge import Judge
 from utils.optimizers import OptimizerConfig, make_optimizer
+from utils.provenance import joined
 from utils.saving import Checkpoints
 from utils.stopping import StopRequest
 from utils.vocabulary import FILE
@@ -137,9 +139,12 @@ def main(arguments: argparse.Namespace) -> None:
         continued=resumed is not None,
         logged=progress.logged,
         experiment=config.experiment or tracking.experiment_of(data.words.tokenizer_run_id),
-        run_name=config.run_name,
+        run_name=config.run_name or name,
         enabled=group.first,
         config=settings,
+        inputs={source.path_to_data: digest(data.path)}
+        | ({} if tokenizer is None else {source.model_dir: tokenizer.sha256}),
+        upstream=joined(lineage_of(data.path), () if tokenizer is None else tokenizer.lineage),
         tags={"tokenizer_run_id": data.words.tokenizer_run_id},
         params={
             **data.params,
@@ -153,8 +158,7 @@ def main(arguments: argparse.Namespace) -> None:
     progress.run_id = run.run_id
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     guard = Guard(group, progress, config)
-    split = config.seed, source.val_fraction
-    origin = checkpoint.Provenance(run.run_id, cli.command_line(), *split)
+    origin = checkpoint.Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
     unigram, bigram = data.baselines()
     floor = {"unigram_bits_per_token": unigram, "bigram_bits_per_token": bigram}
     to_beat = f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token"
@@ -230,11 +234,17 @@ def main(arguments: argparse.Namespace) -> None:
 
         if group.first:
             best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
-            best_value = sign * progress.best
-            run.metrics("val", {f"best_{config.best_metric}": best_value}, progress.step)
+            scores = {f"val/best_{config.best_metric}": sign * progress.best}
             run.picture("pictures/best_samples", draw_samples(best.model, data, tokenizer), 0)
-            run.folder(output_dir / "best", "checkpoints/best")
-            print(f"best: val {config.best_metric} {best_value:.3f}; {to_beat}\n{run.how_to_look}")
+            run.model(
+                output_dir / "best",
+                scores,
+                progress.step,
+                register=config.register,
+                lower_is_better=sign > 0,
+            )
+            print(f"best: val {config.best_metric} {sign * progress.best:.3f}; {to_beat}")
+            print(run.how_to_look)
             conditions = () if data.conditions is None else ("--conditions", data.path)
             print(
                 cli.next_command(

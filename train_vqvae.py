@@ -87,7 +87,12 @@ def read_start(
 
 
 def open_run(
-    output_dir: Path, progress: Progress, model: VQVAE, group: Processes, config: dict[str, Any]
+    output_dir: Path,
+    progress: Progress,
+    model: VQVAE,
+    start: checkpoint.LoadedModel | None,
+    group: Processes,
+    config: dict[str, Any],
 ) -> tracking.Run:
     """The run in MLflow, or that of the training which goes on."""
     shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
@@ -106,6 +111,9 @@ def open_run(
         enabled=group.first,
         config=config,
         params=params,
+        inputs={config["path_to_data"]: checkpoint.sha256(Path(config["path_to_data"]))}
+        | ({} if start is None else {config["init_from"]: start.sha256}),
+        upstream=() if start is None else start.lineage,
     )
     progress.run_id = run.run_id
     return run
@@ -115,20 +123,22 @@ def report_best(
     run: tracking.Run,
     dataset: ImageDataset,
     rows: Tensor,
-    batch_size: int,
+    config: TrainingConfig,
     group: Processes,
     step: int,
 ) -> None:
     """Figures and pictures of the best tokenizer, which is logged as a whole."""
     folder = run.output_dir / "best"
     best = checkpoint.load_model(folder, VQVAE, VQVAEConfig, group.device).model
-    values, seen = evaluate(best, dataset, rows, batch_size, group)
-    run.metrics("val", {f"best_{name}": values[name] for name in ("mse", "psnr", "ssim")}, step)
+    values, seen = evaluate(best, dataset, rows, config.batch_size, group)
     pair = seen.originals, seen.images
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
     names = [dataset.rows[row].image_path for row in rows[:PICTURES]]
     run.table("reconstructions", figures.comparison_table(names, *pair))
-    run.folder(folder, "checkpoints/best")
+    shown = dict.fromkeys((config.best_metric, "mse", "psnr", "ssim"))  # the first decides
+    scores = {f"val/best_{name}": values[name] for name in shown}
+    lower_is_better = metrics.sign_of(config.best_metric, BEST_METRICS) > 0
+    run.model(folder, scores, step, register=config.register, lower_is_better=lower_is_better)
     print(f"best: {in_words(values)}")
 
 
@@ -181,10 +191,11 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     default_name = f"{name}-f{model.config.downsampling}"
     output_dir = training.find_output_dir(config, resumed, default_name)
-    run = open_run(output_dir, progress, model, group, settings)
+    named = settings | {"run_name": config.run_name or default_name}
+    run = open_run(output_dir, progress, model, start, group, named)
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     guard = Guard(group, progress, config, changing=(model.quantizer, adversary))
-    origin = checkpoint.Provenance(run.run_id, cli.command_line(), config.seed, data.val_fraction)
+    origin = checkpoint.Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
     if group.first:
         dataset.write_skipped(output_dir)
     group.print(dataset)
@@ -269,9 +280,7 @@ def main(arguments: argparse.Namespace) -> None:
                 )
                 break
         if group.first:
-            report_best(
-                run, dataset, val_rows, config.batch_size, replace(group, count=1), progress.step
-            )
+            report_best(run, dataset, val_rows, config, replace(group, count=1), progress.step)
             print(run.how_to_look)
     if group.first:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")

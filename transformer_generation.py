@@ -16,7 +16,8 @@ from utils import checkpoint, cli, figures, processes, tracking
 from utils.conditions import Condition, take_conditions, write_conditions
 from utils.decoding import read_mask
 from utils.index_folder import allocate, new_folder
-from utils.indices import IndicesMeta, check_writable, read_indices
+from utils.indices import IndicesMeta, check_writable, digest, lineage_of, read_indices
+from utils.provenance import joined
 from utils.table import Row
 from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
@@ -133,14 +134,27 @@ def main(arguments: argparse.Namespace) -> None:
     origin = gpt.provenance
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
-    run = tracking.continue_run(output_dir.parent, arguments.run_id, origin.run_id)
+    inputs = {arguments.model_path: gpt.sha256, arguments.vocabulary_path: gpt.sha256}
+    given_as = filter(None, (arguments.complete, arguments.conditions))
+    folders = {path: tracking.fetch(path) for path in given_as}
+    inputs |= {path: digest(folder) for path, folder in folders.items()}
+    if tokenizer is not None:
+        inputs[arguments.model_dir] = tokenizer.sha256
+    run = tracking.continue_run(
+        output_dir.parent,
+        arguments.run_id,
+        origin.run_id,
+        stage="samples",
+        inputs={path: sha256 for path, sha256 in inputs.items() if path},
+        upstream=joined(gpt.lineage, *map(lineage_of, folders.values())),
+    )
     meta = IndicesMeta(
         codebook_size=vocabulary.codebook_size,
         latent_dim=size,
         tokenizer_sha256=vocabulary.tokenizer_sha256,
         tokenizer_run_id=vocabulary.tokenizer_run_id,
         gpt_run_id=origin.run_id,
-        made_by=cli.command_line(),
+        lineage=run.lineage,
         depth=vocabulary.depth,
         condition=vocabulary.condition if condition.rows else None,
     )
@@ -183,7 +197,6 @@ def main(arguments: argparse.Namespace) -> None:
                 if tokenizer is not None:
                     picture_of(given, drawn, tokenizer.model).save(folder / PICTURE)
         run.folder(output_dir, output_dir.name)
-        run.tag("gpt_run_id", origin.run_id)
 
     if given is not None and tokenizer is not None:
         print(f"given, drawn and original in {output_dir / PICTURE}")

@@ -19,6 +19,7 @@ from utils.checkpoint import (
     write_folder,
 )
 from utils.cli import UserError
+from utils.provenance import Stage
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Other(Net):
     pass
 
 
-PROVENANCE = Provenance("run", "python train.py", 5, 0.2)
+PROVENANCE = Provenance("run", 5, 0.2, (Stage("gpt", "python train.py", {"indices": "ab"}),))
 
 
 def saved(folder: Path, seed: int = 0, width: int = 3) -> Net:

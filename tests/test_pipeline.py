@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -18,45 +16,6 @@ from PIL import Image
 
 from tests.conftest import ROOT, TINY_GPT, TINY_TOKENIZER, run_script, write_images
 from utils.checkpoints import checkpoints_in
-
-
-def next_command(output: str) -> list[str]:
-    """The words of the command that a script ends with."""
-    found = re.search(r"next:\n  python (.*)", output)
-    assert found, output
-    return shlex.split(found.group(1))
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which all five scripts ran; each call is the one the script before printed."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    before = Path.cwd()
-    os.chdir(folder)
-    os.environ.pop("MLFLOW_TRACKING_URI", None)
-    try:
-        data = write_images(Path("data"))
-        tiny = (*TINY_TOKENIZER, "--max_epochs", 3, "--val_fraction", 0.34)
-        done = run_script("train_vqvae.py", "--path_to_data", data, *tiny)
-        done = run_script(*next_command(done.stdout), "--text")
-        tiny = (*TINY_GPT, "--max_epochs", 4, "--window_size", 3)
-        done = run_script(*next_command(done.stdout), *tiny)
-        sampling = (
-            "--num_images",
-            5,
-            "--labels",
-            "b",
-            "a",
-            "--top_k",
-            9,
-            "--output_dir",
-            "samples",
-        )
-        done = run_script(*next_command(done.stdout), *sampling)
-        run_script(*next_command(done.stdout), "--output_dir", "images")
-    finally:
-        os.chdir(before)
-    return folder
 
 
 def test_indices(pipeline: Path) -> None:

@@ -31,7 +31,6 @@ def log_all(run: tracking.Run) -> None:
     run.table("pairs", {"image_path": ["0001", "b"], "original": [PICTURE, PICTURE]})
     run.folder(run.output_dir / "best", "checkpoints/best")
     run.file(run.output_dir / "best" / "weights.txt", "extra")
-    run.tag("upstream", "abc")
 
 
 def everything(client: Any, run_id: str) -> tuple:

@@ -54,8 +54,9 @@ def test_what_is_logged_is_in_the_folder_and_in_mlflow(store: Any) -> None:
     assert found.data.tags["tokenizer_run_id"] == "abc"
     assert Path(sys.argv[0]).name in found.data.tags["mlflow.note.content"]
     assert found.data.tags["mlflow.runColor"].startswith("#")
-    assert f"/experiments/{found.info.experiment_id}/runs/{run.run_id}/" in run.link
-    assert run.link.endswith("workflowType=machine_learning")
+    page = f"/experiments/{found.info.experiment_id}/runs/{run.run_id}/"
+    assert page in run.how_to_look
+    assert run.how_to_look.endswith("workflowType=machine_learning")
     assert os.environ["MLFLOW_TRACKING_URI"] in run.how_to_look
 
     assert json.loads(Path("out/config.json").read_text()) == {"a": 1}
@@ -71,6 +72,17 @@ def test_what_is_logged_is_in_the_folder_and_in_mlflow(store: Any) -> None:
     assert [row["image_path"] for row in rows] == ["a.png", "b.png"]
     with Image.open(Path("out/tables") / rows[1]["original"]) as image:
         assert image.size == (8, 8)
+
+
+def test_a_table_takes_the_place_of_the_one_before(store: Any) -> None:
+    """A training that went on after its end had every row twice."""
+    with open_run() as run:
+        for colour in ("a.png", "b.png"):
+            run.table("pairs", {"image_path": [colour], "original": [PICTURE]})
+    experiment_id = store.get_run(run.run_id).info.experiment_id
+    table = store.load_table(experiment_id, "tables/pairs.json", [run.run_id])
+    assert list(table["image_path"]) == ["b.png"]
+    assert {file.path for file in walk(store, run.run_id)} >= {"tables/pairs/original-00000.png"}
 
 
 def walk(client: Any, run_id: str, path: str | None = None) -> Iterator[Any]:

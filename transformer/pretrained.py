@@ -9,6 +9,7 @@ from torch import Tensor
 from transformer.config import GPTConfig
 from transformer.gpt import GPT
 from utils import checkpoint, cli, foreign
+from utils.provenance import Stage
 from utils.vocabulary import FILE, Vocabulary
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
@@ -106,7 +107,8 @@ def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     if folder.exists():
         raise cli.UserError(f"{folder} exists already; choose another --output_dir")
-    origin = checkpoint.Provenance(command=cli.command_line())
+    inputs = {arguments.checkpoint: checkpoint.sha256(Path(arguments.checkpoint))}
+    origin = checkpoint.Provenance(lineage=(Stage.now("gpt", inputs, ""),))
     checkpoint.write_folder(folder, checkpoint.model_files(model, origin) | {FILE: words.content()})
     print(
         f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UserError
+from utils.provenance import Lineage, finished
 from utils.untrusted import JSON_BYTES, check_links, check_size, typed
 
 WEIGHTS, CONFIG, CHECKSUMS = "model.safetensors", "config.json", "sha256.json"
@@ -28,14 +29,14 @@ class Provenance:
 
     Attributes:
         run_id: the MLflow run that trained it, or "".
-        command: the command line that did.
         seed, val_fraction: of the split of its data.
+        lineage: the commands up to the one that made it.
     """
 
     run_id: str = ""
-    command: str = ""
     seed: int = 0
     val_fraction: float = 0.1
+    lineage: Lineage = ()
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
@@ -58,6 +59,11 @@ class LoadedModel(NamedTuple):
     sha256: str
     folder: Path
     provenance: Provenance
+
+    @property
+    def lineage(self) -> Lineage:
+        """The commands that led to the model."""
+        return finished(self.provenance.lineage, self.sha256)
 
     @property
     def home(self) -> Path:
@@ -257,16 +263,14 @@ def load_model(
     """
     folder = find_model_folder(path)
     check_links(folder)
-    written = folder / PROVENANCE
-    for path in (folder / CONFIG, written):
+    for path in (folder / CONFIG, folder / PROVENANCE):
         verify(path)
     values = read_json(folder / CONFIG)
     kind = values.pop("model", None)
     if kind != model_class.__name__:
         raise UserError(f"{folder} holds a {kind}, but a {model_class.__name__} is needed here")
     config = _read_typed(config_class, values, folder / CONFIG)
-    values = read_json(written) if written.is_file() else {}
-    provenance = _read_typed(Provenance, values, written)
+    provenance = read_provenance(folder)
     tensors = read_tensors(folder / WEIGHTS)
     try:
         # First without memory for the weights: a config may ask for any size.
@@ -278,6 +282,18 @@ def load_model(
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {line}") from error
     return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Where the model of a model folder comes from, as far as it says.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    written = folder / PROVENANCE
+    values = read_json(written) if written.is_file() else {}
+    values.pop("command", None)  # of folders from before there was a lineage
+    return _read_typed(Provenance, values, written)
 
 
 def _read_typed(make: type, values: dict[str, Any], path: Path) -> Any:

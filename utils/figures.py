@@ -91,8 +91,8 @@ def comparison_table(
     return {
         "image_path": names,
         "original": pictures(originals),
-        "reconstruction": pictures(reconstructions),
         "mse": metrics.squared_error(originals, reconstructions).tolist(),
+        "reconstruction": pictures(reconstructions),  # the last is what MLflow compares at first
     }
 
 

@@ -1,5 +1,6 @@
 """The indices folder: grids of codebook indices on disk, written and read."""
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import read_json, verify, whole
+from utils.checkpoint import read_json, sha256, verify, whole
 from utils.cli import UserError
 from utils.grid_meta import MOST_CODES, GridMeta
 from utils.index_folder import META, new_folder, smallest_type
 from utils.index_text import read_lines
 from utils.manifest import MANIFEST, read_manifest
+from utils.provenance import Lineage, finished
 from utils.table import Row
 from utils.untrusted import check_links, typed
 
@@ -28,13 +30,13 @@ class IndicesMeta(GridMeta):
     Attributes:
         depth: indices a cell.
         gpt_run_id: the MLflow run of the GPT that drew them, if one did.
-        made_by: the command line.
+        lineage: the commands up to the one that made them.
         condition: what the grids in condition.npy belong to, if there are any.
     """
 
     depth: int = 1
     gpt_run_id: str = ""
-    made_by: str = ""
+    lineage: Lineage = ()
     condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
@@ -202,10 +204,7 @@ def _read_folder(folder: Path) -> Indices:
         raise UserError(f"{folder} has no indices.npy; make it again")
     for file in (folder / META, folder / MANIFEST, *files):
         verify(file)
-    try:
-        meta = typed(IndicesMeta, read_json(folder / META))
-    except UserError as error:
-        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+    meta = _read_meta(folder)
     shards = [_read_shard(file, meta) for file in files]
     rows = read_manifest(folder / MANIFEST)
     indices = Indices(shards, rows, meta)
@@ -219,6 +218,30 @@ def _read_folder(folder: Path) -> Indices:
             f"{meta.codebook_size} codes; make it again"
         )
     return indices
+
+
+def _read_meta(folder: Path) -> IndicesMeta:
+    values = read_json(folder / META)
+    values.pop("made_by", None)  # of folders from before there was a lineage
+    try:
+        return typed(IndicesMeta, values)
+    except UserError as error:
+        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of the index files of a folder, or of a text file."""
+    path = whole(path)
+    files = sorted(path.glob("indices*.npy")) if path.is_dir() else [path]
+    if len(files) == 1:
+        return sha256(files[0])
+    return hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+
+
+def lineage_of(path: Path) -> Lineage:
+    """The commands that led to an indices folder; () for a text file, which does not say."""
+    path = whole(path)
+    return finished(_read_meta(path).lineage, digest(path)) if path.is_dir() else ()
 
 
 def _read_shard(file: Path, meta: IndicesMeta) -> np.ndarray:

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from utils import journal, metrics_log, picture_table, store
+from utils import journal, links, metrics_log, picture_table, provenance, registry, store
 
 Entry = dict[str, Any]
 
@@ -34,10 +34,8 @@ def replay(client: Any, output_dir: Path) -> Counter[str]:
         sent["pictures"] += _send_pictures(client, run_id, output_dir, logged)
         sent["files"] += _send_files(client, run_id, _files(output_dir, logged))
         sent["tables"] += _send_tables(client, run_id, output_dir, logged)
-        for key, value in {e["tag"]: e["value"] for e in logged if "tag" in e}.items():
-            if run.data.tags.get(key) != value:
-                client.set_tag(run_id, key, value)
-                sent["tags"] += 1
+        sent["links"] += _send_links(client, run, logged)
+        sent["models"] += _send_models(client, run, output_dir, logged)
         status = logged[-1].get("status") if logged else None
         if status not in (None, run.info.status):
             client.set_terminated(run_id, status)
@@ -106,6 +104,34 @@ def _send_tables(client: Any, run_id: str, output_dir: Path, entries: list[Entry
     missing = [name for file, name in files.items() if file.is_file() and file.name not in there]
     for name in missing:
         store.send_table(client, run_id, output_dir, name)
+    return len(missing)
+
+
+def _send_links(client: Any, run: Any, entries: list[Entry]) -> int:
+    """Link the stages that are not, and say what those of trainings read."""
+    lineages = [provenance.parse(entry["lineage"]) for entry in entries if "lineage" in entry]
+    missing = [lineage for lineage in lineages if not links.linked(client, lineage)]
+    for lineage in missing:
+        if run.data.tags.get("stage") == lineage[-1].name:
+            registry.log_inputs(client, lineage)
+        links.link(client, lineage)
+    return len(missing)
+
+
+def _send_models(client: Any, run: Any, output_dir: Path, entries: list[Entry]) -> int:
+    """Log the models that are not, and register those that were to be."""
+    found = [entry for entry in entries if "model" in entry]
+    missing = found if not registry.newest_model(run) else []
+    for entry in missing:
+        folder = output_dir / entry["model"]
+        if not folder.resolve().is_relative_to(output_dir.resolve()) or not folder.is_dir():
+            continue
+        values = entry["values"]
+        where = client, run.info.run_id
+        registry.log_model(*where, folder, values, entry["time"], entry["step"])
+        if entry["register"]:
+            judge = registry.Judge(next(iter(values)), entry["lower"])
+            print(registry.register(*where, entry["register"], judge))
     return len(missing)
 
 

@@ -25,6 +25,7 @@ REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
 # ... and of these nothing that counts.
 FREE = ("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data")
 FREE += ("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths")
+FREE += ("register",)
 
 
 @dataclass

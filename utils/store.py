@@ -1,10 +1,11 @@
-"""The MLflow store: what is opened, asked and sent to, where a run lives."""
+"""The MLflow store where runs live; this file and utils/registry.py import MLflow, and late."""
 
 import http.client
 import json
 import logging
 import os
 import re
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -19,8 +20,13 @@ from utils import picture_table
 from utils.cli import UserError
 from utils.decoding import open_image
 
-DEFAULT_EXPERIMENT = "image-synthesis"
 ADDRESSES = ("runs:/", "models:/")
+COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
+HOMES = {  # of the stages that are logged to the run of another
+    "indices": ("tokenizer",),
+    "samples": ("gpt",),
+    "images": ("gpt", "tokenizer"),
+}
 START_TIMEOUT = 5  # seconds until a silent server counts as missing
 PICTURE_FILES = 2  # of a picture: itself, and a small one for lists
 
@@ -129,6 +135,18 @@ def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:
     }
 
 
+def find_run(client: Any, run_id: str) -> Any:
+    """An MLflow run; None for "", or one that is not in this store."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
 def fetch(address: str) -> Path:
     """The local path of a path or an MLflow address (`runs:/<id>/<artifact>`, `models:/...`).
 
@@ -166,13 +184,38 @@ def experiment_of(run_id: str) -> str:
     return client.get_experiment(run.info.experiment_id).name
 
 
+def check_home(run_id: str, homes: tuple[str, ...]) -> None:
+    """Refuse a run that is of none of the stages `homes`, where there are any.
+
+    Raises:
+        UserError: it is of another, or there is no such run.
+    """
+    found = tag_of(run_id, "stage")
+    if homes and found not in homes:
+        raise UserError(
+            f"the MLflow run {run_id} is that of a {found or 'stage that is not known'}, but this "
+            f"belongs to the run of a {' or '.join(homes)}; name that one as --run_id, or leave it "
+            "away"
+        )
+
+
 def create_run(
-    client: Any, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
+    client: Any,
+    stage: str,
+    experiment: str,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
 ) -> Any:
-    """A new MLflow run in an experiment, which is made where it is missing."""
+    """A new MLflow run in an experiment, which is made where it is missing.
+
+    Raises:
+        ValueError: too many params.
+    """
     from mlflow.entities import Param
 
-    experiment = experiment or DEFAULT_EXPERIMENT
+    if len(params) > 10:
+        raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
@@ -183,6 +226,13 @@ def create_run(
                 raise
     if found is not None:
         experiment_id = found.experiment_id
+    tags = {
+        "stage": stage,
+        "mlflow.source.name": Path(sys.argv[0]).name,
+        "mlflow.source.type": "LOCAL",
+        "mlflow.runColor": COLOURS[stage],
+        **tags,
+    }
     run = client.create_run(experiment_id, run_name=name, tags=tags)
     client.log_batch(
         run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()]
@@ -191,14 +241,19 @@ def create_run(
 
 
 def send_metrics(
-    client: Any, run_id: str, values: dict[str, float], seconds: float, step: int
+    client: Any,
+    run_id: str,
+    values: dict[str, float],
+    seconds: float,
+    step: int,
+    model_id: str | None = None,
 ) -> None:
-    """Log numbers of one step, which were taken at a time in `seconds` since 1970."""
+    """Log numbers of one step, or of a model, taken at a time in `seconds` since 1970."""
     from mlflow.entities import Metric
 
     when = int(seconds * 1000)
     client.log_batch(
-        run_id, metrics=[Metric(key, value, when, step) for key, value in values.items()]
+        run_id, metrics=[Metric(key, value, when, step, model_id) for key, value in values.items()]
     )
 
 

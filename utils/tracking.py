@@ -6,9 +6,9 @@ its own then passes it on, so that a slow or dead MLflow server neither stops no
 
 import argparse
 import json
-import os
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -16,38 +16,58 @@ from typing import Any
 
 from PIL import Image
 
-from utils import cli, journal, metrics_log, picture_table, replay, store
-from utils.cli import Stopped, UserError, command_line
+from utils import (
+    cli,
+    journal,
+    links,
+    metrics_log,
+    picture_table,
+    provenance,
+    registry,
+    replay,
+    report,
+    store,
+)
+from utils.cli import Stopped, UserError
 from utils.outbox import Outbox
+from utils.provenance import Lineage, Stage
 from utils.store import experiment_of, fetch
+from utils.system_metrics import SystemMetrics
 
 __all__ = ["Run", "continue_run", "experiment_of", "fetch"]
 OUTPUT_TAG = "output_dir"  # where a run's output folder was made
-COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
 
 
 def continue_run(
-    output_dir: Path, run_id: str | None, default_run_id: str, *, stages: tuple[str, ...] = ()
+    output_dir: Path,
+    run_id: str | None,
+    default_run_id: str,
+    *,
+    stage: str = "",
+    homes: tuple[str, ...] = (),
+    inputs: dict[str, str] | None = None,
+    upstream: Lineage = (),
 ) -> "Run":
     """Open the run that the user names, else the default one if this MLflow store has it.
 
+    Args:
+        output_dir: where pictures and numbers go.
+        run_id: as the user named it.
+        default_run_id: of the model that is used, or "".
+        stage: indices, samples or images; "" for what no later stage reads.
+        homes: stages to whose runs it belongs; default: `store.HOMES`.
+        inputs, upstream: of that stage, see `Run`.
+
     Raises:
-        UserError: the user named a run that does not exist, or one of none of the `stages`.
+        UserError: the user named a run that does not exist, or one of another stage.
     """
+    what = {"stage": stage, "inputs": inputs, "upstream": upstream}
     if run_id is not None:
-        if stages:
-            stage = store.existing_run(store.open_client(), run_id).data.tags.get("stage", "")
-            if stage not in stages:
-                raise UserError(
-                    f"the MLflow run {run_id} is that of a {stage or 'stage that is not known'}, "
-                    f"but this belongs to the run of a {' or '.join(stages)}; name that one as "
-                    "--run_id, or leave it away"
-                )
-        return Run(output_dir, run_id=run_id)
-    if default_run_id and experiment_of(default_run_id):
-        return Run(output_dir, run_id=default_run_id)
-    print("not logged to MLflow: the model's run is not in this store; --run_id names another")
-    return Run(output_dir, enabled=False)
+        store.check_home(run_id, homes or store.HOMES.get(stage, ()))
+    elif not experiment_of(default_run_id):
+        print("not logged to MLflow: the model's run is not in this store; --run_id names another")
+        return Run(output_dir, enabled=False, **what)
+    return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **what)
 
 
 class Run:
@@ -56,6 +76,7 @@ class Run:
     Attributes:
         run_id: the MLflow run's id.
         output_dir: where everything is written first.
+        lineage: the commands up to this one; () for what no later stage reads.
     """
 
     def __init__(
@@ -69,6 +90,8 @@ class Run:
         config: dict[str, Any] | None = None,
         params: dict[str, Any] | None = None,
         tags: dict[str, str] | None = None,
+        inputs: dict[str, str] | None = None,
+        upstream: Lineage = (),
         continued: bool = False,
         logged: int | None = None,
         enabled: bool = True,
@@ -77,12 +100,14 @@ class Run:
 
         Args:
             output_dir: is made where it is missing.
-            stage: tokenizer or gpt, of a new run.
+            stage: tokenizer or gpt, or what is logged to a run of them, see `store.HOMES`.
             run_id: of an existing run.
-            experiment, run_name: of a new run.
+            experiment, run_name: of a new run; the experiment is by default called as the data.
             config: all settings, for config.json.
             params: at most 10 of them, since MLflow prints all of them on every picture.
             tags: further tags of a new run.
+            inputs: the SHA-256 of what the stage reads, by path as given; its data first.
+            upstream: the lineage of what it reads.
             continued: the existing run goes on training: it counts as running until closed. If it
                 is gone, a new one takes its place.
             logged: bytes of metrics.jsonl behind which a training goes on; what came after them
@@ -97,7 +122,11 @@ class Run:
         self._outbox: Outbox | None = None
         self._experiment_id: str | None = None
         self._owned = continued or run_id is None
+        self._system_metrics: SystemMetrics | None = None
+        self._model_id = ""
+        inputs = inputs or {}
         if not enabled:
+            self.lineage = self._describe(stage, inputs, upstream)
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = store.open_client()
@@ -106,8 +135,18 @@ class Run:
                 run = store.existing_run(self._client, run_id)
                 if continued:
                     self._client.update_run(run_id, status="RUNNING")
+                else:
+                    self._model_id = registry.newest_model(run)
             else:
-                run = self._create(stage, experiment, run_name, params or {}, tags or {})
+                first = {links.NOTE: links.first_note(output_dir)}
+                run = store.create_run(
+                    self._client,
+                    stage,
+                    experiment or provenance.data_set_name(next(iter(inputs), "images")),
+                    run_name or output_dir.name,
+                    params or {},
+                    {**first, OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})},
+                )
         self.run_id = run.info.run_id
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -119,8 +158,32 @@ class Run:
             metrics_log.rewind(output_dir, logged)
         if continued:
             self._catch_up(metrics_log.read(output_dir))
+        self.lineage = self._describe(stage, inputs, upstream)
         if config is not None:
             self.file(output_dir / "config.json")
+        if self._owned:
+            self._open_training()
+
+    def _describe(self, stage: str, inputs: dict[str, str], upstream: Lineage) -> Lineage:
+        return (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
+
+    def _open_training(self) -> None:
+        """What only the run of a training has: a lineage of its own, and figures of the machine."""
+        if self.lineage:
+            text = json.dumps(provenance.content(self.lineage), indent=2) + "\n"
+            (self.output_dir / links.FILE).write_text(text)
+            self._link()
+        start = time.time()
+        self._system_metrics = SystemMetrics(
+            lambda values: self.metrics("system", values, round(time.time() - start))
+        )
+
+    def _link(self) -> None:
+        """Say what the stage read, and link it with those before."""
+        self._note(lineage=provenance.content(self.lineage))
+        if self._owned:
+            self._put(lambda: registry.log_inputs(self._client, self.lineage))
+        self._put(lambda: links.link(self._client, self.lineage))
 
     def _gone(self, run_id: str) -> bool:
         """Whether a run that is to go on is not in this store, which is said."""
@@ -131,55 +194,25 @@ class Run:
             return True
         return False
 
-    def _create(
-        self, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict[str, str]
-    ) -> Any:
-        if len(params) > 10:
-            raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
-        command = command_line()
-        return store.create_run(
-            self._client,
-            experiment,
-            name or self.output_dir.name,
-            params,
-            {
-                "stage": stage,
-                OUTPUT_TAG: str(self.output_dir.resolve()),
-                "mlflow.source.name": Path(sys.argv[0]).name,
-                "mlflow.source.type": "LOCAL",
-                "mlflow.runColor": COLOURS[stage],
-                "mlflow.note.content": f"```\n{command}\n```\n\nOutput folder: `{self.output_dir}`",
-                **tags,
-            },
-        )
-
-    @property
-    def link(self) -> str:
-        """Where `mlflow ui` shows the run's curves and pictures."""
-        server = os.environ["MLFLOW_TRACKING_URI"]
-        server = server.rstrip("/") if server.startswith("http") else "http://127.0.0.1:5000"
-        return (
-            f"{server}/#/experiments/{self._experiment_id}/runs/{self.run_id}/model-metrics"
-            "?workflowType=machine_learning"
-        )
-
     @property
     def how_to_look(self) -> str:
         """The lines that tell the user how to see the run."""
         if self._experiment_id is None:
             return "not logged to MLflow"
-        address = os.environ["MLFLOW_TRACKING_URI"]
-        start = "" if address.startswith("http") else f"\n  mlflow ui --backend-store-uri {address}"
-        return f"\nbrowse:{start}\n  {self.link}"
+        return links.how_to_look(self._experiment_id, self.run_id)
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
         if self._outbox is None:
             return
-        line = {"step": step, "time": time.time()}
-        line |= {f"{section}/{name}": value for name, value in values.items()}
+        line = self._keep({f"{section}/{name}": value for name, value in values.items()}, step)
+        self._put(partial(self._send, line))
+
+    def _keep(self, values: dict[str, float], step: int) -> dict[str, Any]:
+        """Write numbers to metrics.jsonl; the line of it."""
+        line = {"step": step, "time": time.time(), **values}
         metrics_log.append(self.output_dir, line)
-        self._outbox.put(lambda: self._send(line))
+        return line
 
     def _send(self, line: dict[str, Any]) -> None:
         """Send what MLflow lacks of a line of metrics.jsonl."""
@@ -190,7 +223,8 @@ class Run:
             if name not in ("step", "time") and (name, step) not in self._points
         }
         if values:
-            store.send_metrics(self._client, self.run_id, values, seconds, step)
+            where = self._client, self.run_id
+            store.send_metrics(*where, values, seconds, step, self._model_id or None)
 
     def _catch_up(self, lines: list[dict[str, Any]]) -> None:
         """Send what a crash kept from MLflow."""
@@ -198,9 +232,9 @@ class Run:
         def ask() -> None:
             self._points = store.logged_points(self._client, self.run_id)
 
-        self._outbox.put(ask)
+        self._put(ask)
         for line in lines:
-            self._outbox.put(partial(self._send, line))
+            self._put(partial(self._send, line))
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
@@ -212,38 +246,66 @@ class Run:
         now, outbox = time.time(), self._outbox
         journal.note(self.output_dir, now, picture=path.name, key=key, step=step)
         where = self._client, self.run_id, path, key, step, int(now * 1000)
-        outbox.put(lambda: store.send_picture(*where, check=outbox.troubled))
+        self._put(lambda: store.send_picture(*where, check=outbox.troubled))
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon."""
-        if self._outbox is None:
-            return
-        picture_table.write(self.output_dir, name, columns)
-        journal.note(self.output_dir, table=name)
-        self._outbox.put(lambda: store.send_table(self._client, self.run_id, self.output_dir, name))
+        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon.
 
-    def tag(self, key: str, value: str) -> None:
-        """Tag the run, as with the id of a run that it builds on."""
+        It takes the place of a table of that name.
+        """
         if self._outbox is not None:
-            journal.note(self.output_dir, tag=key, value=value)
-            self._outbox.put(lambda: self._client.set_tag(self.run_id, key, value))
+            picture_table.write(self.output_dir, name, columns)
+            self._note(table=name)
+            self._put(lambda: store.send_table(self._client, self.run_id, self.output_dir, name))
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        if self._outbox is not None:
-            place = journal.place(path, self.output_dir)
-            journal.note(self.output_dir, folder=place, name=name)
-            self._outbox.put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
+        self._note(folder=journal.place(path, self.output_dir), name=name)
+        self._put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
+        self._note(file=journal.place(path, self.output_dir), name=name)
+        self._put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
+
+    def model(
+        self,
+        folder: Path,
+        values: dict[str, float],
+        step: int,
+        *,
+        register: str = "",
+        lower_is_better: bool = True,
+    ) -> None:
+        """Log the model folder that a training ends with, as artifacts and as a logged model.
+
+        Args:
+            folder: the model folder.
+            values: figures of its quality, by full name.
+            step: of the training.
+            register: also a name in the registry, whose champion it becomes if its first figure
+                beats that of the champion so far.
+            lower_is_better: for that figure.
+        """
+        if self._outbox is None:
+            return
+        self.folder(folder, f"checkpoints/{folder.name}")
+        where, now = (self._client, self.run_id), self._keep(values, step)["time"]
+        entry = {"values": values, "step": step, "register": register, "lower": lower_is_better}
+        self._note(model=journal.place(folder, self.output_dir), **entry)
+        self._put(lambda: registry.log_model(*where, folder, values, now, step))
+        if register:
+            by = registry.Judge(next(iter(values)), lower_is_better)
+            self._put(lambda: print(registry.register(*where, register, by)))
+
+    def _note(self, **entry: object) -> None:
         if self._outbox is not None:
-            place = journal.place(path, self.output_dir)
-            journal.note(self.output_dir, file=place, name=name)
-            self._outbox.put(
-                lambda: self._client.log_artifact(self.run_id, str(path), name or None)
-            )
+            journal.note(self.output_dir, **entry)
+
+    def _put(self, call: Callable[[], object]) -> None:
+        if self._outbox is not None:
+            self._outbox.put(call)
 
     def _complain(self, error: Exception) -> None:
         print(
@@ -272,11 +334,27 @@ class Run:
         """Send what is left, and tell MLflow how a run that was opened here ended."""
         if self._outbox is None:
             return
+        if self._system_metrics is not None:
+            self._system_metrics.close()
+        if self.lineage and not self._owned and status == "FINISHED":
+            self._link()
+        self._report()
         if self._owned:
-            journal.note(self.output_dir, status=status)
-            self._outbox.put(lambda: self._client.set_terminated(self.run_id, status))
+            self._note(status=status)
+            self._put(lambda: self._client.set_terminated(self.run_id, status))
         self._outbox.close()
         self._outbox = None
+
+    def _report(self) -> None:
+        """Write report.html anew: of this training, or of the one whose folder this stage is in."""
+        folders = [self.output_dir, *self.output_dir.parents[:1]]
+        home = next((one for one in folders if (one / links.FILE).is_file()), None)
+        if home is None:
+            return
+        try:
+            self.file(report.write(home))
+        except OSError as error:
+            print(f"warning: no report: {error}", file=sys.stderr)
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -28,6 +28,10 @@ class TrainingConfig:
     )
     run_name: str = field(default="", metadata={"help": "name of the run; default: made up"})
     experiment: str = field(default="", metadata={"help": "MLflow experiment"})
+    register: str = field(
+        default="",
+        metadata={"help": "name in MLflow's model registry, whose champion is the best so far"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of everything that is drawn"})
     device: str = field(
         default="auto",
@@ -93,6 +97,8 @@ class TrainingConfig:
     )
 
     def __post_init__(self) -> None:
+        if any(sign in self.register for sign in "/:'\""):
+            raise ValueError(f"register must be a name without / : and quotes, got {self.register}")
         for name in ("batch_size", "accumulate", "max_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -11,9 +11,9 @@ if not __package__:  # run by its path: the packages are one folder up
 import torch
 from tqdm import tqdm
 
-from utils import checkpoint, cli, figures, processes, tracking
+from utils import checkpoint, cli, figures, processes, provenance, tracking
 from utils.conditions import read_conditions
-from utils.indices import Indices, read_indices
+from utils.indices import Indices, digest, lineage_of, read_indices
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 100  # images in the grid, at most
@@ -75,7 +75,15 @@ def main(arguments: argparse.Namespace) -> None:
         output_dir = cli.unused(path.with_name(f"{path.stem}-images"))
     gpt_run_id = indices.meta.gpt_run_id if indices.meta is not None else ""
     default_run_id = gpt_run_id or tokenizer.provenance.run_id
-    run = tracking.continue_run(output_dir.parent, arguments.run_id, default_run_id)
+    run = tracking.continue_run(
+        output_dir.parent,
+        arguments.run_id,
+        default_run_id,
+        stage="images",
+        inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
+        upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
+    )
+    carried = provenance.png_info(run.lineage)
     prepare(output_dir)
 
     grids = indices.tensor()
@@ -85,18 +93,17 @@ def main(arguments: argparse.Namespace) -> None:
             part = grids[start : start + arguments.batch_size].long().to(device)
             images = tokenizer.model.decode(part).cpu()
             for number, image in enumerate(images, start):
-                figures.to_pil(image).save(output_dir / f"{number:05}.png")
+                figures.to_pil(image).save(output_dir / f"{number:05}.png", pnginfo=carried)
             shown.append(images[: max(0, SHOWN - start)])
             bar.update(len(images))
         first = torch.cat(shown)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
-        picture.save(output_dir / "grid.png")
+        picture.save(output_dir / "grid.png", pnginfo=carried)
         with (output_dir / LIST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["image_path", "label"])
             writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
         run.file(output_dir / "grid.png", output_dir.name)
-        run.tag("tokenizer_run_id", tokenizer.provenance.run_id)
         run.picture("pictures/generated", picture, 0)
 
     print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint, cli, foreign, tracking
+from utils.provenance import Stage
 from utils.untrusted import check_size
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.configs import READERS, write_diffusers
@@ -83,7 +84,8 @@ def bring_in(arguments: argparse.Namespace) -> None:
     if "quantize.used" in ignored:
         print("warning: the checkpoint's remap of used codes is ignored: indices are unmapped")
     print(f"ignored, not part of the model: {cli.first_few(ignored) or 'nothing'}")
-    provenance = checkpoint.Provenance(command=cli.command_line())
+    inputs = {arguments.checkpoint: checkpoint.sha256(path)} if path.is_file() else {}
+    provenance = checkpoint.Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
     folder = Path(arguments.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
     checkpoint.write_folder(folder, checkpoint.model_files(model, provenance))

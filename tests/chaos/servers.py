@@ -40,7 +40,6 @@ for step in range(count):
     slowest = max(slowest, time.monotonic() - started)
     time.sleep(pause)
 run.table("pairs", {"name": ["a", "b"], "original": [picture, picture]})
-run.tag("upstream", "none")
 started = time.monotonic()
 run.close()
 print(slowest, time.monotonic() - started, flush=True)
@@ -216,7 +215,7 @@ def _check(address: str, training: Training) -> Counter[str]:
     names = {Path(file.path).name for file in client.list_artifacts(run_id)}
     bad["lost"] += not {"config.json", "tables", "images"} <= names
     run = client.get_run(run_id)
-    bad["lost"] += run.info.status != "FINISHED" or run.data.tags.get("upstream") != "none"
+    bad["lost"] += run.info.status != "FINISHED"
     return bad
 
 

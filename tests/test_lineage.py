@@ -1,0 +1,197 @@
+"""From anything that the pipeline wrote back to its commands, and the same bits from them again."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, write_images
+from utils import cli, lineage, provenance
+from utils.checkpoint import sha256
+from utils.cli import UserError
+from utils.provenance import Stage
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
+Call = Callable[..., str]
+CHAIN = ["tokenizer", "indices", "gpt", "samples", "images"]
+
+
+@pytest.fixture
+def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which all five scripts ran, as the current one."""
+    monkeypatch.chdir(pipeline)
+    return pipeline
+
+
+def client_of(folder: Path) -> Any:
+    import mlflow
+
+    return mlflow.MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+
+
+def runs_of(folder: Path) -> dict[str, Any]:
+    """The runs of a store by stage."""
+    client = client_of(folder)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    return {run.data.tags["stage"]: run for run in runs}
+
+
+def test_a_picture_leads_back_to_the_data(done: Path) -> None:
+    found = lineage.find("images/00003.png")
+    assert [stage.name for stage in found] == CHAIN
+    (tokenizer,) = done.glob("outputs/tokenizer-*/best/model.safetensors")
+    (indices,) = done.glob("outputs/tokenizer-*/indices/data/indices.npy")
+    (gpt,) = done.glob("outputs/gpt-*/best/model.safetensors")
+    written = [sha256(path) for path in (tokenizer, indices, gpt, Path("samples/indices.npy"))]
+    assert [stage.sha256 for stage in found] == [*written, ""]
+    assert found[0].inputs == {"data/data.csv": sha256(Path("data/data.csv"))}
+    assert set(found[2].inputs.values()) == {written[0], written[1]}
+    assert set(found[4].inputs.values()) == {written[0], written[3]}
+    assert "--window_size 3" in found[2].command
+    assert all(stage.threads > 0 and stage.torch for stage in found)
+
+
+def test_every_folder_and_every_run_knows_its_part(done: Path) -> None:
+    whole = lineage.find("images")
+    runs = runs_of(done)
+    (tokenizer,) = done.glob("outputs/tokenizer-*")
+    (gpt,) = done.glob("outputs/gpt-*")
+    parts = [str(tokenizer), f"{tokenizer}/indices/data", str(gpt), "samples", "images"]
+    for number, part in enumerate(parts):
+        assert lineage.find(part) == whole[: number + 1]
+    for run in runs.values():  # also from the first stage to the last
+        assert [s.name for s in lineage.find(run.info.run_id)] == CHAIN
+    address = f"runs:/{runs['gpt'].info.run_id}/checkpoints"
+    assert lineage.find(address) == whole[:3]
+
+
+def test_the_runs_link_to_each_other(done: Path) -> None:
+    runs = runs_of(done)
+    tokenizer, gpt = runs["tokenizer"], runs["gpt"]
+    for run, other, way in ((tokenizer, gpt, "Downstream"), (gpt, tokenizer, "Upstream")):
+        assert run.data.tags[f"{other.data.tags['stage']}_run_id"] == other.info.run_id
+        note = run.data.tags["mlflow.note.content"]
+        assert f"{way}: {other.data.tags['stage']}, [{other.info.run_name}]" in note
+        assert f"runs/{other.info.run_id})" in note
+    assert "quantize_dataset.py" in tokenizer.data.tags["mlflow.note.content"]
+    assert "transformer_generation.py" in gpt.data.tags["mlflow.note.content"]
+
+
+def test_data_sets_and_models_in_mlflow(done: Path) -> None:
+    runs, client = runs_of(done), client_of(done)
+    read = {stage: run.inputs.dataset_inputs[0].dataset for stage, run in runs.items()}
+    assert read["tokenizer"].name == "data.csv"
+    assert read["tokenizer"].digest == sha256(Path("data/data.csv"))[:36]
+    (made,) = runs["tokenizer"].outputs.model_outputs
+    gpt = client.get_run(runs["gpt"].info.run_id)  # a search does not tell of models
+    assert [one.model_id for one in gpt.inputs.model_inputs] == [made.model_id]
+    model = client.get_logged_model(made.model_id)
+    assert {metric.key for metric in model.metrics} == {"val/best_mse", "val/best_psnr"}
+    assert {metric.dataset_digest for metric in model.metrics} == {read["tokenizer"].digest}
+
+
+def test_again_it_is_the_same_to_the_last_bit(
+    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = tmp_path / "again"
+    monkeypatch.setattr(sys, "argv", ["lineage", "samples", "--rerun", str(again)])
+    cli.run(lineage.main, lineage.make_parser())
+    said = capfd.readouterr().out
+    for number, name in enumerate(CHAIN[:4], 1):
+        assert f"\n{number}  {name}" in said
+        assert f"{name}: the same bits as before" in said
+    (indices,) = done.glob("outputs/tokenizer-*/indices/data/indices.npy")
+    assert (again / "2-indices" / "indices.npy").read_bytes() == indices.read_bytes()
+    expected = Path("samples/indices.npy").read_bytes()
+    assert (again / "4-samples" / "indices.npy").read_bytes() == expected
+    assert [s.name for s in lineage.find(str(again / "4-samples"))] == CHAIN[:4]
+
+
+def test_paths_flags_and_addresses_of_a_command_that_runs_again() -> None:
+    tokenizer = Stage("tokenizer", "python train_vqvae.py", sha256="aa")
+    command = (
+        "python quantize_dataset.py --model_dir=runs:/1/checkpoints --run_id x "
+        "--output_dir=old --path_to_data data.csv --resume old --text"
+    )
+    stage = Stage("indices", command, {"runs:/1/checkpoints": "aa", "data.csv": "bb"})
+    words = lineage.again(stage, (tokenizer,), Path("new"), 1)
+    assert shlex.join(words) == (
+        f"{ROOT}/quantize_dataset.py --model_dir new/1-tokenizer --path_to_data data.csv --text "
+        "--output_dir new/2-indices"
+    )
+
+
+def test_only_scripts_of_this_project_are_run_again() -> None:
+    """A picture that somebody sent may say anything."""
+    for command in (
+        "python -c exit(1)",
+        "sh -c exit",
+        "python",
+        "python other.py",
+        "python x/rain.py",
+    ):
+        with pytest.raises(UserError, match="no script of this project"):
+            lineage.again(Stage("tokenizer", command), (), Path("new"), 0)
+    stage = Stage("images", "python /elsewhere/vqvae/images_from_indexes.py --text")
+    (program, *_) = lineage.again(stage, (), Path("new"), 0)
+    assert program == str(ROOT / "vqvae/images_from_indexes.py")
+
+
+def picture(path: Path, text: str | None) -> Path:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    if text is not None:
+        info.add_text(provenance.PNG_KEY, text)
+    Image.new("L", (8, 8)).save(path, pnginfo=info)
+    return path
+
+
+def test_what_does_not_lead_back(error_of: Call, own_folder: Path) -> None:
+    def say(what: object, *flags: object) -> str:
+        return error_of("utils.lineage", what, *flags)
+
+    assert "nowhere is no file, no folder" in say("nowhere")
+    assert f"no MLflow run '{'0' * 32}'" in say("0" * 32)
+    assert "does not say where it comes from" in say(picture(own_folder / "none.png", None))
+    assert "is damaged" in say(picture(own_folder / "odd.png", '[{"odd": 1}]'))
+    assert "inputs is 5" in say(
+        picture(own_folder / "five.png", '[{"name": "gpt", "command": "", "inputs": 5}]')
+    )
+    assert "is damaged" in say(picture(own_folder / "cut.png", '[{"name": "tok'))
+    assert "is no picture" in say(write_images(own_folder / "data"))
+    assert "is no model folder" in say(own_folder / "data")
+
+
+def test_data_that_changed_is_refused(error_of: Call, own_folder: Path) -> None:
+    data = write_images(own_folder / "data")
+    chain = (Stage("tokenizer", "python x.py", {str(data): sha256(data)}),)
+    text = json.dumps(provenance.content(chain))
+    made = picture(own_folder / "made.png", text)
+    data.write_text(data.read_text() + "0.png,a\n")
+    error = error_of("utils.lineage", made, "--rerun", "new")
+    assert f"{data} is not what the tokenizer was made of" in error
+    data.unlink()
+    assert "is not there" in error_of("utils.lineage", made, "--rerun", "new")
+    assert not Path("new").exists()
+
+
+def test_a_run_of_another_stage_is_refused(done: Path, error_of: Call) -> None:
+    runs = runs_of(done)
+    (tokenizer,) = done.glob("outputs/tokenizer-*")
+    flags = ("--model_dir", tokenizer, "--path_to_data", "data/data.csv", "--output_dir", "never")
+    error = error_of("quantize_dataset", *flags, "--run_id", runs["gpt"].info.run_id)
+    assert "is that of a gpt, but indices belong to the run of a tokenizer" in error
+    assert not Path("never").exists()
+
+
+def test_pictures_are_as_they_were(done: Path) -> None:
+    """What a picture carries does not change it."""
+    with Image.open("images/00000.png") as first:
+        assert np.asarray(first).shape == (24, 40, 3)

@@ -1,0 +1,125 @@
+"""Where things come from: the commands that led to them, kept with each of them."""
+
+import functools
+import json
+import os
+import subprocess
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.PngImagePlugin import PngInfo
+
+from utils.cli import command_line
+
+ROOT = Path(__file__).resolve().parents[1]
+PNG_KEY = "lineage"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a lineage.
+
+    Attributes:
+        name: tokenizer, indices, gpt, samples or images.
+        command: as it was typed.
+        inputs: the SHA-256 of what it read, by the path or address that was given.
+        run_id: the MLflow run that it was logged to, or "".
+        commit: of git, with a + where files were changed; "" outside a checkout.
+        torch: its version.
+        threads: of PyTorch on a CPU; the last bits of a sum depend on them.
+        processes: that torchrun started.
+        sha256: of what it wrote, "" until somebody has read that.
+    """
+
+    name: str
+    command: str
+    inputs: dict[str, str] = field(default_factory=dict)
+    run_id: str = ""
+    commit: str = ""
+    torch: str = ""
+    threads: int = 0
+    processes: int = 1
+    sha256: str = ""
+
+    @classmethod
+    def now(cls, name: str, inputs: Mapping[str, str], run_id: str) -> "Stage":
+        """The command that is running."""
+        return cls(
+            name,
+            command_line(),
+            dict(inputs),
+            run_id,
+            git_commit(),
+            torch.__version__,
+            torch.get_num_threads(),
+            int(os.environ.get("WORLD_SIZE", 1)),
+        )
+
+
+Lineage = tuple[Stage, ...]  # in the order in which they were run
+
+
+@functools.cache
+def git_commit() -> str:
+    """The commit that is checked out, with a + where tracked files differ; "" outside of git."""
+    if not (ROOT / ".git").exists():
+        return ""
+    try:
+        answers = [
+            subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        ]
+    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without a commit
+        return ""
+    commit, changes = (answer.stdout.strip() for answer in answers)
+    return commit + ("+" if changes else "")
+
+
+def finished(lineage: Lineage, sha256: str) -> Lineage:
+    """The lineage of something whose SHA-256 is known by now."""
+    return (*lineage[:-1], replace(lineage[-1], sha256=sha256)) if lineage else ()
+
+
+def joined(*lineages: Lineage) -> Lineage:
+    """All stages of several lineages, each once, none before what it needs."""
+    return tuple({(s.name, s.command, s.sha256): s for one in lineages for s in one}.values())
+
+
+def content(lineage: Lineage) -> list[dict[str, Any]]:
+    """What JSON files hold of it."""
+    return [asdict(stage) for stage in lineage]
+
+
+def parse(values: Iterable[Mapping[str, Any]]) -> Lineage:
+    """Undo `content`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        lineage = tuple(Stage(**value) for value in values)
+    except TypeError as error:
+        raise ValueError(f"no lineage: {error}") from error
+    for stage in lineage:
+        for key, kind in typing.get_type_hints(Stage).items():
+            if not isinstance(getattr(stage, key), typing.get_origin(kind) or kind):
+                raise ValueError(f"no lineage: {key} is {getattr(stage, key)!r}")
+    return lineage
+
+
+def png_info(lineage: Lineage) -> PngInfo:
+    """What a PNG file carries of it: a compressed text."""
+    info = PngInfo()
+    info.add_text(PNG_KEY, json.dumps(content(lineage)), zip=True)
+    return info
+
+
+def data_set_name(path: str) -> str:
+    """What to call the data set of a CSV: by the file, or by its folder if that says nothing."""
+    path = Path(path)
+    general = ("data", "train", "images", "index", "indices", "list", "metadata")
+    return path.stem if path.stem not in general else path.resolve().parent.name
