@@ -221,7 +221,7 @@ def test_a_vocabulary_of_another_gpt(error_of: Call, gpt: Path, own_folder: Path
     write_folder(other, {FILE: Vocabulary(16, GRID, ("a", "b", "c")).content()})
     flags = ("--model_path", gpt, "--vocabulary_path", other)
     error = error_of("transformer_generation", *flags)
-    assert "classes of 3, the GPT 2" in error
+    assert "num_classes is 3, the GPT's 2" in error
 
 
 def test_another_grid(error_of: Call, indices: Path) -> None:

@@ -108,8 +108,9 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
 
     score = ("--model_path", "gpt", "--model_dir", "tokenizer", "--path_to_data", data, *CPU)
     call("evaluate", "likelihood", *score, "--condition_model_dir", "low", "--output_dir", "score")
-    values = json.loads(Path("score/likelihood.json").read_text())
-    assert values["bits_per_pixel"] == pytest.approx(values["bits_per_token"] * 120 / 960)
+    figures = json.loads(Path("score/likelihood.json").read_text())["figures"]
+    bits = {name: figures[name]["value"] for name in ("bits_per_pixel", "bits_per_token")}
+    assert bits["bits_per_pixel"] == pytest.approx(bits["bits_per_token"] * 120 / 960)
     with Path("score/likelihood.csv").open(newline="") as file:
         assert len(list(csv.DictReader(file))) == 12
 
@@ -201,7 +202,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
         with pytest.raises(UserError, match=r"condition\.npy is damaged"):
             read_conditions(path, indices)
     (path / "condition.npy").unlink()
-    with pytest.raises(UserError, match=r"condition\.npy is damaged: .*No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*condition\.npy.*No such file"):
         read_conditions(path, indices)
     assert read_conditions(path, replace(indices, meta=None)) is None
 

@@ -34,6 +34,20 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert np.array_equal(dataset.pixels[:, 0].numpy(), pixels)
 
 
+def test_digits_in_pairs(tmp_path: Path) -> None:
+    """The condition of each is itself, every 2x2 pixels one."""
+    datasets.main(argparse.Namespace(name="pairs", output_dir=str(tmp_path)))
+    rows, low = read_csv(tmp_path / "pairs.csv"), read_csv(tmp_path / "low.csv")
+    assert [row.condition_path for row in rows] == [row.image_path for row in low]
+    assert [(row.label, row.split) for row in rows] == [(row.label, row.split) for row in low]
+    for row in rows[::500]:
+        large, small = (
+            np.asarray(Image.open(tmp_path / path), dtype=float)
+            for path in (row.image_path, row.condition_path)
+        )
+        assert np.allclose(small, large.reshape(4, 2, 4, 2).mean(axis=(1, 3)), atol=0.51)
+
+
 def write_idx(path: Path, array: np.ndarray) -> None:
     """The format of the MNIST files."""
     path.parent.mkdir(parents=True, exist_ok=True)

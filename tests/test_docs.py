@@ -25,7 +25,7 @@ TRAINING = "--max_steps 2 --batch_size 4 --num_workers 0 --device cpu"
 SMALLER = {  # what is added to a command, and overrules it
     "train_vqvae.py": f"{TRAINING} --channels 8 --num_res_blocks 1 --codebook_size 16",
     "train.py": f"{TRAINING} --num_layers 1 --dim 16 --num_heads 2 --hidden_dim 32",
-    "transformer_generation.py": "--num_images 4",
+    "transformer_generation.py": "--num_images 8",
 }
 INSTEAD = {"16,64": "20,20", "24,40": "20,20"}  # words that would take too long
 RUNS = {"RUN_ID": "tokenizer", "RUN_A": "tokenizer", "RUN_B": "mnist/tokenizer", "GPT_ID": "gpt"}

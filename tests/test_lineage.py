@@ -92,7 +92,9 @@ def test_data_sets_and_models_in_mlflow(done: Path) -> None:
     gpt = client.get_run(runs["gpt"].info.run_id)  # a search does not tell of models
     assert [one.model_id for one in gpt.inputs.model_inputs] == [made.model_id]
     model = client.get_logged_model(made.model_id)
-    assert {metric.key for metric in model.metrics} == {"val/best_mse", "val/best_psnr"}
+    assert {metric.key for metric in model.metrics} == {
+        *("val/best_mse", "val/best_psnr", "val/best_ssim")
+    }
     assert {metric.dataset_digest for metric in model.metrics} == {read["tokenizer"].digest}
 
 
@@ -187,7 +189,7 @@ def test_a_run_of_another_stage_is_refused(done: Path, error_of: Call) -> None:
     (tokenizer,) = done.glob("outputs/tokenizer-*")
     flags = ("--model_dir", tokenizer, "--path_to_data", "data/data.csv", "--output_dir", "never")
     error = error_of("quantize_dataset", *flags, "--run_id", runs["gpt"].info.run_id)
-    assert "is that of a gpt, but indices belong to the run of a tokenizer" in error
+    assert "is that of a gpt, but this belongs to the run of a tokenizer" in error
     assert not Path("never").exists()
 
 

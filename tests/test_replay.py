@@ -9,12 +9,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PICTURE, open_run
-from utils import replay, tracking
+from utils import links, replay, tracking
 from utils.cli import UserError
 from utils.store import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
-FULL = Counter(metrics=60, pictures=2, files=3, tables=1, tags=1, status=1)
+FULL = Counter(metrics=60, pictures=2, files=3, tables=1, links=1, status=1)
 
 
 class Gone(Exception):
@@ -42,7 +42,8 @@ def everything(client: Any, run_id: str) -> tuple:
     }
     names = [Path(one.path).name for one in client.list_artifacts(run_id, "images")]
     files = [one.path for one in client.list_artifacts(run_id, "checkpoints/best")]
-    tags = {key: run.data.tags.get(key) for key in ("upstream", "mlflow.loggedImages")}
+    files += [one.path for one in client.list_artifacts(run_id) if one.path == links.FILE]
+    tags = {"mlflow.loggedImages": run.data.tags.get("mlflow.loggedImages")}
     return history, sorted(names), files, tags, run.info.status
 
 
@@ -53,7 +54,7 @@ def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.Capt
     assert not replay.replay(store, Path("out")).total()
     assert everything(store, run.run_id) == before
     tracking.main(tracking.make_parser().parse_args(["--replay", "out"]))
-    assert capsys.readouterr().out == "sent: 0 metrics, 0 pictures, 0 files, 0 tables\n"
+    assert capsys.readouterr().out == "sent: nothing, MLflow has it all\n"
 
 
 def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,8 +79,8 @@ def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> 
         (line["step"], int(line["time"] * 1000), str(line["train/loss"])) for line in lines
     ]
     assert len(names) == 4
-    assert files == ["checkpoints/best/weights.txt"]
-    assert tags == {"upstream": "abc", "mlflow.loggedImages": "True"}
+    assert files == ["checkpoints/best/weights.txt", "lineage.json"]
+    assert tags == {"mlflow.loggedImages": "True"}
     assert status == "KILLED"
     table = store.load_table(
         store.get_run(run.run_id).info.experiment_id, "tables/pairs.json", [run.run_id]
@@ -135,6 +136,7 @@ def test_files_outside_of_the_folder_are_not_sent(store: Any) -> None:
             line = {"time": 99999999999.0, "file": name, "name": ""}
             file.write(json.dumps(line) + "\n")
         file.write('{"time": 99999999999.0, "folder": "..", "name": "x"}\n')
-    assert replay.replay(store, Path("out"))["files"] <= 1  # the journal itself lies inside
-    names = {one.path for one in store.list_artifacts(run.run_id)}
-    assert "secret" not in names
+    replay.replay(store, Path("out"))
+    home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
+    assert (home / "report.html").is_file()
+    assert not list(home.rglob("secret"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
@@ -78,6 +79,20 @@ def write_digits(folder: Path) -> None:
             writer.writerow([path, label, split])
 
 
+def write_pairs(folder: Path) -> None:
+    """Write the digits and each of them shrunk to 4x4 pixels: pairs.csv of both, low.csv."""
+    write_digits(folder)
+    (folder / "low").mkdir(exist_ok=True)
+    rows = pd.read_csv(folder / "digits.csv", dtype=str)
+    rows["condition_path"] = rows["image_path"].str.replace("digits/", "low/")
+    for image_path, condition_path in zip(rows["image_path"], rows["condition_path"], strict=True):
+        with Image.open(folder / image_path) as image:
+            image.reduce(2).save(folder / condition_path)
+    rows.to_csv(folder / "pairs.csv", index=False)
+    low = rows.drop(columns="image_path").rename(columns={"condition_path": "image_path"})
+    low.to_csv(folder / "low.csv", index=False)
+
+
 def write_photographs(folder: Path) -> None:
     """Write scikit-learn's two photographs in patches that overlap, and photographs.csv.
 
@@ -103,7 +118,7 @@ def write_photographs(folder: Path) -> None:
 
 
 # What comes with scikit-learn.
-OFFLINE = {"digits": write_digits, "photographs": write_photographs}
+OFFLINE = {"digits": write_digits, "pairs": write_pairs, "photographs": write_photographs}
 
 
 def main(arguments: argparse.Namespace) -> None:

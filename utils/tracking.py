@@ -359,7 +359,8 @@ class Run:
 
 def main(arguments: argparse.Namespace) -> None:
     sent = replay.replay(store.open_client(), Path(arguments.replay))
-    print(f"sent: {', '.join(f'{count:,} {kind}' for kind, count in sent.items())}")
+    counts = [f"{count:,} {kind}" for kind, count in sent.items() if count]
+    print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
 
 
 def make_parser() -> argparse.ArgumentParser:
