@@ -9,26 +9,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer import GPT, GPTConfig, make_prefix
-from utils import (
+from utils import checkpoint, cli, figures, processes, tracking
+from utils.data.images import ImageDataset
+from utils.data.indices import read_indices
+from utils.data.vocabulary import Vocabulary, read_vocabulary
+from utils.evaluation import (
     bootstrap,
-    checkpoint,
-    cli,
     comparison,
-    evaluation,
     features,
-    figures,
     parts,
-    processes,
     published,
     reconstruction_report,
+    record,
     sample_report,
-    tracking,
 )
-from utils.decoded import DecodedImages
-from utils.images import ImageDataset
-from utils.indices import read_indices
-from utils.parts import Part
-from utils.vocabulary import Vocabulary, read_vocabulary
+from utils.evaluation.decoded import DecodedImages
+from utils.evaluation.parts import Part
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.perceptual import BACKBONES, PerceptualLoss
 
@@ -62,7 +58,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
             device=device,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
-            protocol=evaluation.protocol(arguments, dataset, network),
+            protocol=record.protocol(arguments, dataset, network),
         )
         found.save(run, "reconstructions", f"evaluation/{Path(arguments.path_to_data).stem}")
 
@@ -127,7 +123,7 @@ def evaluate_samples(arguments: argparse.Namespace) -> None:
             device=device,
             batch_size=arguments.batch_size,
             seed=seed,
-            protocol=evaluation.protocol(arguments, train.images, network),
+            protocol=record.protocol(arguments, train.images, network),
             tokens=tokens,
         )
         found.save(run, "samples", "evaluation/samples")
@@ -218,8 +214,8 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
             "bits_per_token": bits[order].tolist(),
         }
         pictures = {"most_usual": usual, "strangest": strange}
-        protocol = evaluation.protocol(arguments, dataset) | {"images": len(dataset)}
-        whole = evaluation.Record(found, protocol, columns, pictures)
+        protocol = record.protocol(arguments, dataset) | {"images": len(dataset)}
+        whole = record.Record(found, protocol, columns, pictures)
         whole.save(run, "likelihood", f"evaluation/{Path(arguments.path_to_data).stem}")
 
 

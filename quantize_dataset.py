@@ -9,15 +9,15 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, metrics, processes, tracking
-from utils.augmentation import Augmentation
-from utils.conditions import write_conditions
-from utils.crops import FILE
-from utils.decoding import MAX_PIXELS
-from utils.grid_meta import GridMeta
-from utils.images import ImageDataset
-from utils.index_folder import allocate
-from utils.indices import IndicesMeta, check_writable, write_indices
-from utils.table import split_rows
+from utils.data.augmentation import Augmentation
+from utils.data.conditions import write_conditions
+from utils.data.crops import FILE
+from utils.data.decoding import MAX_PIXELS
+from utils.data.grid_meta import GridMeta
+from utils.data.images import ImageDataset
+from utils.data.index_folder import allocate
+from utils.data.indices import IndicesMeta, check_writable, write_indices
+from utils.data.table import split_rows
 from vqvae import VQVAE, VQVAEConfig
 
 

@@ -13,18 +13,20 @@ from transformer import GPT, GPTConfig, generate, make_prefix
 from transformer.flex import flex_attend
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
-from utils import checkpoint, cli, figures, metrics, processes, resume, tracking, training
-from utils.averaging import WeightAverage
-from utils.checkpoints import find_checkpoint
-from utils.guard import Guard
-from utils.index_dataset import IndexDataset, IndicesConfig
-from utils.indices import digest, lineage_of
-from utils.judge import Judge
-from utils.optimizers import OptimizerConfig, make_optimizer
+from utils import checkpoint, cli, figures, metrics, processes, tracking
+from utils.data.index_dataset import IndexDataset, IndicesConfig
+from utils.data.indices import digest, lineage_of
+from utils.data.vocabulary import FILE
+from utils.evaluation.judge import Judge
 from utils.provenance import joined
-from utils.saving import Checkpoints
-from utils.stopping import StopRequest
-from utils.vocabulary import FILE
+from utils.training import resume
+from utils.training.averaging import WeightAverage
+from utils.training.checkpoints import find_checkpoint
+from utils.training.guard import Guard
+from utils.training.optimizers import OptimizerConfig, make_optimizer
+from utils.training.saving import Checkpoints
+from utils.training.schedule import Schedule, TrainingConfig, find_output_dir
+from utils.training.stopping import StopRequest
 from vqvae import VQVAE, VQVAEConfig
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
@@ -86,7 +88,7 @@ def draw_samples(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    config = cli.read_flags(training.TrainingConfig, arguments)
+    config = cli.read_flags(TrainingConfig, arguments)
     kind = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
@@ -105,7 +107,7 @@ def main(arguments: argparse.Namespace) -> None:
         val_fraction=source.val_fraction,
         seed=config.seed,
     )
-    schedule = training.Schedule(config, len(data.train_rows), len(data.val_rows), group.count)
+    schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.count)
     judge = None
     if source.fd_samples:
         splits = data.train_rows, data.val_rows[: max(0, source.fd_samples)]
@@ -131,7 +133,7 @@ def main(arguments: argparse.Namespace) -> None:
     forward = group.wrap(model)
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
-    output_dir = training.find_output_dir(config, resumed, default_name=name)
+    output_dir = find_output_dir(config, resumed, default_name=name)
     run = tracking.Run(
         output_dir,
         stage="gpt",
@@ -257,7 +259,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    for config_class in (IndicesConfig, GPTConfig, OptimizerConfig, training.TrainingConfig):
+    for config_class in (IndicesConfig, GPTConfig, OptimizerConfig, TrainingConfig):
         cli.add_flags(parser, config_class)
     parser.add_argument(
         "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"

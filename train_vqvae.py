@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import checkpoint, cli, figures, metrics, plots, processes, resume, tracking, training
-from utils.averaging import WeightAverage
-from utils.checkpoints import find_checkpoint
-from utils.guard import Guard
-from utils.images import Augmentation, DataConfig, ImageDataset, read_images
-from utils.optimizers import make_optimizer
+from utils import checkpoint, cli, figures, metrics, plots, processes, tracking
+from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
 from utils.processes import Processes
-from utils.resume import Progress
-from utils.saving import Checkpoints
-from utils.stopping import StopRequest
-from utils.training import TrainingConfig
+from utils.training import resume
+from utils.training.averaging import WeightAverage
+from utils.training.checkpoints import find_checkpoint
+from utils.training.guard import Guard
+from utils.training.optimizers import make_optimizer
+from utils.training.resume import Progress
+from utils.training.saving import Checkpoints
+from utils.training.schedule import Schedule, TrainingConfig, find_output_dir, saved_if_it_fails
+from utils.training.stopping import StopRequest
 from vqvae import PRESETS, VQVAE, VQVAEConfig, inspection
 from vqvae.adversary import make_adversary
 from vqvae.gradients import add_gradients
@@ -162,7 +163,7 @@ def main(arguments: argparse.Namespace) -> None:
         num_workers=config.num_workers,
         processes=group.count,
     )
-    schedule = training.Schedule(config, len(train_rows), len(val_rows), group.count)
+    schedule = Schedule(config, len(train_rows), len(val_rows), group.count)
 
     found = {"in_channels": dataset.channels, "image_size": dataset.size}
     model = VQVAE(cli.build(replace, model_config, **found))
@@ -190,7 +191,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     default_name = f"{name}-f{model.config.downsampling}"
-    output_dir = training.find_output_dir(config, resumed, default_name)
+    output_dir = find_output_dir(config, resumed, default_name)
     named = settings | {"run_name": config.run_name or default_name}
     run = open_run(output_dir, progress, model, start, group, named)
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
@@ -205,7 +206,7 @@ def main(arguments: argparse.Namespace) -> None:
     def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
         augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
         images = dataset.batches(batches, group.device, augmentation)
-        return training.saved_if_it_fails(images, group, save)
+        return saved_if_it_fails(images, group, save)
 
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""

@@ -13,13 +13,13 @@ from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate, ma
 from transformer.completion import SIDES, keep_side
 from transformer.sampling import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
-from utils.conditions import Condition, take_conditions, write_conditions
-from utils.decoding import read_mask
-from utils.index_folder import allocate, new_folder
-from utils.indices import IndicesMeta, check_writable, digest, lineage_of, read_indices
+from utils.data.conditions import Condition, take_conditions, write_conditions
+from utils.data.decoding import read_mask
+from utils.data.index_folder import allocate, new_folder
+from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of, read_indices
+from utils.data.table import Row
+from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.provenance import joined
-from utils.table import Row
-from utils.vocabulary import Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 48  # completions in the picture, at most
@@ -298,7 +298,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model_dir", help="tokenizer, to show completions beside what was given")
     parser.add_argument(
-        "--compile", action="store_true", help="compile the step on a GPU; pays for many images"
+        "--compile",
+        action="store_true",
+        help="one compiled CUDA graph a step, on a GPU; pays for many images",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")

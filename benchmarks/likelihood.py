@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks import record
 from utils import cli, figures
-from utils.images import ImageDataset
+from utils.data.images import ImageDataset
 
 NOISE = 0.05  # share of the pixels that are replaced
 KINDS = ("clean", "noisy", "inverted", "turned")

@@ -10,10 +10,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import record
-from utils import cli, metrics, training
-from utils.images import ImageDataset
-from utils.optimizers import make_optimizer, optimizer_step
-from utils.table import epoch_order, split_rows
+from utils import cli, metrics
+from utils.data.images import ImageDataset
+from utils.data.table import epoch_order, split_rows
+from utils.training.optimizers import make_optimizer, optimizer_step
+from utils.training.schedule import TrainingConfig
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SEED = 0
@@ -28,7 +29,7 @@ COLUMNS = ("quantizer", "MSE", "usage %", "perplexity", "bits an image", "images
 def train(model: VQVAE, dataset: ImageDataset, rows: Tensor, flags: argparse.Namespace) -> float:
     """Train for `--seconds`; the learning rate follows a cosine of time. Returns images/s."""
     optimizer = make_optimizer(
-        model, training.TrainingConfig(learning_rate=flags.learning_rate), betas=(0.9, 0.99)
+        model, TrainingConfig(learning_rate=flags.learning_rate), betas=(0.9, 0.99)
     )
     device = torch.device("cpu")
     start, done, epoch = time.perf_counter(), 0, 0

@@ -15,8 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
-from utils import cli, processes, training
-from utils.optimizers import make_optimizer, optimizer_step
+from utils import cli, processes
+from utils.training.optimizers import make_optimizer, optimizer_step
+from utils.training.schedule import TrainingConfig
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversary import Adversary
 from vqvae.gradients import add_gradients
@@ -46,7 +47,7 @@ def make_step(
         losses.config = ObjectiveConfig(**settings, **bare, l1_weight=1.0)
         losses.perceptual = PerceptualLoss("vgg", trained=False)
     losses.to(device)
-    rates = training.TrainingConfig()
+    rates = TrainingConfig()
     optimizer = make_optimizer(model, rates, betas=(0.9, 0.99))
     acting = {}
     if objective.disc_weight > 0:

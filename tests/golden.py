@@ -18,9 +18,9 @@ import torch
 import train
 import train_vqvae
 from tests.conftest import write_images
-from utils.indices import IndicesMeta, write_indices
-from utils.table import Row
-from utils.training import Schedule
+from utils.data.indices import IndicesMeta, write_indices
+from utils.data.table import Row
+from utils.training.schedule import Schedule
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 100

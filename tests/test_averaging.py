@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.averaging import WeightAverage
 from utils.cli import UserError
+from utils.training.averaging import WeightAverage
 
 
 def test_it_follows_the_weights_and_forgets_the_first() -> None:

@@ -11,9 +11,9 @@ from PIL import Image
 from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
 from transformer import GPT, GPTConfig
 from utils.checkpoint import Provenance, load_model, model_files, write_folder
-from utils.indices import IndicesMeta, write_indices
-from utils.table import Row
-from utils.vocabulary import FILE, Vocabulary
+from utils.data.indices import IndicesMeta, write_indices
+from utils.data.table import Row
+from utils.data.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]

@@ -1,5 +1,6 @@
 """What the blocks compute with gradients of their own, against the plain way."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
@@ -35,3 +36,9 @@ def test_bfloat16_is_computed_in_float32() -> None:
     torch.testing.assert_close(y, rotate(normalise(x.float()), *turn))
     y.sum().backward()
     assert x.grad.dtype == torch.bfloat16
+
+
+def test_angles_of_more_tokens_than_there_are_do_not_turn_them() -> None:
+    turn = torch.zeros(3, 4), torch.zeros(3, 4)
+    with pytest.raises(RuntimeError):
+        rotate(torch.zeros(2, 1, 8), *turn)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.bootstrap import Figure, figure, mean, resample
+from utils.evaluation.bootstrap import Figure, figure, mean, resample
 
 
 def test_the_first_row_is_the_images_themselves() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint, journal, metrics_log
-from utils.checkpoints import checkpoints_in, find_checkpoint
+from utils import checkpoint
 from utils.cli import Stopped, UserError
 from utils.processes import Processes
-from utils.resume import Progress, State
-from utils.saving import Checkpoints
-from utils.tracking import Run
+from utils.tracking import Run, journal, metrics_log
+from utils.training.checkpoints import checkpoints_in, find_checkpoint
+from utils.training.resume import Progress, State
+from utils.training.saving import Checkpoints
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 

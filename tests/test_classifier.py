@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from utils import bootstrap, classifier
-from utils import sample_quality as quality
 from utils.cli import UserError
+from utils.data.images import ImageDataset
+from utils.data.table import split_rows
 from utils.datasets import write_digits
-from utils.distances import frechet_distance
-from utils.features import look, taught_network
-from utils.images import ImageDataset
-from utils.table import split_rows
+from utils.evaluation import bootstrap, classifier
+from utils.evaluation import sample_quality as quality
+from utils.evaluation.distances import frechet_distance
+from utils.evaluation.features import look, taught_network
 
 CPU = torch.device("cpu")
 
@@ -78,8 +78,8 @@ def test_it_is_kept_and_found_again(digits: ImageDataset, monkeypatch: pytest.Mo
 
 
 def test_figures_are_named_after_the_classifier(digits: ImageDataset) -> None:
-    from utils.evaluation import title
-    from utils.features import FeatureNetwork
+    from utils.evaluation.features import FeatureNetwork
+    from utils.evaluation.record import title
 
     keys = FeatureNetwork("classifier", torch.nn.Identity(), "").keys
     assert title(keys["frechet"]) == "FD (classifier)"

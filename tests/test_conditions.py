@@ -18,11 +18,11 @@ from tests.test_drawing_scripts import call
 from transformer import GPT, GPTConfig
 from utils import checkpoint
 from utils.cli import UserError
-from utils.conditions import read_conditions, take_conditions, write_conditions
-from utils.grid_meta import GridMeta
-from utils.indices import IndicesMeta, read_indices, write_indices
-from utils.table import Row, read_csv
-from utils.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.data.conditions import read_conditions, take_conditions, write_conditions
+from utils.data.grid_meta import GridMeta
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.table import Row, read_csv
+from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
 CPU = ("--device", "cpu")

@@ -13,12 +13,12 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
 from utils import checkpoint
 from utils.checkpoint import CHECKSUMS, read_tensors
-from utils.checkpoints import find_checkpoint
 from utils.cli import Stopped, UserError
-from utils.crops import Crops, read_crops
-from utils.images import ImageDataset
-from utils.indices import read_indices
-from utils.stopping import StopRequest
+from utils.data.crops import Crops, read_crops
+from utils.data.images import ImageDataset
+from utils.data.indices import read_indices
+from utils.training.checkpoints import find_checkpoint
+from utils.training.stopping import StopRequest
 from vqvae import VQVAE, VQVAEConfig
 
 COUNT, GRID = 12, (6, 10)

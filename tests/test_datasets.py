@@ -11,8 +11,8 @@ from PIL import Image
 
 from utils import datasets
 from utils.cli import UserError
-from utils.images import ImageDataset
-from utils.table import read_csv, split_rows
+from utils.data.images import ImageDataset
+from utils.data.table import read_csv, split_rows
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.decoding import Header, decode_image, read_header, read_image
+from utils.data.decoding import Header, decode_image, read_header, read_image
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
 HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, white right

@@ -17,9 +17,9 @@ from tests.conftest import write_images
 from transformer import GPT, GPTConfig, sampling
 from transformer.sampling import draw_rows
 from utils import checkpoint, cli
-from utils.indices import IndicesMeta, read_indices, write_indices
-from utils.table import Row
-from utils.vocabulary import FILE, Vocabulary
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.table import Row
+from utils.data.vocabulary import FILE, Vocabulary
 from vqvae import VQVAE, VQVAEConfig
 
 CODES, GRID = 16, (6, 10)

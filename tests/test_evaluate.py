@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from tests.conftest import write_images
-from utils import checkpoint, classifier, cli, tracking
+from utils import checkpoint, cli, tracking
+from utils.data.indices import IndicesMeta, write_indices
+from utils.data.table import Row
 from utils.datasets import write_digits
-from utils.indices import IndicesMeta, write_indices
-from utils.table import Row
+from utils.evaluation import classifier
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tests.conftest import TINY_TOKENIZER, write_images
-from utils import cli, images
-from utils.checkpoints import checkpoints_in, step_of
+from utils import cli
+from utils.data import images
+from utils.training.checkpoints import checkpoints_in, step_of
 
 Call = Callable[..., str]
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from utils.bootstrap import resample
+from utils.evaluation.bootstrap import resample
+from utils.evaluation.frequencies import divergence, frequencies, health
 from utils.figures import distributions
-from utils.frequencies import divergence, frequencies, health
 from utils.metrics import codebook_metrics, entropy
 
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UserError
-from utils.guard import Guard
-from utils.optimizers import make_optimizer
 from utils.processes import Processes
-from utils.resume import Progress
-from utils.training import TrainingConfig
+from utils.training.guard import Guard
+from utils.training.optimizers import make_optimizer
+from utils.training.resume import Progress
+from utils.training.schedule import TrainingConfig
 from vqvae import VQVAE, VQVAEConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from utils.cli import UserError
-from utils.images import Augmentation, DataConfig, ImageDataset
+from utils.data.images import Augmentation, DataConfig, ImageDataset
 
 CPU = torch.device("cpu")
 

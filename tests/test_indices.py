@@ -10,9 +10,9 @@ import torch
 
 from utils.checkpoint import LoadedModel, Provenance
 from utils.cli import UserError
-from utils.index_folder import smallest_type
-from utils.indices import IndicesMeta, read_indices, write_indices
-from utils.table import Row
+from utils.data.index_folder import smallest_type
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.table import Row
 
 META = IndicesMeta(codebook_size=300, latent_dim=(2, 5), tokenizer_sha256="ab" * 32)
 ROWS = [

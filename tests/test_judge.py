@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
-from utils import classifier, cli, metrics
+from utils import cli, metrics
 from utils.cli import UserError
+from utils.evaluation import classifier
 
 Call = Callable[..., str]
 
@@ -71,7 +72,7 @@ def test_which_figures_are_better_when_lower() -> None:
 
 
 def test_decoded_images_have_eight_bits() -> None:
-    from utils.decoded import DecodedImages
+    from utils.evaluation.decoded import DecodedImages
 
     images = DecodedImages(
         torch.zeros(5, 1, 1), (), lambda grids: torch.full((len(grids), 1, 2, 2), 0.3), 1, (2, 2)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from benchmarks.likelihood import auroc, noisy
 from transformer import GPT, GPTConfig
-from utils.optimizers import make_optimizer, optimizer_step
-from utils.table import epoch_order
-from utils.training import TrainingConfig
+from utils.data.table import epoch_order
+from utils.training.optimizers import make_optimizer, optimizer_step
+from utils.training.schedule import TrainingConfig
 from vqvae import VQVAE, VQVAEConfig
 
 CODES = 32

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import resume
 from utils.processes import Processes, autocast
+from utils.training import resume
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.adversary import (
     Adversary,

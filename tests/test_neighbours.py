@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from utils import neighbours
-from utils.bootstrap import resample
-from utils.memorisation import closest, figures, suspects, threshold
-from utils.neighbours import manifold_metrics, nearest
+from utils.evaluation import neighbours
+from utils.evaluation.bootstrap import resample
+from utils.evaluation.memorisation import closest, figures, suspects, threshold
+from utils.evaluation.neighbours import manifold_metrics, nearest
 
 
 @pytest.fixture(autouse=True)

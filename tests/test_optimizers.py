@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
-from utils.optimizers import make_optimizer, optimizer_step
-from utils.training import TrainingConfig
+from utils.training.optimizers import make_optimizer, optimizer_step
+from utils.training.schedule import TrainingConfig
 
 RATE, DECAY = 0.01, 0.5
 
@@ -37,7 +37,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     assert len(chosen) == 8  # qkv, out, gate and value, out of each of two blocks
     for name, value in model.named_parameters():
         assert value.grad is None
-        decayed = id(value) in chosen or name.endswith(("head.weight", "gain"))
+        decayed = id(value) in chosen or name == "head.weight"
         moved = value.detach() - before[name] * (1 - RATE * DECAY if decayed else 1)
         if id(value) in chosen:
             # Singular values of about 1, times 0.2 sqrt(longer side): the RMS of AdamW's steps.

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, TINY_GPT, TINY_TOKENIZER, run_script, write_images
-from utils.checkpoints import checkpoints_in
+from utils.training.checkpoints import checkpoints_in
 
 
 def test_indices(pipeline: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.published import open_network
+from utils.evaluation.published import open_network
 
 CPU = torch.device("cpu")
 

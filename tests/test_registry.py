@@ -8,8 +8,8 @@ import pytest
 from tests.conftest import open_run
 from utils import tracking
 from utils.cli import UserError
-from utils.registry import Judge
-from utils.training import TrainingConfig
+from utils.tracking.registry import Judge
+from utils.training.schedule import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 

@@ -9,9 +9,11 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PICTURE, open_run
-from utils import links, replay, tracking
+from utils import tracking
 from utils.cli import UserError
-from utils.store import pictures
+from utils.tracking import __main__ as command
+from utils.tracking import links, replay
+from utils.tracking.store import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 FULL = Counter(metrics=60, pictures=2, files=3, tables=1, links=1, status=1)
@@ -53,7 +55,7 @@ def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.Capt
     before = everything(store, run.run_id)
     assert not replay.replay(store, Path("out")).total()
     assert everything(store, run.run_id) == before
-    tracking.main(tracking.make_parser().parse_args(["--replay", "out"]))
+    command.main(command.make_parser().parse_args(["--replay", "out"]))
     assert capsys.readouterr().out == "sent: nothing, MLflow has it all\n"
 
 

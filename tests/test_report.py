@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from utils import provenance, report
+from utils import provenance
 from utils.provenance import Stage
+from utils.tracking import report
 
 
 class Tags(HTMLParser):
@@ -110,4 +111,6 @@ def test_a_folder_with_little_in_it(own_folder: Path) -> None:
 
 
 def test_no_output_folder(error_of: Callable[..., str], own_folder: Path) -> None:
-    assert "is no output folder of a training" in error_of("utils.report", own_folder / "none")
+    assert "is no output folder of a training" in error_of(
+        "utils.tracking.report", own_folder / "none"
+    )

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, metrics, resume
-from utils.averaging import WeightAverage
-from utils.checkpoints import find_checkpoint
+from utils import checkpoint, metrics
 from utils.cli import UserError
-from utils.optimizers import make_optimizer, optimizer_step
 from utils.processes import Processes
-from utils.resume import Progress, State, fingerprint
-from utils.saving import Checkpoints
 from utils.tracking import Run
-from utils.training import Schedule, TrainingConfig
+from utils.training import resume
+from utils.training.averaging import WeightAverage
+from utils.training.checkpoints import find_checkpoint
+from utils.training.optimizers import make_optimizer, optimizer_step
+from utils.training.resume import Progress, State, fingerprint
+from utils.training.saving import Checkpoints
+from utils.training.schedule import Schedule, TrainingConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 SETTINGS = {"data_sha256": "abc", "seed": 1, "learning_rate": 0.05, "num_workers": 2}

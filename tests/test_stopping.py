@@ -8,7 +8,7 @@ import torch
 
 from utils.cli import Stopped
 from utils.processes import Processes
-from utils.stopping import StopRequest
+from utils.training.stopping import StopRequest
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import lines_of, open_run
-from utils import system_metrics
-from utils.system_metrics import SystemMetrics, sample
+from utils.tracking import system_metrics
+from utils.tracking.system_metrics import SystemMetrics, sample
 
 
 def test_a_sample() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.table import Row, epoch_order, read_csv, split_rows
+from utils.data.table import Row, epoch_order, read_csv, split_rows
 
 
 def write(folder: Path, content: str, *, files: str = "a.png b.png") -> Path:
@@ -190,6 +190,6 @@ def test_one_file_on_both_sides_of_a_split_column(tmp_path: Path) -> None:
 
 def test_a_csv_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "image_path\na.png\n")
-    monkeypatch.setattr("utils.table.TABLE_BYTES", 10)
+    monkeypatch.setattr("utils.data.table.TABLE_BYTES", 10)
     with pytest.raises(UserError, match="17 bytes, but such a file may have 10 at most"):
         read_csv(path)

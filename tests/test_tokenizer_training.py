@@ -15,10 +15,10 @@ import train_vqvae
 from tests.conftest import TINY_TOKENIZER, write_images
 from tests.reference_vqgan import reference_weights
 from utils import checkpoint, cli
-from utils.checkpoints import find_checkpoint
-from utils.images import ImageDataset
-from utils.resume import STATE
-from utils.table import split_rows
+from utils.data.images import ImageDataset
+from utils.data.table import split_rows
+from utils.training.checkpoints import find_checkpoint
+from utils.training.resume import STATE
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig, pretrained
 from vqvae.adversary import Adversary
 from vqvae.inspection import reconstruct

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from tests.conftest import PICTURE, lines_of, open_run
-from utils import metrics_log, tracking
+from utils import tracking
 from utils.cli import Stopped, UserError
+from utils.tracking import metrics_log
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 

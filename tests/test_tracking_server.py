@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PICTURE, environment, lines_of, open_run
-from utils import outbox, tracking
+from utils import tracking
+from utils.tracking import outbox
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from utils import workers
 from utils.cli import UserError
-from utils.workers import read_batches
+from utils.data import workers
+from utils.data.workers import read_batches
 
 FILES = [f"{number}.png" for number in range(40)]
 
@@ -59,7 +59,7 @@ def test_a_process_that_hangs_is_named_with_its_row(monkeypatch: pytest.MonkeyPa
 
 WORKING = """
 import os, sys, time
-from utils.workers import read_batches
+from utils.data.workers import read_batches
 
 def read(file):
     return os.getpid()

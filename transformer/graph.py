@@ -91,23 +91,19 @@ class GraphStep:
 
 
 @lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(step_at)
-
-
 def make_step(model: GPT, cache: KVCache, *, compiled: bool) -> Callable[[Tensor, int], Tensor]:
-    """(tokens, position) -> logits: a CUDA graph on a GPU, else `GPT.step` itself.
+    """(tokens, position) -> logits: `GPT.step` itself, or a compiled CUDA graph of it.
 
-    That is also for models whose cells are not one computation: with learned embeddings of them,
-    or with residual codes.
+    Models whose cells are not one computation, with learned embeddings of them or with residual
+    codes, have no such graph.
 
     Args:
         model: in eval mode.
         cache: of `model.make_cache`.
-        compiled: compile the step on a GPU; takes a minute and pays for many images.
+        compiled: the graph, on a GPU; takes a minute and pays for many images.
     """
     config = model.config
     by_cell = config.positions != "rotary" or config.order_anneal is not None
-    if cache.keys.device.type != "cuda" or by_cell or config.depth > 1:
+    if not compiled or cache.keys.device.type != "cuda" or by_cell or config.depth > 1:
         return partial(model.step, cache=cache)
-    return GraphStep(model, cache, _compiled() if compiled else step_at)
+    return GraphStep(model, cache, torch.compile(step_at))

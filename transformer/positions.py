@@ -30,8 +30,17 @@ def rotary_angles(rows: Tensor, columns: Tensor, head_dim: int, base: float = 10
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (x[..., i], x[..., i + head_dim / 2]) by the angles of `cos` and `sin`."""
-    return _Rotation.apply(x, cos, sin)
+    """Turn the pairs (x[..., i], x[..., i + head_dim / 2]) by the angles of `cos` and `sin`.
+
+    Args:
+        x: (..., n, head_dim).
+        cos, sin: (n, head_dim / 2), or what expands to the half of x.
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    shape = (*x.shape[:-1], x.shape[-1] // 2)
+    return _Rotation.apply(x, cos.expand(shape), sin.expand(shape))
 
 
 class _Rotation(torch.autograd.Function):

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformer.config import GPTConfig
 from transformer.gpt import GPT
 from utils import checkpoint, cli, foreign
+from utils.data.vocabulary import FILE, Vocabulary
 from utils.provenance import Stage
-from utils.vocabulary import FILE, Vocabulary
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from utils import checkpoint, cli, indices, links, store, tracking
+from utils import checkpoint, cli, tracking
+from utils.data import indices
 from utils.provenance import PNG_KEY, ROOT, Lineage, Stage, finished, git_commit, parse
+from utils.tracking import links, store
 
 # What a command that is run again does not take over: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.cli import UserError
-from utils.randomness import seed_all
+from utils.training.randomness import seed_all
 
 
 def pick_device(name: str) -> torch.device:

@@ -12,8 +12,8 @@ import torch
 from tqdm import tqdm
 
 from utils import checkpoint, cli, figures, processes, provenance, tracking
-from utils.conditions import read_conditions
-from utils.indices import Indices, digest, lineage_of, read_indices
+from utils.data.conditions import read_conditions
+from utils.data.indices import Indices, digest, lineage_of, read_indices
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 100  # images in the grid, at most

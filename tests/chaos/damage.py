@@ -24,13 +24,13 @@ from utils.checkpoint import (
     write_folder,
     write_new_folder,
 )
-from utils.checkpoints import find_checkpoint
 from utils.cli import UserError
-from utils.indices import IndicesMeta, read_indices, write_indices
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.table import Row
+from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.processes import Processes
-from utils.resume import Progress, State
-from utils.table import Row
-from utils.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.training.checkpoints import find_checkpoint
+from utils.training.resume import Progress, State
 from vqvae import VQVAE, VQVAEConfig
 
 GRID = (6, 10)

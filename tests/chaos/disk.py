@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.chaos.harness import Result
 from tests.chaos.trainings import STEPS, Process, command, prepare, start
 from utils.checkpoint import is_whole
-from utils.checkpoints import checkpoints_in
+from utils.training.checkpoints import checkpoints_in
 
 STEP = 64 << 10  # bytes from one size of the disk to the next
 SMALL = Path("small")

@@ -17,8 +17,8 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from utils.cli import UserError
-from utils.decoding import Header, read_header, read_image
-from utils.images import ImageDataset
+from utils.data.decoding import Header, read_header, read_image
+from utils.data.images import ImageDataset
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SIDE = 24

@@ -20,7 +20,9 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
-from utils import checkpoint, cli, foreign, images, indices, processes, resume, table, vocabulary
+from utils import checkpoint, cli, foreign, processes
+from utils.data import images, indices, table, vocabulary
+from utils.training import resume
 from vqvae import VQVAE, VQVAEConfig, perceptual
 
 CANARY = Path("canary")

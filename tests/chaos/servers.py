@@ -16,7 +16,7 @@ from typing import Any
 from tests.chaos.harness import Result
 from tests.conftest import FIRST_START, environment
 from tests.test_tracking_server import SERVER
-from utils import replay, store
+from utils.tracking import replay, store
 
 # A training that only logs: numbers, now and then a picture, at the end a table and a file. It
 # prints its run id, how long the slowest call took, and how long the end.
@@ -24,7 +24,7 @@ LOGS = """
 import sys, time
 from pathlib import Path
 from PIL import Image
-from utils import outbox
+from utils.tracking import outbox
 from utils.tracking import Run
 outbox.RETRY_SECONDS = 0.5
 name, count, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])

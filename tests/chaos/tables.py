@@ -15,8 +15,8 @@ from PIL import Image
 
 from tests.chaos.harness import ROOT, Result
 from utils import cli
-from utils.indices import read_indices
-from utils.table import read_csv, split_rows
+from utils.data.indices import read_indices
+from utils.data.table import read_csv, split_rows
 
 WORDS = st.text(max_size=12)
 COLUMNS = st.sampled_from(["image_path", "label", "split", " image_path", "IMAGE_PATH", "x", ""])

@@ -1,0 +1,129 @@
+"""The published feature networks: Inception, through which FID is defined, and DINOv2."""
+
+import contextlib
+import io
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.cli import UserError
+from utils.evaluation.features import FeatureNetwork
+
+INCEPTION = ("2048", "logits_unbiased")  # what the Inception Score takes has no bias
+DINOV2 = "huggingface.co/facebook/dinov2-large"
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
+
+
+class _Inception(nn.Module):
+    """torch-fidelity's port of the network of the first FID, with its own resizing to 299."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+        except ImportError as error:
+            raise UserError(
+                "--features inception needs the package torch-fidelity: pip install torch-fidelity"
+            ) from error
+        url = fidelity.URL_INCEPTION_V3
+        try:
+            if path:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                print(f"taking the weights of Inception from {url} or torch.hub's cache")
+                with contextlib.redirect_stderr(io.StringIO()):  # where it repeats the address
+                    state = torch.hub.load_state_dict_from_url(url, weights_only=True)
+        except Exception as error:  # no network, no such file, or no weights: of many types
+            raise _no_weights("inception", error, f"download {url} and give its path") from error
+        # By a path it would unpickle the file, so it gets what was read above as its download.
+        with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state):
+            try:
+                self.inner = fidelity.FeatureExtractorInceptionV3("inception", list(INCEPTION))
+            except (RuntimeError, TypeError, AttributeError) as error:
+                raise _wrong_weights(path, "inception", url) from error
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        pixels = images[:, :3].expand(-1, 3, -1, -1).add(1).mul(127.5).round()
+        features, logits = self.inner(pixels.clamp(0, 255).to(torch.uint8))
+        return features, logits
+
+
+class _Dinov2(nn.Module):
+    """transformers' DINOv2: the normalised class token of images of 224x224 (arXiv 2306.04675)."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError as error:
+            raise UserError(
+                "--features dinov2 needs the package transformers: pip install transformers"
+            ) from error
+        remedy = f"download the folder {DINOV2} and give its path"
+        if not Path(path or "-").is_dir():
+            raise _no_weights("dinov2", OSError(f"no folder {path}".strip()), remedy)
+        try:
+            config = AutoConfig.from_pretrained(path)
+            if not config.model_type.startswith("dinov2"):
+                raise _wrong_weights(path, "dinov2", DINOV2)
+            self.inner, report = AutoModel.from_pretrained(
+                path, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise _no_weights("dinov2", error, remedy) from error
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise _wrong_weights(path, "dinov2", DINOV2)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        images = F.interpolate(
+            images[:, :3].expand(-1, 3, -1, -1), size=(224, 224), mode="bicubic", antialias=True
+        )
+        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (MEAN, STD))
+        pixels = ((images.clamp(-1, 1) + 1) / 2 - mean) / std
+        return self.inner(pixels).pooler_output, None
+
+
+NETWORKS = {
+    "inception": (_Inception, "8 bits, RGB, TensorFlow's bilinear resizing to 299x299"),
+    "dinov2": (_Dinov2, "RGB, antialiased bicubic resizing to 224x224, ImageNet's mean and std"),
+}
+
+
+def open_network(name: str | None, path: str, device: torch.device) -> FeatureNetwork | None:
+    """Inception or DINOv2; None for another name, where there is nothing to open.
+
+    Args:
+        name: as given by --features.
+        path: the weights file of Inception, the folder of DINOv2; "" downloads that of Inception.
+        device: where to put it.
+
+    Raises:
+        UserError: its package or its weights are missing, or they are of another network.
+    """
+    if name not in NETWORKS:
+        if path:
+            raise UserError(
+                "--feature_weights belongs to --features inception or dinov2; add one of them"
+            )
+        return None
+    make, preprocessing = NETWORKS[name]
+    network = make(path).requires_grad_(False).eval().to(device)
+    return FeatureNetwork(name, network, preprocessing)
+
+
+def _no_weights(name: str, error: Exception, remedy: str) -> UserError:
+    line = " ".join(str(error).split())[:150]
+    return UserError(
+        f"--features {name} has no weights ({line}); {remedy} as --feature_weights, or use "
+        "--features classifier"
+    )
+
+
+def _wrong_weights(path: str, name: str, right: str) -> UserError:
+    return UserError(
+        f"{path or 'the download'} does not hold the weights of {name}; --feature_weights takes "
+        f"those of {right}"
+    )

@@ -1,0 +1,125 @@
+"""Models in MLflow: logged with what they came from and how good they are; the best is champion."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from utils.provenance import Lineage
+from utils.tracking import store
+
+CHAMPION = "champion"
+
+
+def log_inputs(client: Any, lineage: Lineage) -> None:
+    """Tell MLflow what the last stage of a lineage reads: data sets with digests, and models."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+    *upstream, stage = lineage
+    makers = {one.sha256: one for one in upstream if one.name in ("tokenizer", "gpt")}
+    data_sets, models = [], []
+    for path, sha256 in stage.inputs.items():
+        if sha256 not in makers:
+            data_set = Dataset(Path(path).name, sha256[:36], "local", path)  # MLflow takes 36
+            data_sets.append(DatasetInput(data_set, [InputTag("mlflow.data.context", "training")]))
+        elif model_id := newest_model(store.find_run(client, makers[sha256].run_id)):
+            models.append(LoggedModelInput(model_id))
+    client.log_inputs(stage.run_id, data_sets, models)
+
+
+def newest_model(run: Any) -> str:
+    """The id of the newest model that a run logged; "" for none, or without a run."""
+    outputs = run.outputs.model_outputs if run is not None and run.outputs else []
+    return max(outputs, key=lambda output: output.step).model_id if outputs else ""
+
+
+def log_model(
+    client: Any, run_id: str, folder: Path, values: dict[str, float], seconds: float, step: int
+) -> None:
+    """Log a model folder as the model that a run ends with, and its figures.
+
+    Args:
+        client: of MLflow.
+        run_id: of the training.
+        folder: the model folder.
+        values: figures by name.
+        seconds: when they were taken, since 1970.
+        step: of the training.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
+
+    run = client.get_run(run_id)
+    experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
+    name = re.sub(r"[/:.%\"']+", "-", run.info.run_name)  # what names of models must not have
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    begun = [model for model in found if model.status == LoggedModelStatus.PENDING]
+    if begun:  # an attempt that was cut off
+        model = begun[0]
+    else:
+        model = client.create_logged_model(
+            experiment_id, name, run_id, {"stage": stage}, run.data.params, stage
+        )
+    client.log_model_artifacts(model.model_id, str(folder))
+    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    data = {}
+    if run.inputs.dataset_inputs:
+        first = run.inputs.dataset_inputs[0].dataset
+        data = {"dataset_name": first.name, "dataset_digest": first.digest}
+    when = int(seconds * 1000)
+    client.log_batch(
+        run_id,
+        [Metric(key, value, when, step, model.model_id, **data) for key, value in values.items()],
+    )
+    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+class Judge(NamedTuple):
+    """What decides which of two models is better: a metric of their runs."""
+
+    metric: str
+    lower_is_better: bool
+
+    def prefers(self, one: float, other: float) -> bool:
+        """Whether the first is better; any number is better than none (NaN)."""
+        if math.isnan(other):
+            return not math.isnan(one)
+        return one < other if self.lower_is_better else one > other
+
+
+def register(client: Any, run_id: str, name: str, judge: Judge) -> str:
+    """Make a run's model a version of a registered one, its champion if it beats that so far.
+
+    Args:
+        client: of MLflow.
+        run_id: of the training.
+        name: of the registered model, which is made where it is missing.
+        judge: what "beats" means.
+
+    Returns:
+        What was done, in a line.
+    """
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    run = client.get_run(run_id)
+    metric, model_id = judge.metric, newest_model(run)
+    value = run.data.metrics[metric]
+    versions = client.search_model_versions(f"name = '{name}'")
+    version = next((one for one in versions if one.model_id == model_id), None)
+    if version is None:
+        source = f"models:/{model_id}"
+        version = client.create_model_version(
+            name, source, run_id, description=f"{metric} {value:.6g}", model_id=model_id
+        )
+    done = f"registered as version {version.version} of {name}"
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION in aliases and aliases[CHAMPION] != version.version:
+        champion = client.get_model_version(name, aliases[CHAMPION])
+        best = client.get_run(champion.run_id).data.metrics.get(metric)
+        named = f"the champion, version {champion.version},"
+        if best is None:
+            return f"{done}; {named} has no {metric} to compare with, and stays"
+        if not judge.prefers(value, best):
+            return f"{done}; {named} stays: its {metric} is {best:.6g}, this one's {value:.6g}"
+        done += f"; {metric} {value:.6g} beats {best:.6g} of {named}"
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    return f"{done}; champion: models:/{name}@{CHAMPION}"

@@ -1,0 +1,1 @@
+"""What all trainings share: flags and schedule, the optimiser's step, checkpoints, exact resume."""

@@ -1,0 +1,108 @@
+"""The checkpoints of a training: where they are, found by `--resume`, brought back from MLflow."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+from utils.checkpoint import TEMPORARY, is_whole, read_json
+from utils.cli import UserError
+from utils.tracking import OUTPUT_TAG, store
+from utils.training.resume import RECORDS
+
+FOLDER = "checkpoints"  # in an output folder
+NAME = re.compile(r"step-(\d{8,})")
+RUN_ID = re.compile(r"[0-9a-f]{32}")
+ARTIFACTS = "resume"  # of a run that was stopped: what it takes to go on elsewhere
+
+
+def step_of(folder: Path) -> int:
+    """The step that the name of a checkpoint says."""
+    return int(NAME.fullmatch(folder.name)[1])
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoints in an output folder, the oldest first."""
+    home = output_dir / FOLDER
+    found = home.iterdir() if home.is_dir() else ()
+    return sorted((path for path in found if NAME.fullmatch(path.name)), key=step_of)
+
+
+def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+    """The checkpoint that `--resume` names, or None where a new training is to start.
+
+    Of an output folder it is the newest that is whole. A single checkpoint may be named as well.
+
+    Raises:
+        UserError: there is none where one was named, or none is whole.
+    """
+    if not resume:
+        return None
+    if resume == "auto" and not output_dir:
+        raise UserError("--resume auto needs --output_dir, to know where to go on")
+    home = Path(output_dir if resume == "auto" else resume)
+    if RUN_ID.fullmatch(resume) and not home.exists():
+        home = _recover(resume, output_dir)
+    if NAME.fullmatch(home.name):
+        if not is_whole(home):
+            raise UserError(
+                f"--resume {home}: the checkpoint is damaged, or none; name another, or the output "
+                "folder for the newest that is whole"
+            )
+        found = home
+    elif checkpoints := checkpoints_in(home):
+        found = _newest_whole(checkpoints)
+    elif resume == "auto":
+        return None
+    else:
+        raise UserError(
+            f"--resume {resume}: no checkpoint there; give the output folder of a training"
+        )
+    if output_dir and home_of(found).resolve() != Path(output_dir).resolve():
+        raise UserError(
+            f"--resume {resume} goes on in {home_of(found)}; leave --output_dir {output_dir} away"
+        )
+    return found
+
+
+def _recover(run_id: str, output_dir: str) -> Path:
+    """The output folder of an MLflow run, brought back from its artifacts where it is gone."""
+    made = Path(store.tag_of(run_id, OUTPUT_TAG))
+    if not output_dir and _last_run_id(made) == run_id:
+        return made
+    home = Path(output_dir or f"outputs/{run_id}")  # not where a store says that it was
+    if checkpoints_in(home):
+        if _last_run_id(home) == run_id:
+            return home
+        raise UserError(f"{home} holds another training; name another --output_dir for {run_id}")
+    fetched = store.fetch(f"runs:/{run_id}/{ARTIFACTS}")
+    shutil.copytree(fetched, home, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FOLDER))
+    for folder in checkpoints_in(fetched):
+        staging = home / FOLDER / (folder.name + TEMPORARY)
+        shutil.copytree(folder, staging, dirs_exist_ok=True)
+        staging.rename(home / FOLDER / folder.name)
+    return home
+
+
+def _last_run_id(home: Path) -> str:
+    """The MLflow run that the newest checkpoint in an output folder is of."""
+    checkpoints = checkpoints_in(home)
+    try:
+        return read_json(checkpoints[-1] / RECORDS)["progress"]["run_id"] if checkpoints else ""
+    except (UserError, KeyError, TypeError):
+        return ""
+
+
+def home_of(checkpoint: Path) -> Path:
+    """The output folder that a checkpoint lies in."""
+    return checkpoint.parents[1]
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path:
+    for folder in reversed(checkpoints):
+        if is_whole(folder):
+            return folder
+        print(f"warning: {folder} is damaged; taking the one before", file=sys.stderr)
+    raise UserError(
+        f"all checkpoints in {checkpoints[0].parent} are damaged; begin in another --output_dir"
+    )
