@@ -26,18 +26,21 @@ def write(name: str, results: object) -> Path:
     Returns:
         The file.
     """
-    content = {
-        "command": _command(),
-        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "commit": _commit(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "results": results,
-    }
+    content = {"command": _command(), **circumstances(), "results": results}
     path = RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def circumstances() -> dict[str, object]:
+    """When, from which commit and where something was measured."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
+    }
 
 
 def machine() -> dict[str, object]:

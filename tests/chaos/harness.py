@@ -10,6 +10,8 @@ from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks import record
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -69,7 +71,9 @@ def print_table(results: Iterable[dict[str, object]]) -> None:
 
 
 def merge(path: Path, results: dict[str, dict[str, object]]) -> None:
-    """Put results into a JSON file, in which those of other rows stay."""
+    """Put results into a JSON file, each with where it was made; those of other rows stay."""
     before = json.loads(path.read_text()) if path.is_file() else {}
+    where = record.circumstances()
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(before | results, indent=2) + "\n")
+    new = {name: result | where for name, result in results.items()}
+    path.write_text(json.dumps(before | new, indent=2) + "\n")

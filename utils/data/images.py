@@ -256,7 +256,7 @@ class ImageDataset:
             raise UserError(
                 f"{count} of {len(self) + len(self.skipped)} files in {self.path} cannot be read "
                 f"as images: {named}; replace them, take them out of the CSV, or leave out that "
-                f"many by --skip_bad_images {count}"
+                f"many by --skip_bad_images {count} where a script has it"
             )
 
 

@@ -144,6 +144,7 @@ class Run:
                     {**first, OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})},
                 )
         self.run_id = run.info.run_id
+        self._start = run.info.start_time / 1000  # of the machine's figures, also when it goes on
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         journal.note(output_dir, run_id=self.run_id)
@@ -169,9 +170,8 @@ class Run:
             text = json.dumps(provenance.content(self.lineage), indent=2) + "\n"
             (self.output_dir / links.FILE).write_text(text)
             self._link()
-        start = time.time()
         self._system_metrics = SystemMetrics(
-            lambda values: self.metrics("system", values, round(time.time() - start))
+            lambda values: self.metrics("system", values, round(time.time() - self._start))
         )
 
     def _link(self) -> None:
