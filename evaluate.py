@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from transformer import GPT, GPTConfig, make_prefix
-from utils import checkpoint, cli, figures, processes, tracking
+from utils import checkpoint, cli, figures, processes, provenance, tracking
 from utils.data.images import ImageDataset
 from utils.data.indices import read_indices
 from utils.data.vocabulary import Vocabulary, read_vocabulary
@@ -63,6 +63,13 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
         found.save(run, "reconstructions", f"evaluation/{Path(arguments.path_to_data).stem}")
 
 
+def drawn_by(path: Path) -> str:
+    """The run of the GPT that drew the images of a folder; "" where they do not say so."""
+    grid = path / "grid.png"
+    lineage = provenance.of_picture(grid) if grid.is_file() else ()
+    return next((stage.run_id for stage in reversed(lineage) if stage.name == "samples"), "")
+
+
 def read_samples(
     arguments: argparse.Namespace, tokenizer: checkpoint.LoadedModel | None
 ) -> tuple[Part, str, sample_report.Tokens | None]:
@@ -75,8 +82,9 @@ def read_samples(
         raise cli.UserError("give the samples by either --images or --indexes_path")
     if arguments.images:
         path = Path(arguments.images)
+        run_id = drawn_by(path)
         path = path / "images.csv" if path.is_dir() else path
-        return Part.whole(parts.read_images(path, arguments.image_size)), "", None
+        return Part.whole(parts.read_images(path, arguments.image_size)), run_id, None
     if tokenizer is None:
         raise cli.UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
     model, config = tokenizer.model, tokenizer.model.config

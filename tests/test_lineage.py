@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 from tests.conftest import ROOT, write_images
 from utils import cli, lineage, provenance
 from utils.checkpoint import sha256
@@ -27,6 +28,11 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder in which all five scripts ran, as the current one."""
     monkeypatch.chdir(pipeline)
     return pipeline
+
+
+def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path, tmp_path: Path) -> None:
+    assert evaluate.drawn_by(Path("images")) == runs_of(done)["gpt"].info.run_id
+    assert evaluate.drawn_by(tmp_path) == ""
 
 
 def client_of(folder: Path) -> Any:

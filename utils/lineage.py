@@ -4,7 +4,6 @@ python -m utils.lineage RUN_ID | FOLDER | PICTURE.png [--rerun NEW_FOLDER]
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
@@ -12,11 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 from utils import checkpoint, cli, tracking
 from utils.data import indices
-from utils.provenance import PNG_KEY, ROOT, Lineage, Stage, finished, git_commit, parse
+from utils.provenance import ROOT, Lineage, Stage, finished, git_commit, of_json, of_picture
 from utils.tracking import links, store
 
 # What a command that is run again does not take over: where it wrote, and to which run.
@@ -59,22 +56,6 @@ def of_path(path: Path) -> Lineage:
     return finished(
         checkpoint.read_provenance(folder).lineage, checkpoint.sha256(folder / checkpoint.WEIGHTS)
     )
-
-
-def of_picture(path: Path) -> Lineage:
-    try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {}).get(PNG_KEY, "[]")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise cli.UserError(f"{path} is no picture that can be read: {error}") from error
-    return of_json(text, str(path))
-
-
-def of_json(text: str, where: str) -> Lineage:
-    try:
-        return parse(json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise cli.UserError(f"the lineage of {where} is damaged: {error}") from error
 
 
 def maker(sha256: str, before: Lineage) -> int | None:

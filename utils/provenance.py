@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from utils.cli import command_line
+from utils.cli import UserError, command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY = "lineage"
@@ -116,6 +117,32 @@ def png_info(lineage: Lineage) -> PngInfo:
     info = PngInfo()
     info.add_text(PNG_KEY, json.dumps(content(lineage)), zip=True)
     return info
+
+
+def of_picture(path: Path) -> Lineage:
+    """What the text of `png_info` in a picture says; () for a picture without.
+
+    Raises:
+        UserError: it is no picture, or says something else.
+    """
+    try:
+        with Image.open(path) as picture:
+            text = getattr(picture, "text", {}).get(PNG_KEY, "[]")
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} is no picture that can be read: {error}") from error
+    return of_json(text, str(path))
+
+
+def of_json(text: str, where: str) -> Lineage:
+    """The lineage in a text.
+
+    Raises:
+        UserError: it holds none.
+    """
+    try:
+        return parse(json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the lineage of {where} is damaged: {error}") from error
 
 
 def data_set_name(path: str) -> str:
