@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import open_run
 from utils import tracking
 from utils.cli import UserError
+from utils.tracking import registry
 from utils.tracking.registry import Judge
 from utils.training.schedule import TrainingConfig
 
@@ -72,6 +73,33 @@ def test_what_is_logged_of_a_model(store: Any) -> None:
         later.metrics("test", {"fid": 3.0}, 0)
     model = store.get_logged_model(output.model_id)
     assert {metric.key for metric in model.metrics} == {"val/best_mse", "test/fid"}
+
+
+@pytest.mark.parametrize("call", ["log_outputs", "log_batch", "finalize_logged_model", ""])
+def test_a_training_killed_after_any_call_goes_on_without_doubles(
+    store: Any, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    Path("first").mkdir()
+    (Path("first") / "model.safetensors").write_text("w")
+    with open_run("killed") as run:
+        pass
+    what = store, run.run_id, Path("first"), {"val/best_mse": 0.5}, 1.0, 7
+    if call:
+        real = getattr(type(store), call)
+
+        def killed(*arguments: object, **options: object) -> None:
+            real(*arguments, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(store), call, killed)
+            with pytest.raises(KeyboardInterrupt):
+                registry.log_model(*what)
+    else:
+        registry.log_model(*what)
+    registry.log_model(*what)
+    assert len({one.model_id for one in store.get_run(run.run_id).outputs.model_outputs}) == 1
+    assert len(store.get_metric_history(run.run_id, "val/best_mse")) == 1
 
 
 def test_no_number_is_never_better() -> None:

@@ -36,7 +36,7 @@ def newest_model(run: Any) -> str:
 def log_model(
     client: Any, run_id: str, folder: Path, values: dict[str, float], seconds: float, step: int
 ) -> None:
-    """Log a model folder as the model that a run ends with, and its figures.
+    """Log a model folder as the model that a run ends with, and its figures, if it is not yet.
 
     Args:
         client: of MLflow.
@@ -52,6 +52,10 @@ def log_model(
     experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
     name = re.sub(r"[/:.%\"']+", "-", run.info.run_name)  # what names of models must not have
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    outputs = run.outputs.model_outputs if run.outputs else []
+    of_step = {one.model_id for one in outputs if one.step == step}
+    if any(x.status == LoggedModelStatus.READY and x.model_id in of_step for x in found):
+        return
     begun = [model for model in found if model.status == LoggedModelStatus.PENDING]
     if begun:  # an attempt that was cut off
         model = begun[0]
@@ -60,15 +64,21 @@ def log_model(
             experiment_id, name, run_id, {"stage": stage}, run.data.params, stage
         )
     client.log_model_artifacts(model.model_id, str(folder))
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    if model.model_id not in of_step:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
     data = {}
     if run.inputs.dataset_inputs:
         first = run.inputs.dataset_inputs[0].dataset
         data = {"dataset_name": first.name, "dataset_digest": first.digest}
     when = int(seconds * 1000)
+    missing = {
+        key: value
+        for key, value in values.items()
+        if all(one.step != step for one in client.get_metric_history(run_id, key))
+    }
     client.log_batch(
         run_id,
-        [Metric(key, value, when, step, model.model_id, **data) for key, value in values.items()],
+        [Metric(key, value, when, step, model.model_id, **data) for key, value in missing.items()],
     )
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
