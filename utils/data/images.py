@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils.data.augmentation import Augmentation
 from utils.cli import UserError, first_few
+from utils.data.augmentation import Augmentation
 from utils.data.decoding import MAX_PIXELS, Header, read_header, read_image
 from utils.data.table import read_csv, split_rows
 from utils.data.workers import read_batches

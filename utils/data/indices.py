@@ -16,8 +16,8 @@ from utils.data.grid_meta import MOST_CODES, GridMeta
 from utils.data.index_folder import META, new_folder, smallest_type
 from utils.data.index_text import read_lines
 from utils.data.manifest import MANIFEST, read_manifest
-from utils.provenance import Lineage, finished
 from utils.data.table import Row
+from utils.provenance import Lineage, finished
 from utils.untrusted import check_links, typed
 
 SHARD_BYTES = 1 << 30  # of one .npy file

@@ -1,0 +1,1 @@
+"""What is read and written: CSVs of images, indices folders, vocabularies."""
