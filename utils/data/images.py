@@ -255,8 +255,8 @@ class ImageDataset:
             named = first_few([f"{self._name(row)} ({text})" for row, text in bad.items()])
             raise UserError(
                 f"{count} of {len(self) + len(self.skipped)} files in {self.path} cannot be read "
-                f"as images: {named}; replace them, take them out of the CSV, or leave out that "
-                f"many by --skip_bad_images {count} where a script has it"
+                f"as images: {named}; replace them, take them out of the CSV, or, where a script "
+                f"has the flag, leave them out: --skip_bad_images {count}"
             )
 
 
