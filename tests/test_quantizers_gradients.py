@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from vqvae.quantizers import QuantizerConfig, make_quantizer
 from vqvae.quantizers.entropy import codebook_entropy_loss, entropy
-from vqvae.quantizers.gradients import rotation, straight_through
+from vqvae.quantizers.estimators import rotation, straight_through
 
 
 def test_straight_through_hands_the_gradient_on_unchanged() -> None:

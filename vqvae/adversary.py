@@ -135,7 +135,7 @@ class Adversary(nn.Module):
             )
         self.register_buffer("logits", torch.zeros(2))  # moving averages: real, made
 
-    def judge(self, images: Tensor) -> Tensor:
+    def logits_of(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W), in float32 also under autocast."""
         return self.discriminator(images).float()
 
@@ -150,7 +150,7 @@ class Adversary(nn.Module):
             last: the decoder's last weight.
         """
         self.discriminator.requires_grad_(False)  # the generator's loss is none of its business
-        loss = generator_loss(self.config.disc_loss, self.judge(made))
+        loss = generator_loss(self.config.disc_loss, self.logits_of(made))
         self.discriminator.requires_grad_(True)
         weight = torch.ones_like(loss)
         if self.config.disc_adaptive_max > 0:
@@ -162,7 +162,7 @@ class Adversary(nn.Module):
     def discriminator_term(self, images: Tensor, made: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The discriminator's loss on real and made images (B, C, H, W), and numbers to log."""
         images = images.detach().requires_grad_(self.config.r1_weight > 0)
-        real, fake = self.judge(images), self.judge(made.detach())
+        real, fake = self.logits_of(images), self.logits_of(made.detach())
         loss = discriminator_loss(self.config.disc_loss, real, fake)
         values = {
             "disc_loss": loss.detach(),

@@ -11,7 +11,7 @@ from utils import checkpoint, cli, foreign, tracking
 from utils.provenance import Stage
 from utils.untrusted import check_size
 from vqvae import VQVAE, VQVAEConfig
-from vqvae.configs import READERS, write_diffusers
+from vqvae.foreign_configs import READERS, write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
 DEFAULT_SIZE = (256, 256)  # what most of them were trained on

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vqvae.quantizers import health
 from vqvae.quantizers.contract import Quantizer
 from vqvae.quantizers.entropy import codebook_entropy_loss
-from vqvae.quantizers.gradients import GRADIENTS
+from vqvae.quantizers.estimators import GRADIENTS
 from vqvae.quantizers.search import nearest_codes
 
 if TYPE_CHECKING:

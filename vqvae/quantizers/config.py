@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vqvae.quantizers.gradients import GRADIENTS
+from vqvae.quantizers.estimators import GRADIENTS
 from vqvae.quantizers.table import QUANTIZERS
 
 

@@ -26,7 +26,8 @@ def codebook_entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
     It needs N x K numbers, unlike the search for the nearest code.
     """
     half_norms = codebook.square().sum(dim=1) / 2
-    scale = 2 / (TEMPERATURE * codebook.detach().square().sum(dim=1).mean())
+    # Codes of a deeper layer may all be 0, where the one before it leaves nothing over.
+    scale = 2 / (TEMPERATURE * codebook.detach().square().sum(dim=1).mean()).clamp_min(1e-12)
     # The vectors' own squared length is the same for all codes and drops out of the softmax.
     one, all_of_them = entropy((vectors @ codebook.T - half_norms) * scale)
     return one - all_of_them

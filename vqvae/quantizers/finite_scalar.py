@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqvae.quantizers.contract import Quantizer
-from vqvae.quantizers.gradients import straight_through
+from vqvae.quantizers.estimators import straight_through
 
 if TYPE_CHECKING:
     from vqvae.quantizers.config import QuantizerConfig

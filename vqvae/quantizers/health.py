@@ -63,7 +63,7 @@ def badly_represented(vectors: Tensor, errors: Tensor, number: int, draws: Tenso
 
     With squared errors this is how k-means++ draws its centres.
     """
-    # A batch that is not finite has no worst vector; whoever trains is to notice it by its loss.
+    # If the batch is not finite there is no worst vector; the guard of the training reports it.
     weights = gather(errors).cpu().double().nan_to_num(0, 0) + 1e-12
     chosen = torch.multinomial(weights, number, replacement=True, generator=generator(draws))
     return gather(vectors)[chosen.to(vectors.device)]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqvae.quantizers.contract import Quantizer
 from vqvae.quantizers.entropy import entropy
-from vqvae.quantizers.gradients import straight_through
+from vqvae.quantizers.estimators import straight_through
 
 if TYPE_CHECKING:
     from vqvae.quantizers.config import QuantizerConfig

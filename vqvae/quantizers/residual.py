@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vqvae.quantizers.contract import Quantizer
 from vqvae.quantizers.ema import EMAQuantizer
-from vqvae.quantizers.gradients import GRADIENTS
+from vqvae.quantizers.estimators import GRADIENTS
 
 if TYPE_CHECKING:
     from vqvae.quantizers.config import QuantizerConfig
@@ -22,6 +22,7 @@ class ResidualQuantizer(Quantizer):
     Its indices have an axis of length depth, coarse first; z_q is the sum of the codes.
     """
 
+    ENTROPY_WEIGHT = 0.0  # of the term of each depth
     GRADIENTS = tuple(GRADIENTS)
 
     def __init__(self, config: QuantizerConfig) -> None:
