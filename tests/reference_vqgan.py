@@ -8,7 +8,12 @@ CH, MULTIPLIERS, BLOCKS, Z, IMAGE = 32, (1, 2, 2), 2, 16, (32, 48)
 
 
 def reference_weights(
-    project: str, multipliers: tuple[int, ...] = MULTIPLIERS, *, codes: int = 40, dim: int = 8
+    project: str,
+    multipliers: tuple[int, ...] = MULTIPLIERS,
+    *,
+    channels: int = CH,
+    codes: int = 40,
+    dim: int = 8,
 ) -> dict[str, Tensor]:
     """Random weights of a published VQGAN, by the names in its state dict."""
     random = torch.Generator().manual_seed(0)
@@ -37,19 +42,22 @@ def reference_weights(
         for part in ("q", "k", "v", "proj_out"):
             conv(f"{name}.{part}", width, width, 1)
 
-    widths = [CH * m for m in multipliers]
+    widths = [channels * m for m in multipliers]
     last = len(widths) - 1
     taming = project != "llamagen"
     mid = ("block_1", "attn_1", "block_2") if taming else ("0", "1", "2")
     inner = "block" if taming else "res"
     for side in ("encoder", "decoder"):
         conv(
-            f"{side}.conv_in", 3 if side == "encoder" else Z, (CH, widths[-1])[side == "decoder"], 3
+            f"{side}.conv_in",
+            3 if side == "encoder" else Z,
+            channels if side == "encoder" else widths[-1],
+            3,
         )
         block(f"{side}.mid.{mid[0]}", widths[-1], widths[-1])
         attention(f"{side}.mid.{mid[1]}", widths[-1])
         block(f"{side}.mid.{mid[2]}", widths[-1], widths[-1])
-    width = CH
+    width = channels
     for level in range(last + 1):
         name = f"encoder.down.{level}" if taming else f"encoder.conv_blocks.{level}"
         for number in range(BLOCKS):
@@ -70,8 +78,8 @@ def reference_weights(
             conv(f"{name}.upsample.conv", width, width, 3)
     norm("encoder.norm_out", widths[-1])
     conv("encoder.conv_out", widths[-1], Z, 3)
-    norm("decoder.norm_out", CH)
-    conv("decoder.conv_out", CH, 3, 3)
+    norm("decoder.norm_out", channels)
+    conv("decoder.conv_out", channels, 3, 3)
     conv("quant_conv", Z, dim, 1)
     conv("post_quant_conv", dim, Z, 1)
     if project == "gumbel":

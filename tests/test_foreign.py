@@ -34,8 +34,27 @@ def test_tensors_are_read_wherever_they_lie(tmp_path: Path, nest: str, zipped: b
     content = {nest: STATE, "epoch": 3} if nest else STATE
     path = saved(tmp_path, content, _use_new_zipfile_serialization=zipped)
     found = read_state_dict(path)
-    assert found.keys() == STATE.keys()
-    assert all(torch.equal(found[name], STATE[name]) for name in STATE)
+    assert found.nest == nest
+    assert found.tensors.keys() == STATE.keys()
+    assert all(torch.equal(found.tensors[name], STATE[name]) for name in STATE)
+
+
+def test_what_is_not_read_is_named(tmp_path: Path) -> None:
+    """Numbers between the tensors vanished without a word, and so did a second state dict."""
+    other = {"a.weight": torch.zeros(1)}
+    path = saved(tmp_path, {"model": STATE | {"re_embed": 3}, "ema": other, "optimizer": {}})
+    found = read_state_dict(path)
+    assert (found.nest, found.beside, found.ignored) == ("model", ["ema"], ["re_embed"])
+    found = read_state_dict(path, ("ema", "model"))
+    assert (found.nest, found.beside, found.ignored) == ("ema", ["model"], [])
+    assert found.tensors.keys() == other.keys()
+
+
+def test_a_dict_within_itself(tmp_path: Path) -> None:
+    content: dict = {"a": 1}
+    content["model"] = content
+    with pytest.raises(UserError, match="holds no state dict"):
+        read_state_dict(saved(tmp_path, content))
 
 
 @pytest.mark.parametrize("stranger", [Callback(), Runs()])

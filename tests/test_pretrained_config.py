@@ -1,5 +1,6 @@
 """Config files of other projects: what they add to the weights, and what contradicts them."""
 
+import json
 import re
 from pathlib import Path
 
@@ -69,6 +70,23 @@ def test_llamagen_has_no_config_and_diffusers_only_the_model_that_is_read(tmp_pa
         pretrained.read_config("llamagen", tmp_path / "config.yaml")
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "norm_type": "spatial"}')
     with pytest.raises(cli.UserError, match="norm_type is 'spatial', but only 'group'"):
+        pretrained.read_config("diffusers", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"block_out_channels": ["a"]},
+        {"block_out_channels": 3},
+        {"down_block_types": [1]},
+        {"sample_size": "large"},
+        {"sample_size": [1, 2, 3]},
+    ],
+)
+def test_an_odd_config_of_diffusers_is_a_line(odd: dict, tmp_path: Path) -> None:
+    """It was a traceback."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel", **odd}))
+    with pytest.raises(cli.UserError, match=r"config\.json: it is no config of a diffusers"):
         pretrained.read_config("diffusers", tmp_path / "config.json")
 
 

@@ -98,15 +98,14 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
 
 
 def main(arguments: argparse.Namespace) -> None:
-    weights = foreign.read_state_dict(arguments.checkpoint)
+    folder = Path(arguments.output_dir)
+    checkpoint.check_unused(folder)
+    weights = foreign.read_state_dict(arguments.checkpoint).tensors
     model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     words = Vocabulary(
         config.codebook_size, config.latent_dim, tuple(map(str, range(config.num_classes)))
     )
-    folder = Path(arguments.output_dir)
-    if folder.exists():
-        raise cli.UserError(f"{folder} exists already; choose another --output_dir")
     inputs = {arguments.checkpoint: checkpoint.sha256(Path(arguments.checkpoint))}
     origin = checkpoint.Provenance(lineage=(Stage.now("gpt", inputs, ""),))
     checkpoint.write_folder(folder, checkpoint.model_files(model, origin) | {FILE: words.content()})

@@ -93,6 +93,16 @@ def write_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     flush(folder.parent)
 
 
+def check_unused(folder: Path) -> None:
+    """Refuse to write where something is already.
+
+    Raises:
+        UserError: it is a file, or a folder that is not empty.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} exists already; choose another --output_dir, or move it away")
+
+
 def write_new_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """`write_folder` where nothing is yet."""
     _stage(folder, files).rename(folder)

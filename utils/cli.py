@@ -112,6 +112,24 @@ def read_flags(config_class: type, arguments: argparse.Namespace, **known: objec
     return build(config_class, **values)
 
 
+def refuse_idle(config: typing.Any, flags: argparse.Namespace) -> None:
+    """Refuse flags that were given to no effect.
+
+    A field whose metadata say that it `needs` another of the config does nothing where that one
+    is 0 or off.
+
+    Raises:
+        UserError: there is one.
+    """
+    for field in dataclasses.fields(config):
+        needed = field.metadata.get("needs")
+        if needed and field.name in flags.given and not getattr(config, needed):
+            above = "" if isinstance(getattr(config, needed), bool) else " above 0"
+            raise UserError(
+                f"--{field.name} needs --{needed}{above}, else it does nothing; leave it out"
+            )
+
+
 def build(make: Callable[..., typing.Any], *arguments: object, **values: object) -> typing.Any:
     """`make(*arguments, **values)`, whose complaint about a value is the user's to read.
 
@@ -131,8 +149,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags.
+
+    Attributes:
+        given: names of those that stand on the command line: no default, and no preset's value.
+    """
+
+    __slots__ = ("given",)  # apart from the flags themselves, which are vars()
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser with a flag that changes the defaults of others."""
+    """A parser with a flag that changes the defaults of others; it makes `Flags`."""
 
     presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
 
@@ -150,7 +178,12 @@ class Parser(argparse.ArgumentParser):
             first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
             first.add_argument("--preset")
             self.set_defaults(**self.presets.get(first.parse_known_args(args)[0].preset, {}))
-        return super().parse_known_args(args, namespace)
+        absent = object()
+        probe = argparse.Namespace(**{action.dest: absent for action in self._actions})
+        super().parse_known_args(args, probe)
+        flags, rest = super().parse_known_args(args, namespace or Flags())
+        flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
+        return flags, rest
 
 
 def make_parser(description: str | None) -> Parser:

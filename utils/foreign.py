@@ -2,7 +2,9 @@
 
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,32 @@ from utils.cli import UserError
 from utils.untrusted import check_size
 
 CHECKPOINT_BYTES = 64 << 30
-NESTS = ("state_dict", "model", "module")  # the keys under which projects put it
+NESTS = ("state_dict", "model", "module", "ema")  # the keys under which projects put it
+DEEPEST = 3
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The plain tensors of a .ckpt, .pt, .pth or .bin file, which may lie under one of `NESTS`.
+class StateDict(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        tensors: by name.
+        nest: the key, or keys joined by a dot, under which they lay; "": none.
+        beside: other keys under which there are state dicts, which were not read.
+        ignored: names of what lies between the tensors and is none.
+    """
+
+    tensors: dict[str, Tensor]
+    nest: str
+    beside: list[str]
+    ignored: list[str]
+
+
+def read_state_dict(path: str | Path, nests: Sequence[str] = NESTS) -> StateDict:
+    """The plain tensors of a .ckpt, .pt, .pth or .bin file.
+
+    Args:
+        path: the file.
+        nests: the keys under which they may lie; of several that are there, the first counts.
 
     Raises:
         UserError: no such file; one that holds more than tensors, or none; one that would take
@@ -39,9 +62,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             "file of the tensors alone (.safetensors), or see docs/tokenizers.md for a way if you "
             "trust its maker"
         ) from error
-    for nest in NESTS:
-        if isinstance(content, dict) and isinstance(content.get(nest), dict):
-            content = content[nest]
+    taken, beside = [], []
+    # As deep as anybody nests; a stranger's may lie in itself.
+    while len(taken) < DEEPEST and (there := _nests_in(content, nests)):
+        content = content[there[0]]
+        beside += [".".join([*taken, nest]) for nest in there[1:]]
+        taken.append(there[0])
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no state dict; give the file of the trained model")
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
@@ -50,7 +76,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             raise UserError(f"{path}: {name:.80} is no plain tensor in memory of its own")
     if not tensors:
         raise UserError(f"{path} holds no state dict; give the file of the trained model")
-    return tensors
+    ignored = [str(key) for key in content if str(key) not in tensors]
+    return StateDict(tensors, ".".join(taken), beside, ignored)
+
+
+def _nests_in(content: object, nests: Sequence[str]) -> list[str]:
+    """Those of the keys under which there is something to read."""
+    if not isinstance(content, dict):
+        return []
+    return [nest for nest in nests if isinstance(content.get(nest), dict) and content[nest]]
 
 
 def _check_zip(path: Path) -> None:

@@ -12,6 +12,18 @@ DIFFUSERS = {
     "norm_num_groups": 32,
     "norm_type": "group",
 }
+# Which taming's classes ask for.
+NO_LOSS = "taming.modules.losses.vqperceptual.DummyLoss"
+GUMBEL_TEMPERATURE = {
+    "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
+    "params": {
+        "warm_up_steps": 0,
+        "max_decay_steps": 1000001,
+        "lr_start": 0.9,
+        "lr_max": 0.9,
+        "lr_min": 1e-6,
+    },
+}
 
 
 def read_taming(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,8 +67,16 @@ def read_diffusers(content: Mapping[str, Any]) -> dict[str, Any]:
     for name, needed in DIFFUSERS.items():
         if content.get(name, needed) != needed:
             raise ValueError(f"{name} is {content[name]!r}, but only {needed!r} can be read")
-    side = content.get("sample_size", 256)
-    found: dict[str, Any] = {"image_size": (side, side)}
+    try:
+        return _settings(content)
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(f"it is no config of a diffusers VQModel: {error!r:.200}") from error
+
+
+def _settings(content: Mapping[str, Any]) -> dict[str, Any]:
+    size = content.get("sample_size", 256)
+    height, width = (size, size) if isinstance(size, int) else size
+    found: dict[str, Any] = {"image_size": (int(height), int(width))}
     for ours, theirs in (
         ("in_channels", "in_channels"),
         ("num_res_blocks", "layers_per_block"),
@@ -92,9 +112,34 @@ def write_diffusers(config: VQVAEConfig) -> dict[str, object]:
         "layers_per_block": config.num_res_blocks,
         "mid_block_add_attention": config.mid_attention,
         "num_vq_embeddings": config.codebook_size,
-        "sample_size": config.image_size[0],
+        "sample_size": config.image_size[0],  # a whole number there
         "vq_embed_dim": config.codebook_dim,
     }
+
+
+def write_taming(config: VQVAEConfig) -> dict[str, Any]:
+    """What taming's configs/*.yaml says of such a tokenizer; losses and data are left out."""
+    side = max(config.image_size)  # of the square that it speaks of
+    network = {
+        "double_z": False,
+        "z_channels": config.z_channels,
+        "resolution": side,
+        "in_channels": config.in_channels,
+        "out_ch": config.in_channels,
+        "ch": config.channels,
+        "ch_mult": list(config.channel_multipliers),
+        "num_res_blocks": config.num_res_blocks,
+        "attn_resolutions": [side >> level for level in config.attention_levels],
+        "dropout": config.dropout,
+    }
+    params: dict[str, Any] = {"embed_dim": config.codebook_dim, "n_embed": config.codebook_size}
+    if config.quantizer == "gumbel":
+        params["kl_weight"] = config.entropy_weight
+        params["temperature_scheduler_config"] = GUMBEL_TEMPERATURE
+    names = {"gumbel": "GumbelVQ", "ema": "EMAVQ"}
+    name = names.get(config.quantizer, "VQModel")
+    params |= {"ddconfig": network, "lossconfig": {"target": NO_LOSS}}
+    return {"model": {"target": f"taming.models.vqgan.{name}", "params": params}}
 
 
 READERS = {"taming": read_taming, "diffusers": read_diffusers}

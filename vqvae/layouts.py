@@ -27,6 +27,9 @@ class Layout:
         quantizers: ours that it can hold; the first where the names do not tell.
         commitment_cost: weight of the encoder's term in its trainings.
         ignored: full names that hold no part of the model.
+        averages: of `ema`, full names of the moving averages: how many vectors, and their sums.
+        buffers: what the other project expects beside the weights, of which nothing depends: the
+            length of zeros by name.
     """
 
     down: str
@@ -42,6 +45,8 @@ class Layout:
     quantizers: tuple[str, ...] = ("vq",)
     commitment_cost: float = 0.25
     ignored: tuple[str, ...] = ()
+    averages: tuple[str, ...] = ()
+    buffers: Mapping[str, int] = field(default_factory=dict)
 
     def modules(self, config: VQVAEConfig) -> dict[str, str]:
         """Full name of each module in the other project, by its name in `VQVAE`."""
@@ -85,6 +90,8 @@ class Layout:
                     leaf[0] = self.leaves.get(leaf[0], leaf[0])
                     found[key] = ".".join([modules[module], *leaf])
                     break
+        if config.quantizer == "ema" and self.averages:
+            found |= dict(zip(("quantizer.counts", "quantizer.sums"), self.averages, strict=True))
         return found
 
     def read_config(
@@ -108,6 +115,8 @@ class Layout:
         attention = self.leaves.get("norm", "norm")
         if "quantize.proj.weight" in state:
             quantizer = "gumbel"
+        elif self.averages and self.averages[0] in state:
+            quantizer = "ema"
         codes = state["quantize.embed.weight" if quantizer == "gumbel" else EMBEDDING]
         return VQVAEConfig(
             image_size=image_size,
@@ -125,7 +134,7 @@ class Layout:
             quantizer=quantizer,
             codebook_size=len(codes),
             codebook_dim=codes.shape[1],
-            commitment_cost=self.commitment_cost,
+            commitment_cost=0.25 if quantizer == "ema" else self.commitment_cost,
         )
 
 
@@ -134,6 +143,7 @@ EMBEDDING = "quantize.embedding.weight"
 # of the codebook's makes no difference to Adam, as no other term moves the codes.)
 LEGACY = 1.0
 
+NAMES_SHOWN = 5
 # Settings that no weight tells.
 UNTOLD = ("dropout", "entropy_weight")
 
@@ -148,6 +158,7 @@ LAYOUTS = {
         quantizers=("vq", "ema", "gumbel"),
         commitment_cost=LEGACY,
         ignored=("loss.", "model_ema.", "quantize.used"),
+        averages=("quantize.embedding.cluster_size", "quantize.embedding.embed_avg"),
     ),
     # github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
     "llamagen": Layout(
@@ -157,6 +168,7 @@ LAYOUTS = {
         mid=("mid.0", "mid.1", "mid.2"),
         quantizers=("cosine",),
         ignored=("quantize.codebook_used",),
+        buffers={"quantize.codebook_used": 65536},
     ),
     # github.com/huggingface/diffusers, models/autoencoders/vq_model.py
     "diffusers": Layout(
@@ -182,6 +194,11 @@ LAYOUTS = {
 }
 
 
+# Of whole models, or of a wrapper, in whose state dict the tokenizer's lies among others.
+PREFIXES = ("module.", "_orig_mod.", "first_stage_model.")
+FIRST = "encoder.conv_in.weight"
+
+
 def from_other(
     name: str,
     state: Mapping[str, Tensor],
@@ -192,7 +209,7 @@ def from_other(
 
     Args:
         name: of `LAYOUTS`.
-        state: its state dict, not nested.
+        state: its state dict, not nested; the names may have one of `PREFIXES`.
         image_size: height and width, which no weight tells.
         settings: what a config file says: of `UNTOLD` it counts, the rest must agree.
 
@@ -201,6 +218,9 @@ def from_other(
             settings than those of the weights.
     """
     layout = LAYOUTS[name]
+    prefix = next((one for one in PREFIXES if one + FIRST in state and FIRST not in state), "")
+    outside = [key for key in state if not key.startswith(prefix)]
+    state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
     try:
         config = layout.read_config(state, image_size, layout.quantizers[0])
     except KeyError as error:
@@ -216,7 +236,9 @@ def from_other(
     missing = sorted(set(keys.values()) - set(state))
     unknown = sorted(set(state) - set(keys.values()) - set(ignored))
     if missing or unknown:
-        raise ValueError(f"names that are missing: {missing}; names that are unknown: {unknown}")
+        raise ValueError(
+            f"names that are missing: {_some(missing)}; names that are unknown: {_some(unknown)}"
+        )
     model = VQVAE(config)
     own = model.state_dict()
     for ours, theirs in keys.items():
@@ -224,7 +246,7 @@ def from_other(
     if "quantizer.initialised" in own:
         own["quantizer.initialised"] = torch.tensor(True)
     model.load_state_dict(own)
-    return model.eval(), ignored
+    return model.eval(), outside + ignored
 
 
 def to_other(name: str, model: VQVAE) -> dict[str, Tensor]:
@@ -242,8 +264,11 @@ def to_other(name: str, model: VQVAE) -> dict[str, Tensor]:
         (config.mid_blocks == 2, "other than 2 mid_blocks"),
         (config.mid_attention or name == "diffusers", "no mid_attention"),
         (name != "diffusers" or config.channel_multipliers[0] == 1, "a first multiplier above 1"),
+        (config.channels % 32 == 0, "channels in other than 32 groups"),
         (name != "llamagen" or config.attention_levels == (last,), "attention at other levels"),
-        (name != "diffusers" or config.channels % 32 == 0, "channels in other than 32 groups"),
+        (name != "llamagen" or config.channels == 128, "other than 128 channels"),
+        (name != "llamagen" or config.num_res_blocks == 2, "other than 2 num_res_blocks"),
+        (name != "llamagen" or config.in_channels == 3, "other than 3 in_channels"),
     ):
         if not right:
             raise ValueError(f"{name} has no tokenizer with {what}")
@@ -255,7 +280,13 @@ def to_other(name: str, model: VQVAE) -> dict[str, Tensor]:
         if theirs == "quantize.proj.weight":
             weight = weight[:, :, None, None]
         state[theirs] = weight.contiguous()
-    return state
+    return state | {name: torch.zeros(length) for name, length in layout.buffers.items()}
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many there are."""
+    rest = len(names) - NAMES_SHOWN
+    return (", ".join(names[:NAMES_SHOWN]) or "none") + (f" and {rest} more" if rest > 0 else "")
 
 
 def _shaped(weight: Tensor, shape: torch.Size, name: str) -> Tensor:

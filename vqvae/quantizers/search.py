@@ -13,16 +13,22 @@ def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
     Ties go to the lowest index.
     """
     # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 does not change which code is nearest.
-    return _lowest(vectors, codebook, codebook.square().sum(dim=1) / 2)
+    return lowest(vectors, codebook, codebook.square().sum(dim=1) / 2)
 
 
 def largest_products(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The row of `codebook` (K, D) of largest inner product with each of `vectors` (N, D): (N,)."""
-    return _lowest(vectors, codebook, codebook.new_zeros(len(codebook)))
+    return lowest(vectors, codebook, codebook.new_zeros(len(codebook)))
 
 
-def _lowest(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
-    """argmin over k of offsets[k] - v . codebook[k], for each vector v."""
+def lowest(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
+    """argmin over k of offsets[k] - v . codebook[k] for each vector v of (N, D), as (N,).
+
+    Args:
+        vectors: (N, D).
+        codebook: (K, D).
+        offsets: (K,).
+    """
     rows = max(1, CHUNK // len(codebook))
     return torch.cat(
         [
