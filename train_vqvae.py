@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,18 +22,25 @@ from utils.training.resume import Progress
 from utils.training.saving import Checkpoints
 from utils.training.schedule import Schedule, TrainingConfig, find_output_dir, saved_if_it_fails
 from utils.training.stopping import StopRequest
-from vqvae import PRESETS, VQVAE, VQVAEConfig, inspection
+from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, inspection
 from vqvae.adversary import make_adversary
-from vqvae.gradients import add_gradients
+from vqvae.gradients import add_gradients, compile_model
 from vqvae.losses import ObjectiveConfig, ReconstructionLoss
 
 BEST_METRICS = ("mse", "psnr", "ssim", "codebook_usage", "perplexity")  # for --best_metric
 PICTURES = 32  # validation images that are shown
 LOW_USAGE = 20  # percent
-LOW_USAGE_WARNING = (
-    "warning: only {:.0f} % of the codebook is in use, so that the images will lack detail; use "
-    "--codebook_rescue, a smaller --codebook_size or --learning_rate, or a higher --revive_below"
-)
+ENOUGH = 4  # indices for each code, to tell how many are in use
+MOST_RESCUES = 3
+# Settings of a tokenizer that make no difference to its weights and to what they mean.
+TRAINING_ONLY = ("dropout", "commitment_cost", "gradient", "entropy_weight", "revive_below")
+
+
+@dataclass
+class Rescues:
+    """How often --codebook_rescue let the codes start anew."""
+
+    done: int = 0
 
 
 def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
@@ -76,15 +83,70 @@ def log_pictures(
         run.picture(f"pictures/{name}", picture, step)
 
 
+def read_network(flags: cli.Flags) -> VQVAEConfig:
+    """The tokenizer that the flags describe.
+
+    What a preset says of the codes goes with its own quantizer, and gives way to another.
+    """
+    left_open: dict[str, None] = {}
+    preset = PRESETS.get(flags.preset, {})
+    if flags.quantizer != preset.get("quantizer", flags.quantizer):
+        left_open["codebook_dim"] = None
+    if "levels" in flags.given:
+        left_open |= {"codebook_dim": None, "codebook_size": None}
+    left_open = {name: value for name, value in left_open.items() if name not in flags.given}
+    return cli.read_flags(VQVAEConfig, flags, **left_open)
+
+
 def read_start(
-    objective: ObjectiveConfig, wanted: VQVAEConfig
+    init_from: str, flags: cli.Flags
 ) -> tuple[checkpoint.LoadedModel | None, VQVAEConfig]:
-    """The tokenizer of --init_from, if there is one, and the settings of the one to train."""
-    if not objective.init_from:
-        return None, wanted
-    start = checkpoint.load_model(tracking.fetch(objective.init_from), VQVAE, VQVAEConfig)
-    size = wanted.image_size or start.model.config.image_size
-    return start, replace(start.model.config, image_size=size)
+    """The tokenizer of --init_from, if there is one, and the settings of the one to train.
+
+    Raises:
+        UserError: no such tokenizer, or flags that contradict it.
+    """
+    if not init_from:
+        return None, read_network(flags)
+    if flags.preset:
+        raise cli.UserError(
+            "--preset cannot go with --init_from, whose network it is; leave it out"
+        )
+    start = checkpoint.load_model(tracking.fetch(init_from), VQVAE, VQVAEConfig)
+    given = {field.name for field in fields(VQVAEConfig)} & flags.given
+    free = given & {"image_size", *TRAINING_ONLY}
+    for name in sorted(given - free):
+        wanted, found = getattr(flags, name), getattr(start.model.config, name)
+        if wanted != found:
+            raise cli.UserError(
+                f"--{name} {wanted} contradicts {init_from}, where it is {found}; leave it out"
+            )
+    changes = {name: getattr(flags, name) for name in free}
+    return start, cli.build(replace, start.model.config, **changes)
+
+
+def check_quantizer(config: VQVAEConfig, rescue: bool, flags: cli.Flags) -> None:
+    """Refuse flags that make no difference to the quantizer.
+
+    Raises:
+        UserError: there is one.
+    """
+    quantizer = QUANTIZERS[config.quantizer]
+    idle = [name for name in quantizer.IDLE if name in flags.given]
+    if rescue and not quantizer.RESTARTS:
+        idle.append("codebook_rescue")
+    if idle:
+        raise cli.UserError(
+            f"--{idle[0]} makes no difference to the quantizer {config.quantizer}; leave it out "
+            f"(if few of its codes are in use, {quantizer.CURE})"
+        )
+
+
+def share_in_use(seen: Tensor) -> float | None:
+    """Percent of codes that occur in `seen`, how often each was chosen; None: too few to tell."""
+    if seen.sum() < ENOUGH * len(seen):
+        return None
+    return 100 * float((seen > 0).float().mean())
 
 
 def open_run(
@@ -146,6 +208,7 @@ def report_best(
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
     objective = cli.read_flags(ObjectiveConfig, arguments)
+    cli.refuse_idle(objective, arguments)
     data = cli.read_flags(DataConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS)
     resumed = find_checkpoint(config.resume, config.output_dir)
@@ -153,8 +216,9 @@ def main(arguments: argparse.Namespace) -> None:
     precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(processes.autocast, group.device, precision)
 
+    start, model_config = read_start(objective.init_from, arguments)
+    check_quantizer(model_config, objective.codebook_rescue, arguments)
     losses = cli.build(ReconstructionLoss, objective).to(group.device)
-    start, model_config = read_start(objective, cli.read_flags(VQVAEConfig, arguments))
     dataset, train_rows, val_rows = read_images(
         data,
         size=model_config.image_size,
@@ -166,6 +230,7 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = Schedule(config, len(train_rows), len(val_rows), group.count)
 
     found = {"in_channels": dataset.channels, "image_size": dataset.size}
+    cli.build(losses.check, *found.values())
     model = VQVAE(cli.build(replace, model_config, **found))
     if start is not None:
         model.load_state_dict(start.model.state_dict())
@@ -174,6 +239,7 @@ def main(arguments: argparse.Namespace) -> None:
     average = WeightAverage(model, config.ema_decay)
     progress, averages = Progress(), metrics.Averages()
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
+    seen, rescues = torch.zeros_like(counts), Rescues()  # since there last were enough to judge by
     disc_optimizer = None
     adversary = cli.build(make_adversary, objective, *found.values(), schedule.total_steps)
     if adversary is not None:
@@ -183,10 +249,11 @@ def main(arguments: argparse.Namespace) -> None:
     settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
     parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
     parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
+    parts |= {"seen": seen, "rescues": rescues}
     state = resume.State(group, model, settings, progress=progress, **parts)
     state.restore(resumed)
     if config.compile:
-        model.compile()
+        compile_model(model, adversary)
     forward = group.wrap(model)
 
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
@@ -202,6 +269,13 @@ def main(arguments: argparse.Namespace) -> None:
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
+    autopilot = None if adversary is None else adversary.autopilot
+    if autopilot is not None and autopilot.is_blind(schedule.evaluate_every):
+        group.print(
+            f"warning: the autopilot sees the validation error at evaluations alone, which are "
+            f"{schedule.evaluate_every:,} steps apart, while the adversarial term grows to its "
+            f"full strength in {autopilot.ramp:,}; use a smaller --evaluate_every"
+        )
 
     def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
         augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
@@ -210,15 +284,37 @@ def main(arguments: argparse.Namespace) -> None:
 
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""
-        values, seen = evaluate(average.model, dataset, val_rows, config.batch_size, group)
-        if adversary is not None and adversary.autopilot.observe(values["mse"]):
-            strength = adversary.autopilot.strength
-            group.print(f"autopilot: images got worse, strength now {strength:.3f}")
+        values, shown = evaluate(average.model, dataset, val_rows, config.batch_size, group)
+        if autopilot is not None:
+            if autopilot.observe(values["mse"]):
+                group.print(f"autopilot: images got worse, strength now {autopilot.strength:.3f}")
+            values |= {f"autopilot_{name}": x for name, x in autopilot.figures().items()}
         run.metrics("val", values, progress.step)
         if group.first:
-            log_pictures(run, average.model, seen, progress.step)
+            log_pictures(run, average.model, shown, progress.step)
         group.print(f"step {progress.step:>6,}  {in_words(values)}")
         return sign * values[config.best_metric]
+
+    def look_after_codes() -> None:
+        """Warn where few codes are in use; with --codebook_rescue, let all of them start anew."""
+        usage = share_in_use(group.sum(seen.clone()))
+        if usage is None:
+            return
+        seen.zero_()
+        if usage >= LOW_USAGE:
+            return
+        group.print(
+            f"warning: only {usage:.1f} % of the codes are in use, so that the images will lack "
+            f"detail; {model.quantizer.CURE}"
+        )
+        going_on = progress.step < schedule.total_steps
+        if objective.codebook_rescue and going_on and rescues.done < MOST_RESCUES:
+            model.quantizer.restart()
+            rescues.done += 1
+            group.print(
+                f"codebook rescue {rescues.done} of {MOST_RESCUES}: all codes start anew from the "
+                "next batch"
+            )
 
     def save() -> None:
         checkpoints.save(checkpoint.model_files(model, origin))
@@ -250,26 +346,27 @@ def main(arguments: argparse.Namespace) -> None:
             if guard.step(optimizers, values, learning_rate, schedule.rows):
                 average.update(model, progress.step)
                 averages.add({**values, "learning_rate": learning_rate})
-                counts += model.quantizer.count(indices)
+                chosen = model.quantizer.count(indices)
+                counts += chosen
+                seen += chosen
 
-            if schedule.logs(progress.step):
+            evaluates = schedule.evaluates(progress.step)
+            if autopilot is not None:
+                evaluates |= autopilot.takes_bearings(progress.step)
+            if schedule.logs(progress.step) or evaluates:
                 values = averages.take() | metrics.codebook_metrics(group.sum(counts))
                 values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
                 values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
                 run.metrics("train", values, progress.step)
                 counts.zero_()
-            if schedule.evaluates(progress.step):
+            if evaluates:
                 best = progress.improved(evaluation())
-                if adversary is not None and adversary.autopilot.strength > 0:
+                if autopilot is not None and autopilot.strength > 0:
                     # With an adversary the error of pixels does not say which is best: the last.
                     best, progress.bad_evaluations = True, 0
                 if best:
                     checkpoints.save_best(checkpoint.model_files(average.model, origin))
-                if values["codebook_usage"] < LOW_USAGE:
-                    group.print(LOW_USAGE_WARNING.format(values["codebook_usage"]))
-                    going_on = progress.step < schedule.total_steps
-                    if objective.codebook_rescue and going_on and model.quantizer.restart():
-                        group.print("codebook rescue: all codes start anew from the next batch")
+                look_after_codes()
                 save()
                 averages.restart()
             elif checkpoints.due():

@@ -20,7 +20,7 @@ from utils.training.optimizers import make_optimizer, optimizer_step
 from utils.training.schedule import TrainingConfig
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversary import Adversary
-from vqvae.gradients import add_gradients
+from vqvae.gradients import add_gradients, compile_model
 from vqvae.losses import ObjectiveConfig, ReconstructionLoss
 from vqvae.perceptual import PerceptualLoss
 
@@ -49,14 +49,14 @@ def make_step(
     losses.to(device)
     rates = TrainingConfig()
     optimizer = make_optimizer(model, rates, betas=(0.9, 0.99))
-    acting = {}
+    acting, adversary = {}, None
     if objective.disc_weight > 0:
         adversary = Adversary(objective, 3, size, total_steps=1).to(device)
         adversary.to(memory_format=torch.channels_last)
         against = make_optimizer(adversary, rates, betas=(0.5, 0.9))
         acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
     if flags.compile:
-        model.compile()
+        compile_model(model, adversary)
     autocast = partial(processes.autocast, device, flags.precision)
 
     def step(images: torch.Tensor) -> None:

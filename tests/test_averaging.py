@@ -21,6 +21,18 @@ def test_it_follows_the_weights_and_forgets_the_first() -> None:
     assert float(average.model.weight) == pytest.approx(5.0, rel=1e-4)
 
 
+def test_what_no_gradient_trains_is_the_latest() -> None:
+    """Codes of `ema` were averaged, while the sums and counts that they are made of were not."""
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
+    model[1].requires_grad_(False)
+    average = WeightAverage(model, decay=0.9)
+    for layer in model:
+        nn.init.constant_(layer.weight, 5.0)
+    average.update(model, 1000)
+    assert float(average.model[0].weight) != 5.0
+    assert float(average.model[1].weight) == 5.0
+
+
 def test_without_decay_it_is_the_model_itself() -> None:
     model = nn.Linear(2, 2)
     average = WeightAverage(model, decay=0.0)

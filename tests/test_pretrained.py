@@ -214,8 +214,14 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
 
 def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
     config = VQVAEConfig(
-        **{"image_size": (16, 24), "in_channels": 3, "patch_size": 1, "channels": 32},
-        **{"mid_blocks": 2, "z_channels": 4, "codebook_size": 16, "codebook_dim": 4},
+        image_size=(16, 24),
+        in_channels=3,
+        patch_size=1,
+        channels=32,
+        mid_blocks=2,
+        z_channels=4,
+        codebook_size=16,
+        codebook_dim=4,
     )
     model = VQVAE(config)
     torch.save(to_other("diffusers", model), own_file := tmp_path / "old.bin")
@@ -259,9 +265,15 @@ def test_missing_and_unknown_names_are_listed() -> None:
 def test_widths_that_a_project_cannot_build_are_refused(project: str, other: dict) -> None:
     """They were written, and failed where they were to be read."""
     settings = {
-        **{"image_size": (8, 8), "in_channels": 3, "patch_size": 1, "channels": 128},
-        **{"num_res_blocks": 2, "mid_blocks": 2, "mid_attention": True, "z_channels": 4},
-        **{"attention_levels": (0,)},
+        "image_size": (8, 8),
+        "in_channels": 3,
+        "patch_size": 1,
+        "channels": 128,
+        "num_res_blocks": 2,
+        "mid_blocks": 2,
+        "mid_attention": True,
+        "z_channels": 4,
+        "attention_levels": (0,),
     }
     with torch.device("meta"):
         to_other(project, VQVAE(VQVAEConfig(**settings, quantizer=other.get("quantizer", "vq"))))

@@ -136,7 +136,7 @@ def test_the_chosen_code_is_the_nearest(name: str) -> None:
     assert torch.equal(quantizer.nearest(encodings(quantizer)), distances.argmin(-1))
 
 
-@WITH_CODEBOOK
+@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "ibq"])
 def test_codes_start_as_the_k_means_centres_of_the_first_batch(name: str) -> None:
     quantizer = make(name, codebook_size=2, codebook_dim=4)
     clusters = [torch.randn(50, 4) * 0.1 + centre for centre in (torch.eye(4)[0], torch.eye(4)[2])]
@@ -154,9 +154,13 @@ def test_the_nearest_code_is_the_same_in_chunks(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(nearest_codes(vectors, codebook), whole)
 
 
-def test_the_scores_of_all_vectors_never_exist_at_once() -> None:
-    """32,768 x 262,144 scores would be 32 GiB; here a twelfth of both, in the same chunks."""
-    largest = 0
+@pytest.mark.parametrize("name", ["vq", "gumbel", "ibq"])
+def test_the_scores_of_all_vectors_never_exist_at_once(name: str) -> None:
+    """32,768 x 262,144 scores would be 32 GiB; here a twelfth of both, in the same chunks.
+
+    Where there is no gradient, `gumbel` and `ibq` made all of them.
+    """
+    quantizer, largest = make(name, codebook_size=21845, codebook_dim=8).eval(), 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -166,8 +170,9 @@ def test_the_scores_of_all_vectors_never_exist_at_once() -> None:
                 largest = max(largest, result.numel())
             return result
 
-    with Watch():
-        nearest_codes(torch.randn(2730, 8), torch.randn(21845, 8))
+    with torch.no_grad(), Watch():
+        z_q, indices, _ = quantizer.quantize(torch.randn(2730, 8))
+        assert torch.equal(quantizer.lookup(indices), z_q)
     assert largest <= 1 << 24
 
 
@@ -203,6 +208,36 @@ def test_lfq_indices_and_codes_are_a_bijection(bits: int) -> None:
     assert torch.equal(quantizer.assign(quantizer.lookup(indices)), indices)
 
 
+def test_residual_codes_have_an_entropy_term_also_where_nothing_is_left_over() -> None:
+    """It had none, and would have been NaN where all codes of a depth are 0."""
+    quantizer = make("residual", codebook_size=4, entropy_weight=0.1)
+    vectors = torch.eye(4, 8).repeat(9, 1).requires_grad_()  # the first depth has them all
+    _, _, losses = quantizer.quantize(vectors)
+    assert float(quantizer.layers[1].codebook.abs().sum()) == 0
+    assert losses["entropy"].isfinite()
+    losses["entropy"].backward()
+    assert vectors.grad.isfinite().all()
+
+
+def test_a_dead_code_of_gumbel_splits_a_busy_one_and_the_decoder_sees_the_same() -> None:
+    quantizer = make("gumbel", codebook_size=8)
+    vectors = torch.randn(500, 8)
+    with torch.no_grad():
+        quantizer.proj.bias[5:] = -50.0  # which therefore are never chosen
+    quantizer.share.copy_(torch.tensor([0.2] * 5 + [0.0] * 3))
+
+    def seen() -> Tensor:
+        return quantizer.proj(vectors).softmax(dim=1) @ quantizer.embedding.weight
+
+    before = seen()
+    quantizer.quantize(vectors)
+    torch.testing.assert_close(seen(), before, atol=1e-5, rtol=1e-4)
+    assert (quantizer.proj.bias > -10).all()
+    assert len(quantizer.embedding.weight.unique(dim=0)) == 5
+    assert float(quantizer.share.sum()) == pytest.approx(1, abs=1e-3)
+    assert (quantizer.share > 0).all()
+
+
 def test_residual_comes_closer_with_every_depth() -> None:
     quantizer = make("residual", depth=4)
     vectors = torch.randn(640, 8)
@@ -231,7 +266,13 @@ def test_residual_comes_closer_with_every_depth() -> None:
         ({"quantizer": "gumbel", "gradient": "rotation"}, "rotation"),
         ({"quantizer": "fsq", "entropy_weight": 0.1}, "entropy"),
         ({"codebook_size": 1}, "at least 2"),
-        ({"commitment_cost": -1.0}, "negative"),
+        ({"commitment_cost": -1.0}, "commitment_cost must be a number of 0 or more"),
+        ({"commitment_cost": float("nan")}, "commitment_cost must be a number"),
+        ({"revive_below": float("inf")}, "revive_below must be a number"),
+        ({"quantizer": "lfq", "entropy_weight": float("nan")}, "entropy_weight must be a number"),
+        ({"quantizer": "lfq", "codebook_dim": 70}, "codebook_dim of at most 24"),
+        ({"quantizer": "fsq", "levels": (1000,) * 9}, "at most 16,777,216"),
+        ({"quantizer": "residual", "codebook_size": 1 << 23}, "at most 16,777,216"),
     ],
 )
 def test_contradictory_settings_are_refused(settings: dict, complaint: str) -> None:

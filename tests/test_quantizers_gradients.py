@@ -72,6 +72,7 @@ def test_losses_move_codes_and_encoder_apart(name: str) -> None:
 def test_index_backpropagation_is_the_gradient_of_the_softened_index() -> None:
     torch.manual_seed(0)
     quantizer = make_quantizer(QuantizerConfig("ibq", 16))
+    quantizer.initialised.fill_(True)
     vectors, grad = torch.randn(2, 9, 8)
     vectors.requires_grad_()
     z_q, _, _ = quantizer.quantize(vectors)

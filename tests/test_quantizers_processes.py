@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqvae.quantizers import QuantizerConfig, make_quantizer
 
-NAMES = ("vq", "ema", "cosine", "residual")
+NAMES = ("vq", "ema", "cosine", "ibq", "gumbel", "residual")
 STEPS = 4
 
 

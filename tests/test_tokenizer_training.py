@@ -2,13 +2,16 @@
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
+import torch._functorch.config as functorch_config
 from PIL import Image
 
 import train_vqvae
@@ -19,11 +22,12 @@ from utils.data.images import ImageDataset
 from utils.data.table import split_rows
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import STATE
-from vqvae import QUANTIZERS, VQVAE, VQVAEConfig, pretrained
+from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, pretrained
 from vqvae.adversary import Adversary
 from vqvae.inspection import reconstruct
 
 Train = Callable[..., list[dict]]
+SMALL_BATCHES = ("--batch_size", "4", "--num_workers", "0")
 
 
 @pytest.fixture
@@ -35,8 +39,8 @@ def data(own_folder: Path) -> Path:
 def train(data: Path, monkeypatch: pytest.MonkeyPatch) -> Train:
     """Call the script in this process, to write to the folder out; what it logged."""
 
-    def call(*flags: object) -> list[dict]:
-        words = ("--path_to_data", data, *TINY_TOKENIZER, "--device", "cpu", *flags)
+    def call(*flags: object, tiny: tuple = TINY_TOKENIZER) -> list[dict]:
+        words = ("--path_to_data", data, *tiny, "--device", "cpu", *flags)
         words = ("train_vqvae.py", *words, "--output_dir", "out")
         monkeypatch.setattr(sys, "argv", [*map(str, words)])
         cli.run(train_vqvae.main, train_vqvae.make_parser())
@@ -78,15 +82,18 @@ def test_pictures_are_there_from_the_first_step(train: Train) -> None:
 
 
 def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
-    """Lenient on the loss's keys, strict on the model's; its settings count, not the flags."""
+    """Lenient on the loss's keys, strict on the model's; its settings count."""
     state = reference_weights("taming") | {"loss.discriminator.main.0.bias": torch.zeros(4)}
     torch.save({"state_dict": state}, "last.ckpt")
     convert = ("--from", "taming", "--checkpoint", "last.ckpt", "--output_dir", "own")
     pretrained.main(pretrained.make_parser().parse_args(convert))
-    logged = train("--init_from", "own", "--image_size", "24,40", "--max_steps", 2)
+    # 20 does not divide by the 16 of the flags' own network, which was checked all the same.
+    flags = ("--init_from", "own", "--image_size", "24,40", "--max_steps", 2, "--dropout", 0.1)
+    logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
     start = checkpoint.load_model("own", VQVAE, VQVAEConfig).model
     tuned = checkpoint.load_model("out", VQVAE, VQVAEConfig).model
-    assert tuned.config == replace(start.config, image_size=(24, 40))
+    expected_config = replace(start.config, image_size=(24, 40), dropout=0.1, commitment_cost=0.5)
+    assert tuned.config == expected_config
     weights = tuned.state_dict()
     assert not torch.equal(weights["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
 
@@ -106,7 +113,7 @@ def test_what_is_no_whole_tokenizer_is_no_start(
     files = checkpoint.model_files(model, checkpoint.Provenance())
     del files["model.safetensors"]["decoder.conv_in.weight"]
     checkpoint.write_folder(own_folder / "part", files)
-    flags = ("--path_to_data", data, *TINY_TOKENIZER, "--init_from")
+    flags = ("--path_to_data", data, *SMALL_BATCHES, "--init_from")
     assert "decoder.conv_in.weight" in error_of("train_vqvae", *flags, "part")
     assert "no such model folder: nowhere" in error_of("train_vqvae", *flags, "nowhere")
     files["config.json"]["model"] = "GPT"
@@ -115,14 +122,116 @@ def test_what_is_no_whole_tokenizer_is_no_start(
     assert not Path("outputs").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (("--codebook_size", 17), "--codebook_size 17 contradicts start, where it is 16"),
+        (("--no-mid_attention", "--channels", 4), "--channels 4 contradicts start, where it is 8"),
+        (("--image_size", 30), "image_size 30,30 is not a multiple .* use --image_size 32,32"),
+        (("--preset", "vqgan-f8"), "--preset cannot go with --init_from"),
+    ],
+)
+def test_flags_that_contradict_the_start_are_refused(
+    error_of: Callable[..., str], data: Path, own_folder: Path, flags: tuple, complaint: str
+) -> None:
+    """They were ignored, and a size that does not divide was a traceback."""
+    model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16))
+    checkpoint.write_folder(
+        own_folder / "start", checkpoint.model_files(model, checkpoint.Provenance())
+    )
+    words = ("--path_to_data", data, *SMALL_BATCHES, "--init_from", "start", *flags)
+    assert re.search(complaint, error_of("train_vqvae", *words))
+    assert not Path("outputs").exists()
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_takes_every_quantizer(preset: str, name: str) -> None:
+    """Those of large codes refused fsq and lfq, whose dimension follows from their number."""
+    words = ["--path_to_data", "x", "--preset", preset, "--quantizer", name]
+    flags = train_vqvae.make_parser().parse_args([*words, "--channels", "4"])
+    config = train_vqvae.read_network(flags)
+    with torch.device("meta"):
+        VQVAE(replace(config, image_size=(32, 32), in_channels=1))
+    assert config.codebook_size == PRESETS[preset].get("codebook_size", 512)
+    if name == PRESETS[preset].get("quantizer"):
+        assert config.codebook_dim == PRESETS[preset]["codebook_dim"]
+
+
+def test_levels_override_the_codebook_of_a_preset() -> None:
+    words = "--path_to_data x --preset vqgan-f16 --quantizer fsq --levels 8,5,5,5"
+    config = train_vqvae.read_network(train_vqvae.make_parser().parse_args(words.split()))
+    assert (config.codebook_size, config.codebook_dim) == (1000, 4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ("--lecam_weight 0.1", "--lecam_weight needs --disc_weight above 0"),
+        ("--no-disc_autopilot", "--disc_autopilot needs --disc_weight above 0"),
+        ("--disc_weight 1 --no-disc_autopilot --disc_bound 1", "needs --disc_autopilot, else"),
+        ("--lpips_network alex", "--lpips_network needs --perceptual_weight above 0"),
+        ("--quantizer fsq --commitment_cost 1", "no difference to the quantizer fsq"),
+        ("--quantizer lfq --revive_below 0.1", "no difference to the quantizer lfq"),
+        ("--quantizer gumbel --codebook_rescue", r"gumbel.*a higher --entropy_weight"),
+        ("--l2_weight nan", "l2_weight must be a number of 0 or more, got nan"),
+        ("--disc_weight inf", "disc_weight must be a number"),
+        ("--learning_rate inf", "learning_rate must be a number above 0"),
+        ("--weight_decay inf", "weight_decay must be a number of 0 or more"),
+    ],
+)
+def test_flags_without_effect_or_meaning_are_refused(
+    error_of: Callable[..., str], data: Path, flags: str, complaint: str
+) -> None:
+    error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *flags.split())
+    assert re.search(complaint, error)
+    assert not Path("outputs").exists()
+
+
 # --- codes that nobody uses ---------------------------------------------------------------------
+
+
+def test_how_many_codes_are_in_use_is_said_where_enough_were_seen() -> None:
+    """The last step alone decided, in which few codes of many can occur."""
+    seen = torch.zeros(100)
+    seen[:10] = 39
+    assert train_vqvae.share_in_use(seen) is None
+    seen[:10] = 40
+    assert train_vqvae.share_in_use(seen) == pytest.approx(10)
+
+
+def test_codes_in_use_are_counted_from_evaluation_to_evaluation_and_across_a_resume(
+    train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_vqvae, "LOW_USAGE", 101)
+    monkeypatch.setattr(train_vqvae, "ENOUGH", 40)  # 640 of 16 codes; a step has 240
+    judged: list[float] = []
+
+    def judge(seen: torch.Tensor) -> float | None:
+        judged.append(float(seen.sum()))
+        return share_in_use(seen)
+
+    share_in_use = train_vqvae.share_in_use
+    monkeypatch.setattr(train_vqvae, "share_in_use", judge)
+    flags = ("--evaluate_every", 2, "--codebook_rescue")
+    train(*flags, "--max_steps", 6)
+    assert judged == [480, 960, 480]
+    train(*flags, "--max_steps", 10, "--resume", "out")
+    assert judged == [480, 960, 480, 960, 480]
+    printed = capsys.readouterr().out
+    assert "codebook rescue 1 of 3" in printed
+    assert "codebook rescue 2 of 3" in printed
 
 
 @pytest.mark.parametrize("rescue", [False, True])
 def test_few_codes_in_use_are_warned_of_and_restarted(
-    train: Train, capsys: pytest.CaptureFixture, rescue: bool
+    train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, rescue: bool
 ) -> None:
-    flags = ("--codebook_size", 4096, "--max_steps", 4, "--evaluate_every", 2)
+    monkeypatch.setattr(train_vqvae, "LOW_USAGE", 101)
+    flags = ("--max_steps", 10, "--evaluate_every", 2)
     restarts: list[int] = []
     original = train_vqvae.VQVAE.__init__
 
@@ -135,10 +244,10 @@ def test_few_codes_in_use_are_warned_of_and_restarted(
         patch.setattr(train_vqvae.VQVAE, "__init__", watched)
         train(*flags, *(["--codebook_rescue"] if rescue else []))
     printed = capsys.readouterr().out
-    assert printed.count("% of the codebook is in use") == 2
+    assert printed.count("% of the codes are in use") == 5
     assert "--codebook_rescue" in printed
-    assert printed.count("codebook rescue: all codes start anew") == rescue
-    assert len(restarts) == rescue  # and none after the last step
+    assert printed.count("all codes start anew") == 3 * rescue
+    assert len(restarts) == 3 * rescue  # however often it would be asked for
     for folder in (Path("out/best"), find_checkpoint("out", "")):
         tensors = checkpoint.read_tensors(folder / "model.safetensors")
         assert tensors["quantizer.initialised"]  # else a fine-tuning would forget the codes
@@ -174,9 +283,35 @@ def test_without_weight_there_is_no_adversary(
         raise AssertionError("an adversary was built")
 
     monkeypatch.setattr(Adversary, "__init__", refuse)
-    logged = train("--disc_weight", 0, *GAN, "--max_steps", 2)
+    logged = train("--disc_weight", 0, "--max_steps", 2)
     assert not any("disc" in key or "advers" in key for row in logged for key in row)
     assert not list(Path("out").rglob("a*.safetensors"))
+
+
+def test_a_compiled_tokenizer_has_an_adversary(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The adaptive weight goes through the graph a second time, of which buffers were gone."""
+    monkeypatch.setattr(functorch_config, "donated_buffer", True)
+    # Without the C++ compiler at the end, which takes a minute and has no part in it.
+    traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
+    monkeypatch.setattr(VQVAE, "compile", traced)
+    flags = ("--disc_weight", 0.8, "--disc_channels", 4, "--no-disc_autopilot", "--disc_start", 0)
+    logged = train(*flags, "--compile", "--max_steps", 2)
+    assert column(logged, "train/adaptive_weight")[2] > 0
+
+
+def test_the_autopilot_takes_its_bearings_before_the_term_acts(
+    train: Train, capsys: pytest.CaptureFixture
+) -> None:
+    """Where no evaluation fell between, it had nothing to compare with, and saw nothing."""
+    flags = ("--disc_weight", 0.8, "--disc_channels", 4, "--max_steps", 20, "--evaluate_every", 20)
+    shares = ("--disc_start", 0.25, "--disc_warmup", 0.25, "--disc_ramp", 0.5)
+    logged = train(*flags, *shares, "--max_epochs", 50)
+    errors = column(logged, "val/mse")
+    assert list(errors) == [0, 10, 20]
+    assert column(logged, "val/autopilot_baseline")[20] == pytest.approx(errors[10])
+    assert "20 steps apart, while the adversarial term grows" in capsys.readouterr().out
 
 
 # --- the perceptual loss ------------------------------------------------------------------------
@@ -193,6 +328,22 @@ def test_lpips_is_trained_on_with_weights_from_a_file(train: Train, own_folder: 
         *("--lpips_network", "alex", "--lpips_weights", "alex.pth"),
     )
     assert column(logged, "train/perceptual_loss")[1] > 0
+
+
+def test_images_that_are_too_small_for_lpips(
+    error_of: Callable[..., str], data: Path, own_folder: Path
+) -> None:
+    """It was a traceback of the loop, when a run stood in MLflow."""
+    pytest.importorskip("lpips")
+    from torchvision.models import alexnet
+
+    features = alexnet().features.state_dict()
+    torch.save({f"features.{name}": value for name, value in features.items()}, "alex.pth")
+    lpips = ("--perceptual_weight", 1, "--lpips_network", "alex", "--lpips_weights", "alex.pth")
+    error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *lpips)
+    assert "images of 24x40 pixels are too small for LPIPS through alex" in error
+    assert "--image_size (32 is enough)" in error
+    assert not Path("outputs").exists()
 
 
 def test_without_internet_lpips_asks_for_its_weights_before_anything_is_begun(

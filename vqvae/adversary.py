@@ -1,6 +1,7 @@
 """The adversarial half of the training: discriminator, losses, and how they are brought in."""
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,7 @@ class Autopilot:
         shares = (config.disc_start, config.disc_warmup, config.disc_ramp)
         start, warmup, ramp = (round(share * total_steps) for share in shares)
         if not config.disc_autopilot:
-            return cls(start, 0, 0, float("inf"))
+            return cls(start, 0, 0, inf)
         return cls(start, warmup, ramp, config.disc_bound)
 
     def phase(self, step: int) -> str:
@@ -77,6 +78,10 @@ class Autopilot:
         if step < self.start:
             return "before"
         return "alone" if step < self.start + self.warmup else "both"
+
+    def takes_bearings(self, steps: int) -> bool:
+        """Whether after so many steps the validation error is the last before the term acts."""
+        return self.bound < inf and steps == self.start + self.warmup
 
     def advance(self) -> float:
         """The strength of the next step in phase `both`."""
@@ -93,6 +98,15 @@ class Autopilot:
             return False
         self.strength, self.slowness = self.strength / 2, self.slowness * 2
         return True
+
+    def is_blind(self, steps: int) -> bool:
+        """Whether evaluations that are so many steps apart may all miss the growth."""
+        return self.bound < inf and steps > self.ramp
+
+    def figures(self) -> dict[str, float]:
+        """Numbers to log at an evaluation: how strong, and what the error is compared with."""
+        known = {"baseline": self.baseline} if self.baseline and self.bound < inf else {}
+        return {"strength": self.strength, **known}
 
     def state(self) -> Tensor:
         """What changes in a training, (3,)."""
@@ -174,10 +188,12 @@ class Adversary(nn.Module):
             self.logits.lerp_(_mean(averages), 1 - self.MEMORY)
             distance = (real - self.logits[1]).relu().square().mean()
             distance = distance + (self.logits[0] - fake).relu().square().mean()
+            values["lecam_loss"] = self.config.lecam_weight * distance.detach()
             loss = loss + self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
             (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
             penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+            values["r1_loss"] = self.config.r1_weight / 2 * penalty.detach()
             loss = loss + self.config.r1_weight / 2 * penalty
         return loss, values
 

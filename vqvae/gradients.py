@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+import torch._functorch.config as functorch_config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,6 +12,15 @@ from vqvae.adversary import Adversary
 from vqvae.losses import ReconstructionLoss
 
 Values = dict[str, Tensor]  # numbers to log, by name
+
+
+def compile_model(model: nn.Module, adversary: Adversary | None) -> None:
+    """Compile a `VQVAE` in place, for `add_gradients`."""
+    if adversary is not None:
+        # The adaptive weight goes backward through the graph before the loss does, when the
+        # buffers that a first pass may give away would be gone.
+        functorch_config.donated_buffer = False
+    model.compile()
 
 
 def add_gradients(

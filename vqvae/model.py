@@ -91,10 +91,13 @@ class VQVAEConfig(QuantizerConfig):
         if self.image_size is not None:
             height, width = self.image_size
             if min(height, width) < 1 or height % self.downsampling or width % self.downsampling:
+                f = self.downsampling
+                nearest = [max(f, round(side / f) * f) for side in self.image_size]
                 raise ValueError(
                     f"image_size {height},{width} is not a multiple of the downsampling factor "
-                    f"{self.downsampling} (patch_size {self.patch_size}, "
-                    f"{len(self.channel_multipliers)} channel_multipliers)"
+                    f"{f} (patch_size {self.patch_size}, {len(self.channel_multipliers)} "
+                    f"channel_multipliers); use --image_size {nearest[0]},{nearest[1]}, or a "
+                    "smaller --patch_size"
                 )
 
     @property

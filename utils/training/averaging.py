@@ -9,7 +9,7 @@ from utils.cli import UserError
 
 
 class WeightAverage:
-    """Exponential moving average (EMA) of a model's parameters; its buffers are the latest.
+    """Exponential moving average (EMA) of a model's trained parameters; all else is the latest.
 
     Attributes:
         model: with the averaged weights, in eval mode; with decay 0 the trained model itself.
@@ -32,10 +32,15 @@ class WeightAverage:
         if not self._decay:
             return
         decay = min(self._decay, step / (step + 9))
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in theirs], 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)  # counters and the like: these have no average
+        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        trained = [(mine, theirs.detach()) for mine, theirs in pairs if theirs.requires_grad]
+        torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
+        # Counters and the like have no average, nor weights that no gradient trains: they must
+        # stay what the counters say of them.
+        kept = [pair for pair in pairs if not pair[1].requires_grad]
+        kept += zip(self.model.buffers(), model.buffers(), strict=True)
+        for mine, theirs in kept:
+            mine.copy_(theirs)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed training needs: nothing without an average."""

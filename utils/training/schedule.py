@@ -104,11 +104,12 @@ class TrainingConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         not_negative = ("warmup_steps", "weight_decay", "max_steps", "evaluate_every", "patience")
         for name in (*not_negative, "nonfinite_limit"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of 0 or more, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be a number above 0, got {self.learning_rate}")
+        if not self.max_grad_norm > 0:  # inf: does not clip
+            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
         interval(self.checkpoint_every)
 
 

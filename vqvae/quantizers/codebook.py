@@ -29,7 +29,11 @@ class VectorQuantizer(Quantizer):
 
     ENTROPY_WEIGHT = 0.0
     GRADIENTS = tuple(GRADIENTS)
-    DECAY = 0.99  # of the moving average of each code's share
+    CURE = (
+        "use --codebook_rescue, a higher --revive_below or --entropy_weight, or a smaller "
+        "--codebook_size or --learning_rate"
+    )
+    RESTARTS = True
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__(config)
@@ -92,11 +96,10 @@ class VectorQuantizer(Quantizer):
             indices = self.assign(vectors)
         return indices
 
-    def restart(self) -> bool:
+    def restart(self) -> None:
         """Let the codes start anew from the next batch."""
         self.initialised.fill_(False)
         self.share.fill_(1 / self.config.codebook_size)
-        return True
 
     def move(self, codes: Tensor, vectors: Tensor) -> None:
         """Put the codes of the given numbers (n,) on vectors (n, D)."""
@@ -104,15 +107,12 @@ class VectorQuantizer(Quantizer):
 
     def _revive(self, vectors: Tensor, indices: Tensor) -> bool:
         """Follow each code's share; move the dead to badly represented vectors. Were there any?"""
-        size = self.config.codebook_size
-        counts = health.total(torch.bincount(indices, minlength=size).float())
-        self.share.lerp_(counts / counts.sum(), 1 - self.DECAY)
-        dead = (self.share < self.config.revive_below / size).nonzero().flatten()
+        dead = health.follow(self.share, indices, self.config.revive_below)
         if len(dead) == 0:
             return False
         errors = (vectors - self.lookup(indices)).square().sum(dim=1)
         self.move(dead, health.badly_represented(vectors, errors, len(dead), self.draws))
-        self.share[dead] = 1 / size
+        self.share[dead] = 1 / self.config.codebook_size
         return True
 
 

@@ -1,9 +1,12 @@
 """The settings of a quantizer."""
 
 from dataclasses import dataclass, field
+from math import inf
 
 from vqvae.quantizers.estimators import GRADIENTS
 from vqvae.quantizers.table import QUANTIZERS
+
+MOST_CODES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -45,16 +48,16 @@ class QuantizerConfig:
     gradient: str = field(
         default="straight_through",
         metadata={
-            "help": "how it gets past vq, ema, cosine and residual: unchanged, or turned as the "
-            "code is turned against the encoding",
+            "help": "how gradients pass the quantizer: `straight_through` copies them; `rotation` "
+            "rotates and scales them (rotation trick)",
             "choices": tuple(GRADIENTS),
         },
     )
     entropy_weight: float | None = field(
         default=None,
         metadata={
-            "help": "weight of the term that makes codes sure and all of them used, not in fsq and "
-            "residual (default: lfq 0.1, ibq 0.2, gumbel 0.0005, others 0)"
+            "help": "weight of the entropy term: confident assignments, evenly used codes; not for "
+            "fsq (default: lfq 0.1, ibq 0.2, gumbel 0.0005, others 0)"
         },
     )
     revive_below: float = field(
@@ -72,24 +75,30 @@ class QuantizerConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if min(self.commitment_cost, self.revive_below, self.entropy_weight or 0) < 0:
-            raise ValueError("commitment_cost, revive_below, entropy_weight must not be negative")
+        for name in ("commitment_cost", "revive_below", "entropy_weight"):
+            if not 0 <= (getattr(self, name) or 0) < inf:
+                raise ValueError(f"{name} must be a number of 0 or more, got {getattr(self, name)}")
         quantizer = QUANTIZERS[self.quantizer]
         if self.gradient not in quantizer.GRADIENTS:
             raise ValueError(
                 f"{self.quantizer} has no gradient {self.gradient!r}, only {quantizer.GRADIENTS}"
             )
         if self.entropy_weight and quantizer.ENTROPY_WEIGHT is None:
-            raise ValueError(f"{self.quantizer} has no entropy term; leave entropy_weight away")
+            raise ValueError(f"{self.quantizer} has no entropy term; leave out entropy_weight")
         if self.entropy_weight is None:
             object.__setattr__(self, "entropy_weight", quantizer.ENTROPY_WEIGHT or 0.0)
         for name, value in ({"levels": ()} | quantizer.settle(self)).items():
             if getattr(self, name) not in (None, (), value):
                 raise ValueError(
                     f"{name} {getattr(self, name)} does not fit {self.quantizer}, where it is "
-                    f"{value}; give that, or leave it away"
+                    f"{value}; give that, or leave it out"
                 )
             object.__setattr__(self, name, value)
+        if self.num_codes > MOST_CODES:
+            raise ValueError(
+                f"codebook_size (over all depths) must be at most {MOST_CODES:,}, as every code is "
+                f"counted; got {self.num_codes:,}"
+            )
 
     @property
     def num_codes(self) -> int:

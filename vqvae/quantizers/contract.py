@@ -39,10 +39,16 @@ class Quantizer(nn.Module):
     Attributes:
         ENTROPY_WEIGHT: default of the entropy term's weight; None where there is no such term.
         GRADIENTS: the ways that the gradient can take from z_q to z_e.
+        IDLE: settings of `QuantizerConfig` that make no difference to it.
+        CURE: what to do when few of its codes are in use.
+        RESTARTS: whether it has `restart()`, which lets its codes start anew from the next batch.
     """
 
     ENTROPY_WEIGHT: float | None = None
     GRADIENTS: tuple[str, ...] = ("straight_through",)
+    IDLE: tuple[str, ...] = ()
+    CURE = "use a smaller --codebook_size or --learning_rate"
+    RESTARTS = False
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__()
@@ -77,10 +83,6 @@ class Quantizer(nn.Module):
         with torch.autocast(indices.device.type, enabled=False):
             z_q = self.lookup(indices.flatten(0, 2))
         return z_q.unflatten(0, indices.shape[:3]).permute(0, 3, 1, 2).contiguous()
-
-    def restart(self) -> bool:
-        """Let the codes start anew from the next batch; False where they do not start from data."""
-        return False
 
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes themselves, by their places in `count`: (n,) -> (n, D)."""

@@ -47,8 +47,8 @@ class EMAQuantizer(VectorQuantizer):
         counts = torch.bincount(indices, minlength=len(self.counts)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
         # A code that is not chosen keeps its place, while both of its averages fade.
-        self.counts.lerp_(health.total(counts), 1 - self.DECAY)
-        self.sums.lerp_(health.total(sums), 1 - self.DECAY)
+        self.counts.lerp_(health.total(counts), 1 - health.DECAY)
+        self.sums.lerp_(health.total(sums), 1 - health.DECAY)
         return indices
 
     def move(self, codes: Tensor, vectors: Tensor) -> None:

@@ -31,6 +31,9 @@ def levels_for(codebook_size: int) -> tuple[int, ...]:
     return (8,) * ((bits - 2 * fours) // 3) + (4,) * fours
 
 
+MOST_LEVELS = 24  # dimensions; the product of more is above what is allowed
+
+
 class FiniteScalarQuantizer(Quantizer):
     """Finite scalar quantization (arXiv 2309.15505, section 3.1): codes are a grid in [-1, 1]^D.
 
@@ -38,6 +41,7 @@ class FiniteScalarQuantizer(Quantizer):
     lowest value everywhere, and the first dimension counts fastest.
     """
 
+    IDLE = ("commitment_cost", "revive_below")
     MARGIN = 1e-3  # puts the outermost levels within reach of the tanh
 
     def __init__(self, config: QuantizerConfig) -> None:
@@ -50,6 +54,8 @@ class FiniteScalarQuantizer(Quantizer):
     def settle(cls, config: QuantizerConfig) -> dict[str, object]:
         """Levels from the codebook size or the other way round, and the dimension from both."""
         levels = config.levels or levels_for(config.codebook_size or 512)
+        if len(levels) > MOST_LEVELS:
+            raise ValueError(f"levels must be {MOST_LEVELS} at most, got {len(levels)}")
         if min(levels) < 2:
             raise ValueError(f"levels must be at least 2 each, got {levels}")
         return {

@@ -9,6 +9,7 @@ from torch import Tensor
 from vqvae.quantizers.search import nearest_codes
 
 KMEANS_STEPS = 10
+DECAY = 0.99  # of moving averages over batches
 
 
 def total(values: Tensor) -> Tensor:
@@ -56,6 +57,19 @@ def kmeans(vectors: Tensor, size: int, draws: Tensor, place: Callable[[Tensor], 
         occupied = counts > 0  # a centre that nobody chose stays where it is
         centres[occupied] = place(sums[occupied] / counts[occupied, None])
     return centres
+
+
+def follow(share: Tensor, indices: Tensor, revive_below: float) -> Tensor:
+    """The numbers of the codes that are dead, (n,).
+
+    Args:
+        share: of each code in the assignments, (K,); the moving average that takes in `indices`.
+        indices: which code each vector of this process chose, (N,).
+        revive_below: a code is dead whose share is less than this of 1/K.
+    """
+    counts = total(torch.bincount(indices, minlength=len(share)).float())
+    share.lerp_(counts / counts.sum(), 1 - DECAY)
+    return (share < revive_below / len(share)).nonzero().flatten()
 
 
 def badly_represented(vectors: Tensor, errors: Tensor, number: int, draws: Tensor) -> Tensor:

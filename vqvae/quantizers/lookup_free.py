@@ -16,6 +16,8 @@ from vqvae.quantizers.estimators import straight_through
 if TYPE_CHECKING:
     from vqvae.quantizers.config import QuantizerConfig
 
+MOST_BITS = 24  # of an index: every code is counted
+
 
 class LookupFreeQuantizer(Quantizer):
     """Lookup-free quantization (arXiv 2310.05737, section 3): codes are the corners of [-1, 1]^D.
@@ -27,6 +29,8 @@ class LookupFreeQuantizer(Quantizer):
     """
 
     ENTROPY_WEIGHT = 0.1
+    IDLE = ("revive_below",)
+    CURE = "use a higher --entropy_weight, or a smaller --codebook_size or --learning_rate"
     GROUP = 9  # bits
     SOFTNESS = 1.0  # of the assignment of a vector to corners by squared distance
 
@@ -37,7 +41,10 @@ class LookupFreeQuantizer(Quantizer):
     @classmethod
     def settle(cls, config: QuantizerConfig) -> dict[str, object]:
         """The dimension from the codebook size, a power of two."""
-        size = config.codebook_size or 2 ** (config.codebook_dim or 9)
+        dim = config.codebook_dim or 9
+        if dim > MOST_BITS:
+            raise ValueError(f"lfq can have a codebook_dim of at most {MOST_BITS}, got {dim}")
+        size = config.codebook_size or 2**dim
         bits = round(log2(size))
         if size != 2**bits:
             raise ValueError(f"lfq needs a codebook_size that is a power of two, got {size}")

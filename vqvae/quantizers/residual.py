@@ -24,6 +24,8 @@ class ResidualQuantizer(Quantizer):
 
     ENTROPY_WEIGHT = 0.0  # of the term of each depth
     GRADIENTS = tuple(GRADIENTS)
+    CURE = EMAQuantizer.CURE
+    RESTARTS = True
 
     def __init__(self, config: QuantizerConfig) -> None:
         super().__init__(config)
@@ -62,9 +64,10 @@ class ResidualQuantizer(Quantizer):
         codes = self.lookup(stacked)
         return GRADIENTS[self.config.gradient](vectors, codes), stacked, losses
 
-    def restart(self) -> bool:
+    def restart(self) -> None:
         """Let the codes of all depths start anew from the next batch."""
-        return all(layer.restart() for layer in self.layers)
+        for layer in self.layers:
+            layer.restart()
 
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes of all depths, those of the first before those of the second: (n, D)."""
