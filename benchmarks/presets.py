@@ -12,18 +12,6 @@ from benchmarks import record
 from utils import cli, processes
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 
-# The published f16 network, and the same with two pixels a side moved into channels.
-HALF = {"patch_size": 2, "channel_multipliers": (1, 2, 2, 4), "attention_levels": (3,)}
-NETWORKS = {
-    **PRESETS,
-    "vqgan-f8, patch_size 2": {
-        **PRESETS["vqgan-f8"],
-        "patch_size": 2,
-        "channel_multipliers": (1, 2, 4),
-        "attention_levels": (2,),
-    },
-    "vqgan-f16, patch_size 2": {**PRESETS["vqgan-f16"], **HALF},
-}
 COLUMNS = (
     "",
     "M parameters",
@@ -85,7 +73,7 @@ def main(flags: argparse.Namespace) -> None:
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     )
     results = {}
-    for name, settings in NETWORKS.items():
+    for name, settings in PRESETS.items():
         config = VQVAEConfig(**settings, image_size=(flags.image_size,) * 2, in_channels=3)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in VQVAE(config).parameters())

@@ -35,10 +35,8 @@ def test_half_the_resolution_halves_the_cost_of_the_published_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = call(monkeypatch, "presets", "--image_size", 32, "--rounds", 1, "--device", "cpu")
-    assert found["vqgan-f16"]["tokens"] == found["vqgan-f16, patch_size 2"]["tokens"] == 4
-    costs = [
-        sum(found[name]["gigaflops"].values()) for name in ("vqgan-f16", "vqgan-f16, patch_size 2")
-    ]
+    assert found["vqgan-f16"]["tokens"] == found["vqgan-f16-s2d"]["tokens"] == 4
+    costs = [sum(found[name]["gigaflops"].values()) for name in ("vqgan-f16", "vqgan-f16-s2d")]
     assert costs[1] < 0.6 * costs[0]
 
 

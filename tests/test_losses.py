@@ -156,9 +156,10 @@ def test_r1_is_the_squared_gradient_at_real_images() -> None:
         lambda x: plain.discriminator(x).sum(dim=(1, 2, 3)), images
     )
     norms = torch.stack([slopes[i, i].square().sum() for i in range(3)])
-    difference = penalised.discriminator_term(images, made)[0]
+    difference, logged = penalised.discriminator_term(images, made)
     difference = difference - plain.discriminator_term(images, made)[0]
     torch.testing.assert_close(difference, 2 * norms.mean(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logged["r1_loss"], 2 * norms.mean(), rtol=1e-4, atol=1e-6)
 
 
 def test_lecam_is_the_distance_from_the_moving_averages_of_the_logits() -> None:
@@ -173,7 +174,8 @@ def test_lecam_is_the_distance_from_the_moving_averages_of_the_logits() -> None:
         averages = 0.999 * averages + 0.001 * torch.stack([real.mean(), fake.mean()]).detach()
         distance = (real - averages[1]).clamp(min=0).square().mean()
         distance = distance + (averages[0] - fake).clamp(min=0).square().mean()
-        difference = held.discriminator_term(images, made)[0]
+        difference, logged = held.discriminator_term(images, made)
+        torch.testing.assert_close(logged["lecam_loss"], 3 * distance, rtol=1e-4, atol=1e-6)
         difference = difference - plain.discriminator_term(images, made)[0]
         torch.testing.assert_close(difference, 3 * distance, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(held.logits, averages, rtol=1e-4, atol=1e-7)
@@ -261,7 +263,8 @@ def test_the_autopilot_waits_ramps_up_and_gives_way() -> None:
 
 
 def test_without_autopilot_all_is_there_at_once() -> None:
-    config = ObjectiveConfig(disc_weight=1.0, disc_start=0.5, disc_autopilot=False)
+    # The share that the discriminator would learn alone has no say any more.
+    config = ObjectiveConfig(disc_weight=1.0, disc_start=0.5, disc_warmup=0.9, disc_autopilot=False)
     autopilot = Autopilot.plan(config, 1000)
     assert autopilot.phase(500) == "both"
     assert autopilot.advance() == 1.0
@@ -310,6 +313,9 @@ def test_a_discriminator_says_what_is_too_small_for_it() -> None:
     "settings",
     [
         {"l2_weight": 0.0},
+        {"l2_weight": float("nan")},
+        {"perceptual_weight": float("inf")},
+        {"disc_start": 1.0, "disc_autopilot": False},
         {"disc_weight": -1.0},
         {"disc_start": 0.97, "disc_warmup": 0.05},
         {"disc_layers": 0},

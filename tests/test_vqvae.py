@@ -47,7 +47,10 @@ def test_attention_is_softmax_over_all_cells() -> None:
     assert torch.allclose(attention(x), x + attention.proj_out(mixed), atol=1e-5)
 
 
-@pytest.mark.parametrize(("preset", "factor"), [("vqgan-f8", 8), ("llamagen-f16", 16)])
+@pytest.mark.parametrize(
+    ("preset", "factor"),
+    [(name, int(name.split("-")[1][1:])) for name in PRESETS if "-f" in name],
+)
 def test_presets_are_buildable_and_downsample_by_their_name(preset: str, factor: int) -> None:
     config = VQVAEConfig(**PRESETS[preset], image_size=(256, 256), in_channels=3)
     assert config.downsampling == factor

@@ -29,6 +29,7 @@ class ResidualBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h, w)."""
         residual = self.conv1(F.silu(self.norm1(x)))
         residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
         return self.nin_shortcut(x) + residual
@@ -49,6 +50,7 @@ class Attention(nn.Module):
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, channels, h, w) -> the same."""
         normed = self.norm(x)
         q, k, v = (
             project(normed).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h*w, channels)
@@ -74,6 +76,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h/2, w/2)."""
         # One pixel on the right and at the bottom: even sides halve exactly.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
@@ -86,6 +89,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, 2h, 2w)."""
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
@@ -114,6 +118,7 @@ class Level(nn.Module):
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> (B, out_channels, h', w'), h' as the resampling makes it."""
         for block, attn in zip(self.block, self.attn, strict=True):
             x = attn(block(x))
         return self.resample(x)

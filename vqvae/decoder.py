@@ -49,6 +49,7 @@ class Decoder(nn.Module):
         )
 
     def forward(self, z_q: Tensor) -> Tensor:
+        """z_q (B, codebook_dim, h, w) -> images (B, C, H, W), not clamped."""
         x = self.post_quant_conv(z_q)  # (B, z_channels, h, w)
         x = self.conv_in(x)  # (B, width of the lowest level, h, w)
         x = self.mid(x)

@@ -42,4 +42,5 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, mean=1.0, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, 1, h', w')."""
         return self.layers(images)

@@ -51,6 +51,7 @@ class Encoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [-1, 1] -> z_e (B, codebook_dim, h, w)."""
         x = F.pixel_unshuffle(x, self.patch_size)  # (B, C*p*p, H/p, W/p)
         x = self.conv_in(x)  # (B, channels, H/p, W/p)
         for level in self.down:

@@ -13,23 +13,34 @@ _VQGAN = {
     "codebook_size": 16384,
 }
 
-# Fields that a preset leaves away have their defaults.
+_TAMING = {**_VQGAN, "quantizer": "vq", "codebook_dim": 256}
+
+# Fields that a preset leaves out have their defaults. "-s2d" is for space to depth: 2x2 pixels are
+# moved into channels, so that the level at full resolution is no longer needed.
 PRESETS = MappingProxyType(
     {
         "vqvae-small": {},
         "vqgan-f8": {
-            **_VQGAN,
+            **_TAMING,
             "channel_multipliers": (1, 1, 2, 4),
             "attention_levels": (3,),
-            "quantizer": "vq",
-            "codebook_dim": 256,
+        },
+        "vqgan-f8-s2d": {
+            **_TAMING,
+            "patch_size": 2,
+            "channel_multipliers": (1, 2, 4),
+            "attention_levels": (2,),
         },
         "vqgan-f16": {
-            **_VQGAN,
+            **_TAMING,
             "channel_multipliers": (1, 1, 2, 2, 4),
             "attention_levels": (4,),
-            "quantizer": "vq",
-            "codebook_dim": 256,
+        },
+        "vqgan-f16-s2d": {
+            **_TAMING,
+            "patch_size": 2,
+            "channel_multipliers": (1, 2, 2, 4),
+            "attention_levels": (3,),
         },
         "llamagen-f16": {
             **_VQGAN,
