@@ -156,9 +156,9 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
-def make_parser(description: str | None) -> Parser:
-    """The parser that all scripts start from."""
-    parser = Parser(description=description, allow_abbrev=False)
+def make_parser(description: str | None, prog: str | None = None) -> Parser:
+    """The parser that all scripts start from; `prog` is how one that `python -m` runs is called."""
+    parser = Parser(description=description, prog=prog, allow_abbrev=False)
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error, not only its line"
     )
