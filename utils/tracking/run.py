@@ -343,7 +343,7 @@ class Run:
 
     def _report(self) -> None:
         """Write report.html anew: of this training, or of the one whose folder this stage is in."""
-        folders = [self.output_dir, *self.output_dir.parents[:1]]
+        folders = [self.output_dir, *self.output_dir.parents[:2]]  # as evaluation/<name>
         home = next((one for one in folders if (one / links.FILE).is_file()), None)
         if home is None:
             return
