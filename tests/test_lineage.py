@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
 from tests.conftest import ROOT, write_images
 from utils import cli, lineage, provenance
 from utils.checkpoint import sha256
 from utils.cli import UserError
+from utils.evaluation.samples import drawn_by
 from utils.provenance import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -35,9 +35,10 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pipeline
 
 
-def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path, tmp_path: Path) -> None:
-    assert evaluate.drawn_by(Path("images")) == runs_of(done)["gpt"].info.run_id
-    assert evaluate.drawn_by(tmp_path) == ""
+def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path) -> None:
+    lineage = provenance.of_picture(Path("images/00000.png"))
+    assert drawn_by(lineage) == runs_of(done)["gpt"].info.run_id
+    assert drawn_by(lineage[:3]) == drawn_by(()) == ""
 
 
 def client_of(folder: Path) -> Any:
