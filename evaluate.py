@@ -128,7 +128,11 @@ def read_samples(
         )
     if tokenizer is None:
         raise cli.UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    return read_drawn(tracking.fetch(arguments.indexes_path), tokenizer)
+    path = tracking.fetch(arguments.indexes_path)
+    samples = read_drawn(path, tokenizer)
+    if path != Path(arguments.indexes_path):  # fetched to a folder that nobody will look into
+        samples = samples._replace(place=Path("outputs", *arguments.indexes_path.split("/")[1:]))
+    return samples
 
 
 def evaluate_samples(arguments: argparse.Namespace) -> None:
