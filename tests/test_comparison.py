@@ -145,6 +145,8 @@ def test_evaluations_of_a_home_are_found_by_their_names(
     for home in ("a", "b"):
         for name in ("mnist-test", "cats-test"):
             write(f"{home}/evaluation/{name}", {"mse": 0.1})
+        Path(home, "tables").mkdir()  # of a training
+        Path(home, "tables/reconstructions.json").write_text("{}")
     write("a/evaluation/mnist-images", {"fd": 0.1}, kind="samples")
     write("b/evaluation/other-images", {"fd": 0.1}, kind="samples")
     found = [comparison.find(Path(home)) for home in ("a", "b")]

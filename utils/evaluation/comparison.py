@@ -50,7 +50,9 @@ def find(path: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for home in (path, path / FOLDER):
         for kind in KINDS:
-            for file in (home / f"{kind}.json", *sorted(home.glob(f"*/{kind}.json"))):
+            # Only there: the tables of a training lie in a folder, too, and one is called so.
+            parts = sorted(home.glob(f"*/{kind}.json")) if home.name == FOLDER else []
+            for file in (home / f"{kind}.json", *parts):
                 if file.is_file():
                     found.setdefault(str(file.relative_to(home).with_suffix("")), file)
     if not found:
