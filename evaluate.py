@@ -22,6 +22,8 @@ from utils.provenance import Split
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.perceptual import BACKBONES, PerceptualLoss
 
+ALL_ROWS = "all of path_to_data"  # what the protocol says where no split counts
+
 
 def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel:
     return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
@@ -79,6 +81,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             protocol=record.protocol(
                 *(arguments, dataset, network),
+                rows=ALL_ROWS,
                 tokenizer_sha256=tokenizer.sha256,
                 **({"lpips": measured} if measured else {}),
             ),
@@ -249,6 +252,7 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             protocol=record.protocol(
                 *(arguments, dataset),
+                rows=ALL_ROWS,
                 unconditional=arguments.unconditional,
                 gpt_sha256=gpt.sha256,
                 tokenizer_sha256=tokenizer.sha256,
