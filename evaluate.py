@@ -2,159 +2,188 @@
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from transformer import GPT, GPTConfig, make_prefix
-from utils import checkpoint, cli, figures, processes, provenance, tracking
+from utils import checkpoint, cli, processes, tracking
 from utils.data.images import ImageDataset
-from utils.data.indices import read_indices
 from utils.data.vocabulary import Vocabulary, read_vocabulary
-from utils.evaluation import (
-    bootstrap,
-    comparison,
-    features,
-    parts,
-    published,
-    reconstruction_report,
-    record,
-    sample_report,
-)
-from utils.evaluation.decoded import DecodedImages
+from utils.evaluation import comparison, features, parts, published, record
+from utils.evaluation.likelihood_report import bits_of_images, report_likelihood
 from utils.evaluation.parts import Part
+from utils.evaluation.reconstruction_report import report_reconstructions
+from utils.evaluation.sample_report import report_samples
+from utils.evaluation.samples import Samples, read_drawn, read_pictures
+from utils.provenance import Split
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.perceptual import BACKBONES, PerceptualLoss
 
-SHOWN = 50  # of the most usual images, and as many of the strangest
+ALL_ROWS = "all of path_to_data"  # what the protocol says where no split counts
 
 
 def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel:
     return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
 
 
+def output_dir_of(arguments: argparse.Namespace, home: Path, name: str) -> Path:
+    """Where the files of an evaluation go."""
+    return Path(arguments.output_dir or home / record.FOLDER / name)
+
+
+def save(
+    found: record.Record,
+    run: tracking.Run,
+    kind: str,
+    name: str,
+    **sets: ImageDataset,
+) -> None:
+    """Write and log a record, and list the files of each set that could not be read."""
+    found.save(run, kind, name)
+    for flag, images in sets.items():
+        images.write_skipped(run.output_dir, f"skipped-{flag}.csv")
+
+
 def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
+    if arguments.lpips_weights and not arguments.lpips:
+        raise cli.UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
+    if arguments.path_to_train and arguments.features != "classifier":
+        raise cli.UserError("--path_to_train belongs to --features classifier; add that")
     device = processes.pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model_dir, device)
-    config = tokenizer.model.config
+    config, options = tokenizer.model.config, cli.image_options(arguments)
     network = published.open_network(arguments.features, arguments.feature_weights, device)
-    lpips = None
+    lpips, measured = None, {}
     if arguments.lpips:
-        lpips = cli.build(PerceptualLoss, arguments.lpips, arguments.lpips_weights).to(device)
-    dataset = parts.read_images(arguments.path_to_data, config.image_size, config.in_channels)
-    output_dir = Path(arguments.output_dir or tokenizer.home / "evaluation")
+        what = arguments.lpips, arguments.lpips_weights
+        lpips = cli.build(PerceptualLoss, *what, otherwise="leave out --lpips").to(device)
+        measured = {"network": arguments.lpips, "sha256": features.weights_sha256(lpips)}
+    data = arguments.path_to_data
+    dataset = parts.read_images(
+        data, "--path_to_data", config.image_size, config.in_channels, **options
+    )
+    sets = {"path_to_data": dataset}
+    name = record.name_of(Path(data))
+    output_dir = output_dir_of(arguments, tokenizer.home, name)
     with tracking.continue_run(
         output_dir, arguments.run_id, tokenizer.provenance.run_id, homes=("tokenizer",)
     ) as run:
         if arguments.features == "classifier":
-            path = arguments.path_to_train or arguments.path_to_data
-            teaching = Part.whole(parts.read_images(path, dataset.size, dataset.channels))
-            network = features.taught_network(*teaching, path, device, arguments.seed)
-        found = reconstruction_report.report(
+            network, sets = teach(arguments, dataset, device)
+        found = report_reconstructions(
             *(tokenizer.model, dataset, network),
             lpips=lpips,
             device=device,
             batch_size=arguments.batch_size,
             seed=arguments.seed,
-            protocol=record.protocol(arguments, dataset, network),
+            protocol=record.protocol(
+                *(arguments, dataset, network),
+                rows=ALL_ROWS,
+                tokenizer_sha256=tokenizer.sha256,
+                **({"lpips": measured} if measured else {}),
+            ),
         )
-        found.save(run, "reconstructions", f"evaluation/{Path(arguments.path_to_data).stem}")
+        save(found, run, "reconstructions", name, **sets)
 
 
-def drawn_by(path: Path) -> str:
-    """The run of the GPT that drew the images of a folder; "" where they do not say so."""
-    grid = path / "grid.png"
-    lineage = provenance.of_picture(grid) if grid.is_file() else ()
-    return next((stage.run_id for stage in reversed(lineage) if stage.name == "samples"), "")
+def teach(
+    arguments: argparse.Namespace, dataset: ImageDataset, device: torch.device
+) -> tuple[features.FeatureNetwork, dict[str, ImageDataset]]:
+    """A classifier for the images whose reconstructions are judged, and the sets by their flags.
+
+    Where these images themselves have to teach it, it tells nothing of their labels: it knows them.
+    """
+    data, path = arguments.path_to_data, arguments.path_to_train
+    if path:
+        options, sizes = cli.image_options(arguments), (dataset.size, dataset.channels)
+        other = parts.read_images(path, "--path_to_train", *sizes, **options)
+        if checkpoint.sha256(Path(path)) != checkpoint.sha256(Path(data)):
+            network = features.taught_network(*Part.whole(other), path, device, arguments.seed)
+            return network, {"path_to_data": dataset, "path_to_train": other}
+    network = features.taught_network(*Part.whole(dataset), data, device, arguments.seed)
+    print(
+        "classifier: taught by these very images, so that their labels are not compared; "
+        "--path_to_train CSV teaches it others"
+    )
+    return replace(network, class_names=()), {"path_to_data": dataset}
 
 
 def read_samples(
     arguments: argparse.Namespace, tokenizer: checkpoint.LoadedModel | None
-) -> tuple[Part, str, sample_report.Tokens | None]:
-    """The samples, the run of the GPT that drew them ("" if not known), and their indices.
+) -> Samples:
+    """The samples that the flags name, as pictures or as indices.
 
     Raises:
-        UserError: neither images nor indices with their tokenizer, or both.
+        UserError: neither images nor indices with their tokenizer, or both; see their readers.
     """
     if bool(arguments.images) == bool(arguments.indexes_path):
         raise cli.UserError("give the samples by either --images or --indexes_path")
     if arguments.images:
-        path = Path(arguments.images)
-        run_id = drawn_by(path)
-        path = path / "images.csv" if path.is_dir() else path
-        return Part.whole(parts.read_images(path, arguments.image_size)), run_id, None
+        options = cli.image_options(arguments)
+        return read_pictures(Path(arguments.images), arguments.image_size, **options)
+    if arguments.image_size:
+        raise cli.UserError(
+            "--image_size does not go with --indexes_path, whose images have the size that the "
+            "tokenizer decodes; leave it out"
+        )
     if tokenizer is None:
         raise cli.UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    model, config = tokenizer.model, tokenizer.model.config
     path = tracking.fetch(arguments.indexes_path)
-    indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
-    run_id = ""
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer, path)
-        run_id = indices.meta.gpt_run_id
-    size = tuple(side * config.downsampling for side in indices.latent_dim)
-    decoded = DecodedImages(indices.tensor(), indices.rows, model.decode, config.in_channels, size)
-    tokens = sample_report.Tokens(decoded.grids, model.encode, config.codebook_size, config.depth)
-    return Part.whole(decoded), run_id, tokens
+    samples = read_drawn(path, tokenizer)
+    if path != Path(arguments.indexes_path):  # fetched to a folder that nobody will look into
+        samples = samples._replace(place=Path("outputs", *arguments.indexes_path.split("/")[1:]))
+    return samples
 
 
 def evaluate_samples(arguments: argparse.Namespace) -> None:
     device, seed = processes.pick_device(arguments.device), arguments.seed
     network = published.open_network(arguments.features, arguments.feature_weights, device)
     tokenizer = load_tokenizer(arguments.model_dir, device) if arguments.model_dir else None
-    samples, run_id, tokens = read_samples(arguments, tokenizer)
-    parts.check_count(samples.images, str(arguments.images or arguments.indexes_path))
-    origin = checkpoint.Provenance() if tokenizer is None else tokenizer.provenance
-    train, held_out = parts.read_real(
-        arguments.path_to_data,
-        arguments.path_to_test,
-        size=arguments.image_size or (samples.images.size if tokens else None),
-        channels=samples.images.channels,
-        val_fraction=origin.val_fraction,
-        seed=origin.seed,
+    samples = read_samples(arguments, tokenizer)
+    drawn, split = samples.part.images, samples.split
+    if tokenizer is not None:
+        split = Split(tokenizer.provenance.val_fraction, tokenizer.provenance.seed)
+    real = parts.read_real(
+        *(arguments.path_to_data, arguments.path_to_test, split),
+        size=arguments.image_size or (drawn.size if samples.tokens else None),
+        channels=drawn.channels,
+        **cli.image_options(arguments),
     )
-    if train.images.size != samples.images.size:
-        sizes = ["x".join(map(str, part.images.size)) for part in (train, samples)]
+    train = real.train.images
+    if train.size != drawn.size:
+        sizes = ["x".join(map(str, images.size)) for images in (train, drawn)]
         raise cli.UserError(
             f"the images in {arguments.path_to_data} have {sizes[0]} pixels, the samples "
             f"{sizes[1]}; bring both to one size by --image_size H,W"
         )
-    source = Path(arguments.images or arguments.indexes_path)
-    output_dir = Path(arguments.output_dir or source.parent / "evaluation")
-    with tracking.continue_run(output_dir, arguments.run_id, run_id, homes=("gpt",)) as run:
+    home = tracking.home_of(arguments.run_id or samples.run_id)
+    name = record.name_of(samples.place)
+    output_dir = output_dir_of(arguments, home or samples.place.parent, name)
+    with tracking.continue_run(output_dir, arguments.run_id, samples.run_id, homes=("gpt",)) as run:
         if network is None:
-            network = features.taught_network(*train, arguments.path_to_data, device, seed)
-        found = sample_report.report(
-            *(network, train, held_out, samples),
+            network = features.taught_network(*real.train, arguments.path_to_data, device, seed)
+        found = report_samples(
+            *(network, real, samples),
             device=device,
             batch_size=arguments.batch_size,
             seed=seed,
-            protocol=record.protocol(arguments, train.images, network),
-            tokens=tokens,
+            protocol=record.protocol(
+                *(arguments, train, network), split=real.split, **samples.hashes
+            ),
         )
-        found.save(run, "samples", "evaluation/samples")
+        sets = {"path_to_data": train}
+        if arguments.path_to_test:
+            sets["path_to_test"] = real.held_out.images
+        if arguments.images:
+            sets["images"] = drawn
+        save(found, run, "samples", name, **sets)
 
 
 @torch.inference_mode()
-def bits_of_images(
-    tokenizer: VQVAE, gpt: GPT, dataset: ImageDataset, prefix: Tensor, batch_size: int
-) -> Tensor:
-    """What the indices of each image cost under the GPT, (N,), in bits per token."""
-    device = gpt.head.weight.device
-    batches = torch.arange(len(dataset)).split(batch_size)
-    bits = []
-    with tqdm(total=len(dataset), unit=" images", disable=None) as bar:
-        for rows, images in zip(batches, dataset.batches(batches, device), strict=True):
-            nats = gpt(prefix[rows].to(device), tokenizer.encode(images), loss=True)
-            bits.append(nats.double().mean(dim=1).cpu() / math.log(2))
-            bar.update(len(rows))
-    return torch.cat(bits)
-
-
-@torch.inference_mode()
-def read_conditions(
+def encode_conditions(
     arguments: argparse.Namespace, vocabulary: Vocabulary, device: torch.device
 ) -> Tensor | None:
     """The conditions of a CSV's images, (N, hc, wc); None for a GPT that takes none.
@@ -164,7 +193,7 @@ def read_conditions(
     """
     address, told = arguments.condition_model_dir, f"the GPT in {arguments.model_path} is told"
     if vocabulary.condition is None and address:
-        raise cli.UserError(f"{told} no conditions; leave --condition_model_dir away")
+        raise cli.UserError(f"{told} no conditions; leave out --condition_model_dir")
     if vocabulary.condition is None:
         return None
     if not address:
@@ -172,7 +201,12 @@ def read_conditions(
             f"{told} conditions; give their tokenizer by --condition_model_dir, and their pictures "
             "in a column condition_path"
         )
-    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    if arguments.skip_bad_images:
+        raise cli.UserError(
+            "--skip_bad_images does not go with --condition_model_dir: a picture and its condition "
+            "come and go together; take both out of the CSV"
+        )
+    tokenizer = load_tokenizer(address, device)
     vocabulary.condition.check_tokenizer(tokenizer, f"the condition of {arguments.model_path}")
     config = tokenizer.model.config
     pictures = ImageDataset(
@@ -180,6 +214,7 @@ def read_conditions(
         column="condition_path",
         size=config.image_size,
         channels=config.in_channels,
+        **cli.image_options(arguments),
     )
     batches = torch.arange(len(pictures)).split(arguments.batch_size)
     return torch.cat([tokenizer.model.encode(x).cpu() for x in pictures.batches(batches, device)])
@@ -191,48 +226,49 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
     tokenizer = load_tokenizer(arguments.model_dir, device)
-    if vocabulary.tokenizer_sha256 not in ("", tokenizer.sha256):
-        raise cli.UserError(
-            f"the GPT in {gpt.folder} belongs to the tokenizer {vocabulary.tokenizer_sha256[:12]}, "
-            f"but {tokenizer.folder} is {tokenizer.sha256[:12]}; use models of one tokenizer"
-        )
-    config = tokenizer.model.config
-    dataset = parts.read_images(arguments.path_to_data, config.image_size, config.in_channels)
+    vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder)
+    config, data = tokenizer.model.config, arguments.path_to_data
+    options = cli.image_options(arguments)
+    dataset = parts.read_images(
+        data, "--path_to_data", config.image_size, config.in_channels, **options
+    )
     labels = [""] * len(dataset) if arguments.unconditional else [r.label for r in dataset.rows]
-    conditions = read_conditions(arguments, vocabulary, device)
+    conditions = encode_conditions(arguments, vocabulary, device)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
-    output_dir = Path(arguments.output_dir or gpt.home / "evaluation")
+    name = record.name_of(Path(data))
+    output_dir = output_dir_of(arguments, gpt.home, name)
+
+    def cost(told: Tensor, images: Tensor) -> Tensor:
+        return gpt.model(told, tokenizer.model.encode(images), loss=True)
+
     with tracking.continue_run(
         output_dir, arguments.run_id, gpt.provenance.run_id, homes=("gpt",)
     ) as run:
-        bits = bits_of_images(tokenizer.model, gpt.model, dataset, prefix, arguments.batch_size)
-        order = bits.argsort(stable=True)
-        weights = bootstrap.resample(len(dataset), arguments.seed)
-        tokens = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
-        found = {
-            "bits_per_token": bootstrap.mean(bits, weights),
-            "bits_per_pixel": bootstrap.mean(bits * tokens, weights),
-        }
-        ends = [order[:SHOWN], order[-SHOWN:].flip(0)]
-        usual, strange = (figures.grid(images) for images in dataset.batches(ends, device))
-        rows = [dataset.rows[row] for row in order.tolist()]
-        columns = {
-            "image_path": [row.image_path for row in rows],
-            "label": [row.label for row in rows],
-            "bits_per_token": bits[order].tolist(),
-        }
-        pictures = {"most_usual": usual, "strangest": strange}
-        protocol = record.protocol(arguments, dataset) | {"images": len(dataset)}
-        whole = record.Record(found, protocol, columns, pictures)
-        whole.save(run, "likelihood", f"evaluation/{Path(arguments.path_to_data).stem}")
+        bits = bits_of_images(cost, dataset, prefix, device, arguments.batch_size)
+        found = report_likelihood(
+            *(bits, dataset),
+            config.depth * math.prod(config.latent_dim) / math.prod(config.image_size),
+            device=device,
+            seed=arguments.seed,
+            protocol=record.protocol(
+                *(arguments, dataset),
+                rows=ALL_ROWS,
+                unconditional=arguments.unconditional,
+                gpt_sha256=gpt.sha256,
+                tokenizer_sha256=tokenizer.sha256,
+            ),
+        )
+        save(found, run, "likelihood", name, path_to_data=dataset)
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Compare two evaluations, or make one.
 
     Raises:
-        UserError: neither was asked for.
+        UserError: neither was asked for, or both.
     """
+    if arguments.compare and arguments.evaluate:
+        raise cli.UserError("--compare reads two evaluations and makes none; give it by itself")
     if arguments.compare:
         print(comparison.compare_all(*map(find_evaluation, arguments.compare)))
     elif arguments.evaluate is None:
@@ -246,7 +282,9 @@ def main(arguments: argparse.Namespace) -> None:
 def find_evaluation(place: str) -> dict[str, Path]:
     """The records of a folder, a JSON file or an MLflow run, by name."""
     path = Path(place)
-    return comparison.find(path if path.exists() else tracking.fetch(f"runs:/{place}/evaluation"))
+    if path.exists():
+        return comparison.find(path)
+    return comparison.find(tracking.fetch(f"runs:/{place}/{record.FOLDER}"))
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -277,24 +315,35 @@ def make_parser() -> argparse.ArgumentParser:
         "than noise",
     )
     commands = parser.add_subparsers(metavar="reconstructions | samples | likelihood")
-    one = commands.add_parser("reconstructions", help="error of a tokenizer on the images of a CSV")
+    one, two, three = (
+        commands.add_parser(name, help=text, allow_abbrev=False)
+        for name, text in (
+            ("reconstructions", "error of a tokenizer on the images of a CSV"),
+            ("samples", "samples beside real images"),
+            ("likelihood", "rank images from usual to strange"),
+        )
+    )
     one.set_defaults(evaluate=evaluate_reconstructions)
-    two = commands.add_parser("samples", help="samples beside real images")
     two.set_defaults(evaluate=evaluate_samples)
-    three = commands.add_parser("likelihood", help="rank images from usual to strange")
     three.set_defaults(evaluate=evaluate_likelihood)
     three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     for command in (one, three):
         command.add_argument("--model_dir", required=True, help="tokenizer: a folder, or runs:/...")
     two.add_argument("--images", help="folder of images_from_indexes.py, or a CSV")
     two.add_argument("--indexes_path", help="indices of transformer_generation.py instead")
-    two.add_argument("--model_dir", help="tokenizer of --indexes_path")
+    two.add_argument(
+        "--model_dir",
+        help="tokenizer of --indexes_path; of --images that do not say how their training split "
+        "its data",
+    )
     for command in (one, two, three):
         command.add_argument(
             "--path_to_data", required=True, metavar="CSV", help="CSV of real images"
         )
     one.add_argument(
-        "--path_to_train", metavar="CSV", help="teaches the classifier (default: --path_to_data)"
+        "--path_to_train",
+        metavar="CSV",
+        help="teaches the classifier (default: --path_to_data, whose labels are then not compared)",
     )
     one.add_argument(
         "--lpips", choices=tuple(BACKBONES), help="also LPIPS, through this network (default: no)"
@@ -327,11 +376,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for command in (one, two, three):
         command.add_argument("--run_id", help="MLflow run to log to (default: the model's)")
-        command.add_argument("--output_dir", help="where the files go (default: evaluation/)")
+        command.add_argument(
+            "--output_dir",
+            help="where the files go (default: evaluation/<folder>-<name of the CSV or the "
+            "samples>/ in the model's output folder, else beside the samples)",
+        )
         command.add_argument(
             "--seed", type=int, default=0, help="of the classifier and all resamples (default: 0)"
         )
         cli.add_inference_flags(command, batch_size=256)
+        cli.add_image_flags(command)
+        command.add_argument(  # as before the subcommand; without it, what was said there stays
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
     return parser
 
 

@@ -12,7 +12,6 @@ from utils import checkpoint, cli, metrics, processes, tracking
 from utils.data.augmentation import Augmentation
 from utils.data.conditions import write_conditions
 from utils.data.crops import FILE
-from utils.data.decoding import MAX_PIXELS
 from utils.data.grid_meta import GridMeta
 from utils.data.images import ImageDataset
 from utils.data.index_folder import allocate
@@ -70,10 +69,7 @@ def read_images(
         column=column,
         size=config.image_size,
         channels=config.in_channels,
-        allow_outside_paths=arguments.allow_outside_paths,
-        max_pixels=arguments.max_pixels,
-        skip_bad_images=arguments.skip_bad_images,
-        num_workers=arguments.num_workers,
+        **cli.image_options(arguments),
         **options,
     )
 
@@ -227,27 +223,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")
-    parser.add_argument(
-        "--allow_outside_paths",
-        action="store_true",
-        help="accept image paths that leave the folder of the CSV",
-    )
-    parser.add_argument(
-        "--max_pixels",
-        type=cli.positive,
-        default=MAX_PIXELS,
-        help=f"refuse image files whose header says more (default: {MAX_PIXELS})",
-    )
-    parser.add_argument(
-        "--skip_bad_images",
-        type=int,
-        default=0,
-        help="leave out up to this many files that cannot be read as images (default: 0)",
-    )
     cli.add_inference_flags(parser, batch_size=128)
-    parser.add_argument(
-        "--num_workers", type=int, default=-1, help="processes that decode; -1: one a core"
-    )
+    cli.add_image_flags(parser)
     return parser
 
 

@@ -174,9 +174,9 @@ def test_conditions_that_the_other_scripts_cannot_take(
         ("untold", "low", "is told no conditions; leave"),
         ("told", "tokenizer", "the condition of told belongs to the tokenizer"),
     ):
-        flags = Namespace(model_path=gpt, condition_model_dir=address)
+        flags = Namespace(model_path=gpt, condition_model_dir=address, skip_bad_images=0)
         with pytest.raises(UserError, match=message):
-            evaluate.read_conditions(flags, read_vocabulary(gpt), torch.device("cpu"))
+            evaluate.encode_conditions(flags, read_vocabulary(gpt), torch.device("cpu"))
 
 
 def test_damaged_conditions(own_folder: Path) -> None:

@@ -28,7 +28,6 @@ SMALLER = {  # what is added to a command, and overrules it
     "transformer_generation.py": "--num_images 8",
 }
 INSTEAD = {"16,64": "20,20", "24,40": "20,20"}  # words that would take too long
-RUNS = {"RUN_ID": "tokenizer", "RUN_A": "tokenizer", "RUN_B": "mnist/tokenizer", "GPT_ID": "gpt"}
 
 
 class Block(NamedTuple):
@@ -81,10 +80,8 @@ def words_of(command: str) -> list[str]:
     program, *words = shlex.split(command, comments=True)
     assert program == "python", f"{command}: say above why it is not run: <!-- not run: ... -->"
     words = [INSTEAD.get(word, word) for word in words]
-    for name, output in RUNS.items():
-        if any(name in word for word in words):
-            run_id = run_id_of(Path("outputs") / output)
-            words = [word.replace(name, run_id) for word in words]
+    if "RUN_ID" in words:
+        words[words.index("RUN_ID")] = run_id_of(Path("outputs/tokenizer"))
     return [*words, *SMALLER.get(words[0], "").split()]
 
 

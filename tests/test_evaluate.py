@@ -3,19 +3,23 @@
 import csv
 import importlib
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.conftest import write_images
-from utils import checkpoint, cli, tracking
+from utils import checkpoint, cli, provenance, tracking
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row
+from utils.data.table import Row, split_rows
 from utils.datasets import write_digits
-from utils.evaluation import classifier
+from utils.evaluation import classifier, record
+from utils.evaluation.parts import read_real
+from utils.provenance import Split, Stage
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]
@@ -165,6 +169,152 @@ def test_reconstructions_are_measured_logged_and_compared(
     assert [line.split()[0] for line in lines if "larger" in line] == ["mse"]
 
 
+def drawn(
+    folder: Path, digits: Path, count: int, run_id: str = "", split: Split | None = None
+) -> Path:
+    """A folder as images_from_indexes.py writes it, of the first digits of other.csv."""
+    folder.mkdir(parents=True)
+    with (digits / "other.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))[:count]
+    lines = ["image_path,label"]
+    for number, row in enumerate(rows):
+        shutil.copy(digits / row["image_path"], folder / f"{number:05}.png")
+        lines.append(f"{number:05}.png,{row['label']}")
+    (folder / "images.csv").write_text("\n".join(lines) + "\n")
+    chain = (
+        Stage("tokenizer", "python t.py", sha256="aa"),
+        Stage("gpt", "python g.py", sha256="bb"),
+        Stage("samples", "python s.py", run_id=run_id),
+    )
+    info = provenance.png_info(chain, split) if split else None
+    Image.new("L", (8, 8)).save(folder / "grid.png", pnginfo=info)
+    return folder
+
+
+def test_the_report_of_the_gpt_shows_the_closest_pairs(
+    evaluate: Call, digits: Path, own_folder: Path
+) -> None:
+    """Beside one another, as in the README, the report of the GPT never saw them."""
+    run = tracking.Run(Path("outputs/gpt"), stage="gpt", run_name="g", inputs={"data.csv": "ab"})
+    run.close()
+    for name in ("images", "others"):
+        images = drawn(Path("outputs", name), digits, 40, run.run_id, Split(0.1, 0))
+        evaluate(*samples_flags(digits, images.resolve()))
+    records = [Path(f"outputs/gpt/evaluation/outputs-{name}") for name in ("images", "others")]
+    assert all((place / "samples.json").is_file() for place in records)
+    page = Path("outputs/gpt/report.html").read_text()
+    for name in ("images", "others"):
+        assert f"evaluation outputs {name} closest pairs pixels" in page
+        assert (tracking.fetch(f"runs:/{run.run_id}/evaluation/outputs-{name}")).is_dir()
+    compared = evaluate("--compare", run.run_id, "outputs/gpt")
+    assert compared.startswith("outputs-images/samples\n")
+    assert "outputs-others/samples\n" in compared
+    protocol = read(records[0] / "samples.json")["protocol"]
+    assert (protocol["tokenizer_sha256"], protocol["gpt_sha256"]) == ("aa", "bb")
+    assert protocol["training_images"] == 600
+    assert protocol["split"] == {"held_out": "path_to_test"}
+    assert {"samples_sha256", "network_sha256"} <= protocol.keys()
+    assert "mlflow" in protocol["versions"]
+
+
+def test_held_out_is_what_the_training_held_out(
+    evaluate: Call, error_of: Call, digits: Path, tokenizer: Path
+) -> None:
+    """Without a word it was drawn by seed 0, whatever the training had seen."""
+    flags = ("--path_to_data", digits / "train.csv", "--device", "cpu", "--output_dir", "found")
+    images = ("samples", "--images", drawn(Path("told"), digits, 40, split=Split(0.5, 7)))
+    evaluate(*images, *flags)
+    protocol = read("found/samples.json")["protocol"]
+    assert (protocol["split"]["val_fraction"], protocol["split"]["seed"]) == (0.5, 7)
+    assert protocol["training_images"] == 300
+    images = ("samples", "--images", drawn(Path("untold"), digits, 40))
+    error = error_of("evaluate", *images, *flags)
+    assert "nothing says which images" in error
+    for remedy in ("--path_to_test", "--model_dir", "a column split"):
+        assert remedy in error
+    evaluate(*images, *flags, "--model_dir", tokenizer)
+    assert read("found/samples.json")["protocol"]["split"]["val_fraction"] == 0.1
+
+
+def test_a_file_of_two_names_is_on_one_side(own_folder: Path) -> None:
+    """Its links were on both, though the training knew them for one."""
+    data = write_images(Path("twice"), count=40, size=(8, 8))
+    lines = data.read_text().splitlines()
+    for number in range(40):
+        Path(f"twice/link{number}.png").symlink_to(f"{number}.png")
+    links = [f"link{line}" for line in lines[1:]]
+    data.write_text("\n".join([*lines, *links]) + "\n")
+    real = read_real(str(data), None, Split(0.5, 0), size=None, channels=3)
+    sides = [
+        {str(real.train.images.files[row]).replace("link", "") for row in part.rows.tolist()}
+        for part in (real.train, real.held_out)
+    ]
+    assert not sides[0] & sides[1]
+    expected = split_rows(real.train.images.rows, val_fraction=0.5, seed=0, folder=data.parent)
+    assert torch.equal(expected[1], real.held_out.rows)
+
+
+def test_what_can_be_trained_on_can_be_evaluated(
+    evaluate: Call, digits: Path, tokenizer: Path
+) -> None:
+    """The flags for odd data sets were missing."""
+    data = write_images(Path("outside"), count=8, size=(8, 8))
+    Path("inside").mkdir()
+    lines = [line if not n else f"../outside/{line}" for n, line in enumerate(data.open())]
+    Path("inside/data.csv").write_text("".join(lines) + "broken.png,a\n")
+    Path("inside/broken.png").write_text("no picture")
+    flags = ("--model_dir", tokenizer, "--path_to_data", "inside/data.csv", "--device", "cpu")
+    odd = ("--allow_outside_paths", "--skip_bad_images", 1, "--num_workers", 0)
+    evaluate("reconstructions", *flags, *odd, "--max_pixels", 64)
+    place = Path("outputs/tokenizer/evaluation/inside-data")
+    assert read(place / "reconstructions.json")["protocol"]["images"] == 8
+    assert "broken.png" in (place / "skipped-path_to_data.csv").read_text()
+
+
+def test_two_tables_of_one_name_stay_apart(evaluate: Call, digits: Path, tokenizer: Path) -> None:
+    """The second evaluation took the place of the first."""
+    for folder in ("cats", "dogs"):
+        data = write_images(Path(folder), count=6, size=(8, 8))
+        evaluate("reconstructions", "--model_dir", tokenizer, "--path_to_data", data)
+    found = {path.parent.name for path in Path("outputs").rglob("reconstructions.json")}
+    assert found == {"cats-data", "dogs-data"}
+
+
+def test_a_classifier_says_how_good_it_is_on_images_that_did_not_teach_it(
+    evaluate: Call, digits: Path, tokenizer: Path, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ("reconstructions", "--model_dir", tokenizer, "--path_to_data", digits / "test.csv")
+    flags = (*flags, "--device", "cpu", "--features", "classifier", "--output_dir", "found")
+    for same in ((), ("--path_to_train", digits / "test.csv")):
+        printed = evaluate(*flags, *same)
+        assert "classifier: taught by these very images" in printed
+        assert "label_agreement" not in read("found/reconstructions.json")["figures"]
+    for _ in range(2):  # the second time from the cache
+        printed = evaluate(*flags, "--path_to_train", digits / "train.csv")
+        share = read("found/reconstructions.json")["figures"]["real_label_agreement"]["value"]
+        assert f"classifier: {share:.1%} of the labels of 200 held-out images right" in printed
+    assert "held-out images right" in evaluate(*samples_flags(digits, "other.csv"))
+
+
+def test_too_few_images_for_a_frechet_distance(
+    evaluate: Call, digits: Path, capsys: pytest.CaptureFixture
+) -> None:
+    images = drawn(Path("few"), digits, 40)
+    module = importlib.import_module("evaluate")
+    words = map(str, samples_flags(digits, images.resolve()))
+    module.main(module.make_parser().parse_args([*words, "--num_workers", "0"]))
+    said = capsys.readouterr().err.splitlines()
+    warnings = [line for line in said if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert "40 images by the 128 features of classifier is mostly noise" in warnings[0]
+    figures = read("evaluation/" + record.name_of(images) + "/samples.json")["figures"]
+    for key, one in figures.items():
+        if "kd_" not in key:
+            assert one["low"] >= 0, key
+        if key.removeprefix("real_") in ("precision", "recall", "coverage", "label_agreement"):
+            assert one["high"] <= 1, key
+
+
 # --- what a user can get wrong ------------------------------------------------------------------
 
 
@@ -237,3 +387,61 @@ def test_evaluations_that_cannot_be_compared(error_of: Call, evaluate: Call) -> 
     assert "images is 10 against 20" in error_of("evaluate", "--compare", "a", "b")
     Path("b/samples.json").write_text("{}")
     assert "is no evaluation" in error_of("evaluate", "--compare", "a", "b")
+
+
+def test_flags_that_would_be_ignored(error_of: Call, digits: Path, tokenizer: Path) -> None:
+    """They were, without a word."""
+    flags = ("reconstructions", "--model_dir", tokenizer, "--path_to_data", digits / "test.csv")
+    error = error_of("evaluate", *flags, "--lpips_weights", "x.pth")
+    assert "--lpips_weights belongs to --lpips" in error
+    for others in ((), ("--features", "inception")):
+        error = error_of("evaluate", *flags, *others, "--path_to_train", digits / "train.csv")
+        assert "--path_to_train belongs to --features classifier" in error
+    error = error_of("evaluate", "--compare", "a", "b", *flags)
+    assert "--compare reads two evaluations and makes none" in error
+    flags = ("samples", "--path_to_data", digits / "train.csv", "--model_dir", tokenizer)
+    error = error_of("evaluate", *flags, "--indexes_path", "drawn", "--image_size", 8)
+    assert "--image_size does not go with --indexes_path" in error
+
+
+def test_the_flag_that_names_what_is_not_there(
+    error_of: Call, digits: Path, tokenizer: Path
+) -> None:
+    """It was always --path_to_data that was blamed."""
+    flags = ("samples", "--path_to_data", digits / "train.csv", "--images")
+    Path("empty").mkdir()
+    for wrong in ("outputs/nowhere", "empty"):
+        error = error_of("evaluate", *flags, wrong)
+        assert f"no images at {wrong}; --images takes" in error
+    error = error_of("evaluate", *flags, digits / "other.csv", "--path_to_test", "no.csv")
+    assert "no such CSV file: no.csv; --path_to_test takes" in error
+    flags = ("reconstructions", "--model_dir", tokenizer, "--path_to_data")
+    taught = ("--features", "classifier", "--path_to_train", "no.csv")
+    error = error_of("evaluate", *flags, digits / "test.csv", *taught)
+    assert "no such CSV file: no.csv; --path_to_train takes" in error
+    assert "no.csv; --path_to_data takes" in error_of("evaluate", *flags, "no.csv")
+
+
+def test_weights_of_lpips_that_are_of_another_network(
+    error_of: Call, digits: Path, tokenizer: Path
+) -> None:
+    pytest.importorskip("lpips")
+    torch.save({"features.0.weight": torch.zeros(3)}, "other.pth")
+    flags = ("reconstructions", "--model_dir", tokenizer, "--path_to_data", digits / "test.csv")
+    error = error_of("evaluate", *flags, "--lpips", "alex", "--lpips_weights", "other.pth")
+    assert "other.pth does not hold the weights of alex" in error
+    assert error.endswith("or leave out --lpips")
+    assert "--perceptual_weight" not in error
+
+
+def test_debug_stands_before_or_after_the_subcommand_and_nothing_is_abbreviated(
+    capsys: pytest.CaptureFixture,
+) -> None:
+    parser = importlib.import_module("evaluate").make_parser()
+    flags = ["reconstructions", "--model_dir", "t", "--path_to_data", "d.csv"]
+    assert parser.parse_args(["--debug", *flags]).debug
+    assert parser.parse_args([*flags, "--debug"]).debug
+    assert not parser.parse_args(flags).debug
+    with pytest.raises(SystemExit):
+        parser.parse_args([*flags, "--feat", "classifier"])
+    assert "unrecognized arguments: --feat" in capsys.readouterr().err

@@ -229,6 +229,7 @@ def test_more_bad_images_than_may_be_left_out(tmp_path: Path) -> None:
 
 def test_max_pixels(tmp_path: Path) -> None:
     path = write_noise(tmp_path, 2)
-    with pytest.raises(UserError, match=r"2 of 2 .*--max_pixels"):
+    with pytest.raises(UserError, match=r"2 of 2 .*; raise --max_pixels.*") as refused:
         ImageDataset(path, max_pixels=59)
+    assert "--skip_bad_images" not in str(refused.value)  # which would leave nothing
     assert len(ImageDataset(path, max_pixels=60)) == 2

@@ -1,6 +1,7 @@
 """What is measured while a training goes on, and which model it keeps."""
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +38,9 @@ def curve(folder: str, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
-def test_trainings_log_ssim_and_the_distance_of_samples(error_of: Call) -> None:
+def test_trainings_log_ssim_and_the_distance_of_samples(
+    error_of: Call, capsys: pytest.CaptureFixture
+) -> None:
     data = write_images(Path("data"), count=30)
     flags = ("--path_to_data", data, *TINY_TOKENIZER, "--val_fraction", 0.4)
     call("train_vqvae", *flags, "--max_epochs", 3, "--best_metric", "ssim", "--output_dir", "t")
@@ -48,7 +51,11 @@ def test_trainings_log_ssim_and_the_distance_of_samples(error_of: Call) -> None:
     call("quantize_dataset", "--model_dir", "t", "--path_to_data", data, "--output_dir", "i")
     flags = ("--path_to_data", "i", *TINY_GPT, "--max_epochs", 2)
     judged = ("--model_dir", "t", "--fd_samples", 10, "--best_metric", "fd_classifier")
+    capsys.readouterr()
     call("train", *flags, *judged, "--output_dir", "g")
+    said = capsys.readouterr()
+    assert re.search(r"classifier: \d+\.\d% of the labels of 10 held-out images right", said.out)
+    assert "warning: the Frechet distance of 10 images" in said.err
     distances = curve("g", "val/fd_classifier")
     assert len(distances) == 3
     assert all(distance > 0 for distance in distances)

@@ -1,21 +1,26 @@
 """From anything that the pipeline wrote back to its commands, and the same bits from them again."""
 
+import importlib
 import json
 import shlex
+import struct
 import sys
+import zlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-import evaluate
 from tests.conftest import ROOT, write_images
 from utils import cli, lineage, provenance
 from utils.checkpoint import sha256
 from utils.cli import UserError
+from utils.evaluation.samples import drawn_by
 from utils.provenance import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -30,9 +35,10 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pipeline
 
 
-def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path, tmp_path: Path) -> None:
-    assert evaluate.drawn_by(Path("images")) == runs_of(done)["gpt"].info.run_id
-    assert evaluate.drawn_by(tmp_path) == ""
+def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path) -> None:
+    lineage = provenance.of_picture(Path("images/00000.png"))
+    assert drawn_by(lineage) == runs_of(done)["gpt"].info.run_id
+    assert drawn_by(lineage[:3]) == drawn_by(()) == ""
 
 
 def client_of(folder: Path) -> Any:
@@ -175,6 +181,61 @@ def test_what_does_not_lead_back(error_of: Call, own_folder: Path) -> None:
     assert "is damaged" in say(picture(own_folder / "cut.png", '[{"name": "tok'))
     assert "is no picture" in say(write_images(own_folder / "data"))
     assert "is no model folder" in say(own_folder / "data")
+
+
+def bomb(path: Path, side: int) -> Path:
+    """A PNG file of a few bytes whose header says side x side pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)), (b"IDAT", b"")]
+    with path.open("wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        for kind, data in chunks:
+            file.write(struct.pack(">I", len(data)) + kind + data)
+            file.write(struct.pack(">I", zlib.crc32(kind + data)))
+    return path
+
+
+def test_a_picture_that_would_fill_the_memory(error_of: Call, own_folder: Path) -> None:
+    """It was a traceback of Pillow; a large grid of pictures must still be read."""
+    error = error_of("utils.lineage", bomb(own_folder / "bomb.png", 30_000))
+    assert "bomb.png is no picture that can be read: its header says more than" in error
+    assert provenance.of_picture(bomb(own_folder / "large.png", 10_000)) == ()
+
+
+def test_a_picture_says_how_its_training_split_the_data(done: Path, own_folder: Path) -> None:
+    found = provenance.split_of_picture(done / "images" / "grid.png")
+    assert found == provenance.Split(val_fraction=0.34, seed=0)
+    old = picture(own_folder / "old.png", None)
+    assert provenance.split_of_picture(old) is None
+    for text in ("[0.1, 0]", '{"seed": 0}', '{"seed": 0.5, "val_fraction": 0.1}', "{"):
+        info = provenance.PngInfo()
+        info.add_text(provenance.SPLIT_KEY, text)
+        Image.new("L", (8, 8)).save(old, pnginfo=info)
+        with pytest.raises(UserError, match=r"the split of the data in .* is damaged"):
+            provenance.split_of_picture(old)
+
+
+def test_other_bits_are_a_failure(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It said so, and ended with code 0."""
+    stage = Stage("tokenizer", "python train_vqvae.py", sha256="aa", threads=1)
+    monkeypatch.setattr(lineage, "find", lambda what: (stage,))
+    monkeypatch.setattr(lineage.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    for found, code in (("aa", None), ("bb", 1)):
+        monkeypatch.setattr(lineage, "digest", lambda path, found=found: found)
+        monkeypatch.setattr(sys, "argv", ["lineage", "x", "--rerun", "new"])
+        with pytest.raises(SystemExit) if code else nullcontext() as ended:
+            cli.run(lineage.main, lineage.make_parser())
+        assert not code or ended.value.code == code
+    assert "NOT the same bits" in capsys.readouterr().out
+
+
+def test_programs_say_how_they_are_called(capsys: pytest.CaptureFixture) -> None:
+    """They called themselves lineage.py and __main__.py, which start nothing."""
+    for name in ("lineage", "tracking", "datasets"):
+        path = f"utils.{name}" + ".__main__" * (name == "tracking")
+        usage = importlib.import_module(path).make_parser().format_usage()
+        assert f"usage: python -m utils.{name} " in usage
 
 
 def test_data_that_changed_is_refused(error_of: Call, own_folder: Path) -> None:

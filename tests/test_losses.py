@@ -91,9 +91,13 @@ def test_missing_perceptual_weights_are_asked_for_in_one_line(
     remedy = r"https://.*alexnet.*--lpips_weights.*--perceptual_weight 0"
     with pytest.raises(OSError, match=remedy):
         PerceptualLoss("alex", str(tmp_path / "missing.pth"))
-    torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(OSError, match=remedy):
-        PerceptualLoss("alex", str(tmp_path / "other.pth"))
+    for other in ({"features.0.weight": torch.zeros(3)}, [1, 2]):
+        torch.save(other, tmp_path / "other.pth")
+        wrong = rf"other\.pth does not hold the weights of alex; download {remedy}"
+        with pytest.raises(OSError, match=wrong):
+            PerceptualLoss("alex", str(tmp_path / "other.pth"))
+    with pytest.raises(OSError, match=r"or leave it out$"):
+        PerceptualLoss("alex", str(tmp_path / "other.pth"), otherwise="leave it out")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_internet)
     with pytest.raises(OSError, match=remedy):

@@ -94,6 +94,11 @@ def test_dinov2_from_a_folder() -> None:
     BertModel(BertConfig(**small, intermediate_size=8, vocab_size=9)).save_pretrained("bert")
     with pytest.raises(UserError, match="bert does not hold the weights of dinov2"):
         open_network("dinov2", "bert", CPU)
+    Path("tokenizer").mkdir()
+    Path("tokenizer/config.json").write_text('{"model": "VQVAE"}')
+    for wrong in ("tokenizer", "."):
+        with pytest.raises(UserError, match=f"^{wrong} does not hold the weights of dinov2"):
+            open_network("dinov2", wrong, CPU)
     with pytest.raises(UserError, match=r"no folder nowhere.*huggingface\.co/facebook/dinov2"):
         open_network("dinov2", "nowhere", CPU)
 

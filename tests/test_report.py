@@ -112,5 +112,5 @@ def test_a_folder_with_little_in_it(own_folder: Path) -> None:
 
 def test_no_output_folder(error_of: Callable[..., str], own_folder: Path) -> None:
     assert "is no output folder of a training" in error_of(
-        "utils.tracking.report", own_folder / "none"
+        "utils.tracking.__main__", "--report", own_folder / "none"
     )

@@ -95,3 +95,12 @@ def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -
     WORDS.check_model(SimpleNamespace(**fitting), Path("best"))
     with pytest.raises(UserError, match=complaint):
         WORDS.check_model(SimpleNamespace(**fitting | change), Path("best"))
+
+
+def test_another_tokenizer_is_refused_with_both() -> None:
+    words = Vocabulary(16, (2, 2), tokenizer_sha256="a" * 64, tokenizer_run_id="r1")
+    words.check_tokenizer("a" * 64, "here")
+    words.check_tokenizer("", "a text file, which does not say")
+    Vocabulary(16, (2, 2)).check_tokenizer("b" * 64, "anything goes")
+    with pytest.raises(UserError, match=r"a{12} \(run r1\), but that of t is b{12}"):
+        words.check_tokenizer("b" * 64, "t")

@@ -119,7 +119,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, prog="python -m transformer.pretrained")
     parser.add_argument(
         "--from", choices=("llamagen",), required=True, help="whose checkpoint it is"
     )

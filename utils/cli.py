@@ -20,6 +20,9 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
 }
 
+# How a CSV of images is read.
+IMAGE_FLAGS = ("allow_outside_paths", "max_pixels", "skip_bad_images", "num_workers")
+
 
 class UserError(Exception):
     """Something that the user can mend: one line of what, where, and what to do."""
@@ -186,9 +189,9 @@ class Parser(argparse.ArgumentParser):
         return flags, rest
 
 
-def make_parser(description: str | None) -> Parser:
-    """The parser that all scripts start from."""
-    parser = Parser(description=description, allow_abbrev=False)
+def make_parser(description: str | None, prog: str | None = None) -> Parser:
+    """The parser that all scripts start from; `prog` is how one that `python -m` runs is called."""
+    parser = Parser(description=description, prog=prog, allow_abbrev=False)
     parser.add_argument(
         "--debug", action="store_true", help="show the traceback of an error, not only its line"
     )
@@ -267,6 +270,37 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
         default=batch_size,
         help=f"images at once (default: {batch_size})",
     )
+
+
+def add_image_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags of all scripts that read a CSV of images without training on it."""
+    from utils.data.decoding import MAX_PIXELS  # late: it needs UserError of this file
+
+    parser.add_argument(
+        "--allow_outside_paths",
+        action="store_true",
+        help="accept image paths that leave the folder of the CSV",
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        help=f"refuse image files whose header says more (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--skip_bad_images",
+        type=int,
+        default=0,
+        help="leave out up to this many files of a CSV that cannot be read as images (default: 0)",
+    )
+    parser.add_argument(
+        "--num_workers", type=int, default=-1, help="processes that decode; -1: one a core"
+    )
+
+
+def image_options(arguments: argparse.Namespace) -> dict[str, typing.Any]:
+    """What the flags of `add_image_flags` say, as `ImageDataset` takes it."""
+    return {name: getattr(arguments, name) for name in IMAGE_FLAGS}
 
 
 def next_command(*words: object) -> str:

@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, prog="python -m utils.datasets")
     parser.add_argument(
         "name",
         choices=(*OFFLINE, *DOWNLOADS),

@@ -78,4 +78,4 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, cli.make_parser(__doc__))
+    cli.run(main, cli.make_parser(__doc__, prog="python -m utils.demo"))

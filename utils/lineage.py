@@ -141,8 +141,11 @@ def place(lineage: Lineage, folder: Path, number: int) -> Path:
     return folder / f"{number + 1}-{lineage[number].name}"
 
 
-def rerun(lineage: Lineage, folder: Path) -> None:
-    """Run all stages again, into a new folder, and say whether they wrote the same.
+def rerun(lineage: Lineage, folder: Path) -> bool:
+    """Run all stages again, into a new folder, and say of each whether it wrote the same.
+
+    Returns:
+        whether all of them did.
 
     Raises:
         UserError: what they read has changed, the folder exists, or a stage failed.
@@ -153,6 +156,7 @@ def rerun(lineage: Lineage, folder: Path) -> None:
     commits = {stage.commit for stage in lineage}
     if commits != {git_commit()}:
         print(f"note: made by commit {', '.join(map(str, commits))}; this is {git_commit()}")
+    all_same = True
     for number, stage in enumerate(lineage):
         words = again(stage, lineage[:number], folder, number)
         print(f"\n$ python {shlex.join(words)}", flush=True)
@@ -167,17 +171,19 @@ def rerun(lineage: Lineage, folder: Path) -> None:
         if stage.sha256:
             same = digest(place(lineage, folder, number)) == stage.sha256
             print(f"{stage.name}: {'the same bits as before' if same else 'NOT the same bits'}")
+            all_same &= same
+    return all_same
 
 
 def main(arguments: argparse.Namespace) -> None:
     lineage = find(arguments.what)
     show(lineage)
-    if arguments.rerun:
-        rerun(lineage, Path(arguments.rerun))
+    if arguments.rerun and not rerun(lineage, Path(arguments.rerun)):
+        sys.exit(1)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, prog="python -m utils.lineage")
     parser.add_argument(
         "what",
         help="id of an MLflow run, a folder that a stage wrote, or a picture that "

@@ -45,7 +45,8 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
         (B,), float32, in [-1, 1]; 1 for equal images.
     """
     side = min(SSIM_WINDOW, *images.shape[2:])
-    place = torch.arange(side - (1 - side % 2), device=images.device)
+    side -= 1 - side % 2  # odd, so that the window has a middle
+    place = torch.arange(side, device=images.device)
     window = (-(place - place.float().mean()).square() / (2 * SSIM_DEVIATION**2)).exp()
     window = window / window.sum()
 
@@ -87,7 +88,7 @@ def unigram_bits(counts: Tensor, held_out: Tensor) -> float:
 
 
 def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
-    """Bits per token of held-out grids if each index is foretold by the one before it alone.
+    """Bits per token of held-out grids if each index is predicted from the one before it alone.
 
     Counts of pairs in raster order, smoothed by the unigram distribution as much as new indices
     were seen after this one (Witten and Bell, 1991). The first cell has the unigram alone.

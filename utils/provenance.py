@@ -8,16 +8,19 @@ import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from utils.cli import UserError, command_line
+from utils.data import decoding
+from utils.data.decoding import complaint, open_image
 
 ROOT = Path(__file__).resolve().parents[1]
-PNG_KEY = "lineage"
+PNG_KEY, SPLIT_KEY = "lineage", "split"
+MAX_PIXELS = 4 * decoding.MAX_PIXELS  # of a picture, which may be a grid of a hundred large ones
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Stage:
             torch.get_num_threads(),
             int(os.environ.get("WORLD_SIZE", 1)),
         )
+
+
+class Split(NamedTuple):
+    """How a training split its data, where the CSV did not: see `utils.data.table.split_rows`."""
+
+    val_fraction: float
+    seed: int
 
 
 Lineage = tuple[Stage, ...]  # in the order in which they were run
@@ -112,25 +122,55 @@ def parse(values: Iterable[Mapping[str, Any]]) -> Lineage:
     return lineage
 
 
-def png_info(lineage: Lineage) -> PngInfo:
-    """What a PNG file carries of it: a compressed text."""
+def png_info(lineage: Lineage, split: Split) -> PngInfo:
+    """What a PNG file carries of where it comes from: two texts, the lineage compressed."""
     info = PngInfo()
     info.add_text(PNG_KEY, json.dumps(content(lineage)), zip=True)
+    info.add_text(SPLIT_KEY, json.dumps(split._asdict()))
     return info
 
 
 def of_picture(path: Path) -> Lineage:
-    """What the text of `png_info` in a picture says; () for a picture without.
+    """The lineage that `png_info` put into a picture; () for a picture without.
 
     Raises:
         UserError: it is no picture, or says something else.
     """
+    return of_json(_text(path, PNG_KEY) or "[]", str(path))
+
+
+def split_of_picture(path: Path) -> Split | None:
+    """The split that `png_info` put into a picture; None for a picture without.
+
+    Raises:
+        UserError: it is no picture, or says something else.
+    """
+    text = _text(path, SPLIT_KEY)
+    if not text:
+        return None
     try:
-        with Image.open(path) as picture:
-            text = getattr(picture, "text", {}).get(PNG_KEY, "[]")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} is no picture that can be read: {error}") from error
-    return of_json(text, str(path))
+        split = Split(**json.loads(text))
+        if type(split.seed) is not int or not 0 <= split.val_fraction <= 1:
+            raise ValueError(f"it is {split}")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"the split of the data in {path} is damaged: {error}") from error
+    return split
+
+
+def _text(path: Path, key: str) -> str:
+    """A text before the pixels of a PNG file, which are not decoded; "" where there is none.
+
+    Raises:
+        UserError: no picture.
+    """
+    try:
+        with open_image(path, MAX_PIXELS) as picture:
+            return str(picture.info.get(key, ""))
+    except Exception as error:  # Pillow raises nearly everything on damaged files
+        what = complaint(str(path), error)
+        if isinstance(error, Image.DecompressionBombError):
+            what = f"its header says more than {MAX_PIXELS:,} pixels"
+        raise UserError(f"{path} is no picture that can be read: {what}") from error
 
 
 def of_json(text: str, where: str) -> Lineage:

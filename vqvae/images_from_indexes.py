@@ -14,6 +14,7 @@ from tqdm import tqdm
 from utils import checkpoint, cli, figures, processes, provenance, tracking
 from utils.data.conditions import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
+from utils.provenance import Split
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 100  # images in the grid, at most
@@ -35,6 +36,10 @@ def prepare(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
+def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel:
+    return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+
+
 def decode_conditions(
     address: str, path: Path, indices: Indices, device: torch.device
 ) -> torch.Tensor:
@@ -45,8 +50,8 @@ def decode_conditions(
     """
     conditions = read_conditions(path, indices)
     if conditions is None:
-        raise cli.UserError(f"{path} has no conditions; leave --condition_model_dir away")
-    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+        raise cli.UserError(f"{path} has no conditions; leave out --condition_model_dir")
+    tokenizer = load_tokenizer(address, device)
     indices.meta.condition.check_tokenizer(tokenizer, f"the condition of {path}")
     with torch.inference_mode():
         return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
@@ -54,9 +59,7 @@ def decode_conditions(
 
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
-    tokenizer = checkpoint.load_model(
-        tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
-    )
+    tokenizer = load_tokenizer(arguments.model_dir, device)
     path = tracking.fetch(arguments.indexes_path)
     indices = read_indices(
         path,
@@ -74,7 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         output_dir = cli.unused(path.with_name(f"{path.stem}-images"))
     gpt_run_id = indices.meta.gpt_run_id if indices.meta is not None else ""
-    default_run_id = gpt_run_id or tokenizer.provenance.run_id
+    origin = tokenizer.provenance
+    default_run_id = gpt_run_id or origin.run_id
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -83,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
     )
-    carried = provenance.png_info(run.lineage)
+    carried = provenance.png_info(run.lineage, Split(origin.val_fraction, origin.seed))
     prepare(output_dir)
 
     grids = indices.tensor()

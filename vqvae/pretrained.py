@@ -174,7 +174,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, prog="python -m vqvae.pretrained")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=tuple(LAYOUTS), help="project it comes from")
     way.add_argument("--to", dest="target", choices=tuple(LAYOUTS), help="project it goes to")

@@ -20,6 +20,7 @@ ORIENTATION = 0x0112  # the EXIF tag
 # Of the many kinds that Pillow knows, some start other programs; these only decode.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000
+TOO_MANY_PIXELS = "its header says more pixels than --max_pixels allows"
 
 
 class Header(NamedTuple):
@@ -90,7 +91,7 @@ def complaint(file: str, error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"no image file of a kind that is read here: {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
-        return "its header says more pixels than --max_pixels allows"
+        return TOO_MANY_PIXELS
     return " ".join(str(error).split()) or type(error).__name__
 
 

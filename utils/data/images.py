@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.data.augmentation import Augmentation
-from utils.data.decoding import MAX_PIXELS, Header, read_header, read_image
+from utils.data.decoding import MAX_PIXELS, TOO_MANY_PIXELS, Header, read_header, read_image
 from utils.data.table import read_csv, split_rows
 from utils.data.workers import read_batches
 
@@ -183,15 +183,15 @@ class ImageDataset:
             self._refuse({row: image for row, image in found if isinstance(image, str)})
             yield torch.from_numpy(np.stack(images))
 
-    def write_skipped(self, folder: Path) -> None:
-        """List the files that were skipped in skipped.csv, and say so; nothing without any."""
+    def write_skipped(self, folder: Path, name: str = SKIPPED) -> None:
+        """List the files that were skipped in a CSV, and say so; nothing without any."""
         if not self.skipped:
             return
-        with (folder / SKIPPED).open("w", newline="", encoding="utf-8") as file:
+        with (folder / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "image_path", "complaint"])
             writer.writerows(self.skipped)
-        print(f"skipped {len(self.skipped):,} bad images, listed in {folder / SKIPPED}")
+        print(f"skipped {len(self.skipped):,} bad images, listed in {folder / name}")
 
     @property
     def _decode(self) -> Callable[[str], np.ndarray | str]:
@@ -253,10 +253,16 @@ class ImageDataset:
         if bad:
             count = len(bad) + len(self.skipped)
             named = first_few([f"{self._name(row)} ({text})" for row, text in bad.items()])
+            total = len(self) + len(self.skipped)
+            ways = ["replace them", "take them out of the CSV"]
+            if TOO_MANY_PIXELS in bad.values():
+                ways.insert(0, "raise --max_pixels if you trust them")
+            if count < total:  # to leave out all of them would be no way
+                leave = f"leave them out: --skip_bad_images {count}"
+                ways.append(f"where a script has the flag, {leave}")
             raise UserError(
-                f"{count} of {len(self) + len(self.skipped)} files in {self.path} cannot be read "
-                f"as images: {named}; replace them, take them out of the CSV, or, where a script "
-                f"has the flag, leave them out: --skip_bad_images {count}"
+                f"{count} of {total} files in {self.path} cannot be read as images: {named}; "
+                f"{', '.join(ways[:-1])}, or {ways[-1]}"
             )
 
 

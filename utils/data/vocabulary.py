@@ -88,6 +88,23 @@ class Vocabulary:
                     f"the GPT's {theirs}; give the {FILE} that lies beside the GPT"
                 )
 
+    def check_tokenizer(self, sha256: str, where: str | Path) -> None:
+        """Refuse a tokenizer that is not the one on whose indices the GPT was trained.
+
+        Args:
+            sha256: of its weights, "" if not known.
+            where: the tokenizer, or what else has to do with it, for the message.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if "" not in (self.tokenizer_sha256, sha256) and sha256 != self.tokenizer_sha256:
+            raise UserError(
+                f"the GPT belongs to the tokenizer {self.tokenizer_sha256[:12]} (run "
+                f"{self.tokenizer_run_id or 'unknown'}), but that of {where} is {sha256[:12]}; use "
+                "indices and models of one tokenizer"
+            )
+
     def content(self) -> dict:
         """What vocabulary.json holds."""
         return asdict(self) | {"prefix_tokens": self.prefix_tokens, "no_class": self.no_class}

@@ -7,7 +7,7 @@ sums are in float64, on the device of the features.
 import torch
 from torch import Tensor
 
-from utils.evaluation.bootstrap import Figure, figure
+from utils.evaluation.bootstrap import POSITIVE, Figure, figure
 
 FRECHET_REPLICATES = 50  # each costs two covariances and two eigenvalue problems
 CHUNK = 2048  # rows of a kernel matrix at a time
@@ -28,7 +28,8 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Ten
     root = vectors * values.clamp(min=0).sqrt()  # cov_1 = root root^T
     product = torch.linalg.eigvalsh(root.T @ cov_2 @ root)  # has the eigenvalues of C1 C2
     cross = product.clamp(min=0).sqrt().sum()
-    return (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    return distance.clamp(min=0)  # rounding may leave equal sets a little below
 
 
 def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Figure:
@@ -42,7 +43,8 @@ def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tenso
     """
     first, second = first.double(), second.double()
     rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
-    return figure(torch.stack([_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]))
+    found = [_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]
+    return figure(torch.stack(found), POSITIVE)
 
 
 def kernel_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Figure:
@@ -87,4 +89,5 @@ def class_score(logits: Tensor, weights: Tensor) -> Figure:
     shares = weights.to(logs) / len(logs)
     conditional = shares @ (logs.exp() * logs).sum(dim=1)
     marginal = shares @ logs.exp()
-    return figure((conditional - torch.special.xlogy(marginal, marginal).sum(dim=1)).exp())
+    scores = (conditional - torch.special.xlogy(marginal, marginal).sum(dim=1)).exp()
+    return figure(scores, (1.0, float(logits.shape[1])))

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,12 +67,27 @@ class FeatureNetwork:
 
     @property
     def sha256(self) -> str:
-        """Of all weights of the network, by name."""
-        digest = hashlib.sha256()
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        """Of its weights."""
+        return weights_sha256(self.network)
+
+    def warn_of_few(self, seen: Seen) -> None:
+        """Say so where a set is too small for a Frechet distance that means something."""
+        count, dimensions = seen.features.shape
+        if count <= dimensions:
+            print(
+                f"warning: the Frechet distance of {count} images by the {dimensions:,} features "
+                f"of {self.name} is mostly noise; compare more than {dimensions:,}",
+                file=sys.stderr,
+            )
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """The SHA-256 of all weights of a network, by name."""
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def taught_network(

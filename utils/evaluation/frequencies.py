@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from utils.evaluation.bootstrap import Figure, figure
+from utils.evaluation.bootstrap import POSITIVE, SHARE, Figure, figure
 
 
 def frequencies(grids: Tensor, codebook_size: int, depth: int, weights: Tensor) -> Tensor:
@@ -46,13 +46,13 @@ def health(shares: Tensor, tokens_per_pixel: float) -> dict[str, Figure]:
     """
     bits = _entropy(shares)
     return {
-        "codebook_usage": figure(100 * (shares > 0).double().mean(dim=1)),
-        "perplexity": figure(2**bits),
-        "entropy_per_pixel": figure(bits * tokens_per_pixel),
+        "codebook_usage": figure(100 * (shares > 0).double().mean(dim=1), (0.0, 100.0)),
+        "perplexity": figure(2**bits, (1.0, float(shares.shape[1]))),
+        "entropy_per_pixel": figure(bits * tokens_per_pixel, POSITIVE),
     }
 
 
 def divergence(shares: Tensor, others: Tensor) -> Figure:
     """Jensen-Shannon divergence in bits, from 0 for equal frequencies to 1 for disjoint ones."""
     middle = _entropy((shares + others) / 2)
-    return figure(middle - (_entropy(shares) + _entropy(others)) / 2)
+    return figure(middle - (_entropy(shares) + _entropy(others)) / 2, SHARE)

@@ -13,7 +13,7 @@ from utils.evaluation.classifier import targets
 from utils.evaluation.decoded import DecodedImages
 from utils.evaluation.distances import frechet_distance
 from utils.evaluation.features import Seen, look, taught_network
-from utils.evaluation.sample_quality import agreement
+from utils.evaluation.sample_quality import agreement, say_accuracy
 from utils.processes import Processes
 
 BATCH = 256
@@ -72,6 +72,8 @@ class Judge:
         names = self._network.class_names
         self._targets = targets([rows[row] for row in held_out.tolist()], names, "--path_to_data")
         self._weights = tuple(resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
+        self._network.warn_of_few(self._real)
+        say_accuracy(agreement(self._real, self._targets, self._weights[0]), len(held_out))
 
     def _images(self, grids: Tensor, rows: Sequence[Row]) -> DecodedImages:
         config = self._config
@@ -92,7 +94,7 @@ class Judge:
             seen = self._look(self._images(grids, ()), torch.arange(len(grids)))
             distance = frechet_distance(self._real.features, seen.features, self._weights)
             right = agreement(seen, self._targets, self._weights[1])
-            values += values.new_tensor([*distance, right.value])
+            values += values.new_tensor([distance.value, distance.standard_error, right.value])
             self._group.print(
                 f"{len(grids):,} samples: FD (classifier) {distance.value:.3f} +- "
                 f"{WIDTH * distance.standard_error:.3f}, {right.value:.1%} of the right class"

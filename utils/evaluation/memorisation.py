@@ -57,7 +57,7 @@ def figures(found: Closest, space: str, limit: float, weights: Tensor) -> dict[s
         weights: of `bootstrap.resample`, (R, N).
     """
     return {
-        f"nearest_{space}": bootstrap.mean(found.distances, weights),
+        f"nearest_{space}": bootstrap.mean(found.distances, weights, bootstrap.POSITIVE),
         f"copies_{space}": bootstrap.mean(found.ratios <= limit, weights),
     }
 

@@ -91,6 +91,6 @@ def manifold_metrics(
     return {
         "precision": bootstrap.mean(torch.cat(inside), weights[1]),
         "recall": bootstrap.mean(reached, weights[0]),
-        "density": bootstrap.mean(torch.cat(depth), weights[1]),
+        "density": bootstrap.mean(torch.cat(depth), weights[1], bootstrap.POSITIVE),
         "coverage": bootstrap.mean(covered, weights[0]),
     }

@@ -1,7 +1,7 @@
 """The images that an evaluation compares: rows of data sets, read and checked."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from utils.data.images import ImageDataset
 from utils.data.table import epoch_order, split_rows
 from utils.evaluation.classifier import Images
 from utils.evaluation.neighbours import DENSITY_K
+from utils.provenance import Split
 
 SMALLEST = DENSITY_K + 1  # images, where sets are compared by their neighbours
 
@@ -40,18 +41,35 @@ class Part(NamedTuple):
         return next(iter(self.images.batches([self.rows[places.cpu()]], device)))
 
 
+class Real(NamedTuple):
+    """Real images of a training, real images that it has not seen, and how these were told apart.
+
+    Attributes:
+        split: `held_out`, in words; val_fraction and seed where they decided.
+    """
+
+    train: Part
+    held_out: Part
+    split: dict[str, Any]
+
+
 def read_images(
     path: str | Path,
+    flag: str,
     size: tuple[int, int] | None = None,
     channels: int | None = None,
     at_least: int = 2,
+    **options: Any,
 ) -> ImageDataset:
-    """The images of a CSV; see `ImageDataset`.
+    """The images of a CSV, see `ImageDataset`, which takes the options.
 
     Raises:
-        UserError: see there; too few images for figures that mean something.
+        UserError: see there; no such CSV, which `flag` named; too few images for figures that
+            mean something.
     """
-    dataset = ImageDataset(path, size=size, channels=channels)
+    if not Path(path).is_file():
+        raise UserError(f"no such CSV file: {path}; {flag} takes a CSV of image paths")
+    dataset = ImageDataset(path, size=size, channels=channels, **options)
     print(dataset)
     check_count(dataset, str(path), at_least)
     return dataset
@@ -72,32 +90,46 @@ def check_count(images: Images, what: str, at_least: int = SMALLEST) -> None:
 def read_real(
     path_to_data: str,
     path_to_test: str | None,
+    split: Split | None,
     *,
     size: tuple[int, int] | None,
     channels: int,
-    val_fraction: float,
-    seed: int,
-) -> tuple[Part, Part]:
+    **options: Any,
+) -> Real:
     """Real images of a training, and real images that it has not seen.
 
     Args:
         path_to_data: CSV of the first.
         path_to_test: CSV of the second; without it they are the validation rows of the first.
+        split: of the training, None if it is not known; needed where the CSV has no column split.
         size: height and width to resize and crop to; None: what all images have.
         channels: 1, 3 or 4.
-        val_fraction, seed: of the training's split, where the CSV has no column split.
+        options: of `ImageDataset`.
 
     Raises:
-        UserError: see `ImageDataset`; too few images.
+        UserError: see `ImageDataset`; too few images; nothing says which the training has seen.
     """
-    real = read_images(path_to_data, size, channels, SMALLEST)
+    real = read_images(path_to_data, "--path_to_data", size, channels, SMALLEST, **options)
     if path_to_test:
-        test = read_images(path_to_test, real.size, channels, SMALLEST)
-        return Part.whole(real), Part.whole(test)
-    train, held_out = split_rows(real.rows, val_fraction=val_fraction, seed=seed)
+        test = read_images(path_to_test, "--path_to_test", real.size, channels, SMALLEST, **options)
+        return Real(Part.whole(real), Part.whole(test), {"held_out": "path_to_test"})
+    told = {"held_out": "column split of path_to_data"}
+    if not real.rows[0].split:
+        if split is None:
+            raise UserError(
+                f"nothing says which images of {path_to_data} the training has seen; add others by "
+                "--path_to_test, the tokenizer by --model_dir, or a column split"
+            )
+        told = {"held_out": "drawn from path_to_data as the training did", **split._asdict()}
+    train, held_out = split_rows(
+        real.rows,
+        val_fraction=split.val_fraction if split else 0.0,
+        seed=split.seed if split else 0,
+        folder=real.path.parent,
+    )
     if min(len(train), len(held_out)) < SMALLEST:
         raise UserError(
             f"{path_to_data} has {len(held_out)} validation images, too few to compare with; give "
             "others by --path_to_test"
         )
-    return Part(real, train), Part(real, held_out)
+    return Real(Part(real, train), Part(real, held_out), told)

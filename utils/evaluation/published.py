@@ -67,8 +67,11 @@ class _Dinov2(nn.Module):
             raise _no_weights("dinov2", OSError(f"no folder {path}".strip()), remedy)
         try:
             config = AutoConfig.from_pretrained(path)
-            if not config.model_type.startswith("dinov2"):
-                raise _wrong_weights(path, "dinov2", DINOV2)
+        except (OSError, ValueError, KeyError) as error:  # no folder of transformers at all
+            raise _wrong_weights(path, "dinov2", DINOV2) from error
+        if not config.model_type.startswith("dinov2"):
+            raise _wrong_weights(path, "dinov2", DINOV2)
+        try:
             self.inner, report = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True
             )

@@ -13,7 +13,7 @@ from utils.evaluation import bootstrap
 from utils.evaluation.bootstrap import Figure
 
 
-class Reconstructed(NamedTuple):
+class Measured(NamedTuple):
     """Indices (N, h, w[, depth]), int32; the errors (N,) of each image, by name; on the CPU."""
 
     grids: Tensor
@@ -21,15 +21,15 @@ class Reconstructed(NamedTuple):
 
 
 @torch.inference_mode()
-def reconstruct(
+def measure_reconstructions(
     encode: Callable[[Tensor], Tensor],
     decode: Callable[[Tensor], Tensor],
     dataset: ImageDataset,
     device: torch.device,
     batch_size: int,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
-) -> Reconstructed:
-    """Encode and decode all images of a data set.
+) -> Measured:
+    """Encode and decode all images of a data set, and compare each with its original.
 
     Args:
         encode: images (B, C, H, W) in [-1, 1] -> indices (B, h, w[, depth]).
@@ -51,17 +51,21 @@ def reconstruct(
             for name, measure in measures.items():
                 errors[name].append(measure(images, decoded).cpu())
             bar.update(len(images))
-    return Reconstructed(torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()})
+    return Measured(torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()})
 
 
 def figures(errors: Mapping[str, Tensor], weights: Tensor) -> dict[str, Figure]:
     """Mean errors, and the PSNR of the mean squared error in dB.
 
     Args:
-        errors: of `reconstruct`, (N,) each.
+        errors: of `measure_reconstructions`, (N,) each.
         weights: of `bootstrap.resample`, (R, N).
     """
-    means = {name: bootstrap.mean(part, weights) for name, part in errors.items()}
+    bounds = {"ssim": (-1.0, 1.0)}
+    means = {
+        name: bootstrap.mean(part, weights, bounds.get(name, bootstrap.POSITIVE))
+        for name, part in errors.items()
+    }
     mse = (weights.double() @ errors["mse"].double() / len(errors["mse"])).clamp(min=1e-20)
     return {"mse": means.pop("mse"), "psnr": bootstrap.figure(-10 * mse.log10()), **means}
 

@@ -7,8 +7,7 @@ import torch
 
 from utils import figures
 from utils.data.images import ImageDataset
-from utils.evaluation import bootstrap, classifier, features, frequencies
-from utils.evaluation import reconstruction_quality as reconstructions
+from utils.evaluation import bootstrap, classifier, features, frequencies, reconstruction_quality
 from utils.evaluation import sample_quality as quality
 from utils.evaluation.bootstrap import Figure
 from utils.evaluation.decoded import DecodedImages
@@ -19,7 +18,7 @@ from utils.evaluation.record import Record
 PAIRS = 32  # originals that are shown beside their reconstruction
 
 
-def report(
+def report_reconstructions(
     tokenizer: Any,
     dataset: ImageDataset,
     network: FeatureNetwork | None,
@@ -35,18 +34,19 @@ def report(
     Args:
         tokenizer: with encode, decode and config, on `device`.
         dataset: N images of the tokenizer's size.
-        network: for distances between the sets and, of a classifier, agreement with the labels.
+        network: for distances between the sets and, where it has classes, agreement with the
+            labels; it must not have been taught by these images then.
         lpips: two batches of images -> perceptual distances (B,), or None.
         device, batch_size: for the networks.
         seed: of the resamples.
         protocol: of the record.
     """
     config = tokenizer.config
-    grids, errors = reconstructions.reconstruct(
+    grids, errors = reconstruction_quality.measure_reconstructions(
         tokenizer.encode, tokenizer.decode, dataset, device, batch_size, lpips
     )
     weights = bootstrap.resample(len(dataset), seed)
-    found = reconstructions.figures(errors, weights)
+    found = reconstruction_quality.figures(errors, weights)
     tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
     found["bits_per_pixel"] = Figure(math.log2(config.codebook_size) * tokens_per_pixel, 0.0)
     shares = frequencies.frequencies(grids, config.codebook_size, config.depth, weights)
@@ -60,11 +60,13 @@ def report(
             features.look(network, *part, device, batch_size, what)
             for part, what in ((originals, "originals"), (decoded, "reconstructions"))
         ]
+        network.warn_of_few(seen[0])
         found |= quality.reconstruction_distances(network, *seen, weights)
         if network.class_names:
             classes = classifier.targets(dataset.rows, network.class_names, str(dataset.path))
             found["label_agreement"] = quality.agreement(seen[1], classes, weights)
             found["real_label_agreement"] = quality.agreement(seen[0], classes, weights)
+            quality.say_accuracy(found["real_label_agreement"], len(dataset))
     orders = {
         "reconstructions": torch.arange(len(dataset)),
         "worst_reconstructions": errors["mse"].argsort(descending=True, stable=True),
@@ -78,5 +80,5 @@ def report(
     labels = originals.labels
     columns = {"image_path": [row.image_path for row in dataset.rows], "label": labels}
     columns |= {name: values.tolist() for name, values in errors.items()}
-    by_label = reconstructions.figures_by_label(errors, labels, seed)
+    by_label = reconstruction_quality.figures_by_label(errors, labels, seed)
     return Record(found, {**protocol, "images": len(dataset)}, columns, pictures, by_label)

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -21,8 +22,12 @@ from utils.evaluation.features import FeatureNetwork
 from utils.processes import pick_device
 from utils.tracking import Run
 
-NAMES = ("reconstructions", "samples", "likelihood")
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "torch-fidelity", "transformers", "lpips")
+KINDS = ("reconstructions", "samples", "likelihood")
+FOLDER = "evaluation"  # in an output folder, and in MLflow
+PACKAGES = (
+    *("torch", "torchvision", "numpy", "pillow", "mlflow"),
+    *("torch-fidelity", "transformers", "lpips"),
+)
 TITLES = {
     "fid": "FID",
     "rfid": "rFID",
@@ -47,8 +52,21 @@ def title(key: str) -> str:
     return real + TITLES.get(stem, stem)
 
 
+def name_of(path: Path) -> str:
+    """What the evaluation on a CSV or a folder is called: by it and the folder that it is in.
+
+    So `train.csv` of two data sets stay apart, in files as well as in MLflow.
+    """
+    path = path.resolve()
+    parts = path.parent.name, path.stem if path.suffix == ".csv" else path.name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(filter(None, parts)))
+
+
 def protocol(
-    arguments: argparse.Namespace, dataset: ImageDataset, network: FeatureNetwork | None = None
+    arguments: argparse.Namespace,
+    dataset: ImageDataset,
+    network: FeatureNetwork | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """How figures are made, but for the number of images.
 
@@ -56,6 +74,7 @@ def protocol(
         arguments: of the script; what names a CSV or a seed is taken from it.
         dataset: the real images.
         network: through which they are compared.
+        more: what only this kind of evaluation has.
     """
     values: dict[str, Any] = {
         "size": list(dataset.size),
@@ -79,8 +98,10 @@ def protocol(
     return values | {
         "seed": arguments.seed,
         "device": pick_device(arguments.device).type,
-        "interval": f"value +- {WIDTH} standard errors of {REPLICATES} bootstrap resamples",
+        "interval": f"value +- {WIDTH} standard errors of {REPLICATES} bootstrap resamples, cut at "
+        "the ends of what the figure can be",
         "versions": versions,
+        **more,
     }
 
 
@@ -102,8 +123,8 @@ class Record:
     pictures: Mapping[str, Image.Image]
     by_label: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
 
-    def write(self, folder: Path, name: str) -> list[Path]:
-        """Print the figures, and write <name>.json, <name>.csv and a PNG file for each picture.
+    def write(self, folder: Path, kind: str) -> list[Path]:
+        """Print the figures, and write <kind>.json, <kind>.csv and a PNG file for each picture.
 
         Returns:
             the files, the JSON first.
@@ -115,7 +136,7 @@ class Record:
             "protocol": dict(self.protocol),
             "made_by": cli.command_line(),
         }
-        files = [folder / f"{name}.json", folder / f"{name}.csv"]
+        files = [folder / f"{kind}.json", folder / f"{kind}.csv"]
         files[0].write_text(json.dumps(content, indent=2) + "\n")
         with files[1].open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
@@ -132,13 +153,20 @@ class Record:
         print(f"written to {folder}: {', '.join(file.name for file in files)}")
         return files
 
-    def save(self, run: Run, name: str, section: str) -> None:
-        """`write` to the output folder of a run, and log all of it, the numbers in a section."""
-        for file in self.write(run.output_dir, name):
-            run.file(file, "evaluation")
+    def save(self, run: Run, kind: str, name: str) -> None:
+        """`write` to the output folder of a run, and log all of it under evaluation/<name>.
+
+        Args:
+            run: of the model.
+            kind: of `KINDS`.
+            name: of `name_of`.
+        """
+        section = f"{FOLDER}/{name}"
+        for file in self.write(run.output_dir, kind):
+            run.file(file, section)
         run.metrics(section, {key: figure.value for key, figure in self.figures.items()}, 0)
         for key, picture in self.pictures.items():
-            run.picture(f"evaluation/{key}", picture, 0)
+            run.picture(f"{section}/{key}", picture, 0)
 
 
 def _plain(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:

@@ -55,7 +55,12 @@ def diversity(features: Tensor, labels: list[str], weights: Tensor, seed: int) -
         rows = torch.tensor([row for row, own in enumerate(labels) if own == label])
         rows = rows[torch.randperm(len(rows), generator=generator)].to(features.device)
         apart[rows] = (features[rows] - features[rows.roll(1)]).norm(dim=1)
-    return bootstrap.mean(apart, weights)
+    return bootstrap.mean(apart, weights, bootstrap.POSITIVE)
+
+
+def say_accuracy(share: Figure, count: int) -> None:
+    """Print how good the classifier itself is: its `agreement` on real images new to it."""
+    print(f"classifier: {share.value:.1%} of the labels of {count:,} held-out images right")
 
 
 def agreement(seen: Seen, targets: Tensor, weights: Tensor) -> Figure:

@@ -1,7 +1,6 @@
 """Samples beside real images: every figure of the samples, and the same of images held out."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +10,9 @@ from utils.evaluation import bootstrap, classifier, features, frequencies, memor
 from utils.evaluation import sample_quality as quality
 from utils.evaluation.bootstrap import Figure
 from utils.evaluation.features import FeatureNetwork, Seen
-from utils.evaluation.parts import Part
+from utils.evaluation.parts import Part, Real
 from utils.evaluation.record import Record
+from utils.evaluation.samples import Samples, Tokens
 
 PAIRS = 32  # samples that are shown beside their nearest training image
 SPACES = ("pixels", "features")
@@ -26,102 +26,107 @@ class Compared(NamedTuple):
     weights: Tensor
 
 
-class Tokens(NamedTuple):
-    """How to compare indices: those of the samples' rows, and images -> their indices."""
-
-    grids: Tensor
-    encode: Callable[[Tensor], Tensor]
-    codebook_size: int
-    depth: int
-
-
-def report(
+def report_samples(
     network: FeatureNetwork,
-    train: Part,
-    held_out: Part,
-    samples: Part,
+    real: Real,
+    samples: Samples,
     *,
     device: torch.device,
     batch_size: int,
     seed: int,
-    protocol: dict,
-    tokens: Tokens | None = None,
+    protocol: dict[str, Any],
 ) -> Record:
     """Compare samples, and images held out, with training images, equally many of each.
 
     Only nearest neighbours are sought among all training images.
+
+    Args:
+        network: through which sets are compared.
+        real: training images, and images held out.
+        samples: of the same size as the real images.
+        device, batch_size: for the networks.
+        seed: of the choice of images where there are more of one set, and of the resamples.
+        protocol: of the record.
     """
-    count = min(len(part.rows) for part in (train, held_out, samples))
-    held_out, samples = held_out.some(count, seed), samples.some(count, seed)
+    count = min(len(part.rows) for part in (real.train, real.held_out, samples.part))
+    parts = [part.some(count, seed) for part in (real.train, samples.part, real.held_out)]
+    whole = features.look(network, *real.train, device, batch_size, "training images")
+    seen = [
+        whole.pick(torch.searchsorted(real.train.rows, parts[0].rows)),
+        features.look(network, *parts[1], device, batch_size, "samples"),
+        features.look(network, *parts[2], device, batch_size, "held out"),
+    ]
+    network.warn_of_few(seen[0])
+    weights = [bootstrap.resample(count, seed + number) for number in range(3)]
+    train, drawn, held_out = map(Compared, parts, seen, weights)
+    sets = {"": drawn, "real_": held_out}  # by what the names of their figures begin with
 
-    def look(part: Part, what: str) -> Seen:
-        return features.look(network, part.images, part.rows, device, batch_size, what)
-
-    memory = look(train, "training images")
-    real = train.some(count, seed)
-    real = Compared(
-        real,
-        memory.pick(torch.searchsorted(train.rows, real.rows)),
-        bootstrap.resample(count, seed),
-    )
-    sets = {
-        "": Compared(samples, look(samples, "samples"), bootstrap.resample(count, seed + 1)),
-        "real_": Compared(
-            held_out, look(held_out, "held out"), bootstrap.resample(count, seed + 2)
-        ),
-    }
-    found: dict[str, dict[str, Figure]] = {}
-    closest: dict[str, dict[str, memorisation.Closest]] = {}
-    for prefix, one in sets.items():
-        pair = real.weights, one.weights
-        own = quality.quality(network, real.seen, one.seen, pair)
-        own["diversity"] = quality.diversity(one.seen.features, one.part.labels, one.weights, seed)
-        if network.class_names and all(one.part.labels):
-            classes = classifier.targets(
-                [one.part.images.rows[row] for row in one.part.rows.tolist()],
-                network.class_names,
-                "the held-out images" if prefix else "the samples",
-            )
-            own["label_agreement"] = quality.agreement(one.seen, classes, one.weights)
-        closest[prefix] = {
-            space: memorisation.closest(getattr(one.seen, space), getattr(memory, space))
-            for space in SPACES
-        }
-        found[prefix] = own
-    limits = {space: memorisation.threshold(near) for space, near in closest["real_"].items()}
-    for prefix, one in sets.items():
-        for space, near in closest[prefix].items():
-            found[prefix] |= memorisation.figures(near, space, limits[space], one.weights)
+    found = {prefix: _quality(network, train, one, seed) for prefix, one in sets.items()}
+    closest = {prefix: _closest(one.seen, whole) for prefix, one in sets.items()}
+    for space, near in closest["real_"].items():
+        limit = memorisation.threshold(near)
+        for prefix, one in sets.items():
+            copies = memorisation.figures(closest[prefix][space], space, limit, one.weights)
+            found[prefix] |= copies
+    if "label_agreement" in found["real_"]:
+        quality.say_accuracy(found["real_"]["label_agreement"], count)
     pictures = {
-        f"closest_pairs_{space}": _pairs(train, samples, closest[""][space], device)
-        for space in SPACES
+        f"closest_pairs_{space}": _pairs(real.train, drawn.part, near, device)
+        for space, near in closest[""].items()
     }
-    if tokens is not None:
-        shares = [_shares(tokens, one, device, batch_size) for one in (real, sets["real_"])]
-        grids = tokens.grids[samples.rows]
-        shares.append(
-            frequencies.frequencies(grids, tokens.codebook_size, tokens.depth, sets[""].weights)
-        )
-        for prefix, other in (("real_", shares[1]), ("", shares[2])):
+    if samples.tokens is not None:
+        shares = _shares(samples.tokens, (train, drawn, held_out), device, batch_size)
+        for prefix, other in zip(sets, shares[1:], strict=True):
             found[prefix]["token_divergence"] = frequencies.divergence(shares[0], other)
-        pictures["token_frequencies"] = figures.distributions(shares[0][0], shares[2][0])
+        pictures["token_frequencies"] = figures.distributions(shares[0][0], shares[1][0])
     ordered = {
         f"{prefix}{key}": found[prefix][key]
         for key in found[""]
-        for prefix in ("", "real_")
+        for prefix in sets
         if key in found[prefix]
     }
-    return Record(
-        ordered, {**protocol, "images": count}, _rows(train, samples, closest[""]), pictures
-    )
+    counts = {"images": count, "training_images": len(real.train.rows)}
+    rows = _rows(real.train, drawn.part, closest[""])
+    return Record(ordered, {**protocol, **counts}, rows, pictures)
 
 
-def _shares(tokens: Tokens, one: Compared, device: torch.device, batch_size: int) -> Tensor:
-    """The frequencies of the indices that real images have, (R, codes)."""
-    rows = one.part.rows.split(batch_size)
-    with torch.inference_mode():
-        grids = torch.cat([tokens.encode(x).cpu() for x in one.part.images.batches(rows, device)])
-    return frequencies.frequencies(grids, tokens.codebook_size, tokens.depth, one.weights)
+def _quality(
+    network: FeatureNetwork, train: Compared, one: Compared, seed: int
+) -> dict[str, Figure]:
+    """What a set shows beside as many training images."""
+    found = quality.quality(network, train.seen, one.seen, (train.weights, one.weights))
+    found["diversity"] = quality.diversity(one.seen.features, one.part.labels, one.weights, seed)
+    if network.class_names and all(one.part.labels):
+        rows = [one.part.images.rows[row] for row in one.part.rows.tolist()]
+        what = "the samples or of the images held out"
+        classes = classifier.targets(rows, network.class_names, what)
+        found["label_agreement"] = quality.agreement(one.seen, classes, one.weights)
+    return found
+
+
+def _closest(seen: Seen, whole: Seen) -> dict[str, memorisation.Closest]:
+    """The nearest training image of each image of a set, in each space."""
+    return {
+        space: memorisation.closest(getattr(seen, space), getattr(whole, space)) for space in SPACES
+    }
+
+
+def _shares(
+    tokens: Tokens, sets: tuple[Compared, ...], device: torch.device, batch_size: int
+) -> list[Tensor]:
+    """How often each index occurs in training images, samples and images held out, (R, codes)."""
+
+    def encoded(part: Part) -> Tensor:
+        batches = part.images.batches(part.rows.split(batch_size), device)
+        with torch.inference_mode():
+            return torch.cat([tokens.encode(images).cpu() for images in batches])
+
+    train, drawn, held_out = sets
+    grids = encoded(train.part), tokens.grids[drawn.part.rows], encoded(held_out.part)
+    return [
+        frequencies.frequencies(own, tokens.codebook_size, tokens.depth, one.weights)
+        for own, one in zip(grids, sets, strict=True)
+    ]
 
 
 def _pairs(

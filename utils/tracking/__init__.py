@@ -4,7 +4,7 @@
 what is logged in the output folder or passes it on.
 """
 
-from utils.tracking.run import OUTPUT_TAG, Run, continue_run
+from utils.tracking.run import OUTPUT_TAG, Run, continue_run, home_of
 from utils.tracking.store import experiment_of, fetch
 
-__all__ = ["OUTPUT_TAG", "Run", "continue_run", "experiment_of", "fetch"]
+__all__ = ["OUTPUT_TAG", "Run", "continue_run", "experiment_of", "fetch", "home_of"]

@@ -1,9 +1,5 @@
-"""report.html: what a training made, on one page that needs no server and nothing beside it.
+"""report.html: what a training made, on one page that needs no server and nothing beside it."""
 
-python -m utils.tracking.report OUTPUT_DIR
-"""
-
-import argparse
 import base64
 import html
 import json
@@ -14,8 +10,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
-
-from utils import cli
 
 FILE, METRICS, LINEAGE = "report.html", "metrics.jsonl", "lineage.json"
 MOST_STEPS, MOST_POINTS = 24, 240  # of a slider, of a curve
@@ -145,7 +139,8 @@ def summary(metrics: dict[str, Series]) -> str:
 def pictures(home: Path) -> list[str]:
     """A card for each picture that was logged, with a slider where it was at several steps."""
     found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
-    for path in sorted((*home.glob("pictures/*.png"), *home.glob("*/pictures/*.png"))):
+    places = ("pictures", "*/pictures", "evaluation/*/pictures")
+    for path in sorted(path for place in places for path in home.glob(f"{place}/*.png")):
         if match := re.fullmatch(r"(?:pictures-)?(.+)-(\d{8})", path.stem):
             found[match[1]].append((int(match[2]), path))
     found = dict(sorted(found.items(), key=lambda item: (len(item[1]) == 1, item[0])))
@@ -274,23 +269,3 @@ def thinned(items: list, most: int) -> list:
     if len(items) <= most:
         return items
     return [items[round(n * (len(items) - 1) / (most - 1))] for n in range(most)]
-
-
-def main(arguments: argparse.Namespace) -> None:
-    home = Path(arguments.output_dir)
-    if not (home / METRICS).is_file():
-        raise cli.UserError(
-            f"{home} is no output folder of a training: it has no {METRICS}; name one that "
-            "train_vqvae.py or train.py wrote"
-        )
-    print(cli.build(write, home))
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
-    parser.add_argument("output_dir", help="output folder of a training")
-    return parser
-
-
-if __name__ == "__main__":
-    cli.run(main, make_parser())

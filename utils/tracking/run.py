@@ -66,6 +66,21 @@ def continue_run(
     return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **what)
 
 
+def home_of(run_id: str) -> Path | None:
+    """The output folder of a training, by its run; None where either is not to be found here."""
+    if not experiment_of(run_id):
+        return None
+    home = Path(store.tag_of(run_id, OUTPUT_TAG))
+    try:
+        lineage = provenance.of_json((home / links.FILE).read_text(encoding="utf-8"), str(home))
+    except (OSError, ValueError, UserError):
+        return None
+    if not lineage or lineage[-1].run_id != run_id:  # another training is in the folder now
+        return None
+    here = Path.cwd()
+    return home.relative_to(here) if home.is_relative_to(here) else home
+
+
 class Run:
     """One MLflow run and its output folder; a context manager that also says how it ended.
 
@@ -343,7 +358,7 @@ class Run:
 
     def _report(self) -> None:
         """Write report.html anew: of this training, or of the one whose folder this stage is in."""
-        folders = [self.output_dir, *self.output_dir.parents[:1]]
+        folders = [self.output_dir, *self.output_dir.parents[:2]]  # as evaluation/<name>
         home = next((one for one in folders if (one / links.FILE).is_file()), None)
         if home is None:
             return
