@@ -131,8 +131,8 @@ def _send_models(client: Any, run: Any, output_dir: Path, entries: list[Entry]) 
         where = client, run.info.run_id
         registry.log_model(*where, folder, values, entry["time"], entry["step"])
         if entry["register"]:
-            judge = registry.Judge(next(iter(values)), entry["lower"])
-            print(registry.register(*where, entry["register"], judge))
+            criterion = registry.Criterion(next(iter(values)), entry["lower"])
+            print(registry.register(*where, entry["register"], criterion))
     return len(missing)
 
 

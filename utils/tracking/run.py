@@ -292,8 +292,8 @@ class Run:
         self._note(model=journal.place(folder, self.output_dir), **entry)
         self._put(lambda: registry.log_model(*where, folder, values, now, step))
         if register:
-            by = registry.Judge(next(iter(values)), lower_is_better)
-            self._put(lambda: print(registry.register(*where, register, by)))
+            criterion = registry.Criterion(next(iter(values)), lower_is_better)
+            self._put(lambda: print(registry.register(*where, register, criterion)))
 
     def _note(self, **entry: object) -> None:
         if self._outbox is not None:
