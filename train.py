@@ -196,7 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
     def save() -> None:
         checkpoints.save(files_of(model))
 
-    with run, checkpoints, StopRequest() as stop:
+    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
         if progress.step == 0:
             save()
             evaluation()

@@ -223,7 +223,7 @@ def main(arguments: argparse.Namespace) -> None:
     def save() -> None:
         checkpoints.save(checkpoint.model_files(model, origin))
 
-    with run, checkpoints, StopRequest() as stop:
+    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
         if progress.step == 0:
             save()
             evaluation()

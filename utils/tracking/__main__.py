@@ -8,7 +8,21 @@ from utils.tracking import replay, store
 
 
 def main(arguments: argparse.Namespace) -> None:
-    sent = replay.replay(store.open_client(), Path(arguments.replay))
+    """Replay, and say what was sent.
+
+    Raises:
+        UserError: see `replay.replay`, or MLflow refuses something or goes away meanwhile.
+    """
+    client = store.open_client()
+    try:
+        sent = replay.replay(client, Path(arguments.replay))
+    except cli.UserError:
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise cli.UserError(
+            f"MLflow does not take all of {arguments.replay} ({cli.one_line(error)}); fix that and "
+            "run this again: nothing is sent twice"
+        ) from error
     counts = [f"{count:,} {kind}" for kind, count in sent.items() if count]
     print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
 
