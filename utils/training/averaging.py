@@ -28,14 +28,17 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after training step number `step` (from 1); young averages move."""
+        """Take in the weights after training step number `step` (from 1).
+
+        Early on the decay is smaller, so that the average follows quickly.
+        """
         if not self._decay:
             return
         decay = min(self._decay, step / (step + 9))
-        mine, theirs = list(self.model.parameters()), list(model.parameters())
-        torch._foreach_lerp_(mine, [p.detach() for p in theirs], 1 - decay)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)  # counters and the like: these have no average
+        trained = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(list(self.model.parameters()), trained, 1 - decay)
+        for own, other in zip(self.model.buffers(), model.buffers(), strict=True):
+            own.copy_(other)  # counters and the like: these have no average
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed training needs: nothing without an average."""
