@@ -123,6 +123,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.run_id,
         origin.run_id,
         stage="indices",
+        part=output_dir.name,
         inputs={
             arguments.path_to_data: checkpoint.sha256(Path(arguments.path_to_data)),
             arguments.model_dir: tokenizer.sha256,
@@ -188,7 +189,9 @@ def main(arguments: argparse.Namespace) -> None:
         + (f"; conditions of {'x'.join(map(str, grids.shape[1:]))}" if condition else "")
     )
     print(
-        cli.next_command("train.py", "--path_to_data", output_dir, "--model_dir", tokenizer.folder)
+        cli.next_command(
+            *("train.py", "--path_to_data", output_dir, "--model_dir", arguments.model_dir)
+        )
     )
 
 

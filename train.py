@@ -3,10 +3,13 @@
 import argparse
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from transformer import GPT, GPTConfig, generate, make_prefix
@@ -31,6 +34,11 @@ from vqvae import VQVAE, VQVAEConfig
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images that are drawn at each evaluation
+NO_BETTER_WARNING = (
+    "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
+    "ignores the order of the indices, so that samples will be noise; train longer, on more "
+    "images, or with a tokenizer of a smaller --codebook_size"
+)
 
 
 def train_step(
@@ -67,7 +75,7 @@ def evaluate(
 
 def draw_samples(
     model: GPT, data: IndexDataset, tokenizer: checkpoint.LoadedModel | None
-) -> figures.Image.Image:
+) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
     They are of all classes in turn, or of what is told of the first validation images. Without a
@@ -85,6 +93,72 @@ def draw_samples(
         return figures.grid(first[:, None] / (model.config.codebook_size - 1) * 2 - 1)
     with torch.inference_mode():
         return figures.grid(tokenizer.model.decode(indices.to(model.head.weight.device)))
+
+
+def load_batches(
+    data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prefix and grids of each batch of rows, on the device; of crops in an `epoch`."""
+    for classes, conditions, grids in data.batches(rows, epoch):
+        yield make_prefix(classes, conditions).to(device), grids.to(device)
+
+
+def open_run(
+    output_dir: Path,
+    progress: resume.Progress,
+    model: GPT,
+    data: IndexDataset,
+    tokenizer: checkpoint.LoadedModel | None,
+    group: processes.Processes,
+    config: dict[str, Any],
+) -> tracking.Run:
+    """The run in MLflow, or that of the training which goes on."""
+    params = {name: config[name] for name in ("window_size", "batch_size", "learning_rate")}
+    params["shape"] = f"{model.config.num_layers} x {model.config.dim}"
+    params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    words = data.words
+    run = tracking.Run(
+        output_dir,
+        stage="gpt",
+        run_id=progress.run_id or None,
+        continued=bool(progress.run_id),
+        logged=progress.logged,
+        experiment=config["experiment"] or tracking.experiment_of(words.tokenizer_run_id),
+        run_name=config["run_name"],
+        enabled=group.first,
+        config=config,
+        params=data.params | params,
+        tags={"tokenizer_run_id": words.tokenizer_run_id},
+        inputs={config["path_to_data"]: digest(data.path)}
+        | ({} if tokenizer is None else {config["model_dir"]: tokenizer.sha256}),
+        upstream=joined(lineage_of(data.path), () if tokenizer is None else tokenizer.lineage),
+    )
+    progress.run_id = run.run_id
+    return run
+
+
+def report_best(
+    run: tracking.Run,
+    data: IndexDataset,
+    tokenizer: checkpoint.LoadedModel | None,
+    config: TrainingConfig,
+    precision: str,
+    group: processes.Processes,
+    progress: resume.Progress,
+) -> float:
+    """Log the best GPT as a whole, with samples and its figure; its bits per token."""
+    folder = run.output_dir / "best"
+    best = checkpoint.load_model(folder, GPT, GPTConfig, group.device).model
+    run.picture("pictures/best_samples", draw_samples(best, data, tokenizer), 0)
+    name, sign = config.best_metric, metrics.sign_of(config.best_metric, BEST_METRICS)
+    figure = sign * progress.best
+    scores = {f"val/best_{name}": figure}
+    run.model(folder, scores, progress.step, register=config.register, lower_is_better=sign > 0)
+    print(f"best: val {name} {figure:.3f}")
+    if name == "bits_per_token":
+        return figure
+    batches = load_batches(data, group.device, data.val_rows.split(config.batch_size))
+    return float(evaluate(best, batches, precision, replace(group, count=1)).mean())
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -110,14 +184,14 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.count)
     judge = None
     if source.fd_samples:
-        splits = data.train_rows, data.val_rows[: max(0, source.fd_samples)]
+        splits = data.train_rows, data.val_rows[: source.fd_samples]
         judge = Judge(tokenizer, data.grids, data.rows, *splits, seed=config.seed, group=group)
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
     model = GPT(model_config).to(group.device)
     if arguments.flex_attention:
         if group.device.type != "cuda":
-            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; leave it away")
+            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
         model.attend = flex_attend
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
@@ -134,43 +208,17 @@ def main(arguments: argparse.Namespace) -> None:
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
     output_dir = find_output_dir(config, resumed, default_name=name)
-    run = tracking.Run(
-        output_dir,
-        stage="gpt",
-        run_id=progress.run_id or None,
-        continued=resumed is not None,
-        logged=progress.logged,
-        experiment=config.experiment or tracking.experiment_of(data.words.tokenizer_run_id),
-        run_name=config.run_name or name,
-        enabled=group.first,
-        config=settings,
-        inputs={source.path_to_data: digest(data.path)}
-        | ({} if tokenizer is None else {source.model_dir: tokenizer.sha256}),
-        upstream=joined(lineage_of(data.path), () if tokenizer is None else tokenizer.lineage),
-        tags={"tokenizer_run_id": data.words.tokenizer_run_id},
-        params={
-            **data.params,
-            "window_size": model_config.window_size,
-            "shape": f"{model_config.num_layers} x {model_config.dim}",
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "batch_size": config.batch_size,
-            "learning_rate": config.learning_rate,
-        },
-    )
-    progress.run_id = run.run_id
+    named = settings | {"run_name": config.run_name or name}
+    run = open_run(output_dir, progress, model, data, tokenizer, group, named)
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
-    guard = Guard(group, progress, config)
+    guard = Guard(group, progress, config, data.name)
     origin = checkpoint.Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
     unigram, bigram = data.baselines()
     floor = {"unigram_bits_per_token": unigram, "bigram_bits_per_token": bigram}
-    to_beat = f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token"
-    group.print(
-        f"{data}\n{schedule} on {group.device} in {precision}; writing to {output_dir}\n{to_beat}"
-    )
-
-    def load(rows: Sequence[Tensor], epoch: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        for classes, conditions, grids in data.batches(rows, epoch):
-            yield make_prefix(classes, conditions).to(group.device), grids.to(group.device)
+    load = partial(load_batches, data, group.device)
+    group.print(data)
+    group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
+    group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
 
     def evaluation() -> float:
         """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
@@ -196,7 +244,7 @@ def main(arguments: argparse.Namespace) -> None:
     def save() -> None:
         checkpoints.save(files_of(model))
 
-    with run, checkpoints, StopRequest() as stop:
+    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
         if progress.step == 0:
             save()
             evaluation()
@@ -231,30 +279,22 @@ def main(arguments: argparse.Namespace) -> None:
                 save()
             stop.obeyed(group, save)
             if progress.exhausted(config.patience):
-                group.print(f"no better validation in {config.patience} evaluations: stopping")
+                group.print(
+                    f"no better {config.best_metric} in {config.patience} evaluations: stopping"
+                )
                 break
 
         if group.first:
-            best = checkpoint.load_model(output_dir / "best", GPT, GPTConfig, group.device)
-            scores = {f"val/best_{config.best_metric}": sign * progress.best}
-            run.picture("pictures/best_samples", draw_samples(best.model, data, tokenizer), 0)
-            run.model(
-                output_dir / "best",
-                scores,
-                progress.step,
-                register=config.register,
-                lower_is_better=sign > 0,
-            )
-            print(f"best: val {config.best_metric} {sign * progress.best:.3f}; {to_beat}")
+            bits = report_best(run, data, tokenizer, config, precision, group, progress)
+            print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
+            if not bits < unigram:
+                print(NO_BETTER_WARNING.format(bits, unigram))
             print(run.how_to_look)
-            conditions = () if data.conditions is None else ("--conditions", data.path)
-            print(
-                cli.next_command(
-                    *("transformer_generation.py", "--model_path", output_dir / "best"),
-                    *("--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id),
-                    *conditions,
-                )
-            )
+    if group.first:
+        words = ["transformer_generation.py", "--model_path", output_dir / "best"]
+        words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]
+        words += [] if data.conditions is None else ["--conditions", data.path]
+        print(cli.next_command(*words))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -262,7 +262,8 @@ def main(arguments: argparse.Namespace) -> None:
     named = settings | {"run_name": config.run_name or default_name}
     run = open_run(output_dir, progress, model, start, group, named)
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
-    guard = Guard(group, progress, config, changing=(model.quantizer, adversary))
+    changing = model.quantizer, adversary
+    guard = Guard(group, progress, config, dataset.name, changing=changing)
     origin = checkpoint.Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
     if group.first:
         dataset.write_skipped(output_dir)
@@ -319,7 +320,7 @@ def main(arguments: argparse.Namespace) -> None:
     def save() -> None:
         checkpoints.save(checkpoint.model_files(model, origin))
 
-    with run, checkpoints, StopRequest() as stop:
+    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
         if progress.step == 0:
             save()
             evaluation()

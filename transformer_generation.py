@@ -145,6 +145,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.run_id,
         origin.run_id,
         stage="samples",
+        part=output_dir.name,
         inputs={path: sha256 for path, sha256 in inputs.items() if path},
         upstream=joined(gpt.lineage, *map(lineage_of, folders.values())),
     )

@@ -146,6 +146,14 @@ def test_values_out_of_range(error_of: Call, data: Path) -> None:
     assert "val_fraction" in train_tokenizer(error_of, data, "--val_fraction", 2)
 
 
+def test_values_out_of_range_for_the_gpt(error_of: Call, indices: Path) -> None:
+    """A share of validation below 0 was a traceback after the run had been opened."""
+    for flag, value in (("val_fraction", -0.1), ("val_fraction", 1), ("fd_samples", -1)):
+        error = error_of("train", "--path_to_data", indices, *TINY_GPT, f"--{flag}", value)
+        assert f"{flag} must " in error
+    assert not Path("outputs").exists()
+
+
 def test_nothing_to_resume(error_of: Call, data: Path) -> None:
     assert "no checkpoint there" in train_tokenizer(error_of, data, "--resume", "nowhere")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.decoding import Header, decode_image, read_header, read_image
+from utils.data.decoding import Header, decode_image, read_header, read_image, read_mask
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
 HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, white right
@@ -277,3 +277,19 @@ def test_formats_that_start_other_programs_are_not_read(tmp_path: Path) -> None:
     assert Image.open(file).format == "EPS"
     for text in (read_header(str(file)), read_image(str(file), 3, (4, 4))):
         assert "no image file of a kind that is read here: BMP, GIF, JPEG" in text
+
+
+def test_too_little_memory_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --skip_bad_images good files were left out while another program took the memory."""
+    file = save(Image.new("RGB", (6, 4)), tmp_path / "a.png")
+
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image.Image, "convert", full)
+    for read in (lambda: read_image(file, 3, (4, 6)), lambda: read_mask(file, (4, 6))):
+        with pytest.raises(MemoryError):
+            read()
+    monkeypatch.setattr(Image, "open", full)
+    with pytest.raises(MemoryError):
+        read_header(file)

@@ -1,11 +1,15 @@
 """No step is taken on numbers that are not finite: the training stops, or leaves the batch out."""
 
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conftest import TINY_TOKENIZER, write_images
 from utils.cli import UserError
 from utils.processes import Processes
 from utils.training.guard import Guard
@@ -15,7 +19,8 @@ from utils.training.schedule import TrainingConfig
 from vqvae import VQVAE, VQVAEConfig
 
 ALONE = Processes(0, 1, torch.device("cpu"))
-ROWS = torch.tensor([4, 9])
+NAMES = "row {}".format
+ROWS = torch.tensor([5, 10])
 
 
 def clone(module: nn.Module) -> dict[str, Tensor]:
@@ -46,7 +51,7 @@ def test_a_finite_step_is_that_of_the_optimiser() -> None:
     for group in reference.param_groups:
         group["lr"] = 0.3
     reference.step()
-    assert Guard(ALONE, Progress(), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
+    assert Guard(ALONE, Progress(), TrainingConfig(), NAMES).step(optimizers, values, 0.3, ROWS)
     assert same(net, other.state_dict())
     assert values["norm"] == 4
     assert all(parameter.grad is None for parameter in net.parameters())
@@ -58,8 +63,10 @@ def test_a_finite_step_is_that_of_the_optimiser() -> None:
 def test_it_stops_before_the_step_and_says_where(size: float, loss: float, named: str) -> None:
     net, optimizers, values = batch(size, loss)
     before = clone(net)
-    with pytest.raises(UserError, match=rf"step 8: {named} at learning rate 0.3, in rows 5, 10;"):
-        Guard(ALONE, Progress(step=8), TrainingConfig()).step(optimizers, values, 0.3, ROWS)
+    with pytest.raises(
+        UserError, match=rf"step 8: {named} at learning rate 0.3, in row 5, row 10;"
+    ):
+        Guard(ALONE, Progress(step=8), TrainingConfig(), NAMES).step(optimizers, values, 0.3, ROWS)
     assert same(net, before)
 
 
@@ -67,7 +74,7 @@ def test_of_two_optimisers_none_steps_if_one_must_not() -> None:
     (good, first, values), (_, second, _) = batch(1.0), batch(math.nan)
     before = clone(good)
     with pytest.raises(UserError, match="other nan"):
-        Guard(ALONE, Progress(), TrainingConfig()).step(
+        Guard(ALONE, Progress(), TrainingConfig(), NAMES).step(
             first | {"other": second["norm"]}, values, 0.3, ROWS
         )
     assert same(good, before)
@@ -76,7 +83,7 @@ def test_of_two_optimisers_none_steps_if_one_must_not() -> None:
 def test_bad_batches_are_left_out_up_to_a_limit(capsys: pytest.CaptureFixture) -> None:
     config = TrainingConfig(on_nonfinite="skip", nonfinite_limit=2)
     progress = Progress()
-    guard = Guard(ALONE, progress, config)
+    guard = Guard(ALONE, progress, config, NAMES)
     for number in (1, 2):
         net, optimizers, values = batch(math.nan)
         before = clone(net)
@@ -105,7 +112,11 @@ def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
     ).train()
     model(torch.rand(4, 1, 8, 8))
     guard = Guard(
-        ALONE, Progress(), TrainingConfig(on_nonfinite="skip"), changing=(model.quantizer, None)
+        ALONE,
+        Progress(),
+        TrainingConfig(on_nonfinite="skip"),
+        NAMES,
+        changing=(model.quantizer, None),
     )
     guard.remember()
     before = clone(model.quantizer)
@@ -115,3 +126,37 @@ def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
     optimizer = make_optimizer(model, TrainingConfig(), (0.9, 0.99))
     assert not guard.step({"norm": optimizer}, {"loss": made.mean().detach()}, 0.1, ROWS)
     assert same(model.quantizer, before)
+
+
+class OfTwo(Processes):
+    """One of two processes, the other of which has a loss that is not finite."""
+
+    def largest(self, value: int) -> int:
+        return 1
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        return [values, values.clone().index_fill_(0, torch.tensor(0), math.inf)]
+
+
+@pytest.mark.parametrize(("rank", "error"), [(0, UserError), (1, SystemExit)])
+def test_of_several_processes_one_says_so(rank: int, error: type[BaseException]) -> None:
+    """Every process printed its line, most of them `a number of another process`."""
+    _, optimizers, values = batch(1.0)
+    guard = Guard(OfTwo(rank, 2, ALONE.device), Progress(step=8), TrainingConfig(), NAMES)
+    with pytest.raises(error) as caught:
+        guard.step(optimizers, values, 0.3, ROWS)
+    if rank == 0:
+        assert "step 8: loss inf at learning rate 0.3, in row 5, row 10;" in str(caught.value)
+    else:
+        assert caught.value.code == 2
+
+
+def test_rows_are_those_of_the_csv(error_of: Callable[..., str], own_folder: Path) -> None:
+    """After images that were skipped all of them were too low."""
+    data = write_images(own_folder / "data")
+    (own_folder / "data" / "0.png").write_bytes(b"none")
+    flags = ("--path_to_data", data, *TINY_TOKENIZER, "--skip_bad_images", 1, "--batch_size", 9)
+    error = error_of("train_vqvae", *flags, "--learning_rate", 1e30, "--max_epochs", 99)
+    named = {(int(row), file) for row, file in re.findall(r"row (\d+) (\S+\.png)", error)}
+    assert len(named) == 9
+    assert named < {(number + 1, f"{number}.png") for number in range(1, 12)}

@@ -9,7 +9,7 @@ from tests.conftest import open_run
 from utils import tracking
 from utils.cli import UserError
 from utils.tracking import registry
-from utils.tracking.registry import Judge
+from utils.tracking.registry import Criterion
 from utils.training.schedule import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -102,13 +102,24 @@ def test_a_training_killed_after_any_call_goes_on_without_doubles(
     assert len(store.get_metric_history(run.run_id, "val/best_mse")) == 1
 
 
+def test_a_model_is_registered_once(store: Any) -> None:
+    """A finished training that was started again registered its model another time."""
+    run = train("first", 0.5)
+    store.delete_registered_model_alias("digits", "champion")
+    what = store, run.run_id, "digits", Criterion("val/best_mse", True)
+    for _ in range(2):  # as after a kill between the version and its alias, and once more
+        assert "version 1 of digits; champion: models:/digits" in registry.register(*what)
+        assert len(store.search_model_versions("name = 'digits'")) == 1
+        assert champion() == "first"
+
+
 def test_no_number_is_never_better() -> None:
     for lower_is_better in (True, False):
-        judge = Judge("mse", lower_is_better)
-        assert judge.prefers(1.0, float("nan"))
-        assert not judge.prefers(float("nan"), 1.0)
-        assert not judge.prefers(float("nan"), float("nan"))
-        assert not judge.prefers(1.0, 1.0)
+        criterion = Criterion("mse", lower_is_better)
+        assert criterion.prefers(1.0, float("nan"))
+        assert not criterion.prefers(float("nan"), 1.0)
+        assert not criterion.prefers(float("nan"), float("nan"))
+        assert not criterion.prefers(1.0, 1.0)
 
 
 def test_no_champion_yet(store: Any) -> None:

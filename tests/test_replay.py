@@ -12,7 +12,7 @@ from tests.conftest import PICTURE, open_run
 from utils import tracking
 from utils.cli import UserError
 from utils.tracking import __main__ as command
-from utils.tracking import links, replay
+from utils.tracking import journal, links, metrics_log, replay
 from utils.tracking.store import pictures
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -107,15 +107,65 @@ def test_a_picture_that_came_through_in_half(store: Any) -> None:
 
 
 def test_a_folder_of_two_runs(store: Any) -> None:
-    """Each run gets what was logged after it was opened."""
-    for value in (1.0, 2.0):
-        with open_run() as run:
-            run.metrics("train", {"loss": value}, 0)
-        store.log_param(run.run_id, "value", value)
+    """Each run gets what it logged, also where both were open at once."""
+    runs = [open_run(), open_run()]
+    for step in range(3):
+        for run in runs:
+            run.metrics("train", {"loss": float(runs.index(run))}, step)
+    for run in runs:
+        line = {"step": 3, "time": 99999999999.0, "run_id": run.run_id}
+        metrics_log.append(Path("out"), line | {"train/loss": float(runs.index(run))})
+        run.close()
     with Path("out/metrics.jsonl").open("a") as file:
-        file.write('{"step": 1, "time": 99999999999.0, "train/loss": 3.0}\n{"step": 2, "ti')
-    assert replay.replay(store, Path("out"))["metrics"] == 1
-    assert [m.value for m in store.get_metric_history(run.run_id, "train/loss")] == [2.0, 3.0]
+        file.write('{"step": 4, "ti')
+    assert replay.replay(store, Path("out"))["metrics"] == 2
+    for number, run in enumerate(runs):
+        history = store.get_metric_history(run.run_id, "train/loss")
+        assert [(m.step, m.value) for m in history] == [(step, number) for step in range(4)]
+
+
+def test_a_later_stage_does_not_hide_how_the_training_ended(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last entry of the journal was taken for the run's last word."""
+    run = open_run()
+    with monkeypatch.context() as patch:
+        patch.setattr(type(store), "set_terminated", lambda *_: (_ for _ in ()).throw(Gone))
+        run.close("FAILED")
+    with tracking.continue_run(Path("out"), run.run_id, "", part="samples") as later:
+        later.picture("samples", PICTURE, 0)
+    assert store.get_run(run.run_id).info.status == "RUNNING"
+    replay.replay(store, Path("out"))
+    assert store.get_run(run.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"lineage": [{"name": "gpt"}]},
+        {"lineage": [{"name": "gpt", "command": "", "inputs": {"a": 1}}]},
+        {"lineage": "gpt"},
+        {"picture": "pictures/a.png", "key": "a", "step": "1"},
+        {"picture": 3, "key": "a", "step": 1},
+        {"table": ["a"]},
+        {"folder": "best"},
+        {"file": "a", "name": None},
+        {"status": "DONE"},
+        {"model": "best", "values": {}, "step": 1, "register": "", "lower": True},
+        {"model": "best", "values": {"a": "b"}, "step": 1, "register": "", "lower": True},
+        {"model": "best", "values": [1], "step": 1, "register": "", "lower": True},
+        {"status": "KILLED", "run_id": "../x"},
+        {"status": "KILLED", "time": float("nan")},
+    ],
+)
+def test_damaged_entries_are_left_out(entry: dict, capsys: pytest.CaptureFixture) -> None:
+    """They were tracebacks in the middle of a replay."""
+    Path("out").mkdir()
+    good = {"time": 1.0, "run_id": "a", "status": "KILLED"}
+    lines = [{"time": 2.0, "run_id": "a", **entry}, good]
+    Path("out/mlflow.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert journal.read(Path("out")) == [good]
+    assert "out/mlflow.jsonl: damaged lines are left out: 1" in capsys.readouterr().err
 
 
 def test_what_cannot_be_replayed(store: Any) -> None:
@@ -128,17 +178,36 @@ def test_what_cannot_be_replayed(store: Any) -> None:
         replay.replay(store, Path("out"))
 
 
+def test_what_mlflow_refuses_is_one_line(store: Any) -> None:
+    with open_run() as run:
+        run.metrics("train", {"100 % & more!": 1.0}, 1)
+    with pytest.raises(UserError, match=r"MLflow does not take all of out \("):
+        command.main(command.make_parser().parse_args(["--replay", "out"]))
+
+
 def test_files_outside_of_the_folder_are_not_sent(store: Any) -> None:
     """A folder of a stranger could name any file of this machine."""
     with open_run() as run:
         pass
     Path("secret").write_text("key")
-    with Path("out/mlflow.jsonl").open("a") as file:
-        for name in ("../secret", str(Path("secret").absolute())):
-            line = {"time": 99999999999.0, "file": name, "name": ""}
-            file.write(json.dumps(line) + "\n")
-        file.write('{"time": 99999999999.0, "folder": "..", "name": "x"}\n')
+    PICTURE.save("secret.png")
+    Path("secret.json").write_text('{"columns": [], "data": []}')
+    Path("out/best").mkdir()
+    Path("out/best/secret").symlink_to("../../secret")
+    at = {"step": 0, "key": "a", "values": {"a": 1.0}, "register": "", "lower": True}
+    for entry in (
+        {"file": "../secret", "name": ""},
+        {"file": str(Path("secret").absolute()), "name": ""},
+        {"folder": "..", "name": "x"},
+        {"folder": "best", "name": "x"},
+        {"picture": "../secret.png", **at},
+        {"table": "../../secret"},
+        {"model": "best", **at},
+    ):
+        journal.Journal(Path("out"), run.run_id).note(**entry)
     replay.replay(store, Path("out"))
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
     assert (home / "report.html").is_file()
-    assert not list(home.rglob("secret"))
+    assert not list(home.parents[1].rglob("*secret*"))
+    assert not store.list_artifacts(run.run_id, "images")
+    assert not store.get_run(run.run_id).outputs.model_outputs

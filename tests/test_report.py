@@ -11,8 +11,25 @@ import pytest
 from PIL import Image
 
 from utils import provenance
+from utils.cli import UserError
 from utils.provenance import Stage
 from utils.tracking import report
+
+ABOUT = {"time": 0.0, "run_id": "a"}  # of a line in metrics.jsonl
+
+
+DAMAGED_NUMBERS = (
+    "[1]",
+    "7",
+    "{}",
+    '{"step": 1, "time": 1.0, "run_id": "a", "val/mse": "low"}',
+    '{"step": 1, "time": 1.0, "run_id": "a", "val/mse": [1]}',
+    '{"step": 1, "time": 1.0, "run_id": "a", "val/mse": 1' + "0" * 400 + "}",
+    '{"step": "1", "time": 1.0, "run_id": "a", "val/mse": 1.0}',
+    '{"step": 1, "time": NaN, "run_id": "a", "val/mse": 1.0}',
+    '{"step": 1, "time": "now", "run_id": "a", "val/mse": 1.0}',
+    '{"step": 1, "time": 1.0, "run_id": 7, "val/mse": 1.0}',
+)
 
 
 class Tags(HTMLParser):
@@ -49,11 +66,10 @@ def home(own_folder: Path) -> Path:
         picture.save(home / "pictures" / f"pictures-reconstructions-{step:08}.png")
     Image.new("L", (8, 8)).save(home / "pictures" / "pictures-usage-00000000.png")
     lines = [
-        {"step": step, "time": 0.0, "train/mse": 1 / (step + 1), "val/mse": 2.0}
-        for step in range(1000)
+        {"step": step, **ABOUT, "train/mse": 1 / (step + 1), "val/mse": 2.0} for step in range(1000)
     ]
-    lines += [{"step": 999, "time": 0.0, "val/best_mse": 0.125, "val/bad": float("nan")}]
-    lines += [{"step": s, "time": 0.0, "system/cpu_utilization_percentage": s} for s in range(3)]
+    lines += [{"step": 999, **ABOUT, "val/best_mse": 0.125, "val/bad": float("nan")}]
+    lines += [{"step": s, **ABOUT, "system/cpu_utilization_percentage": s} for s in range(3)]
     content = "".join(json.dumps(line) + "\n" for line in lines)
     (home / "metrics.jsonl").write_text(content + '{"step": 1000, "ti')  # a crash cut it off
     chain = (Stage("tokenizer", "python train_vqvae.py --label '<b>'", {"data.csv": "ab" * 32}),)
@@ -103,6 +119,29 @@ def test_names_and_commands_are_text_not_html(home: Path) -> None:
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert "abababababab" in page
+
+
+def test_pictures_of_later_stages_are_cards_of_their_own(home: Path) -> None:
+    """Pictures that two folders of images logged at step 0 were one."""
+    for folder in ("evaluation/pictures", "one.pictures", "two.pictures"):
+        (home / folder).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(home / folder / "pictures-generated-00000000.png")
+    page = report.write(home).read_text()
+    for title in ("generated", "one generated", "two generated"):
+        assert page.count(f"<h3>{title}</h3>") == 1
+
+
+def test_damaged_files(home: Path, capsys: pytest.CaptureFixture) -> None:
+    """They were tracebacks, or left out all that a line after them said."""
+    for line in DAMAGED_NUMBERS:
+        with (home / "metrics.jsonl").open("a") as file:
+            file.write(f"\n{line}")
+    assert "0.125" in report.write(home).read_text()
+    assert f"damaged lines are left out: {len(DAMAGED_NUMBERS) + 1}" in capsys.readouterr().err
+    for text in ('[{"name": "tok', "[1]", "7", '[{"name": 3, "command": ""}]', "[" * 10_000):
+        (home / "lineage.json").write_text(text)
+        with pytest.raises(UserError, match=r"the lineage of .*lineage\.json is damaged"):
+            report.write(home)
 
 
 def test_a_folder_with_little_in_it(own_folder: Path) -> None:

@@ -94,8 +94,10 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, steps: i
 def test_what_makes_another_training_is_refused_by_name(tmp_path: Path) -> None:
     train(tmp_path, 1)
     found = find_checkpoint("auto", str(tmp_path))
-    with pytest.raises(UserError, match=r"another training: data_sha256 'abc' -> 'xyz'"):
-        train(tmp_path, 2, found, data_sha256="xyz")
+    with pytest.raises(
+        UserError, match=r"another training: the rows of a.csv \(SHA-256 abc -> x{12}\)"
+    ):
+        train(tmp_path, 2, found, data_sha256="x" * 64, path_to_data="a.csv")
     with pytest.raises(UserError, match=r"seed 1 -> 2"):
         train(tmp_path, 2, found, seed=2)
 
@@ -114,6 +116,7 @@ def test_what_may_differ_is_warned_of_or_free(
     finally:
         torch.set_num_threads(threads)
     said = capsys.readouterr().err
+    assert "warning: resuming with changed settings; the result will differ from an unin" in said
     assert f"learning_rate 0.05 -> 0.1, threads {threads} -> {threads + 1}" in said
 
 

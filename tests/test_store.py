@@ -67,7 +67,7 @@ def test_a_store_that_dies_while_a_run_is_opened(
         raise OSError("database or disk is full")
 
     monkeypatch.setattr(type(store), call, full)
-    with pytest.raises(UserError, match=r"opens no run \(database or disk is full\); mend it"):
+    with pytest.raises(UserError, match=r"opens no run \(database or disk is full\); fix it"):
         open_run()
 
 

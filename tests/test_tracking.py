@@ -15,7 +15,7 @@ from PIL import Image
 from tests.conftest import PICTURE, lines_of, open_run
 from utils import tracking
 from utils.cli import Stopped, UserError
-from utils.tracking import metrics_log
+from utils.tracking import journal, metrics_log, replay, report
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -101,7 +101,7 @@ def walk(client: Any, run_id: str, path: str | None = None) -> Iterator[Any]:
         (UserError("a mistake"), "FAILED"),
         (Stopped(15), "KILLED"),
         (KeyboardInterrupt(), "KILLED"),
-        (SystemExit(143), "KILLED"),  # the second signal
+        (SystemExit(143), "KILLED"),
     ],
 )
 def test_how_a_run_ended(store: Any, error: BaseException, status: str) -> None:
@@ -158,6 +158,67 @@ def test_a_resumed_run_that_is_gone_gets_a_new_one(
     assert "a new run takes its place" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ['[{"name": "tok', None])
+def test_what_spoils_the_report_spoils_nothing_else(
+    store: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: str | None
+) -> None:
+    """An evaluation ended in a traceback after hours, and MLflow got nothing of it."""
+    run = open_run()
+    run.close()
+    with tracking.continue_run(Path("out/evaluation"), run.run_id, "") as later:
+        later.metrics("test", {"mse": 0.5}, 0)
+        if damage is not None:
+            Path("out/lineage.json").write_text(damage)
+        else:
+            monkeypatch.setattr(report, "write", lambda home: [][0])
+    assert store.get_run(run.run_id).data.metrics == {"test/mse": 0.5}
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no report of out: ")
+
+
+def test_a_lineage_is_there_whole_or_not_at_all(
+    monkeypatch: pytest.MonkeyPatch, store: Any
+) -> None:
+    """A crash left half of it, at which every later stage failed."""
+    real = Path.write_text
+
+    def killed(self: Path, text: str, *arguments: object, **options: object) -> int:
+        if "lineage" not in self.name:
+            return real(self, text, *arguments, **options)
+        real(self, text[:20])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        open_run(inputs={"data.csv": "ab" * 32})
+    assert not Path("out/lineage.json").exists()
+
+
+def test_stages_that_write_into_one_folder_are_kept_apart(store: Any) -> None:
+    """The second picture took the place of the first, and runs got what others logged."""
+    runs = [open_run(f"gpt-{number}") for number in range(2)]
+    stages = [
+        tracking.continue_run(Path(), run.run_id, "", part=f"images-{number}")
+        for number, run in enumerate(runs)
+    ]
+    pictures = [
+        stage.picture("pictures/generated", Image.new("RGB", (8, 8), (90 * number, 0, 0)), 0)
+        for number, stage in enumerate(stages)
+    ]
+    for one in (*stages, *runs):
+        one.close()
+    assert [picture.parent.name for picture in pictures] == [
+        "images-0.pictures",
+        "images-1.pictures",
+    ]
+    for number, picture in enumerate(pictures):
+        with Image.open(picture) as image:
+            assert image.getpixel((0, 0)) == (90 * number, 0, 0)
+    logged = {entry["run_id"]: entry["picture"] for entry in journal.read(Path()) if "key" in entry}
+    assert logged == {run.run_id: str(one) for run, one in zip(runs, pictures, strict=True)}
+    assert not replay.replay(store, Path()).total()
+
+
 def test_a_model_from_elsewhere_is_not_logged(store: Any, capsys: pytest.CaptureFixture) -> None:
     with tracking.continue_run(Path("later"), None, "0" * 32) as run:
         run.metrics("samples", {"accuracy": 0.5}, 0)
@@ -196,13 +257,11 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
     with open_run() as run:
         for step in (1, 2, 3):
             run.metrics("train", {"loss": float(step)}, step)
-    metrics_log.append(
-        run.output_dir, {"step": 2, "time": 7.0, "val/mse": 0.5}
-    )  # killed before it went
+    late = {"time": 7.0, "run_id": run.run_id}
+    metrics_log.append(run.output_dir, {"step": 2, **late, "val/mse": 0.5})  # killed before it went
     size = metrics_log.mark(run.output_dir)
-    run_again = {"run_id": run.run_id, "continued": True}
-    metrics_log.append(run.output_dir, {"step": 3, "time": 8.0, "val/mse": 0.25})  # to come again
-    with open_run(logged=size, **run_again) as again:
+    metrics_log.append(run.output_dir, {"step": 3, **late, "val/mse": 0.25})  # to come again
+    with open_run(logged=size, run_id=run.run_id, continued=True) as again:
         again.metrics("train", {"loss": 3.0}, 3)
         again.metrics("val", {"mse": 0.25}, 3)
         again.metrics("train", {"loss": 4.0}, 4)

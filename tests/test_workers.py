@@ -21,6 +21,8 @@ def read(file: str) -> str:
     """What each process does with a file; some files are fatal."""
     if file == "17.png" and os.environ.get("FATE") == "dies":
         os.kill(os.getpid(), signal.SIGKILL)
+    if file == "17.png" and os.environ.get("FATE") == "starves":
+        raise MemoryError
     if file == "17.png" and os.environ.get("FATE") == "hangs":
         os.kill(os.getpid(), signal.SIGSTOP)
     return file.upper()
@@ -44,6 +46,13 @@ def test_a_process_that_dies_is_named_with_its_row(
     """It ended in a BrokenProcessPool that named no file."""
     monkeypatch.setenv("FATE", "dies")
     with pytest.raises(UserError, match=r"^a process that reads images died at row 18; .*num_work"):
+        all_read(num_workers)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_out_of_memory_arrives_as_that(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FATE", "starves")
+    with pytest.raises(MemoryError):
         all_read(num_workers)
 
 

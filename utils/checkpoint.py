@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.provenance import Lineage, finished
 from utils.untrusted import JSON_BYTES, check_links, check_size, typed
 
@@ -254,7 +254,10 @@ def find_model_folder(path: str | Path) -> Path:
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if not path.exists():
-        raise UserError(f"no such model folder: {path}")
+        raise UserError(
+            f"no such model folder: {path}; give an output folder of a training, or "
+            "runs:/<run id>/checkpoints"
+        )
     raise UserError(f"{path} is no model folder: it has no {CONFIG} and {WEIGHTS}")
 
 
@@ -289,8 +292,9 @@ def load_model(
         model = model_class(config)
         model.load_state_dict(tensors)
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {line}") from error
+        raise UserError(
+            f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {one_line(error)}"
+        ) from error
     return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
 
 
@@ -302,7 +306,6 @@ def read_provenance(folder: Path) -> Provenance:
     """
     written = folder / PROVENANCE
     values = read_json(written) if written.is_file() else {}
-    values.pop("command", None)  # of folders from before there was a lineage
     return _read_typed(Provenance, values, written)
 
 
@@ -315,8 +318,8 @@ def _read_typed(make: type, values: dict[str, Any], path: Path) -> Any:
 
 def _check_kinds(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
     """Raise a ValueError if tensors are missing, left over, or of another shape or kind."""
-    for name in sorted(expected.keys() ^ found.keys()):
-        raise ValueError(f"{name:.80} is only in one of them")
+    if odd := sorted(expected.keys() ^ found.keys()):
+        raise ValueError(f"{odd[0]:.80} is only in one of them")
     for name, tensor in expected.items():
         if tensor.shape != found[name].shape:
             raise ValueError(f"{name} is {list(found[name].shape)} and not {list(tensor.shape)}")

@@ -217,7 +217,7 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
             raise
         ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
         ways = ways or ["a machine with more"]
-        said = printable(" ".join(str(error).split())[:200]) or type(error).__name__
+        said = printable(one_line(error))
         print(f"error: out of memory: {said}; use {', or '.join(ways)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
@@ -246,6 +246,11 @@ def out_of_memory(error: BaseException) -> bool:
 def printable(text: str) -> str:
     """A text as one line that cannot steer the terminal, whatever names and labels it quotes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(error: BaseException, limit: int = 200) -> str:
+    """What an error says, in one short line; its type where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
 def command_line() -> str:

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -50,6 +51,17 @@ class Processes:
         """Print a line once, above a progress bar if there is one."""
         if self.first:
             tqdm.write(str(line), file=sys.stdout)
+
+    def fail(self, line: str) -> NoReturn:
+        """End the training for a reason that all processes know of, and one of them says.
+
+        Raises:
+            UserError: in the first process.
+            SystemExit: in the others.
+        """
+        if self.first:
+            raise UserError(line)
+        sys.exit(2)
 
     def bar(self, total: int, initial: int) -> tqdm:
         """A progress bar of training steps: of the first process, on a terminal."""

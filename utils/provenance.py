@@ -119,6 +119,8 @@ def parse(values: Iterable[Mapping[str, Any]]) -> Lineage:
         for key, kind in typing.get_type_hints(Stage).items():
             if not isinstance(getattr(stage, key), typing.get_origin(kind) or kind):
                 raise ValueError(f"no lineage: {key} is {getattr(stage, key)!r}")
+        if not all(isinstance(value, str) for value in stage.inputs.values()):
+            raise ValueError(f"no lineage: inputs are {stage.inputs!r:.80}")
     return lineage
 
 
@@ -181,7 +183,7 @@ def of_json(text: str, where: str) -> Lineage:
     """
     try:
         return parse(json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the lineage of {where} is damaged: {error}") from error
 
 

@@ -84,6 +84,7 @@ def main(arguments: argparse.Namespace) -> None:
         arguments.run_id,
         default_run_id,
         stage="images",
+        part=output_dir.name,
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
     )

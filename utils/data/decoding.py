@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
 
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -54,7 +54,11 @@ def _quieten() -> None:
 
 
 def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
-    """The header of an image file, or what is wrong with it."""
+    """The header of an image file, or what is wrong with it.
+
+    Raises:
+        MemoryError: there is too little, whatever the file holds.
+    """
     try:
         with open_image(file, max_pixels) as image:
             width, height = image.size
@@ -66,6 +70,8 @@ def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
             if image.mode == "P" and image.palette is not None:
                 grey = _is_grey(image.palette)
             return Header((height, width), grey, image.has_transparency_data)
+    except MemoryError:  # which says nothing about the file
+        raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
         return complaint(file, error)
 
@@ -92,7 +98,7 @@ def complaint(file: str, error: Exception) -> str:
         return f"no image file of a kind that is read here: {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return TOO_MANY_PIXELS
-    return " ".join(str(error).split()) or type(error).__name__
+    return one_line(error)
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:
@@ -151,9 +157,15 @@ def decode_image(
 def read_image(
     file: str | Path, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
 ) -> np.ndarray | str:
-    """`decode_image`, or what is wrong with the file."""
+    """`decode_image`, or what is wrong with the file.
+
+    Raises:
+        MemoryError: there is too little, whatever the file holds.
+    """
     try:
         return decode_image(file, channels, size, max_pixels)
+    except MemoryError:  # which says nothing about the file
+        raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
         return complaint(str(file), error)
 
@@ -163,10 +175,13 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
 
     Raises:
         UserError: no picture, or nothing is left to draw.
+        MemoryError: there is too little to read it.
     """
     try:
         with open_image(path) as picture:
             mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
+    except MemoryError:  # which says nothing about the file
+        raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
         raise UserError(
             f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: "

@@ -177,7 +177,7 @@ class ImageDataset:
                 yield self.pixels[rows]
             return
         lists = [rows.tolist() for rows in batches_of_rows]
-        batches = read_batches(self._decode, self.files, lists, self.num_workers, self._name)
+        batches = read_batches(self._decode, self.files, lists, self.num_workers, self.name)
         for rows, images in zip(lists, batches, strict=True):
             found = zip(rows, images, strict=True)
             self._refuse({row: image for row, image in found if isinstance(image, str)})
@@ -227,11 +227,12 @@ class ImageDataset:
         pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
         with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
-            for results in read_batches(read, self.files, pieces, num_workers, self._name):
+            for results in read_batches(read, self.files, pieces, num_workers, self.name):
                 yield from results
                 bar.update(len(results))
 
-    def _name(self, row: int) -> str:
+    def name(self, row: int) -> str:
+        """What to call a row of the data set in a message: as in the CSV, with its file."""
         return f"row {self._numbers[row] + 1} {self.names[row]}"
 
     def _leave_out(self, bad: dict[int, str]) -> None:
@@ -252,7 +253,7 @@ class ImageDataset:
         """Raise if there are bad files, by row."""
         if bad:
             count = len(bad) + len(self.skipped)
-            named = first_few([f"{self._name(row)} ({text})" for row, text in bad.items()])
+            named = first_few([f"{self.name(row)} ({text})" for row, text in bad.items()])
             total = len(self) + len(self.skipped)
             ways = ["replace them", "take them out of the CSV"]
             if TOO_MANY_PIXELS in bad.values():

@@ -37,6 +37,12 @@ class IndicesConfig:
         metadata={"help": "samples that an evaluation draws for FD (classifier); 0: none"},
     )
 
+    def __post_init__(self) -> None:
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
+        if self.fd_samples < 0:
+            raise ValueError(f"fd_samples must not be negative, got {self.fd_samples}")
+
 
 class IndexDataset:
     """The grids of an indices folder or a text file.
@@ -91,6 +97,10 @@ class IndexDataset:
             f"{self.words.codebook_size} codes, {len(self.words.class_names)} classes, {told}"
             f"{len(self.train_rows):,} to train on, {len(self.val_rows):,} to validate"
         )
+
+    def name(self, row: int) -> str:
+        """What to call a row of the data set in a message."""
+        return f"row {row + 1} {self.rows[row].image_path}".rstrip()
 
     @property
     def arrays(self) -> list[np.ndarray]:

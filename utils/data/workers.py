@@ -31,7 +31,7 @@ def read_batches(
     """`[read(files[row]) for row in batch]` of each batch, in order.
 
     Args:
-        read: what is done with a file; raises nothing.
+        read: what is done with a file; what it raises, as MemoryError, is raised here.
         files: by row.
         batches: rows that are wanted together.
         num_workers: processes; 0: this one reads them itself.
@@ -88,7 +88,7 @@ def _end(shared: list[int], died: bool) -> list[int]:
 
 
 def _begin(shared: Any, parent: int) -> None:
-    """Make this process a worker: it obeys nobody but its parent, and ends with it."""
+    """Set up a worker: it ignores signals, and ends when its parent does."""
     global _state
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

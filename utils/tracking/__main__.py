@@ -12,18 +12,40 @@ from utils.tracking import replay, report, store
 
 
 def main(arguments: argparse.Namespace) -> None:
+    """Replay, or write the report.
+
+    Raises:
+        UserError: there is nothing to read, or MLflow refuses something or goes away meanwhile.
+    """
     if arguments.report:
-        home = Path(arguments.report)
-        if not (home / report.METRICS).is_file():
-            raise cli.UserError(
-                f"{home} is no output folder of a training: it has no {report.METRICS}; name one "
-                "that train_vqvae.py or train.py wrote"
-            )
-        print(cli.build(report.write, home))
-        return
-    sent = replay.replay(store.open_client(), Path(arguments.replay))
-    counts = [f"{count:,} {kind}" for kind, count in sent.items() if count]
-    print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
+        print(write_report(Path(arguments.report)))
+    else:
+        counts = [f"{count:,} {kind}" for kind, count in send(arguments.replay).items() if count]
+        print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
+
+
+def write_report(home: Path) -> Path:
+    """The report of an output folder, written anew."""
+    if not (home / report.METRICS).is_file():
+        raise cli.UserError(
+            f"{home} is no output folder of a training: it has no {report.METRICS}; name one "
+            "that train_vqvae.py or train.py wrote"
+        )
+    return cli.build(report.write, home)
+
+
+def send(home: str) -> dict[str, int]:
+    """Replay an output folder; how much of what was sent."""
+    client = store.open_client()
+    try:
+        return replay.replay(client, Path(home))
+    except cli.UserError:
+        raise
+    except Exception as error:  # each kind of store has its own
+        raise cli.UserError(
+            f"MLflow does not take all of {home} ({cli.one_line(error)}); fix that and run this "
+            "again: nothing is sent twice"
+        ) from error
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -38,7 +38,9 @@ def how_to_look(experiment_id: str, run_id: str) -> str:
 def link(client: Any, lineage: Lineage) -> None:
     """Tell the runs of a lineage of its last stage, and the run of that stage of them.
 
-    Each run gets the lineage as an artifact. Runs that this store does not have are passed over.
+    Notes list all of them; a tag `gpt_run_id` or `tokenizer_run_id` names the newest run of that
+    stage. Each run gets the lineage as an artifact. Runs that this store does not have are passed
+    over.
     """
     runs = {stage.run_id: store.find_run(client, stage.run_id) for stage in lineage}
     runs = {run_id: run for run_id, run in runs.items() if run is not None}
@@ -47,7 +49,9 @@ def link(client: Any, lineage: Lineage) -> None:
     for run_id, other in runs.items():
         if own is not None and run_id != last.run_id:
             stage = other.data.tags.get("stage", "upstream")
-            client.set_tag(run_id, f"{last.name}_run_id", last.run_id)
+            # Samples and images are logged to the run of a GPT: it is that which is downstream.
+            if (own_stage := own.data.tags.get("stage", last.name)) != stage:
+                client.set_tag(run_id, f"{own_stage}_run_id", last.run_id)
             client.set_tag(last.run_id, f"{stage}_run_id", run_id)
             _note(client, other, f"Downstream: {last.name}, {_named(own)}")
             _note(client, own, f"Upstream: {stage}, {_named(other)}")

@@ -1,25 +1,38 @@
-"""metrics.jsonl: every number that a run logged, a JSON object a line."""
+"""metrics.jsonl: every number that runs logged, a JSON object a line.
+
+Beside `step`, `time` (seconds since 1970) and `run_id` a line holds numbers by name.
+"""
 
 import json
 import os
 from pathlib import Path
-from typing import Any
 
-from utils.tracking.journal import METRICS, read_lines
+from utils.tracking.journal import METRICS, Line, is_number, is_run_id, is_step, read_lines
 
+ABOUT = ("step", "time", "run_id")  # what a line holds beside numbers
 OF_TRAININGS = ("train/", "val/")  # how the names of what a training logs begin
 
 
-def append(folder: Path, line: dict[str, Any]) -> None:
+def append(folder: Path, line: Line) -> None:
     """Add a line."""
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """All lines; none where nothing was logged yet."""
+def read(folder: Path) -> list[Line]:
+    """All lines but damaged ones; none where nothing was logged yet."""
     path = folder / METRICS
-    return read_lines(path) if path.is_file() else []
+    return read_lines(path, _fits) if path.is_file() else []
+
+
+def numbers(line: Line) -> dict[str, float]:
+    """The numbers of a line, by name."""
+    return {name: value for name, value in line.items() if name not in ABOUT}
+
+
+def _fits(line: Line) -> bool:
+    about = is_step(line.get("step")) and is_run_id(line.get("run_id"))
+    return about and all(map(is_number, numbers(line).values()))
 
 
 def mark(folder: Path) -> int:

@@ -83,7 +83,7 @@ def log_model(
     client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
 
 
-class Judge(NamedTuple):
+class Criterion(NamedTuple):
     """What decides which of two models is better: a metric of their runs."""
 
     metric: str
@@ -96,14 +96,14 @@ class Judge(NamedTuple):
         return one < other if self.lower_is_better else one > other
 
 
-def register(client: Any, run_id: str, name: str, judge: Judge) -> str:
+def register(client: Any, run_id: str, name: str, criterion: Criterion) -> str:
     """Make a run's model a version of a registered one, its champion if it beats that so far.
 
     Args:
         client: of MLflow.
         run_id: of the training.
         name: of the registered model, which is made where it is missing.
-        judge: what "beats" means.
+        criterion: what "beats" means.
 
     Returns:
         What was done, in a line.
@@ -111,12 +111,12 @@ def register(client: Any, run_id: str, name: str, judge: Judge) -> str:
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     run = client.get_run(run_id)
-    metric, model_id = judge.metric, newest_model(run)
+    metric, model_id = criterion.metric, newest_model(run)
     value = run.data.metrics[metric]
     versions = client.search_model_versions(f"name = '{name}'")
-    version = next((one for one in versions if one.model_id == model_id), None)
+    source = f"models:/{model_id}"  # some stores list versions without their model_id
+    version = next((one for one in versions if one.source == source), None)
     if version is None:
-        source = f"models:/{model_id}"
         version = client.create_model_version(
             name, source, run_id, description=f"{metric} {value:.6g}", model_id=model_id
         )
@@ -128,7 +128,7 @@ def register(client: Any, run_id: str, name: str, judge: Judge) -> str:
         named = f"the champion, version {champion.version},"
         if best is None:
             return f"{done}; {named} has no {metric} to compare with, and stays"
-        if not judge.prefers(value, best):
+        if not criterion.prefers(value, best):
             return f"{done}; {named} stays: its {metric} is {best:.6g}, this one's {value:.6g}"
         done += f"; {metric} {value:.6g} beats {best:.6g} of {named}"
     client.set_registered_model_alias(name, CHAMPION, version.version)

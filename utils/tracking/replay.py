@@ -8,8 +8,7 @@ from typing import Any
 
 from utils import provenance
 from utils.tracking import journal, links, metrics_log, picture_table, registry, store
-
-Entry = dict[str, Any]
+from utils.tracking.journal import Line
 
 
 def replay(client: Any, output_dir: Path) -> Counter[str]:
@@ -25,51 +24,41 @@ def replay(client: Any, output_dir: Path) -> Counter[str]:
     Raises:
         UserError: no such folder, or a run that this MLflow store does not have.
     """
-    entries = journal.read_lines(output_dir / journal.FILE)
-    numbers = output_dir / journal.METRICS
-    lines = journal.read_lines(numbers) if numbers.is_file() else []
     sent: Counter[str] = Counter()
-    for run_id, logged, measured in _by_run(entries, lines):
+    for run_id, entries, lines in _by_run(journal.read(output_dir), metrics_log.read(output_dir)):
         run = store.existing_run(client, run_id)
-        sent["metrics"] += _send_metrics(client, run_id, measured)
-        sent["pictures"] += _send_pictures(client, run_id, output_dir, logged)
-        sent["files"] += _send_files(client, run_id, _files(output_dir, logged))
-        sent["tables"] += _send_tables(client, run_id, output_dir, logged)
-        sent["links"] += _send_links(client, run, logged)
-        sent["models"] += _send_models(client, run, output_dir, logged)
-        status = logged[-1].get("status") if logged else None
-        if status not in (None, run.info.status):
+        sent["metrics"] += _send_metrics(client, run_id, lines)
+        sent["pictures"] += _send_pictures(client, run_id, output_dir, entries)
+        sent["files"] += _send_files(client, run_id, _files(output_dir, entries))
+        sent["tables"] += _send_tables(client, run_id, output_dir, entries)
+        sent["links"] += _send_links(client, run, entries)
+        sent["models"] += _send_models(client, run, output_dir, entries)
+        status = next((one["status"] for one in reversed(entries) if "status" in one), "RUNNING")
+        if status not in ("RUNNING", run.info.status):
             client.set_terminated(run_id, status)
             sent["status"] += 1
     return sent
 
 
-def _by_run(
-    entries: list[Entry], lines: list[Entry]
-) -> Iterator[tuple[str, list[Entry], list[Entry]]]:
-    """Each run of an output folder, with its part of both files."""
-    runs: dict[str, tuple[list[Entry], list[Entry]]] = {}
-    current = None
-    marked = [(entry, False) for entry in entries] + [(line, True) for line in lines]
-    for entry, measured in sorted(marked, key=lambda pair: pair[0]["time"]):
-        if "run_id" in entry:
-            current = runs.setdefault(entry["run_id"], ([], []))
-        elif current is not None:
-            current[measured].append(entry)
-    for run_id, (logged, measured) in runs.items():
-        yield run_id, logged, measured
+def _by_run(entries: list[Line], lines: list[Line]) -> Iterator[tuple[str, list[Line], list[Line]]]:
+    """Each run of an output folder, with its entries of the journals and its lines of numbers."""
+    for run_id in dict.fromkeys(one["run_id"] for one in (*entries, *lines)):
+        yield (
+            run_id,
+            [one for one in entries if one["run_id"] == run_id],
+            [one for one in lines if one["run_id"] == run_id],
+        )
 
 
-def _milliseconds(entry: Entry) -> int:
+def _milliseconds(entry: Line) -> int:
     return int(entry["time"] * 1000)
 
 
-def _send_metrics(client: Any, run_id: str, lines: list[Entry]) -> int:
+def _send_metrics(client: Any, run_id: str, lines: list[Line]) -> int:
     found = [
         (key, value, _milliseconds(line), line["step"])
         for line in lines
-        for key, value in line.items()
-        if key not in ("time", "step")
+        for key, value in metrics_log.numbers(line).items()
     ]
     there = {
         (key, one.timestamp, one.step)
@@ -85,30 +74,35 @@ def _send_metrics(client: Any, run_id: str, lines: list[Entry]) -> int:
     return len(missing)
 
 
-def _send_pictures(client: Any, run_id: str, output_dir: Path, entries: list[Entry]) -> int:
+def _send_pictures(client: Any, run_id: str, output_dir: Path, entries: list[Line]) -> int:
     there = store.pictures(client, run_id)
     count = 0
     for entry in (one for one in entries if "picture" in one):
         which = entry["key"], entry["step"], _milliseconds(entry)
-        path = output_dir / journal.PICTURES / Path(entry["picture"]).name
-        if len(there.get(which, ())) < store.PICTURE_FILES and path.is_file():
+        path = output_dir / entry["picture"]
+        if len(there.get(which, ())) < store.PICTURE_FILES and _inside(path, output_dir):
             store.send_picture(client, run_id, path, *which, check=True)
             count += 1
     return count
 
 
-def _send_tables(client: Any, run_id: str, output_dir: Path, entries: list[Entry]) -> int:
-    folder = picture_table.FOLDER
+def _send_tables(client: Any, run_id: str, output_dir: Path, entries: list[Line]) -> int:
+    home = output_dir / picture_table.FOLDER
     names = sorted({entry["table"] for entry in entries if "table" in entry})
-    files = {output_dir / folder / f"{name}.json": name for name in names}
-    there = {Path(one.path).name for one in client.list_artifacts(run_id, folder)} if files else ()
-    missing = [name for file, name in files.items() if file.is_file() and file.name not in there]
+    files = {home / f"{name}.json": name for name in names}
+    listed = client.list_artifacts(run_id, picture_table.FOLDER) if files else ()
+    there = {Path(one.path).name for one in listed}
+    missing = [
+        name
+        for file, name in files.items()
+        if file.name not in there and _inside(file, home) and _inside(home / name, home)
+    ]
     for name in missing:
         store.send_table(client, run_id, output_dir, name)
     return len(missing)
 
 
-def _send_links(client: Any, run: Any, entries: list[Entry]) -> int:
+def _send_links(client: Any, run: Any, entries: list[Line]) -> int:
     """Link the stages that are not, and say what those of trainings read."""
     lineages = [provenance.parse(entry["lineage"]) for entry in entries if "lineage" in entry]
     missing = [lineage for lineage in lineages if not links.linked(client, lineage)]
@@ -119,20 +113,20 @@ def _send_links(client: Any, run: Any, entries: list[Entry]) -> int:
     return len(missing)
 
 
-def _send_models(client: Any, run: Any, output_dir: Path, entries: list[Entry]) -> int:
+def _send_models(client: Any, run: Any, output_dir: Path, entries: list[Line]) -> int:
     """Log the models that are not, and register those that were to be."""
     found = [entry for entry in entries if "model" in entry]
     missing = found if not registry.newest_model(run) else []
     for entry in missing:
         folder = output_dir / entry["model"]
-        if not folder.resolve().is_relative_to(output_dir.resolve()) or not folder.is_dir():
+        if not _inside(folder, output_dir):
             continue
         values = entry["values"]
         where = client, run.info.run_id
         registry.log_model(*where, folder, values, entry["time"], entry["step"])
         if entry["register"]:
-            judge = registry.Judge(next(iter(values)), entry["lower"])
-            print(registry.register(*where, entry["register"], judge))
+            criterion = registry.Criterion(next(iter(values)), entry["lower"])
+            print(registry.register(*where, entry["register"], criterion))
     return len(missing)
 
 
@@ -150,12 +144,11 @@ def _send_files(client: Any, run_id: str, files: set[tuple[Path, str]]) -> int:
     return len(missing)
 
 
-def _files(output_dir: Path, entries: list[Entry]) -> set[tuple[Path, str]]:
+def _files(output_dir: Path, entries: list[Line]) -> set[tuple[Path, str]]:
     """Every file that was logged and is still there, and its folder among the run's artifacts.
 
     What lies outside of the output folder stays where it is, whoever wrote the journal.
     """
-    home = output_dir.resolve()
     found = set()
     for entry in entries:
         if "file" in entry:
@@ -165,4 +158,10 @@ def _files(output_dir: Path, entries: list[Entry]) -> set[tuple[Path, str]]:
             for file in top.rglob("*"):
                 folder = Path(entry["name"]) / file.parent.relative_to(top)
                 found.add((file, folder.as_posix()))
-    return {x for x in found if x[0].is_file() and x[0].resolve().is_relative_to(home)}
+    return {x for x in found if x[0].is_file() and _inside(x[0], output_dir)}
+
+
+def _inside(path: Path, home: Path) -> bool:
+    """Whether a file or folder is there and, links followed, it and all in it are in `home`."""
+    found = [one.resolve() for one in (path, *path.rglob("*"))]
+    return path.exists() and all(one.is_relative_to(home.resolve()) for one in found)

@@ -2,7 +2,6 @@
 
 import base64
 import html
-import json
 import math
 import re
 import shlex
@@ -10,6 +9,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
+
+from utils import provenance
+from utils.provenance import Lineage
+from utils.tracking import metrics_log
 
 FILE, METRICS, LINEAGE = "report.html", "metrics.jsonl", "lineage.json"
 MOST_STEPS, MOST_POINTS = 24, 240  # of a slider, of a curve
@@ -81,12 +84,13 @@ def write(home: Path) -> Path:
 
     Raises:
         OSError: it cannot be read or written.
+        UserError: the lineage is damaged.
+        ValueError: a file is no text, or a command in the lineage none of a shell.
     """
-    metrics = read_metrics(home / METRICS)
-    lineage = json.loads(_text(home / LINEAGE) or "[]")
+    metrics = read_metrics(home)
+    lineage = provenance.of_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
     config = _text(home / "config.json")
-    last = lineage[-1] if lineage else {}
-    facts = [last.get("name", ""), f"run {last['run_id']}" if last.get("run_id") else ""]
+    facts = [lineage[-1].name, f"run {lineage[-1].run_id}"] if lineage else []
     parts = [
         summary(metrics),
         section("Pictures", pictures(home)),
@@ -97,7 +101,7 @@ def write(home: Path) -> Path:
     ]
     page = PAGE.substitute(
         title=html.escape(home.resolve().name),
-        subtitle=html.escape(" · ".join(filter(None, facts))),
+        subtitle=html.escape(" · ".join(facts)),
         body="\n".join(filter(None, parts)),
     )
     staging = home / f"{FILE}.tmp"
@@ -109,23 +113,17 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
-def read_metrics(path: Path) -> dict[str, Series]:
+def read_metrics(home: Path) -> dict[str, Series]:
     """name -> section -> points of a metrics.jsonl; baselines are sections of what they are of."""
     found: dict[str, Series] = defaultdict(lambda: defaultdict(list))
-    for line in _text(path).splitlines():
-        try:
-            values = json.loads(line)
-        except ValueError:  # a line that a crash cut off
-            continue
-        step = values.pop("step")
-        values.pop("time")
-        for key, value in values.items():
+    for line in metrics_log.read(home):
+        for key, value in metrics_log.numbers(line).items():
             part, _, name = key.partition("/")
             for baseline in BASELINES:
                 if name.startswith(baseline):
                     part, name = baseline.strip("_"), name.removeprefix(baseline)
             if math.isfinite(value):
-                found[name][part].append((step, value))
+                found[name][part].append((line["step"], value))
     return found
 
 
@@ -139,10 +137,12 @@ def summary(metrics: dict[str, Series]) -> str:
 def pictures(home: Path) -> list[str]:
     """A card for each picture that was logged, with a slider where it was at several steps."""
     found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
-    places = ("pictures", "*/pictures", "evaluation/*/pictures")
+    places = ("pictures", "*.pictures", "*/pictures", "evaluation/*/pictures")
     for path in sorted(path for place in places for path in home.glob(f"{place}/*.png")):
         if match := re.fullmatch(r"(?:pictures-)?(.+)-(\d{8})", path.stem):
-            found[match[1]].append((int(match[2]), path))
+            place = path.parent.relative_to(home).as_posix().removesuffix("pictures")
+            part = re.sub("[./]", " ", place.removeprefix("evaluation/"))
+            found[part + match[1]].append((int(match[2]), path))
     found = dict(sorted(found.items(), key=lambda item: (len(item[1]) == 1, item[0])))
     return [picture(name, steps) for name, steps in found.items()]
 
@@ -210,17 +210,17 @@ def chart(name: str, series: Series) -> str:
     )
 
 
-def commands(lineage: list[dict]) -> str:
+def commands(lineage: Lineage) -> str:
     """The commands that lead here, from the data on, with commits and digests."""
     items = []
     for stage in lineage:
-        read = ", ".join(f"{path} ({digest[:12]})" for path, digest in stage["inputs"].items())
+        read = ", ".join(f"{path} ({digest[:12]})" for path, digest in stage.inputs.items())
         facts = (
-            f"commit {stage['commit'][:12]}{'+' * stage['commit'].endswith('+')}",
-            f"PyTorch {stage['torch']}, threads: {stage['threads']}",
+            f"commit {stage.commit[:12]}{'+' * stage.commit.endswith('+')}",
+            f"PyTorch {stage.torch}, threads: {stage.threads}",
             f"read {read}" if read else "",
         )
-        name, command = html.escape(stage["name"]), html.escape(wrapped(stage["command"]))
+        name, command = html.escape(stage.name), html.escape(wrapped(stage.command))
         below = html.escape(" · ".join(filter(None, facts)))
         items.append(f"<li><strong>{name}</strong><pre>{command}</pre><p>{below}</p></li>")
     return f"<h2>How it was made</h2><ol>{''.join(items)}</ol>" if items else ""

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from utils import provenance
-from utils.cli import Stopped, UserError
+from utils.cli import Stopped, UserError, one_line
 from utils.provenance import Lineage, Stage
 from utils.tracking import (
     journal,
@@ -27,6 +27,7 @@ from utils.tracking import (
     report,
     store,
 )
+from utils.tracking.journal import Journal
 from utils.tracking.outbox import Outbox
 from utils.tracking.store import experiment_of
 from utils.tracking.system_metrics import SystemMetrics
@@ -40,6 +41,7 @@ def continue_run(
     default_run_id: str,
     *,
     stage: str = "",
+    part: str = "",
     homes: tuple[str, ...] = (),
     inputs: dict[str, str] | None = None,
     upstream: Lineage = (),
@@ -48,16 +50,17 @@ def continue_run(
 
     Args:
         output_dir: where pictures and numbers go.
-        run_id: as the user named it.
+        run_id: given by `--run_id`, or None.
         default_run_id: of the model that is used, or "".
         stage: indices, samples or images; "" for what no later stage reads.
+        part: what the stage writes in `output_dir`, see `Run`.
         homes: stages to whose runs it belongs; default: `store.HOMES`.
         inputs, upstream: of that stage, see `Run`.
 
     Raises:
         UserError: the user named a run that does not exist, or one of another stage.
     """
-    what = {"stage": stage, "inputs": inputs, "upstream": upstream}
+    what = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
     if run_id is not None:
         store.check_home(run_id, homes or store.HOMES.get(stage, ()))
     elif not experiment_of(default_run_id):
@@ -95,6 +98,7 @@ class Run:
         output_dir: Path,
         *,
         stage: str = "",
+        part: str = "",
         run_id: str | None = None,
         experiment: str = "",
         run_name: str = "",
@@ -112,8 +116,10 @@ class Run:
         Args:
             output_dir: is made where it is missing.
             stage: tokenizer or gpt, or what is logged to a run of them, see `store.HOMES`.
+            part: the folder in `output_dir` that the stage writes, if it is not all of it: journal
+                and pictures lie beside it, by its name.
             run_id: of an existing run.
-            experiment, run_name: of a new run; the experiment is by default called as the data.
+            experiment, run_name: of a new run; the experiment is by default named after the data.
             config: all settings, for config.json.
             params: at most 10 of them, since MLflow prints all of them on every picture.
             tags: further tags of a new run.
@@ -162,7 +168,8 @@ class Run:
         self._start = run.info.start_time / 1000  # of the machine's figures, also when it goes on
         if config is not None:
             (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        journal.note(output_dir, run_id=self.run_id)
+        self._journal = Journal(output_dir, self.run_id, part)
+        self._journal.note(**({"status": "RUNNING"} if self._owned else {}))
         self._experiment_id = run.info.experiment_id
         self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
         self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
@@ -183,7 +190,9 @@ class Run:
         """What only the run of a training has: a lineage of its own, and figures of the machine."""
         if self.lineage:
             text = json.dumps(provenance.content(self.lineage), indent=2) + "\n"
-            (self.output_dir / links.FILE).write_text(text)
+            staging = self.output_dir / f"{links.FILE}.tmp"  # a crash leaves no half of it
+            staging.write_text(text)
+            staging.replace(self.output_dir / links.FILE)
             self._link()
         self._system_metrics = SystemMetrics(
             lambda values: self.metrics("system", values, round(time.time() - self._start))
@@ -221,7 +230,7 @@ class Run:
 
     def _keep(self, values: dict[str, float], step: int) -> dict[str, Any]:
         """Write numbers to metrics.jsonl; the line of it."""
-        line = {"step": step, "time": time.time(), **values}
+        line = {"step": step, "time": time.time(), "run_id": self.run_id, **values}
         metrics_log.append(self.output_dir, line)
         return line
 
@@ -230,8 +239,8 @@ class Run:
         step, seconds = line["step"], line["time"]
         values = {
             name: value
-            for name, value in line.items()
-            if name not in ("step", "time") and (name, step) not in self._points
+            for name, value in metrics_log.numbers(line).items()
+            if (name, step) not in self._points
         }
         if values:
             where = self._client, self.run_id
@@ -249,13 +258,14 @@ class Run:
 
     def picture(self, key: str, image: Image.Image, step: int) -> Path:
         """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
-        path = self.output_dir / "pictures" / f"{key.replace('/', '-')}-{step:08}.png"
+        name = f"{key.replace('/', '-')}-{step:08}.png"
         if self._outbox is None:
-            return path
+            return self.output_dir / journal.PICTURES / name
+        path = self._journal.pictures / name
         path.parent.mkdir(exist_ok=True)
         image.save(path)
         now, outbox = time.time(), self._outbox
-        journal.note(self.output_dir, now, picture=path.name, key=key, step=step)
+        self._journal.note(now, picture=self._journal.place(path), key=key, step=step)
         where = self._client, self.run_id, path, key, step, int(now * 1000)
         self._put(lambda: store.send_picture(*where, check=outbox.troubled))
         return path
@@ -272,12 +282,16 @@ class Run:
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        self._note(folder=journal.place(path, self.output_dir), name=name)
+        if self._outbox is None:
+            return
+        self._note(folder=self._journal.place(path), name=name)
         self._put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
-        self._note(file=journal.place(path, self.output_dir), name=name)
+        if self._outbox is None:
+            return
+        self._note(file=self._journal.place(path), name=name)
         self._put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
 
     def model(
@@ -304,15 +318,15 @@ class Run:
         self.folder(folder, f"checkpoints/{folder.name}")
         where, now = (self._client, self.run_id), self._keep(values, step)["time"]
         entry = {"values": values, "step": step, "register": register, "lower": lower_is_better}
-        self._note(model=journal.place(folder, self.output_dir), **entry)
+        self._note(model=self._journal.place(folder), **entry)
         self._put(lambda: registry.log_model(*where, folder, values, now, step))
         if register:
-            by = registry.Judge(next(iter(values)), lower_is_better)
-            self._put(lambda: print(registry.register(*where, register, by)))
+            criterion = registry.Criterion(next(iter(values)), lower_is_better)
+            self._put(lambda: print(registry.register(*where, register, criterion)))
 
     def _note(self, **entry: object) -> None:
         if self._outbox is not None:
-            journal.note(self.output_dir, **entry)
+            self._journal.note(**entry)
 
     def _put(self, call: Callable[[], object]) -> None:
         if self._outbox is not None:
@@ -320,7 +334,7 @@ class Run:
 
     def _complain(self, error: Exception) -> None:
         print(
-            f"warning: MLflow does not take what is logged ({store.one_line(error)}); all of it "
+            f"warning: MLflow does not take what is logged ({one_line(error)}); all of it "
             f"is in {self.output_dir}, and MLflow gets what it can take if it comes back before "
             f"the end; python -m utils.tracking --replay {self.output_dir} sends the rest later",
             file=sys.stderr,
@@ -347,14 +361,21 @@ class Run:
             return
         if self._system_metrics is not None:
             self._system_metrics.close()
-        if self.lineage and not self._owned and status == "FINISHED":
-            self._link()
-        self._report()
-        if self._owned:
-            self._note(status=status)
-            self._put(lambda: self._client.set_terminated(self.run_id, status))
-        self._outbox.close()
-        self._outbox = None
+        try:
+            if self.lineage and not self._owned and status == "FINISHED":
+                self._link()
+            self._report()
+            if self._owned:
+                self.note_status(status)
+        finally:  # also on a full disk MLflow gets what it can
+            if self._owned:
+                self._put(lambda: self._client.set_terminated(self.run_id, status))
+            self._outbox.close()
+            self._outbox = None
+
+    def note_status(self, status: str) -> None:
+        """Keep how the run ended, for a replay to tell MLflow."""
+        self._note(status=status)
 
     def _report(self) -> None:
         """Write report.html anew: of this training, or of the one whose folder this stage is in."""
@@ -364,5 +385,5 @@ class Run:
             return
         try:
             self.file(report.write(home))
-        except OSError as error:
-            print(f"warning: no report: {error}", file=sys.stderr)
+        except Exception as error:  # of whatever is in that folder: what was computed counts more
+            print(f"warning: no report of {home}: {one_line(error)}", file=sys.stderr)

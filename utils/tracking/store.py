@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.data.decoding import open_image
 from utils.tracking import picture_table
 
@@ -72,7 +72,7 @@ def open_client() -> Any:
     except Exception as error:  # each kind of store has its own
         raise UserError(
             f"MLFLOW_TRACKING_URI={address} is no MLflow store that can be used "
-            f"({one_line(error)}); mend it, or unset it to write to ./mlflow.db"
+            f"({one_line(error)}); fix it, or unset it to write to ./mlflow.db"
         ) from error
     return client
 
@@ -90,7 +90,7 @@ def opening_a_run() -> Iterator[None]:
         raise
     except Exception as error:  # each kind of store has its own
         raise UserError(
-            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opens no run ({one_line(error)}); mend "
+            f"MLflow at {os.environ['MLFLOW_TRACKING_URI']} opens no run ({one_line(error)}); fix "
             "it, or unset MLFLOW_TRACKING_URI to write to ./mlflow.db"
         ) from error
 
@@ -125,6 +125,20 @@ def tag_of(run_id: str, key: str) -> str:
         UserError: there is no such run.
     """
     return existing_run(open_client(), run_id).data.tags.get(key, "")
+
+
+def has_artifacts(run_id: str, folder: str) -> bool:
+    """Whether an MLflow run has anything in a folder of its artifacts.
+
+    Raises:
+        UserError: the artifacts cannot be listed.
+    """
+    try:
+        return bool(open_client().list_artifacts(run_id, folder))
+    except UserError:
+        raise
+    except Exception as error:  # each artifact store has its own
+        raise UserError(f"cannot list the artifacts of {run_id}: {one_line(error)}") from error
 
 
 def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:
@@ -194,8 +208,7 @@ def check_home(run_id: str, homes: tuple[str, ...]) -> None:
     if homes and found not in homes:
         raise UserError(
             f"the MLflow run {run_id} is that of a {found or 'stage that is not known'}, but this "
-            f"belongs to the run of a {' or '.join(homes)}; name that one as --run_id, or leave it "
-            "away"
+            f"belongs to the run of a {' or '.join(homes)}; name that one as --run_id, or omit it"
         )
 
 
@@ -313,11 +326,6 @@ def send_picture(
                 client.log_artifact(run_id, str(small), "images")
     if check:
         client.set_tag(run_id, "mlflow.loggedImages", True)
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one short line."""
-    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
 def is_refusal(error: Exception) -> bool:

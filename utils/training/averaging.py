@@ -28,19 +28,22 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Take in the weights after training step number `step` (from 1); young averages move."""
+        """Take in the weights after training step number `step` (from 1).
+
+        Early on the decay is smaller, so that the average follows quickly.
+        """
         if not self._decay:
             return
         decay = min(self._decay, step / (step + 9))
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
-        trained = [(mine, theirs.detach()) for mine, theirs in pairs if theirs.requires_grad]
+        trained = [(own, other.detach()) for own, other in pairs if other.requires_grad]
         torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
         # Counters and the like have no average, nor weights that no gradient trains: they must
         # stay what the counters say of them.
         kept = [pair for pair in pairs if not pair[1].requires_grad]
         kept += zip(self.model.buffers(), model.buffers(), strict=True)
-        for mine, theirs in kept:
-            mine.copy_(theirs)
+        for own, other in kept:
+            own.copy_(other)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed training needs: nothing without an average."""

@@ -5,6 +5,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 from utils.checkpoint import TEMPORARY, is_whole, read_json
 from utils.cli import UserError
 from utils.tracking import OUTPUT_TAG, store
@@ -13,7 +15,7 @@ from utils.training.resume import RECORDS
 FOLDER = "checkpoints"  # in an output folder
 NAME = re.compile(r"step-(\d{8,})")
 RUN_ID = re.compile(r"[0-9a-f]{32}")
-ARTIFACTS = "resume"  # of a run that was stopped: what it takes to go on elsewhere
+ARTIFACTS = "resume"  # of a run that was stopped or failed: what it takes to go on elsewhere
 
 
 def step_of(folder: Path) -> int:
@@ -60,28 +62,44 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
         )
     if output_dir and home_of(found).resolve() != Path(output_dir).resolve():
         raise UserError(
-            f"--resume {resume} goes on in {home_of(found)}; leave --output_dir {output_dir} away"
+            f"--resume {resume} goes on in {home_of(found)}; omit --output_dir {output_dir}"
         )
     return found
 
 
 def _recover(run_id: str, output_dir: str) -> Path:
-    """The output folder of an MLflow run, brought back from its artifacts where it is gone."""
+    """The output folder of an MLflow run, brought back from its artifacts where it is gone.
+
+    All processes of torchrun may ask at once: the first brings it back, the others find it.
+    """
     made = Path(store.tag_of(run_id, OUTPUT_TAG))
     if not output_dir and _last_run_id(made) == run_id:
         return made
     home = Path(output_dir or f"outputs/{run_id}")  # not where a store says that it was
-    if checkpoints_in(home):
-        if _last_run_id(home) == run_id:
-            return home
-        raise UserError(f"{home} holds another training; name another --output_dir for {run_id}")
+    if not store.has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
+        raise UserError(
+            f"--resume {run_id}: this run left no checkpoint in MLflow: only trainings that were "
+            f"stopped by a signal or failed do; bring back its output folder {made}, or train anew"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / f"recovery{TEMPORARY}"):
+        if not checkpoints_in(home):
+            _bring_back(run_id, home)
+        elif _last_run_id(home) != run_id:
+            raise UserError(
+                f"{home} holds another training; name another --output_dir for {run_id}"
+            )
+    return home
+
+
+def _bring_back(run_id: str, home: Path) -> None:
+    """Copy what a run left in MLflow into an output folder; its checkpoints last, each whole."""
     fetched = store.fetch(f"runs:/{run_id}/{ARTIFACTS}")
     shutil.copytree(fetched, home, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FOLDER))
     for folder in checkpoints_in(fetched):
         staging = home / FOLDER / (folder.name + TEMPORARY)
         shutil.copytree(folder, staging, dirs_exist_ok=True)
         staging.rename(home / FOLDER / folder.name)
-    return home
 
 
 def _last_run_id(home: Path) -> str:

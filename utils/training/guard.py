@@ -1,12 +1,13 @@
 """The step of the optimisers, and before it the guard against numbers that are not finite."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.cli import UserError, first_few
+from utils.cli import first_few
 from utils.processes import Processes
 from utils.training import optimizers
 from utils.training.resume import Progress
@@ -23,6 +24,7 @@ class Guard:
         group: Processes,
         progress: Progress,
         config: TrainingConfig,
+        name: Callable[[int], str],
         *,
         changing: Sequence[nn.Module | None] = (),
     ) -> None:
@@ -32,11 +34,12 @@ class Guard:
             group: the processes, which agree on every step.
             progress: counts what was skipped.
             config: how to clip, and whether to skip or to stop.
+            name: what to call a row in a complaint.
             changing: modules that a forward pass changes already, as a codebook of averages;
                 they are put back when a batch is skipped.
         """
         self._group, self._progress = group, progress
-        self._max_grad_norm = config.max_grad_norm
+        self._name, self._max_grad_norm = name, config.max_grad_norm
         self._skip, self._limit = config.on_nonfinite == "skip", config.nonfinite_limit
         self._changing = [module for module in changing if module is not None]
         self._before: list[dict[str, Tensor]] = []
@@ -67,14 +70,17 @@ class Guard:
 
         Raises:
             UserError: a number is not finite, and no (further) batch may be skipped. Nothing was
-                stepped.
+                stepped. Of several processes the first says so.
         """
         for name, optimizer in by_name.items():
             values[name] = optimizers.clip(optimizer, self._max_grad_norm)
-        numbers = [torch.as_tensor(x, device=self._group.device).float() for x in values.values()]
-        bad = self._group.largest(int(not torch.isfinite(torch.stack(numbers)).all()))
+        numbers = torch.stack(
+            [torch.as_tensor(x, device=self._group.device).float() for x in values.values()]
+        )
+        bad = self._group.largest(int(not torch.isfinite(numbers).all()))
         if bad:
-            self._refuse(values, learning_rate, rows)
+            everywhere = torch.stack(self._group.gather(numbers)).T.tolist()
+            self._refuse(dict(zip(values, everywhere, strict=True)), learning_rate, rows)
         for optimizer in by_name.values():
             if bad:
                 optimizer.zero_grad(set_to_none=True)
@@ -82,29 +88,28 @@ class Guard:
                 optimizers.step(optimizer, learning_rate)
         return not bad
 
-    def _refuse(self, values: Mapping[str, Tensor], learning_rate: float, rows: Tensor) -> None:
+    def _refuse(
+        self, values: Mapping[str, list[float]], learning_rate: float, rows: Tensor
+    ) -> None:
+        """Leave a batch out, or stop: `values` are those of all processes by name."""
         progress = self._progress
-        here = [f"{name} {float(x)}" for name, x in values.items() if not _finite(x)]
+        odd = {name: [x for x in each if not math.isfinite(x)] for name, each in values.items()}
         line = (
-            f"step {progress.step}: {', '.join(here) or 'a number of another process'} at "
-            f"learning rate {learning_rate:.2g}, in rows "
-            f"{first_few([str(row + 1) for row in rows.tolist()], limit=ROWS_SHOWN)}"
+            f"step {progress.step}: {', '.join(f'{name} {x[0]}' for name, x in odd.items() if x)} "
+            f"at learning rate {learning_rate:.2g}, in "
+            f"{first_few([self._name(row) for row in rows.tolist()], limit=ROWS_SHOWN)}"
         )
         if not self._skip:
-            raise UserError(
+            self._group.fail(
                 f"{line}; lower --learning_rate, use --precision fp32 or --on_nonfinite skip, then "
                 "--resume"
             )
         progress.skipped += 1
         if progress.skipped > self._limit:
-            raise UserError(
+            self._group.fail(
                 f"{line}; {self._limit} batches were left out before (--nonfinite_limit): lower "
                 "--learning_rate or use --precision fp32, then --resume"
             )
         self._group.print(f"warning: {line}; left out, {progress.skipped} of {self._limit}")
         for module, state in zip(self._changing, self._before, strict=True):
             module.load_state_dict(state)
-
-
-def _finite(value: Tensor | float) -> bool:
-    return bool(torch.as_tensor(value).isfinite())

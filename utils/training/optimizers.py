@@ -24,7 +24,7 @@ class OptimizerConfig:
     )
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Optimisers of different parameters as one, for clipping, schedule and checkpoint.
 
     Parameter groups are those of all parts in order, and the state is common to them.
@@ -90,7 +90,7 @@ def make_optimizer(
         weight_decay=config.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
-    return Together(muon, adamw)
+    return CombinedOptimizer(muon, adamw)
 
 
 def clip(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.checkpoint import WEIGHTS, read_json, read_tensors
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.processes import Processes
 from utils.training.randomness import random_state, set_random_state
 from utils.untrusted import typed
@@ -99,7 +99,7 @@ class State:
             model: in a file of its own, which makes a checkpoint a model folder as well.
             settings: what the training was started with, plain values; the same is expected of
                 one that goes on.
-            progress: a part that there always is.
+            progress: a part that is always present.
             parts: the others by name; None is no part.
         """
         self.progress = progress
@@ -149,10 +149,9 @@ class State:
                 self._restore_part(name, part, tensors, records)
             self._restore_random(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
-            line = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{folder} does not fit this training: {line}; resume with the flags it began with "
-                f"({', '.join(changes) or 'which do not differ'})"
+                f"{folder} does not fit this training: {one_line(error)}; resume with the flags "
+                f"it began with ({', '.join(changes) or 'which do not differ'})"
             ) from error
 
     def _restore_part(
@@ -183,10 +182,14 @@ class State:
         """What differs from the settings that the training began with: refused, or warned of."""
         now = json.loads(json.dumps(self._settings))
         changes = {
-            name: f"{name} {before.get(name)!r:.40} -> {now.get(name)!r:.40}"
+            name: f"{name} {_short(before.get(name))} -> {_short(now.get(name))}"
             for name in sorted(before.keys() | now.keys())
             if name not in FREE and before.get(name) != now.get(name)
         }
+        if "data_sha256" in changes:
+            digests = (str(one.get("data_sha256"))[:12] for one in (before, now))
+            path = now.get("path_to_data", "the data")
+            changes["data_sha256"] = f"the rows of {path} (SHA-256 {' -> '.join(digests)})"
         refused = [changes[name] for name in REFUSED if name in changes]
         if refused:
             raise UserError(
@@ -195,11 +198,16 @@ class State:
             )
         if changes and self._group.first:
             print(
-                f"warning: goes on with other settings, so it will not end as it would have: "
-                f"{', '.join(changes.values())}",
+                "warning: resuming with changed settings; the result will differ from an "
+                f"uninterrupted run: {', '.join(changes.values())}",
                 file=sys.stderr,
             )
         return list(changes.values())
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 def _is_optimizer(part: object) -> bool:

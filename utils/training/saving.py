@@ -5,13 +5,13 @@ import re
 import shutil
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from utils.checkpoint import TEMPORARY, is_whole, write_folder, write_new_folder
-from utils.cli import Stopped, UserError, unused
+from utils.cli import Stopped, UserError, one_line, unused
 from utils.processes import Processes
 from utils.tracking import Run, journal, metrics_log
 from utils.training.checkpoints import ARTIFACTS, FOLDER, checkpoints_in, step_of
@@ -50,13 +50,14 @@ class Checkpoints(AbstractContextManager):
             every: see `interval`.
             group: its processes, all of which must call the methods in the same order.
             state: what is saved beside the model.
-            resumed: the checkpoint that the training goes on from. Later ones are of a training
-                that did not take place any more, and get out of its way.
+            resumed: the checkpoint that the training goes on from. Later ones are set aside as
+                `.abandoned`.
         """
         self._run, self._home = run, run.output_dir / FOLDER
         self._group, self._state = group, state
         self._steps, self._seconds = interval(every)
         self._saved_at = time.monotonic()
+        self._said: dict[str, object] = {}
         if not group.first:
             return
         for folder in (run.output_dir, self._home):
@@ -122,6 +123,7 @@ class Checkpoints(AbstractContextManager):
 
     def _say(self, status: str, **more: object) -> None:
         """Write status.json, for whoever starts trainings anew."""
+        self._said = {"status": status, **more}
         checkpoints = checkpoints_in(self._run.output_dir)
         content = {
             "status": status,
@@ -148,19 +150,34 @@ class Checkpoints(AbstractContextManager):
             return
         if error is None:
             self._say("FINISHED", exit_code=0)
-        elif isinstance(error, Stopped):
+            return
+        if isinstance(error, Stopped):
             self._say("KILLED", exit_code=error.exit_code)
-            self._upload()
-        elif isinstance(error, KeyboardInterrupt | SystemExit):
-            self._say("KILLED", exit_code=getattr(error, "code", 130))
         else:
             code = 2 if isinstance(error, UserError) else 1
-            self._say("FAILED", exit_code=code, error=" ".join(str(error).split())[:500])
+            self._say("FAILED", exit_code=code, error=one_line(error, limit=500))
+        with suppress(OSError):  # a full disk; why the training ended counts more
+            self._upload()
+
+    def leave(self, exit_code: int) -> None:
+        """Say that the process ends at once, and where to go on; for a second signal.
+
+        MLflow is not told: a resumed training or a replay will do that.
+        """
+        if not self._group.first:
+            return
+        said = self._said if self._said["status"] != "RUNNING" else {"status": "KILLED"}
+        self._say(**(said | {"exit_code": exit_code}))
+        with suppress(OSError):
+            self._run.note_status(said["status"])
+        home = self._run.output_dir
+        print(f"stopped at once; --resume {home} goes on from the last checkpoint", file=sys.stderr)
 
     def _upload(self) -> None:
         """Log what it takes to go on elsewhere; the machine may be gone soon."""
-        newest, output_dir = checkpoints_in(self._run.output_dir)[-1], self._run.output_dir
-        self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
+        output_dir = self._run.output_dir
+        for newest in checkpoints_in(output_dir)[-1:]:
+            self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
         if (output_dir / "best").is_dir():
             self._run.folder(output_dir / "best", f"{ARTIFACTS}/best")
         if (output_dir / journal.METRICS).is_file():

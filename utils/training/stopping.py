@@ -1,7 +1,7 @@
 """Signals that ask a training to stop."""
 
+import os
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import FrameType
@@ -13,14 +13,15 @@ from utils.processes import Processes
 class StopRequest(AbstractContextManager):
     """Turns SIGINT, SIGTERM and SIGUSR1 into a wish that the loop fulfils after its step.
 
-    A second signal stops at once. SIGUSR1, which batch systems send before the time is up, counts
-    as SIGTERM.
+    A second signal ends the process at once, also while it waits for a server. SIGUSR1, which
+    batch systems send before the time is up, counts as SIGTERM.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
-    def __init__(self) -> None:
-        self._number = 0
+    def __init__(self, leave: Callable[[int], object]) -> None:
+        """Set what is still done after a second signal: `leave(exit code)`, which must be quick."""
+        self._number, self._leave = 0, leave
 
     def __enter__(self) -> "StopRequest":
         self._before = {number: signal.signal(number, self._take) for number in self.SIGNALS}
@@ -33,7 +34,10 @@ class StopRequest(AbstractContextManager):
     def _take(self, number: int, frame: FrameType | None) -> None:
         number = signal.SIGTERM if number == signal.SIGUSR1 else number
         if self._number:
-            sys.exit(128 + number)
+            try:
+                self._leave(128 + number)
+            finally:
+                os._exit(128 + number)  # an exception would wait for all that is left to send
         self._number = number
 
     def obeyed(self, group: Processes, save: Callable[[], None]) -> None:
