@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from transformer import GPT, GPTConfig, generate, make_prefix
-from transformer.flex import flex_attend
+from transformer.flex import flex_attend_on
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, tracking
@@ -117,8 +117,14 @@ def main(arguments: argparse.Namespace) -> None:
     model = GPT(model_config).to(group.device)
     if arguments.flex_attention:
         if group.device.type != "cuda":
-            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; leave it away")
-        model.attend = flex_attend
+            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
+        model.attend = flex_attend_on(
+            group.device,
+            grid=model_config.latent_dim,
+            window=model_config.window_size,
+            prefix=model_config.prefix_length,
+            depth=model_config.depth,
+        )
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     average = WeightAverage(model, config.ema_decay)

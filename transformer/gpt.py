@@ -20,7 +20,7 @@ class GPT(nn.Module):
     position predicts the one that comes next (arXiv 2012.09841, section 3.2).
     """
 
-    attend = staticmethod(attend)  # or `flex.flex_attend`
+    attend = staticmethod(attend)  # or of transformer/flex.py
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
