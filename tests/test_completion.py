@@ -6,7 +6,8 @@ from torch import Tensor
 
 from tests.test_drawing import make_model, some_indices
 from transformer import GPT, Beyond, Guidance, Shaping, complete, generate
-from transformer.completion import keep_side, unforeseen
+from transformer.completion import unforeseen
+from utils.data.given import keep_side
 
 
 def test_sides() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tests.test_drawing import make_model, some_indices
 from transformer import GPT, Beyond, Guidance, Shaping, generate, sampling
-from transformer.completion import keep_side
 from transformer.graph import GraphStep, draw_at, make_step, step_at
 from transformer.step import Step
+from utils.data.given import keep_side
 
 
 def both(model: GPT, size: tuple[int, int], beyond: Beyond, step=step_at) -> tuple[Tensor, Tensor]:

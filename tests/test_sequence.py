@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from tests.test_completion import log_likelihood
 from tests.test_equalities import CODES, CONDITIONS, make_model, some_input, step_by_step
 from transformer import GPT, GPTConfig, Guidance, Shaping, complete, generate, make_prefix
-from transformer.completion import keep_side, unforeseen
+from transformer.completion import unforeseen
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide, unknown
+from utils.data.given import keep_side
 
 # --- conditions ----------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Grids of which some cells are given: which ones stay, and the rest drawn around them."""
+"""Grids of which some cells are given: the rest drawn around them."""
 
 from typing import Any
 
@@ -7,31 +7,6 @@ from torch import Tensor
 
 from transformer.gpt import GPT
 from transformer.sampling import generate
-
-SIDES = ("top", "bottom", "left", "right")
-
-
-def keep_side(text: str, size: tuple[int, int]) -> Tensor:
-    """The cells that stay of a grid of `size`, (h, w), bool: `top:0.5` is its upper half.
-
-    Raises:
-        ValueError: no side and share of it, or a share that leaves nothing to draw.
-    """
-    side, _, share = text.partition(":")
-    try:
-        kept = float(share)
-    except ValueError:
-        kept = -1.0
-    if side not in SIDES or not 0 <= kept <= 1:
-        raise ValueError(f"expected {', '.join(SIDES)} and a share, as top:0.5, got {text!r}")
-    height, width = size
-    vertical = side in ("top", "bottom")
-    length = height if vertical else width
-    line = torch.arange(length) < round(kept * length)
-    if line.all():
-        raise ValueError(f"{text} of a grid of {height}x{width} cells leaves nothing to draw")
-    line = line.flip(0) if side in ("bottom", "right") else line
-    return (line[:, None] if vertical else line).expand(height, width)
 
 
 def unforeseen(keep: Tensor) -> Tensor:

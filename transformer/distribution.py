@@ -1,7 +1,7 @@
 """Logits to indices: guidance, the distribution that is drawn from, and the draw."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -61,10 +61,20 @@ class Shaping:
             or min_p outside [0, 1].
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    temperature: float = field(
+        default=1.0, metadata={"help": "below 1: safer, less varied samples; 0: the most likely"}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "draw from the k most likely indices; 0: from all"}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "nucleus sampling: the most likely indices whose probabilities sum to p"},
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "draw from those with this share of the most likely one's probability"},
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
