@@ -30,7 +30,7 @@ def test_nothing_counts_before_the_raster_phase(
     flags = ("--path_to_data", "indices.txt", "--device", "cpu", "--output_dir", "gpt", *TINY_GPT)
     steps = ("--max_epochs", 9, "--max_steps", 8, "--evaluate_every", 1, "--patience", 1)
     call("train", *flags, *steps, "--order_anneal", "0.5,0.75")
-    lines = [json.loads(line) for line in Path("gpt/metrics.jsonl").open()]
+    lines = [json.loads(line) for line in Path("gpt/metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if "val/bits_per_token" in line]
     # From step 6 on all is in raster order; step 7 is worse.
     assert steps == list(range(8))

@@ -123,8 +123,8 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     for name, weight in model.state_dict().items():
         if state[name].shape != weight.shape:
             raise ValueError(
-                f"what becomes {name} is {tuple(state[name].shape)} in the checkpoint, but it takes "
-                f"{tuple(weight.shape)}"
+                f"what becomes {name} is {tuple(state[name].shape)} in the checkpoint, but "
+                f"{tuple(weight.shape)} is needed"
             )
     model.load_state_dict(state)
     return model.eval()
