@@ -226,7 +226,7 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
     tokenizer = load_tokenizer(arguments.model_dir, device)
-    vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder)
+    vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
     config, data = tokenizer.model.config, arguments.path_to_data
     options = cli.image_options(arguments)
     dataset = parts.read_images(

@@ -16,7 +16,7 @@ from utils.data.grid_meta import GridMeta
 from utils.data.images import ImageDataset
 from utils.data.index_folder import allocate
 from utils.data.indices import IndicesMeta, check_writable, write_indices
-from utils.data.table import split_rows
+from utils.data.table import Row, split_rows
 from vqvae import VQVAE, VQVAEConfig
 
 
@@ -32,31 +32,70 @@ def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> torch.Tens
     return torch.cat(grids)
 
 
+def check_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags that do not go together, before anything is read.
+
+    Raises:
+        UserError: a picture and its condition would not stay alike.
+    """
+    if arguments.condition_model_dir is None:
+        return
+    if arguments.skip_bad_images:
+        raise cli.UserError(
+            "--skip_bad_images does not go with --condition_model_dir: a picture and its condition "
+            "come and go together; take both out of the CSV"
+        )
+    if grids_per_image(arguments.crops, arguments.flip):
+        raise cli.UserError(
+            "--crops and --flip do not go with --condition_model_dir, whose pictures would have to "
+            "be cropped alike; omit one of them"
+        )
+
+
+def grids_per_image(crops: int, flip: bool) -> int:
+    """How many grids of each image there are besides its own: crops, each perhaps mirrored, too.
+
+    Without crops the image itself is mirrored.
+    """
+    return 2 * max(crops, 1) if flip else crops
+
+
 @torch.inference_mode()
 def quantize_crops(
-    folder: Path, model: VQVAE, dataset: ImageDataset, number: int, flags: argparse.Namespace
+    folder: Path,
+    model: VQVAE,
+    dataset: ImageDataset,
+    meta: IndicesMeta,
+    *,
+    crops: int,
+    flip: bool,
+    batch_size: int,
+    seed: int,
 ) -> None:
-    """Write crops.npy, (N, number, h, w[, depth]): random crops, with --flip then them mirrored.
+    """Write crops.npy, (N, grids, h, w[, depth]): random crops, and with `flip` then them mirrored.
 
     Args:
         folder: an indices folder.
         model: the tokenizer.
         dataset: of images that are larger than the crops, or else of the images themselves.
-        number: of grids for each image.
-        flags: batch_size, flip and seed; a crop is a function of seed, row and its number.
+        meta: of the folder.
+        crops: of each image; 0: the image itself.
+        flip: also the mirror image of each.
+        batch_size: images at once.
+        seed: a crop is a function of seed, row and its number.
     """
-    config, device = model.config, next(model.parameters()).device
-    shape = (*config.latent_dim, config.depth)[: 3 if config.depth > 1 else 2]
-    crops = allocate(folder / FILE, (len(dataset), number, *shape), config.codebook_size)
-    views = number // 2 if flags.flip else number
-    batches = torch.arange(len(dataset)).split(flags.batch_size)
+    device = next(model.parameters()).device
+    shape = len(dataset), grids_per_image(crops, flip), *meta.shape
+    array = allocate(folder / FILE, shape, meta.codebook_size)
+    views = max(crops, 1)
+    batches = torch.arange(len(dataset)).split(batch_size)
     with tqdm(total=views * len(dataset), unit=" crops", disable=None) as bar:
         for view in range(views):
-            cut = Augmentation(False, dataset.canvas != dataset.size, flags.seed, epoch=view)
+            cut = Augmentation(False, dataset.canvas != dataset.size, seed, epoch=view)
             for rows, images in zip(batches, dataset.batches(batches, device, cut), strict=True):
-                crops[rows, view] = model.encode(images).cpu()
-                if flags.flip:
-                    crops[rows, views + view] = model.encode(images.flip(3)).cpu()
+                array[rows, view] = model.encode(images).cpu()
+                if flip:
+                    array[rows, views + view] = model.encode(images.flip(3)).cpu()
                 bar.update(len(rows))
 
 
@@ -94,30 +133,47 @@ def load_condition_tokenizer(
     return tokenizer
 
 
+def grid_meta(tokenizer: checkpoint.LoadedModel) -> GridMeta:
+    """What the grids of a tokenizer belong to."""
+    return GridMeta(
+        codebook_size=tokenizer.model.config.codebook_size,
+        latent_dim=tokenizer.model.config.latent_dim,
+        tokenizer_sha256=tokenizer.sha256,
+        tokenizer_run_id=tokenizer.provenance.run_id,
+    )
+
+
+def split(dataset: ImageDataset, origin: checkpoint.Provenance) -> list[Row]:
+    """The rows of the images, each with its split.
+
+    Without a split column the images are split as they were for the tokenizer, whose validation
+    images are then new to the transformer, too.
+    """
+    _, val_rows = split_rows(
+        dataset.rows,
+        val_fraction=origin.val_fraction,
+        seed=origin.seed,
+        folder=dataset.path.parent,
+    )
+    rows = [row._replace(split="train") for row in dataset.rows]
+    for row in val_rows.tolist():
+        rows[row] = rows[row]._replace(split="val")
+    return rows
+
+
 def main(arguments: argparse.Namespace) -> None:
+    check_flags(arguments)
     device = processes.pick_device(arguments.device)
     tokenizer = checkpoint.load_model(
         tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
     )
-    config, origin = tokenizer.model.config, tokenizer.provenance
-    if arguments.skip_bad_images and arguments.condition_model_dir:
-        raise cli.UserError(
-            "--skip_bad_images does not go with --condition_model_dir: a picture and its condition "
-            "come and go together; take both out of the CSV"
-        )
-    dataset = read_images(arguments, config)
     second = load_condition_tokenizer(arguments.condition_model_dir, device)
-    pictures = second and read_images(arguments, second.model.config, "condition_path")
+    config, origin = tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(arguments.path_to_data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
-    crops = arguments.crops or int(arguments.flip)  # without crops the image itself is mirrored
-    crops *= 2 if arguments.flip else 1
-    if crops and second is not None:
-        raise cli.UserError(
-            "--crops and --flip do not go with --condition_model_dir, whose pictures would have to "
-            "be cropped alike; leave one of them away"
-        )
     check_writable(output_dir)
+    dataset = read_images(arguments, config)
+    pictures = second and read_images(arguments, second.model.config, "condition_path")
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -134,27 +190,6 @@ def main(arguments: argparse.Namespace) -> None:
 
     with run:
         indices = quantize(tokenizer.model, dataset, arguments.batch_size)
-        condition, add = None, None
-        if second is not None:
-            condition = GridMeta(
-                codebook_size=second.model.config.codebook_size,
-                latent_dim=second.model.config.latent_dim,
-                tokenizer_sha256=second.sha256,
-                tokenizer_run_id=second.provenance.run_id,
-            )
-            grids = quantize(second.model, pictures, arguments.batch_size)
-            add = partial(write_conditions, conditions=grids, codebook_size=condition.codebook_size)
-        # Without a split column the images are split as they were for the tokenizer, whose
-        # validation images are then new to the transformer, too.
-        splits = split_rows(
-            dataset.rows,
-            val_fraction=origin.val_fraction,
-            seed=origin.seed,
-            folder=dataset.path.parent,
-        )
-        rows = [row._replace(split="train") for row in dataset.rows]
-        for row in splits[1].tolist():
-            rows[row] = rows[row]._replace(split="val")
         meta = IndicesMeta(
             codebook_size=config.codebook_size,
             latent_dim=config.latent_dim,
@@ -162,9 +197,16 @@ def main(arguments: argparse.Namespace) -> None:
             tokenizer_sha256=tokenizer.sha256,
             tokenizer_run_id=origin.run_id,
             lineage=run.lineage,
-            condition=condition,
+            condition=second and grid_meta(second),
         )
-        if crops:
+        more, extra, add = grids_per_image(arguments.crops, arguments.flip), "", None
+        if second is not None:
+            grids = quantize(second.model, pictures, arguments.batch_size)
+            add = partial(
+                write_conditions, conditions=grids, codebook_size=meta.condition.codebook_size
+            )
+            extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
+        elif more:
             larger = dataset
             if arguments.crops:
                 larger = read_images(arguments, config, random_crop=True)
@@ -172,9 +214,14 @@ def main(arguments: argparse.Namespace) -> None:
                 quantize_crops,
                 model=tokenizer.model,
                 dataset=larger,
-                number=crops,
-                flags=arguments,
+                meta=meta,
+                crops=arguments.crops,
+                flip=arguments.flip,
+                batch_size=arguments.batch_size,
+                seed=arguments.seed,
             )
+            extra = f"; and {more} more of each"
+        rows = split(dataset, origin)
         write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
         dataset.write_skipped(output_dir)
         run.folder(output_dir, name)
@@ -184,9 +231,8 @@ def main(arguments: argparse.Namespace) -> None:
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
         f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
-        f"{metrics.entropy(counts) - math.log2(config.depth):.3f} bits per token (unigram)"
-        + (f"; and {crops} crops of each" if crops else "")
-        + (f"; conditions of {'x'.join(map(str, grids.shape[1:]))}" if condition else "")
+        f"{metrics.entropy(counts) - math.log2(config.depth):.3f} bits per token "
+        f"(entropy of single indices){extra}"
     )
     print(
         cli.next_command(
@@ -205,8 +251,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--condition_model_dir",
-        help="tokenizer of the pictures in the column condition_path, which the GPT is to be told "
-        "(default: there are none)",
+        help="tokenizer of the pictures in the column condition_path, which the GPT is given "
+        "before the image (default: there are none)",
     )
     parser.add_argument("--run_id", help="MLflow run to log to (default: the tokenizer's)")
     parser.add_argument(
@@ -222,7 +268,9 @@ def make_parser() -> argparse.ArgumentParser:
         "another of them in every epoch, and validates on the whole images (default: none)",
     )
     parser.add_argument(
-        "--flip", action="store_true", help="also quantize the mirror image of each, or its crops"
+        "--flip",
+        action="store_true",
+        help="also quantize mirror images: of the crops, or else of each image",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")

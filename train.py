@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from transformer import GPT, GPTConfig, generate, make_prefix
-from transformer.flex import flex_attend
+from transformer.flex import flex_attend_on
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
 from utils import checkpoint, cli, figures, metrics, processes, tracking
@@ -78,14 +78,14 @@ def draw_samples(
 ) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
-    They are of all classes in turn, or of what is told of the first validation images. Without a
-    tokenizer the (first) indices themselves are shown as shades of grey.
+    They are of all classes in turn, or of the classes and conditions of the first validation
+    images. Without a tokenizer the (first) indices themselves are shown as shades of grey.
     """
     training_mode = model.training
     model.eval()
     prefix = torch.arange(SAMPLES) % max(1, len(data.words.class_names))
     if data.conditions is not None:
-        prefix = make_prefix(*data.told(data.val_rows[:SAMPLES]))
+        prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
     indices = generate(model, prefix, seed=0)
     model.train(training_mode)
     if tokenizer is None:
@@ -192,7 +192,13 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.flex_attention:
         if group.device.type != "cuda":
             raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
-        model.attend = flex_attend
+        model.attend = flex_attend_on(
+            group.device,
+            grid=model_config.latent_dim,
+            window=model_config.window_size,
+            prefix=model_config.prefix_length,
+            depth=model_config.depth,
+        )
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     average = WeightAverage(model, config.ema_decay)
@@ -224,8 +230,8 @@ def main(arguments: argparse.Namespace) -> None:
         """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
         values = {}
         if judge is not None:
-            told = make_prefix(*data.told(judge.rows))
-            values = judge.figures(partial(generate, average.model.eval(), told))
+            inputs = make_prefix(*data.prefix_inputs(judge.rows))
+            values = judge.figures(partial(generate, average.model.eval(), inputs))
         batches = load(group.share(data.val_rows).split(config.batch_size))
         by_cell = evaluate(average.model, batches, precision, group)
         bits = float(by_cell.mean())
@@ -237,6 +243,11 @@ def main(arguments: argparse.Namespace) -> None:
             run.picture("pictures/samples", samples, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
         return sign * values[config.best_metric]
+
+    def shuffled_share() -> float:
+        """The share of images that are shown in a random order now."""
+        anneal, done = model_config.order_anneal, progress.step / schedule.total_steps
+        return 0.0 if anneal is None else random_share(anneal, done)
 
     def files_of(one: GPT) -> dict:
         return checkpoint.model_files(one, origin) | {FILE: data.words.content()}
@@ -253,10 +264,7 @@ def main(arguments: argparse.Namespace) -> None:
             # Now and then an image is shown without what is known of it, for drawing without.
             batch = [hide(prefix, model_config), grid]
             if model_config.order_anneal is not None:
-                share = random_share(
-                    model_config.order_anneal, progress.step / schedule.total_steps
-                )
-                batch.append(draw_orders(grid, share))
+                batch.append(draw_orders(grid, shuffled_share()))
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, batch, precision, config.accumulate)
             values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
@@ -271,7 +279,9 @@ def main(arguments: argparse.Namespace) -> None:
                 values["tokens_per_second"] = images_per_second * data.grids[0].numel()
                 run.metrics("train", values, progress.step)
             if schedule.evaluates(progress.step):
-                if progress.improved(evaluation()):
+                score = evaluation()
+                # In random orders it does not learn yet what it is to do: nothing counts so far.
+                if shuffled_share() == 0 and progress.improved(score):
                     checkpoints.save_best(files_of(average.model))
                 save()
                 averages.restart()
@@ -299,8 +309,10 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    for config_class in (IndicesConfig, GPTConfig, OptimizerConfig, TrainingConfig):
-        cli.add_flags(parser, config_class)
+    cli.add_flags(parser, IndicesConfig, "indices")
+    cli.add_flags(parser, TrainingConfig, "training")
+    cli.add_flags(parser, GPTConfig, "transformer")
+    cli.add_flags(parser, OptimizerConfig, "optimiser")
     parser.add_argument(
         "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"
     )

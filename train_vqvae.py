@@ -395,8 +395,10 @@ def make_parser() -> argparse.ArgumentParser:
             for name, preset in PRESETS.items()
         }
     )
-    for config_class in (DataConfig, VQVAEConfig, ObjectiveConfig, TrainingConfig):
-        cli.add_flags(parser, config_class)
+    cli.add_flags(parser, DataConfig, "images")
+    cli.add_flags(parser, TrainingConfig, "training")
+    cli.add_flags(parser, VQVAEConfig, "tokenizer")
+    cli.add_flags(parser, ObjectiveConfig, "objective")
     return parser
 
 

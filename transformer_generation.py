@@ -1,65 +1,85 @@
 """Stage 4: draw new grids of codebook indices from a GPT."""
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
-from transformer import GPT, Beyond, GPTConfig, Guidance, complete, generate, make_prefix
-from transformer.completion import SIDES, keep_side
-from transformer.sampling import SCHEDULES
+from transformer import (
+    GPT,
+    Beyond,
+    GPTConfig,
+    Guidance,
+    Shaping,
+    complete,
+    generate,
+    make_prefix,
+)
+from transformer.completion import unforeseen
+from transformer.distribution import SCHEDULES
 from utils import checkpoint, cli, figures, processes, tracking
 from utils.data.conditions import Condition, take_conditions, write_conditions
-from utils.data.decoding import read_mask
+from utils.data.given import Given, read_given
 from utils.data.index_folder import allocate, new_folder
-from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of, read_indices
+from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of
 from utils.data.table import Row
-from utils.data.vocabulary import Vocabulary, read_vocabulary
+from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.provenance import joined
 from vqvae import VQVAE, VQVAEConfig
 
 SHOWN = 48  # completions in the picture, at most
 PICTURE = "completions.png"
+KEEP = "top:0.5"
 
 
-class Given(NamedTuple):
-    """What is to be completed: grids (N, h, w[, depth]), the cells that stay (h, w), labels."""
-
-    grids: torch.Tensor
-    keep: torch.Tensor
-    labels: list[str]
-
-
-def read_given(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Given:
-    """The grids to complete, and which of their cells stay.
+def check_flags(arguments: argparse.Namespace, device: torch.device) -> None:
+    """Refuse flags that do not go together.
 
     Raises:
-        UserError: indices of another tokenizer, or a --keep that says nothing.
+        UserError: one of them would do nothing.
     """
-    path = tracking.fetch(arguments.complete)
-    indices = read_indices(path, codebook_size=vocabulary.codebook_size, depth=vocabulary.depth)
-    sha256 = indices.meta.tokenizer_sha256 if indices.meta is not None else ""
-    if "" not in (sha256, vocabulary.tokenizer_sha256) and sha256 != vocabulary.tokenizer_sha256:
-        raise cli.UserError(
-            f"{path} belongs to the tokenizer {sha256[:12]}, but the GPT to "
-            f"{vocabulary.tokenizer_sha256[:12]}; use indices and models of one tokenizer"
+    if arguments.compile and device.type != "cuda":
+        raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; omit it")
+    if arguments.complete and arguments.size_in_cells:
+        raise cli.UserError("--size_in_cells is that of the given grids; omit it with --complete")
+    if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
+        raise cli.UserError("--candidates and --variations are for --complete; add it")
+    if not arguments.complete and arguments.keep:
+        raise cli.UserError("--keep is for --complete; add it")
+    if arguments.labels and (arguments.complete or arguments.unconditional):
+        other = (
+            "--complete, whose images have their own" if arguments.complete else "--unconditional"
         )
-    if arguments.keep.partition(":")[0] in SIDES:
-        keep = cli.build(keep_side, arguments.keep, indices.latent_dim)
-    else:
-        keep = torch.from_numpy(read_mask(arguments.keep, indices.latent_dim))
-    grids = indices.tensor()[: arguments.num_images].long()
-    labels = [row.label for row in indices.rows[: arguments.num_images]]
-    times = arguments.variations
-    return Given(
-        grids.repeat_interleave(times, dim=0),
-        keep,
-        [label for label in labels for _ in range(times)],
-    )
+        raise cli.UserError(f"--labels does not go with {other}; omit one of them")
+
+
+def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
+    """Refuse guidance where there is nothing to compare, and warn of words never learned.
+
+    Raises:
+        UserError: the GPT knows neither classes nor conditions.
+    """
+    guided = arguments.guidance_scale != 1
+    if guided and not config.num_classes and config.condition_latent_dim is None:
+        raise cli.UserError(
+            f"the GPT in {arguments.model_path} knows neither classes nor conditions, so that "
+            "--guidance_scale has nothing to compare; omit it"
+        )
+    untrained = []
+    if config.num_classes and config.class_dropout == 0 and (guided or arguments.unconditional):
+        untrained.append("class (--class_dropout 0)")
+    if config.condition_latent_dim is not None and config.condition_dropout == 0 and guided:
+        untrained.append("condition (--condition_dropout 0)")
+    if untrained:
+        print(
+            f"warning: this GPT was hardly trained without a {' or '.join(untrained)}, which "
+            "--guidance_scale and --unconditional ask of it; expect poor samples",
+            file=sys.stderr,
+        )
 
 
 def read_conditions(
@@ -74,7 +94,7 @@ def read_conditions(
     if vocabulary.condition is None:
         if arguments.conditions:
             raise cli.UserError(
-                f"the GPT in {arguments.model_path} takes no conditions; leave --conditions away"
+                f"the GPT in {arguments.model_path} takes no conditions; omit --conditions"
             )
         return Condition(None, [])
     if arguments.conditions or arguments.complete:
@@ -88,6 +108,36 @@ def read_conditions(
         )
     grid = vocabulary.condition.latent_dim
     return Condition(torch.full((count, *grid), config.no_condition), [])
+
+
+def choose_labels(
+    arguments: argparse.Namespace, vocabulary: Vocabulary, condition: Condition, count: int
+) -> list[str]:
+    """Labels of `count` images: --labels in turn, or those of the conditions, or all classes."""
+    names = arguments.labels or list(vocabulary.class_names) or [""]
+    if condition.rows and not arguments.labels:
+        names = [row.label for row in condition.rows]
+    if arguments.unconditional:
+        names = [""]
+    return [names[number % len(names)] for number in range(count)]
+
+
+def read_inputs(
+    arguments: argparse.Namespace, gpt: checkpoint.LoadedModel, tokenizer_sha256: str
+) -> dict[str, str]:
+    """What is read, by address: the SHA-256 of each."""
+    inputs = {arguments.model_path: gpt.sha256}
+    if arguments.vocabulary_path:
+        file = find_vocabulary(tracking.fetch(arguments.vocabulary_path))
+        if file.resolve().parent == gpt.folder.resolve():  # a part of the model, and goes with it
+            inputs[arguments.vocabulary_path] = gpt.sha256
+        else:
+            inputs[str(file)] = checkpoint.sha256(file)
+    for address in filter(None, (arguments.complete, arguments.conditions)):
+        inputs[address] = digest(tracking.fetch(address))
+    if arguments.model_dir:
+        inputs[arguments.model_dir] = tokenizer_sha256
+    return inputs
 
 
 def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Image:
@@ -104,57 +154,59 @@ def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Ima
 
 def main(arguments: argparse.Namespace) -> None:
     device = processes.pick_device(arguments.device)
-    if arguments.compile and device.type != "cuda":
-        raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; leave it away")
+    check_flags(arguments, device)
+    guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
+    shaping = cli.read_flags(Shaping, arguments)
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
+    if processes.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
+        gpt.model.cast(torch.bfloat16)
     vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
-    if arguments.complete and arguments.size_in_cells:
-        raise cli.UserError("--size_in_cells is that of the given grids; leave it away here")
-    if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
-        raise cli.UserError("--candidates and --variations are for --complete; add it")
-    given = read_given(arguments, vocabulary) if arguments.complete else None
+    check_guidance(arguments, gpt.model.config)
     tokenizer = None
     if arguments.model_dir:
         address = tracking.fetch(arguments.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, device)
+        vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
+
+    given = None
+    if arguments.complete:
+        path, keep = tracking.fetch(arguments.complete), arguments.keep or KEEP
+        given = read_given(path, vocabulary, keep, arguments.num_images, arguments.variations)
+        if arguments.candidates > 1 and not unforeseen(given.keep).any():
+            raise cli.UserError(
+                f"--candidates are ranked by given cells behind drawn ones, but --keep {keep} "
+                "leaves none there; omit --candidates"
+            )
     count = arguments.num_images if given is None else len(given.grids)
     condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
-    if given is not None:
-        labels, size = given.labels, tuple(given.keep.shape)
-    else:
-        names = arguments.labels or list(vocabulary.class_names) or [""]
-        if condition.rows and not arguments.labels:
-            names = [row.label for row in condition.rows]
-        names = [""] if arguments.unconditional else names
-        labels = [names[number % len(names)] for number in range(count)]
+    if given is None:
+        labels = choose_labels(arguments, vocabulary, condition, count)
         size = arguments.size_in_cells or vocabulary.latent_dim
-    told = [""] * len(labels) if arguments.unconditional else labels
-    prefix = make_prefix(torch.tensor(vocabulary.tokens(told)), condition.grids)
-    origin = gpt.provenance
+    else:
+        labels, size = given.labels, tuple(given.keep.shape)
+    cli.build(gpt.model.sequence.places, size, Beyond(arguments.beyond))  # or it cannot be drawn
+    classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
+    prefix = make_prefix(torch.tensor(classes), condition.grids)
+
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
-    inputs = {arguments.model_path: gpt.sha256, arguments.vocabulary_path: gpt.sha256}
-    given_as = filter(None, (arguments.complete, arguments.conditions))
-    folders = {path: tracking.fetch(path) for path in given_as}
-    inputs |= {path: digest(folder) for path, folder in folders.items()}
-    if tokenizer is not None:
-        inputs[arguments.model_dir] = tokenizer.sha256
+    sources = [tracking.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
-        origin.run_id,
+        gpt.provenance.run_id,
         stage="samples",
         part=output_dir.name,
-        inputs={path: sha256 for path, sha256 in inputs.items() if path},
-        upstream=joined(gpt.lineage, *map(lineage_of, folders.values())),
+        inputs=read_inputs(arguments, gpt, tokenizer.sha256 if tokenizer else ""),
+        upstream=joined(gpt.lineage, *map(lineage_of, sources)),
     )
     meta = IndicesMeta(
         codebook_size=vocabulary.codebook_size,
         latent_dim=size,
         tokenizer_sha256=vocabulary.tokenizer_sha256,
         tokenizer_run_id=vocabulary.tokenizer_run_id,
-        gpt_run_id=origin.run_id,
+        gpt_run_id=gpt.provenance.run_id,
         lineage=run.lineage,
         depth=vocabulary.depth,
         condition=vocabulary.condition if condition.rows else None,
@@ -162,51 +214,47 @@ def main(arguments: argparse.Namespace) -> None:
     rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
     for number, row in enumerate(condition.rows):
         rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
-    shape = size if vocabulary.depth == 1 else (*size, vocabulary.depth)
-    tries = 1 if given is None else arguments.candidates
 
-    with run, tqdm(total=len(prefix) * tries, unit=" images", disable=None) as bar:
+    total = count * (1 if given is None else arguments.candidates)
+    with run, tqdm(total=total, unit=" images", disable=None) as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
             indices = torch.from_numpy(
-                allocate(folder / "indices.npy", (len(rows), *shape), vocabulary.codebook_size)
+                allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
+            )
+            draw = partial(
+                *(generate if given is None else complete, gpt.model, prefix),
+                shaping=shaping,
+                guidance=guidance,
+                beyond=Beyond(arguments.beyond),
+                compiled=arguments.compile,
+                seed=arguments.seed,
+                batch_size=arguments.batch_size,
+                progress=bar.update,
             )
             if given is None:  # rows go to the disk as they are drawn, however tall a grid is
-                draw = partial(generate, size=size, out=indices)
+                draw(size=size, out=indices)
             else:
-                draw = partial(complete, given=given.grids, keep=given.keep, candidates=tries)
-            try:
-                drawn = draw(
-                    gpt.model,
-                    prefix,
-                    temperature=arguments.temperature,
-                    top_k=arguments.top_k,
-                    top_p=arguments.top_p,
-                    min_p=arguments.min_p,
-                    guidance=Guidance(arguments.guidance_scale, arguments.guidance_schedule),
-                    beyond=Beyond(arguments.beyond),
-                    compiled=arguments.compile,
-                    seed=arguments.seed,
-                    batch_size=arguments.batch_size,
-                    progress=bar.update,
+                completed = draw(
+                    given=given.grids, keep=given.keep, candidates=arguments.candidates
                 )
-            except ValueError as error:
-                raise cli.UserError(str(error)) from error
+                indices.copy_(completed)
+                if tokenizer is not None:
+                    picture_of(given, completed, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
                 write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
-            if given is not None:
-                indices.copy_(drawn)
-                if tokenizer is not None:
-                    picture_of(given, drawn, tokenizer.model).save(folder / PICTURE)
         run.folder(output_dir, output_dir.name)
 
-    if given is not None and tokenizer is not None:
-        print(f"given, drawn and original in {output_dir / PICTURE}")
-    print(f"{len(indices):,} grids in {output_dir}")
+    if given is not None:
+        there = (
+            f"in {output_dir / PICTURE}" if tokenizer else "are shown with --model_dir TOKENIZER"
+        )
+        print(f"given, drawn and original {there}")
+    print(f"{count:,} grids in {output_dir}")
+    known = vocabulary.tokenizer_run_id
     print(
         cli.next_command(
-            *("vqvae/images_from_indexes.py", "--indexes_path", output_dir),
-            "--model_dir",
-            arguments.model_dir or f"runs:/{vocabulary.tokenizer_run_id}/checkpoints",
+            *("vqvae/images_from_indexes.py", "--indexes_path", output_dir, "--model_dir"),
+            arguments.model_dir or (f"runs:/{known}/checkpoints" if known else "TOKENIZER"),
         )
     )
 
@@ -238,26 +286,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unconditional", action="store_true", help='draw images of "no class" in particular'
     )
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="below 1 the likely gets likelier"
-    )
-    parser.add_argument(
-        "--top_k", type=int, default=0, help="draw from the k likeliest indices (default: all)"
-    )
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="draw from the likeliest that reach p together"
-    )
-    parser.add_argument(
-        "--min_p",
-        type=float,
-        default=0.0,
-        help="draw from those with this share of the likeliest one's probability (default: all)",
-    )
+    cli.add_flags(parser, Shaping, "distribution")
     parser.add_argument(
         "--guidance_scale",
         type=float,
         default=1.0,
-        help="above 1 the class is pronounced (classifier-free guidance; default: 1, none)",
+        help="classifier-free guidance: above 1 samples follow class and condition more closely "
+        "(default: 1, none)",
     )
     parser.add_argument(
         "--guidance_schedule",
@@ -283,25 +318,31 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep",
-        default="top:0.5",
-        metavar="X",
-        help="what stays of them: top, bottom, left or right and a share (default: top:0.5), or a "
-        "picture that is white there",
+        metavar="SIDE:SHARE",
+        help="what stays of them: top, bottom, left or right and a share, or a picture that is "
+        f"white there (default: {KEEP})",
     )
     parser.add_argument(
         "--candidates",
         type=cli.positive,
         default=1,
-        help="draws for each completion, to take the one that fits the given cells behind best",
+        help="draws per image; the one under which the later given cells are most likely is kept "
+        "(default: 1)",
     )
     parser.add_argument(
         "--variations", type=cli.positive, default=1, help="completions of each image (default: 1)"
     )
     parser.add_argument("--model_dir", help="tokenizer, to show completions beside what was given")
     parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16: weights and cache in bfloat16; auto: on a GPU that has it (default: auto)",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
-        help="one compiled CUDA graph a step, on a GPU; pays for many images",
+        help="steps as compiled CUDA graphs, on a GPU; pays for many images",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")

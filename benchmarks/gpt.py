@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import record
-from transformer import GPT, GPTConfig, generate
-from transformer.noise import uniform
-from transformer.sampling import draw, probabilities
+from transformer import GPT, GPTConfig, generate, noise
+from transformer.distribution import draw, probabilities
 from utils import cli, processes
 
 GRID, CODES = (7, 7), 512  # as on MNIST
@@ -38,12 +37,13 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 @torch.no_grad()
 def draw_without_cache(model: GPT, prefix: Tensor) -> Tensor:
     """Every cell by a whole pass over all tokens before it, as minGPT's `generate` does."""
-    look = partial(F.scaled_dot_product_attention, is_causal=True)
+    attend = partial(F.scaled_dot_product_attention, is_causal=True)
+    keys = noise.keys(0, torch.arange(len(prefix)))
     x, drawn = model.prefix_embedding(prefix)[:, None], []
     for cell in range(TOKENS):
         turn = model.cos[: cell + 1], model.sin[: cell + 1]
-        logits = model.head(model._run(x, turn, [look] * len(model.blocks))[:, -1])
-        drawn.append(draw(probabilities(logits), uniform(0, torch.arange(len(prefix)), cell)))
+        logits = model.head.at(0, model.run_blocks(x, turn, lambda layer: attend)[:, -1])
+        drawn.append(draw(probabilities(logits), noise.uniform(keys, cell)))
         x = torch.cat([x, model.token_embedding(drawn[-1])[:, None]], dim=1)
     return torch.stack(drawn, dim=1).view(-1, *GRID)
 

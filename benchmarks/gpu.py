@@ -87,8 +87,9 @@ def drawing(flags: argparse.Namespace, side: int, count: int, scale: float) -> d
     """ms a step in bf16, and how near that comes to the time in which memory is read once.
 
     What a step must read: all weights but the embeddings, and keys and values of the cells before.
+    All that `generate` does counts: the step and its draw, which are one graph if compiled.
     """
-    model = GPT(make_config(flags, side)).to(flags.device, torch.bfloat16).eval()
+    model = GPT(make_config(flags, side)).to(flags.device).cast(torch.bfloat16).eval()
     prefix = torch.arange(count) % CLASSES
     options = {"batch_size": count, "guidance": Guidance(scale), "compiled": flags.compile}
     step = seconds_of(lambda: generate(model, prefix, **options), flags) / side**2

@@ -30,7 +30,7 @@ class Config:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser("what it does")
-    cli.add_flags(parser, Config)
+    cli.add_flags(parser, Config, "things")
     return parser
 
 
@@ -87,6 +87,30 @@ def test_help_shows_the_defaults_that_count() -> None:
     assert "above 0 (default: 0.05)" in text
     assert "0: no limit (default: 0)" in text
     assert "100 % needed --size" in text
+    assert "mirror (default: off)" in text
+    assert "mix (default: on)" in text
+    assert "things:" in text
+
+
+def test_help_names_values_by_their_type_and_no_default_twice() -> None:
+    """Each value was X; empty tuples were shown as (default: ), and some defaults twice."""
+    parser = make_parser()
+    parser.add_argument("--many", type=cli.integers, default=(), help="none or more")
+    parser.add_argument("--said", type=int, default=3, help="how many (default: 3)")
+    parser.add_argument("--found_path", help="where")
+    for one in (parser, parser.add_subparsers().add_parser("part")):
+        cli.add_inference_flags(one, batch_size=7)
+        text = " ".join(one.format_help().split())
+        assert "--batch_size N images at once (default: 7)" in text
+        assert "where to compute (default: auto)" in text
+    text = " ".join(parser.format_help().split())
+    assert "--path PATH" in text
+    assert "--size H,W" in text
+    assert "--factors N,N,..." in text
+    assert "--rate X above 0" in text
+    assert "--steps N" in text
+    assert "--kind {a,b}" in text
+    assert "--many N,N,... none or more --said N how many (default: 3) --found_path PATH" in text
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "many", ""])

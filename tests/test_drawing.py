@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer import GPT, Beyond, GPTConfig, Guidance, generate
+from transformer import GPT, Beyond, GPTConfig, Guidance, generate, noise
+from transformer.distribution import Shaping, draw, probabilities
 from transformer.positions import rotate
-from transformer.sampling import draw, draw_rows, probabilities
+from transformer.sampling import draw_rows
+from transformer.step import Step
 
 
 def make_model(
@@ -66,7 +68,7 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
     near = (row[:, None] - row < window) & ((column[:, None] - column).abs() < window)
     mask = (positions[:, None] >= positions) & (near | (positions == 0))
 
-    def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = q @ k.transpose(-1, -2)
         scores[..., 0] = (q * rotate(k[:, :, :1].expand_as(k), cos, sin)).sum(dim=-1)
         scores = (scores / q.shape[-1] ** 0.5).masked_fill(~mask, float("-inf"))
@@ -77,7 +79,7 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
             [model.prefix_embedding(prefix)[:, None], model.token_embedding(indices.flatten(1))], 1
         )
         turn = tuple(x.double() for x in model.sequence.turn(places))
-        expected = model.head(model._run(x, turn, [look] * 2)[:, :-1])
+        expected = model.head(model.run_blocks(x, turn, lambda layer: attend)[:, :-1])
     actual = step_by_step(model, prefix, indices)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
@@ -133,31 +135,27 @@ def test_given_cells_stay_and_the_rest_is_drawn() -> None:
 
 def test_rows_come_one_by_one() -> None:
     model = make_model((4, 6), window=3)
-    rows = draw_rows(
-        model, torch.zeros(2, dtype=torch.long), lambda cell: torch.rand(2), size=(1000, 5)
-    )
+    step = Step(model, 2, size=(1000, 5))
+    rows = draw_rows(step, torch.zeros(2, dtype=torch.long), noise.keys(0, torch.arange(2)))
     assert next(rows).shape == (2, 5)
 
 
 def test_min_p_keeps_what_is_likely_enough() -> None:
     logits = torch.tensor([0.5, 0.25, 0.2, 0.05]).log()
-    kept = probabilities(logits, min_p=0.45)
+    kept = probabilities(logits, Shaping(min_p=0.45))
     torch.testing.assert_close(kept, torch.tensor([2 / 3, 1 / 3, 0, 0]))
-    torch.testing.assert_close(probabilities(logits, min_p=0.0), logits.exp())
-    assert torch.equal(probabilities(logits, min_p=1.0), torch.tensor([1.0, 0, 0, 0]))
+    torch.testing.assert_close(probabilities(logits, Shaping(min_p=0.0)), logits.exp())
+    assert torch.equal(probabilities(logits, Shaping(min_p=1.0)), torch.tensor([1.0, 0, 0, 0]))
     with pytest.raises(ValueError, match="min_p"):
-        probabilities(logits, min_p=1.1)
+        probabilities(logits, Shaping(min_p=1.1))
 
 
 def test_top_k_and_top_p_keep_the_likeliest() -> None:
-    logits = torch.tensor([0.1, 0.4, 0.3, 0.2]).log()
-    torch.testing.assert_close(
-        probabilities(logits, top_k=2), torch.tensor([0, 4 / 7, 3 / 7, 0]), rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(
-        probabilities(logits, top_p=0.65), torch.tensor([0, 4 / 7, 3 / 7, 0]), rtol=1e-5, atol=1e-6
-    )
-    assert torch.equal(probabilities(logits, temperature=0), torch.tensor([0.0, 1, 0, 0]))
+    logits, expected = torch.tensor([0.1, 0.4, 0.3, 0.2]).log(), torch.tensor([0, 4 / 7, 3 / 7, 0])
+    for shaping in (Shaping(top_k=2), Shaping(top_p=0.65)):
+        kept = probabilities(logits, shaping)
+        torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(probabilities(logits, Shaping(temperature=0)), torch.tensor([0.0, 1, 0, 0]))
 
 
 def test_draws_follow_the_distribution() -> None:

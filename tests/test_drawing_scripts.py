@@ -26,21 +26,31 @@ CODES, GRID = 16, (6, 10)
 MODELS = ("--model_path", "gpt", "--device", "cpu")
 
 
+def write_tokenizer(folder: Path, depth: int = 1) -> str:
+    """A tokenizer that nobody trained; the SHA-256 of its weights."""
+    sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4}
+    if depth > 1:
+        sizes |= {"quantizer": "residual", "depth": depth}
+    tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes))
+    checkpoint.write_folder(folder, checkpoint.model_files(tokenizer, checkpoint.Provenance()))
+    return checkpoint.sha256(folder / "model.safetensors")
+
+
+def write_gpt(folder: str, words: Vocabulary, **shape: object) -> None:
+    """A GPT that nobody trained, with a head that makes a choice."""
+    shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | shape
+    gpt = GPT(GPTConfig(**words.model_values, **shape))
+    torch.nn.init.normal_(gpt.head.weight)
+    files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
+    checkpoint.write_folder(Path(folder), files)
+
+
 @pytest.fixture
 def models(own_folder: Path) -> Path:
     """A tokenizer, a windowed GPT and indices of both, in the current folder."""
     torch.manual_seed(0)
-    sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4}
-    tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes))
-    files = checkpoint.model_files(tokenizer, checkpoint.Provenance())
-    checkpoint.write_folder(own_folder / "tokenizer", files)
-    sha256 = checkpoint.sha256(own_folder / "tokenizer" / "model.safetensors")
-    shape = {"num_layers": 1, "num_heads": 2, "dim": 16, "window_size": 3}
-    gpt = GPT(GPTConfig(codebook_size=CODES, num_classes=2, latent_dim=GRID, **shape))
-    torch.nn.init.normal_(gpt.head.weight)
-    words = Vocabulary(CODES, GRID, ("a", "b"), sha256)
-    files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
-    checkpoint.write_folder(own_folder / "gpt", files)
+    sha256 = write_tokenizer(own_folder / "tokenizer")
+    write_gpt("gpt", Vocabulary(CODES, GRID, ("a", "b"), sha256), window_size=3)
     rows = [Row(f"{number}.png", "ab"[number % 2], "") for number in range(4)]
     grids = torch.randint(CODES, (4, *GRID))
     write_indices(
@@ -149,12 +159,98 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
         (("--min_p", "2"), "min_p"),
         (("--candidates", "3"), "--complete"),
         (("--complete", "given", "--size_in_cells", "9,21"), "--size_in_cells"),
+        (("--keep", "top:0.5"), "--keep is for --complete"),
+        (("--complete", "given", "--labels", "a"), "--labels does not go with --complete"),
+        (("--unconditional", "--labels", "a"), "--labels does not go with --unconditional"),
+        (("--complete", "given", "--candidates", "2"), "--keep top:0.5 leaves none there"),
+        (("--complete", "given", "--model_dir", "foreign"), "belongs to the tokenizer"),
+        (("--temperature", "nan"), "temperature must be 0 or more and finite, got nan"),
+        (("--temperature", "inf"), "temperature must be 0 or more and finite, got inf"),
+        (("--guidance_scale", "nan"), "guidance_scale must be 0 or more and finite"),
+        (("--guidance_scale", "inf"), "guidance_scale must be 0 or more and finite"),
     ],
 )
 def test_what_cannot_be_is_one_line(
     models: Path, error_of: Callable[..., str], flags: tuple[str, ...], message: str
 ) -> None:
+    """All before anything is drawn: what the output folder held stays."""
+    write_tokenizer(models / "foreign", depth=2)
     assert message in error_of("transformer_generation", *MODELS, *flags)
+    assert not Path("outputs").exists()
+
+
+def test_guidance_needs_something_to_compare(
+    models: Path, error_of: Callable[..., str], capsys: pytest.CaptureFixture
+) -> None:
+    write_gpt("plain", Vocabulary(CODES, GRID))
+    flags = ("--device", "cpu", "--num_images", 1)
+    guided = (*flags, "--guidance_scale", 2)
+    error = error_of("transformer_generation", "--model_path", "plain", *guided)
+    assert "knows neither classes nor conditions" in error
+    write_gpt("always", Vocabulary(CODES, GRID, ("a", "b")), class_dropout=0.0)
+    for more in (guided, (*flags, "--unconditional")):
+        call("transformer_generation", "--model_path", "always", *more, "--output_dir", "drawn")
+        assert "warning: this GPT was hardly trained without a class" in capsys.readouterr().err
+    call("transformer_generation", "--model_path", "always", *flags, "--output_dir", "drawn")
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_a_text_file_has_the_grids_of_the_model(models: Path) -> None:
+    """As many numbers as make a square were one, whatever the model draws."""
+    write_gpt("wide", Vocabulary(CODES, (2, 8)))
+    Path("given.txt").write_text(" ".join(map(str, range(16))) + "\n")
+    flags = ("--complete", "given.txt", "--keep", "left:0.5", "--output_dir", "completed")
+    call("transformer_generation", "--model_path", "wide", "--device", "cpu", *flags)
+    assert drawn(Path("completed")).shape == (1, 2, 8)
+    assert drawn(Path("completed"))[0, :, :4].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+
+
+def test_what_comes_next_can_be_typed(models: Path, capsys: pytest.CaptureFixture) -> None:
+    """Without a known run of the tokenizer its address was runs://checkpoints."""
+    flags = ("--complete", "given", "--num_images", 1, "--output_dir", "completed")
+    call("transformer_generation", *MODELS, *flags)
+    said = capsys.readouterr().out
+    assert said.rstrip().endswith("--model_dir TOKENIZER")
+    assert "given, drawn and original are shown with --model_dir" in said
+
+
+def test_bfloat16_draws_with_positions_of_full_precision(models: Path) -> None:
+    call(
+        *("transformer_generation", *MODELS, "--precision", "bf16", "--num_images", 2),
+        *("--output_dir", "coarse"),
+    )
+    assert drawn(Path("coarse")).shape == (2, *GRID)
+    model = GPT(GPTConfig(CODES, latent_dim=GRID, num_layers=1, num_heads=2, dim=16))
+    angles = model.cos.clone()
+    assert model.cast(torch.bfloat16).head.weight.dtype == torch.bfloat16
+    assert torch.equal(model.cos, angles)
+    assert model.make_cache(1).keys.dtype == torch.bfloat16
+
+
+def test_an_error_in_the_code_is_not_the_users(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(sampling, "draw_rows", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        call("transformer_generation", *MODELS, "--num_images", 1, "--output_dir", "drawn")
+
+
+def test_a_vocabulary_of_its_own_is_recorded_with_its_own_digest(models: Path) -> None:
+    """The weights' digest stood there. Beside the GPT it is a part of it, made with it again."""
+    content = (models / "gpt" / FILE).read_bytes()
+    Path("words.json").write_bytes(content)
+    for number, (path, sha256) in enumerate(
+        (
+            ("words.json", checkpoint.sha256(Path("words.json"))),
+            (f"gpt/{FILE}", checkpoint.sha256(Path("gpt/model.safetensors"))),
+        )
+    ):
+        flags = ("--vocabulary_path", path, "--num_images", 1, "--output_dir", f"drawn{number}")
+        call("transformer_generation", *MODELS, *flags)
+        assert read_indices(f"drawn{number}").meta.lineage[-1].inputs[path] == sha256
 
 
 def test_indices_of_another_tokenizer_are_refused(
@@ -163,7 +259,7 @@ def test_indices_of_another_tokenizer_are_refused(
     meta = IndicesMeta(CODES, GRID, tokenizer_sha256="f" * 64)
     write_indices("other", torch.zeros(1, *GRID, dtype=torch.long), [Row("0.png", "", "")], meta)
     error = error_of("transformer_generation", *MODELS, "--complete", "other")
-    assert "belongs to the tokenizer ffffffffffff" in error
+    assert "but other to ffffffffffff" in error
 
 
 def test_likelihood_ranks_all_images(models: Path) -> None:

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from tests.test_drawing import make_model, some_indices
 from tests.test_window import dense_mask
+from transformer import flex
 from transformer.attention import attend
-from transformer.flex import block_mask, flex_attend
+from transformer.flex import block_mask, flex_attend, flex_attend_on
 
 GRIDS = [(13, 17), (3, 50), (40, 5)]
 
@@ -35,6 +37,28 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
 def test_the_mask_is_made_once() -> None:
     one = block_mask((8, 9), 2, 1, torch.device("cpu"))
     assert block_mask((8, 9), 2, 1, torch.device("cpu")) is one
+
+
+def test_a_mask_that_an_evaluation_made_serves_training() -> None:
+    """Tensors that inference mode made cannot be kept for a backward pass."""
+    block_mask.cache_clear()
+    with torch.inference_mode():
+        mask = block_mask((8, 9), 2, 1, torch.device("cpu"))
+    assert not any(x.is_inference() for x in mask.as_tuple() if isinstance(x, torch.Tensor))
+
+
+def test_a_compiled_model_does_not_make_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler passes by the cache of masks, and made the mask part of every pass."""
+    model = make_model((5, 6), window=2, dtype=torch.float32)
+    prefix, indices = some_indices((5, 6))
+    device = torch.device("cpu")
+    with torch.no_grad():
+        expected = model(prefix, indices)
+        model.attend = flex_attend_on(device, grid=(5, 6), window=2)
+        monkeypatch.setattr(flex, "block_mask", None)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(prefix, indices), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -127,10 +127,25 @@ def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
         ({"cls_embedding.embedding_table.weight": None}, "class-conditional"),
         ({"layers.1.feed_forward.w3.weight": None}, "has no 'layers.1"),
         ({"extra": torch.zeros(1)}, "of no use here: extra"),
+        ({"tok_embeddings.weight": None}, "has no 'tok_embeddings.weight'"),
+        ({"tok_embeddings.weight": torch.zeros(3)}, "is no matrix but"),
+        ({"layers.0.attention.wqkv.weight": None}, "has no 'layers.0.attention.wqkv"),
+        ({"layers.0.attention.wqkv.weight": torch.zeros(8, DIM)}, "no keys and values"),
+        ({"layers.1.attention.wqkv.weight": torch.zeros(8, DIM)}, "layer 1 do not fit together"),
+        ({"layers.0.feed_forward.w1.weight": None}, "has no 'layers.0.feed_forward.w1"),
+        ({"layers.x.what": torch.zeros(1)}, "of no use here: layers.x.what"),
+        ({"layers.9999.what": torch.zeros(1)}, "names layer 9999, but has not so many"),
+        ({"output.weight": torch.zeros(7, DIM)}, "head.weight is"),
     ):
         weights = {k: v for k, v in (make_weights() | change).items() if v is not None}
         with pytest.raises(ValueError, match=message):
             from_llamagen(weights, (4, 4), HEADS)
+    layerless = {k: v for k, v in make_weights().items() if not k.startswith("layers.")}
+    with pytest.raises(ValueError, match=r"has no 'layers\.0"):
+        from_llamagen(layerless, (4, 4), HEADS)
+    for heads in (-2, 5):
+        with pytest.raises(ValueError, match=f"has no {heads} heads"):
+            from_llamagen(make_weights(), (4, 4), heads)
 
 
 def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:

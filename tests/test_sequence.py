@@ -1,16 +1,19 @@
 """What a GPT's sequence is made of: conditions, residual codes, and cells in random order."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.test_completion import log_likelihood
 from tests.test_equalities import CODES, CONDITIONS, make_model, some_input, step_by_step
-from transformer import GPT, GPTConfig, Guidance, complete, generate, make_prefix
-from transformer.completion import keep_side, log_likelihood, unforeseen
+from transformer import GPT, GPTConfig, Guidance, Shaping, complete, generate, make_prefix
+from transformer.completion import unforeseen
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide, unknown
+from utils.data.given import keep_side
 
 # --- conditions ----------------------------------------------------------------------------------
 
@@ -59,17 +62,29 @@ def test_a_condition_lies_over_the_image() -> None:
     torch.testing.assert_close(third.sin[1:4], third.sin[4 + middle])
 
 
-def test_shares_of_what_is_hidden() -> None:
+@pytest.mark.parametrize(
+    ("shares", "together"),
+    [
+        ((0.1, 0.1), 0.05),
+        ((0.2, 0.1), 0.05),  # the condition was never hidden alone
+        ((0.1, 0.5), 0.05),
+        ((0.1, 0.0), 0.0),
+        ((0.5, 0.9), 0.4),  # as much as there is too much
+    ],
+    ids=str,
+)
+def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) -> None:
     config = make_model(prefix=5).config
+    config = replace(config, class_dropout=shares[0], condition_dropout=shares[1])
     prefix = torch.ones(40_000, 5, dtype=torch.long)
     torch.manual_seed(0)
     hidden = hide(prefix, config) != 1
     no_class, no_condition = hidden[:, 0], hidden[:, 1:]
     assert torch.equal(no_condition.any(dim=1), no_condition.all(dim=1))
     for share, expected in (
-        (no_class, 0.1),
-        (no_condition[:, 0], 0.1),
-        (no_class & no_condition[:, 0], 0.05),
+        (no_class, shares[0]),
+        (no_condition[:, 0], shares[1]),
+        (no_class & no_condition[:, 0], together),
     ):
         assert float(share.float().mean()) == pytest.approx(expected, abs=0.01)
 
@@ -185,13 +200,8 @@ def test_completion_of_residual_codes_with_conditions() -> None:
     for drawn in (one, many):
         assert drawn.shape == given.shape
         assert torch.equal(drawn[:, keep], given[:, keep])
-    scores = [
-        log_likelihood(model, prefix, drawn, unforeseen(keep), 8).sum() for drawn in (one, many)
-    ]
+    scores = [log_likelihood(model, prefix, drawn, unforeseen(keep)).sum() for drawn in (one, many)]
     assert scores[1] > scores[0]
-    every = torch.ones(4, 4, dtype=torch.bool)
-    whole = -model(prefix, given, loss=True).sum(dim=1)
-    torch.testing.assert_close(log_likelihood(model, prefix, given, every, 2), whole)
 
 
 # --- random order --------------------------------------------------------------------------------
@@ -270,7 +280,7 @@ def test_in_raster_order_it_draws_as_it_was_trained(depth: int, positions: str) 
     torch.testing.assert_close(raster, whole)
     cached = step_by_step(model, prefix, indices, model.make_cache(3))
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
-    drawn = generate(model, prefix, temperature=0)
+    drawn = generate(model, prefix, shaping=Shaping(0))
     assert torch.equal(model(prefix, drawn).argmax(dim=2), drawn.flatten(1))
 
 

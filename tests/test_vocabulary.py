@@ -37,6 +37,25 @@ def test_unknown_labels_are_named_with_the_classes() -> None:
         Vocabulary(512, (7, 4)).tokens(["cat"])
 
 
+def test_labels_that_a_model_has_no_word_for_can_be_left_out() -> None:
+    with pytest.raises(UserError, match="add --unconditional"):
+        WORDS.tokens(["3"])
+
+
+def test_another_tokenizer_is_refused() -> None:
+    config = SimpleNamespace(codebook_size=512, depth=1, latent_dim=(7, 4))
+    WORDS.check_tokenizer("ab" * 32, "here", config)
+    WORDS.check_tokenizer("", "here", config)
+    with pytest.raises(UserError, match=r"abababababab .*, but that of here is cdcdcdcdcdcd"):
+        WORDS.check_tokenizer("cd" * 32, "here")
+    unknown = replace(WORDS, tokenizer_sha256="")
+    unknown.check_tokenizer("cd" * 32, "here", config)
+    for name, value in (("codebook_size", 16), ("depth", 4), ("latent_dim", (4, 7))):
+        other = SimpleNamespace(**vars(config) | {name: value})
+        with pytest.raises(UserError, match=f"the tokenizer here has {name} "):
+            unknown.check_tokenizer("cd" * 32, "here", other)
+
+
 @pytest.mark.parametrize("where", ["best/vocabulary.json", "best", ""])
 def test_round_trip(tmp_path: Path, where: str) -> None:
     write_folder(tmp_path / "best", {"vocabulary.json": WORDS.content()})
@@ -95,12 +114,3 @@ def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -
     WORDS.check_model(SimpleNamespace(**fitting), Path("best"))
     with pytest.raises(UserError, match=complaint):
         WORDS.check_model(SimpleNamespace(**fitting | change), Path("best"))
-
-
-def test_another_tokenizer_is_refused_with_both() -> None:
-    words = Vocabulary(16, (2, 2), tokenizer_sha256="a" * 64, tokenizer_run_id="r1")
-    words.check_tokenizer("a" * 64, "here")
-    words.check_tokenizer("", "a text file, which does not say")
-    Vocabulary(16, (2, 2)).check_tokenizer("b" * 64, "anything goes")
-    with pytest.raises(UserError, match=r"a{12} \(run r1\), but that of t is b{12}"):
-        words.check_tokenizer("b" * 64, "t")

@@ -191,12 +191,12 @@ def attend(
                 torch.cat([old[:, :, -tiling.halo :], new], dim=2)
                 for old, new in zip(above, key_rows, strict=True)
             )
-        outputs.append(_look(q_rows, k_rows, v_rows, before[1], before[2], tiling))
+        outputs.append(_attend_rows(q_rows, k_rows, v_rows, before[1], before[2], tiling))
         above = key_rows
     return torch.cat(outputs, dim=2)
 
 
-def _look(
+def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, tiling: _Tiling
 ) -> Tensor:
     """Attention of some rows of cells to the prefix, to themselves and to the rows above them.

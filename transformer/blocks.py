@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 EPSILON = 1e-5  # of all norms, as LlamaGen's
 
-# How one layer looks back: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
-Look = Callable[[Tensor, Tensor, Tensor], Tensor]
+# Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class _Normalise(torch.autograd.Function):
@@ -52,6 +52,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(dim, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape and type."""
         return (normalise(x) * self.weight).type_as(x)
 
 
@@ -71,7 +72,15 @@ class SelfAttention(nn.Module):
         self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim)) if config.qk_norm else None
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, look: Look) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        """States (B, T, dim) -> (B, T, dim).
+
+        Args:
+            x: of T tokens.
+            turn: cos and sin of their rotary angles, (T, head_dim / 2) each or (B, 1, T,
+                head_dim / 2); None: they are not rotated.
+            attend: what each of them sees.
+        """
         queries, keys, values = self.heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split([queries + keys, values], dim=1)  # (B, heads + kv_heads, T, d), ...
@@ -82,7 +91,7 @@ class SelfAttention(nn.Module):
         if turn is not None:
             qk = rotate(qk, *turn)
         q, k = qk.split([queries, keys], dim=1)
-        return self.out(look(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
+        return self.out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
@@ -94,6 +103,7 @@ class FeedForward(nn.Module):
         self.out = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """States (..., dim) -> (..., dim)."""
         gate, value = self.gate_and_value(x).chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
@@ -109,6 +119,7 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, look: Look) -> Tensor:
-        x = x + self.dropout(self.attention(self.norm_attention(x), turn, look))
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        """States (B, T, dim) -> (B, T, dim); see `SelfAttention` for the arguments."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), turn, attend))
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))

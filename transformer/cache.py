@@ -1,6 +1,7 @@
 """Keys and values of the cells that are still in sight, while a grid is drawn cell by cell."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transformer.attention import covers, scaled_dot_product_attention, window_mask
@@ -41,9 +42,11 @@ class KVCache:
         shape = (num_layers, batch_size, kv_heads, prefix + self.ring, head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self._prefix_keys: Tensor | None = None  # as they are seen from within the trained grid
-        self._offset = (0, 0)
-        self.row, self.turns = -1, ()  # cos and sin of the row that is being drawn
+        self._prefix_keys: Tensor | None  # as they are seen from within the trained grid
+        self._offset: tuple[int, int]
+        self.row: int  # that is being drawn
+        self.turns: tuple[Tensor, ...]  # cos and sin of its cells
+        self.reset()
 
     @property
     def nbytes(self) -> int:
@@ -59,22 +62,34 @@ class KVCache:
         """Row and column of the token at a position behind the prefix."""
         return divmod((position - self.prefix) // self.depth, self.width)
 
+    def reset(self) -> None:
+        """Forget the batch before; slots count from when they are written, and need no zeros."""
+        self._prefix_keys, self._offset = None, (0, 0)
+        self.row, self.turns = -1, ()
+
+    def sees(self, token: Tensor, slots: int) -> Tensor:
+        """Which of the prefix and the first `slots` slots of the ring a token sees.
+
+        Args:
+            token: (1,), its number behind the prefix; its own slot is written already.
+            slots: at most `ring`.
+
+        Returns:
+            (1, prefix + slots), bool.
+        """
+        numbers = torch.arange(slots, device=token.device)
+        held = token - (token - numbers) % self.ring  # the token in each slot: the latest that fits
+        shape = {"width": self.width, "window": self.window, "depth": self.depth}
+        near = window_mask(token, held, prefix=0, **shape) & (held >= 0)
+        return F.pad(near, (self.prefix, 0), value=True)
+
     def mask(self, position: int) -> Tensor | None:
         """Which of the slots in use the token at `position` sees, (1, slots); None: all."""
         token = position - self.prefix
         if token < 0 or self.window == 0:
             return None
-        slots = torch.arange(min(token + 1, self.ring), device=self.keys.device)
-        held = token - (token - slots) % self.ring  # the token in each slot: the latest that fits
-        positions = torch.cat([slots.new_tensor(range(self.prefix)), held + self.prefix])
-        return window_mask(
-            slots.new_tensor([position]),
-            positions,
-            width=self.width,
-            window=self.window,
-            prefix=self.prefix,
-            depth=self.depth,
-        )
+        here = torch.full((1,), token, device=self.keys.device)
+        return self.sees(here, min(token + 1, self.ring))
 
     def move_to(self, position: int) -> None:
         """Show the prefix as the cell at `position` is to see it (see `Places.offset`)."""
@@ -90,10 +105,19 @@ class KVCache:
         self.keys[:, :, :, : self.prefix] = rotate(self._prefix_keys, cos, sin)
         self._offset = offset
 
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v (B, kv_heads, prefix + n, head_dim) of the prefix and n tokens behind."""
+        tokens = k.shape[2] - self.prefix
+        first = max(0, tokens - self.ring)  # those before are out of sight already
+        slots = torch.arange(first, tokens, device=k.device) % self.ring + self.prefix
+        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cached[:, :, : self.prefix] = new[:, :, : self.prefix]
+            cached[:, :, slots] = new[:, :, self.prefix + first :].to(cached)
+
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, position: int, mask: Tensor | None
     ) -> Tensor:
-        """Store k and v of the token at `position`, and let q look at all that is in sight.
+        """Store k and v of the token at `position`, and attend from q to all that is in sight.
 
         Args:
             q: (B, heads, n, head_dim) of the tokens from `position` on; n > 1 only for the prefix.
@@ -114,10 +138,10 @@ class KVCache:
             return scaled_dot_product_attention(q, keys, values, is_causal=True)
         # Heads that share keys are further queries of one head: (B, kv_heads, groups, head_dim).
         queries = q.view(q.shape[0], k.shape[1], -1, q.shape[3])
-        return _look(queries, keys, values, mask).view(q.shape)
+        return _attend_few(queries, keys, values, mask).view(q.shape)
 
 
-def _look(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _attend_few(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of a few queries (B, heads, n, d) to keys and values (B, heads, S, d).
 
     On a CPU PyTorch's own is made for many queries: for one it takes 1.6 times as long as this

@@ -1,57 +1,18 @@
-"""Grids of which some cells are given: which ones stay, and the rest drawn around them."""
+"""Grids of which some cells are given: the rest drawn around them."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from transformer.gpt import GPT
-from transformer.positions import Beyond
 from transformer.sampling import generate
-
-SIDES = ("top", "bottom", "left", "right")
-
-
-def keep_side(text: str, size: tuple[int, int]) -> Tensor:
-    """The cells that stay of a grid of `size`, (h, w), bool: `top:0.5` is its upper half.
-
-    Raises:
-        ValueError: no side and share of it, or a share that leaves nothing to draw.
-    """
-    side, _, share = text.partition(":")
-    try:
-        kept = float(share)
-    except ValueError:
-        kept = -1.0
-    if side not in SIDES or not 0 <= kept <= 1:
-        raise ValueError(f"expected {', '.join(SIDES)} and a share, as top:0.5, got {text!r}")
-    height, width = size
-    vertical = side in ("top", "bottom")
-    length = height if vertical else width
-    line = torch.arange(length) < round(kept * length)
-    if line.all():
-        raise ValueError(f"{text} of a grid of {height}x{width} cells leaves nothing to draw")
-    line = line.flip(0) if side in ("bottom", "right") else line
-    return (line[:, None] if vertical else line).expand(height, width)
 
 
 def unforeseen(keep: Tensor) -> Tensor:
     """The given cells that come after a drawn one, (h, w), bool: no draw before sees them."""
     drawn_before = (~keep).flatten().cumsum(dim=0).view(keep.shape) > 0
     return keep & drawn_before
-
-
-@torch.no_grad()
-def log_likelihood(
-    model: GPT, prefix: Tensor, indices: Tensor, cells: Tensor, batch_size: int
-) -> Tensor:
-    """Sum over `cells` (h, w) of log p(cell | cells before it), (N,), in nats, on the CPU."""
-    device = model.head.weight.device
-    beyond = None if tuple(cells.shape) == model.config.latent_dim else Beyond.EXTRAPOLATE
-    tokens = cells.flatten().repeat_interleave(model.config.depth)
-    sums = []
-    for part in zip(prefix.split(batch_size), indices.split(batch_size), strict=True):
-        nats = model(*(x.to(device) for x in part), beyond=beyond, loss=True)
-        sums.append(-(nats.cpu() * tokens).sum(dim=1))
-    return torch.cat(sums)
 
 
 def complete(
@@ -61,14 +22,14 @@ def complete(
     keep: Tensor,
     *,
     candidates: int = 1,
-    batch_size: int = 64,
-    **options: object,
+    **options: Any,
 ) -> Tensor:
     """Draw the cells that are not kept.
 
-    A raster order draws a cell without a look at given cells behind it. So several candidates
-    are drawn, and that one is taken whose drawn cells make the given cells behind them likeliest:
-    the mode of self-normalised importance sampling, with the model's own draws as proposals.
+    A raster order draws a cell without sight of the given cells behind it. So several candidates
+    are drawn, and that one is taken whose drawn cells make the given cells behind them most
+    likely, by the log-probabilities that the model has for them on the way, without guidance and
+    shaping: the mode of self-normalised importance sampling, with the draws as proposals.
 
     Args:
         model: in eval mode.
@@ -76,20 +37,21 @@ def complete(
         given: (N, h, w) or (N, h, w, depth), the indices; of the cells that are drawn any.
         keep: (h, w), bool, the cells that stay.
         candidates: draws for each image; of no use where all given cells come first.
-        batch_size, options: see `generate`.
+        options: see `generate`.
 
     Returns:
         Like `given`, int64, on the CPU.
     """
-    size = tuple(keep.shape)
-    later = unforeseen(keep)
-    candidates = candidates if later.any() else 1
+    candidates = candidates if unforeseen(keep).any() else 1
     prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, given))
+    scores = torch.zeros(len(prefixes))
     drawn = generate(
-        model, prefixes, given=grids, keep=keep, size=size, batch_size=batch_size, **options
+        *(model, prefixes),
+        given=grids,
+        keep=keep,
+        size=tuple(keep.shape),
+        scores=scores,
+        **options,
     )
-    if candidates == 1:
-        return drawn
-    scores = log_likelihood(model, prefixes, drawn, later, batch_size).view(-1, candidates)
-    best = scores.argmax(dim=1) + torch.arange(len(prefix)) * candidates
-    return drawn[best]
+    best = scores.view(-1, candidates).argmax(dim=1)
+    return drawn[best + torch.arange(len(prefix)) * candidates]

@@ -34,7 +34,7 @@ class GPTConfig:
     size: str = field(
         default="tiny",
         metadata={
-            "help": "where the dimensions below come from that are not given: "
+            "help": "preset for the dimensions below; each flag overrides it: "
             + ", ".join(f"{name} {shape[0]} x {shape[2]}" for name, shape in SIZES.items()),
             "choices": tuple(SIZES),
         },
@@ -157,3 +157,12 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.dim // self.num_heads
+
+    @property
+    def by_cell(self) -> bool:
+        """Whether cells have embeddings of their own: there are none for grids of other sizes."""
+        return self.positions == "learned" or self.order_anneal is not None
+
+    def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Of the indices of a grid of `size`: (h, w), or (h, w, depth) for a depth above 1."""
+        return size if self.depth == 1 else (*size, self.depth)

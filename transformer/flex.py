@@ -1,5 +1,6 @@
 """The window by FlexAttention: on a GPU one fused kernel that skips what nobody sees."""
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -13,7 +14,7 @@ from transformer.attention import attend, covers, window_mask
 def block_mask(
     grid: tuple[int, int], window: int, prefix: int, device: torch.device, depth: int = 1
 ) -> BlockMask:
-    """Who sees whom (see `window_mask`), and which blocks of pairs hold nobody who sees."""
+    """Visibility (see `window_mask`), and which blocks are empty."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         shape = {"width": grid[1], "window": window, "prefix": prefix, "depth": depth}
@@ -21,12 +22,14 @@ def block_mask(
 
     length = prefix + grid[0] * grid[1] * depth
     # Compiled, the mask of all pairs never stands whole.
-    compiled = {"_compile": True} if device.type == "cuda" else {}
-    return create_block_mask(sees, None, None, length, length, device=device, **compiled)
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    # The mask stays for later calls: made by an evaluation, a training must still accept it.
+    with torch.inference_mode(False), torch.no_grad():
+        return make(sees, None, None, length, length, device=device)
 
 
 @lru_cache(maxsize=1)
-def _kernel(device_type: str):
+def _kernel(device_type: str) -> Callable[..., Tensor]:
     """FlexAttention, which is fast only where it is compiled."""
     return torch.compile(flex_attention) if device_type == "cuda" else flex_attention
 
@@ -46,3 +49,24 @@ def flex_attend(
         return attend(q, k, v, grid=grid, window=window, prefix=prefix, depth=depth)
     mask = block_mask(grid, window, prefix, q.device, depth)
     return _kernel(q.device.type)(q, k, v, block_mask=mask)
+
+
+def flex_attend_on(
+    device: torch.device, *, grid: tuple[int, int], window: int, prefix: int = 1, depth: int = 1
+) -> Callable[..., Tensor]:
+    """`flex_attend` with the mask of one grid made now, for a model that is to be compiled.
+
+    A compiler does not know of the cache of masks: it would make the mask in every pass.
+
+    Returns:
+        what takes the arguments of `attend`; grids of another shape go to `flex_attend`.
+    """
+    shape = {"grid": tuple(grid), "window": window, "prefix": prefix, "depth": depth}
+    if covers(window, grid):
+        return attend
+    mask, kernel = block_mask(**shape, device=device), _kernel(device.type)
+
+    def attend_masked(q: Tensor, k: Tensor, v: Tensor, **asked: object) -> Tensor:
+        return kernel(q, k, v, block_mask=mask) if asked == shape else flex_attend(q, k, v, **asked)
+
+    return attend_masked

@@ -1,10 +1,13 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices."""
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.attention import attend
-from transformer.blocks import Block, Look, RMSNorm
+from transformer.blocks import Attend, Block, RMSNorm
 from transformer.cache import KVCache
 from transformer.config import GPTConfig
 from transformer.head import Head
@@ -20,7 +23,7 @@ class GPT(nn.Module):
     position predicts the one that comes next (arXiv 2012.09841, section 3.2).
     """
 
-    attend = staticmethod(attend)  # or `flex.flex_attend`
+    attend = staticmethod(attend)  # or of transformer/flex.py
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -93,26 +96,14 @@ class GPT(nn.Module):
         config, grid = self.config, tuple(indices.shape[1:3])
         turn = self._turn_in(grid, beyond)  # (p + n, head_dim / 2) each
         tokens = indices.flatten(1)  # (B, n)
-        x = torch.cat([self._embed_prefix(prefix), self._embed(tokens)], dim=1)  # (B, p + n, dim)
-        if config.positions == "learned":
-            x = x + self.sequence.by_token(self.position_embedding)
+        x = self._embed_all(prefix, tokens)  # (B, p + n, dim)
         if order is not None:
             x, tokens, turn = self.sequence.reorder(order, x, tokens, turn)
         if config.order_anneal is not None:
             x = x + self._targets(order)
 
-        def look(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if k.shape[1] < q.shape[1]:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            return self.attend(
-                *(q, k, v),
-                grid=grid,
-                window=config.window_size,
-                prefix=config.prefix_length,
-                depth=config.depth,
-            )
-
-        x = self._run(x, turn, [look] * config.num_layers)
+        attend = self._attend_in(grid)
+        x = self.run_blocks(x, turn, lambda layer: attend)
         x = x[:, config.prefix_length - 1 : -1]  # (B, n, dim); the last token predicts nothing
         return self.head.loss(x, tokens) if loss else self.head(x)
 
@@ -143,11 +134,58 @@ class GPT(nn.Module):
             x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
         cache.move_to(position)
         mask = cache.mask(position)
-        looks = [
-            lambda q, k, v, layer=layer: cache.attend(layer, q, k, v, position, mask)
-            for layer in range(config.num_layers)
-        ]
-        return self.head.at(after % config.depth, self._run(x, turn, looks)[:, -1])
+
+        def attention_of(layer: int) -> Attend:
+            return lambda q, k, v: cache.attend(layer, q, k, v, position, mask)
+
+        return self.head.at(after % config.depth, self.run_blocks(x, turn, attention_of)[:, -1])
+
+    def prefill(self, prefix: Tensor, given: Tensor, cache: KVCache) -> Tensor:
+        """`step` of the prefix and of the first rows of a grid in one pass.
+
+        Args:
+            prefix: as in `forward`.
+            given: (B, r, w) or (B, r, w, depth), fewer rows than the grid has.
+            cache: of `make_cache` for the trained size, which takes them in.
+
+        Returns:
+            (B, codebook_size), the logits of the first token behind these rows.
+        """
+        tokens = given.flatten(1)
+        x = self._embed_all(prefix, tokens)
+        new, turn = x.shape[1], None
+        if self.config.positions == "rotary":
+            turn = self.cos[:new], self.sin[:new]
+        if self.config.order_anneal is not None:
+            x = x + self._targets(None)[:new]
+        attend = self._attend_in(tuple(given.shape[1:3]))
+
+        def attention_of(layer: int) -> Attend:
+            def attend_and_keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                cache.fill(layer, k, v)
+                return attend(q, k, v)
+
+            return attend_and_keep
+
+        return self.head.at(0, self.run_blocks(x, turn, attention_of)[:, -1])
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor] | None,
+        attention_of: Callable[[int], Attend],
+    ) -> Tensor:
+        """Embeddings (B, T, dim) -> their final states (B, T, dim).
+
+        Args:
+            x: of T tokens.
+            turn: cos and sin, see `SelfAttention`.
+            attention_of: number of a layer -> its attention.
+        """
+        x = self.dropout(x)
+        for layer, block in enumerate(self.blocks):
+            x = block(x, turn, attention_of(layer))
+        return self.norm(x)
 
     def make_cache(
         self,
@@ -174,6 +212,31 @@ class GPT(nn.Module):
             dtype=weight.dtype,
         )
 
+    def cast(self, dtype: torch.dtype) -> "GPT":
+        """This model with weights of `dtype`, to draw with; positions keep their precision."""
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return self
+
+    def _embed_all(self, prefix: Tensor, tokens: Tensor) -> Tensor:
+        """The prefix and the first n tokens of the grid (B, n) -> (B, p + n, dim)."""
+        x = torch.cat([self._embed_prefix(prefix), self._embed(tokens)], dim=1)
+        if self.config.positions == "learned":
+            x = x + self.sequence.by_token(self.position_embedding)[: x.shape[1]]
+        return x
+
+    def _attend_in(self, grid: tuple[int, int]) -> Attend:
+        """Attention over the prefix and all cells of a grid."""
+        config = self.config
+        shape = {"window": config.window_size, "prefix": config.prefix_length}
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if k.shape[1] < q.shape[1]:
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            return self.attend(q, k, v, grid=grid, depth=config.depth, **shape)
+
+        return attend
+
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
         """The prefix (B,) or (B, p) -> (B, p, dim)."""
         classes, conditions = prefix.reshape(len(prefix), -1).tensor_split([1], dim=1)
@@ -198,7 +261,7 @@ class GPT(nn.Module):
         """Which cell each position predicts, embedded: (p + n, dim), or (B, p + n, dim)."""
         cells = self.target_embedding.weight if order is None else self.target_embedding(order)
         tokens = cells.repeat_interleave(self.config.depth, dim=-2)
-        return nn.functional.pad(tokens, (0, 0, self.config.prefix_length - 1, 1))
+        return F.pad(tokens, (0, 0, self.config.prefix_length - 1, 1))
 
     def _inside(self, token: int, cache: KVCache) -> int:
         """The cell of the trained grid that a token's cell takes the place of, in raster order."""
@@ -231,10 +294,3 @@ class GPT(nn.Module):
             cache.turns = tuple(x.to(self.cos) for x in cache.places.cells(row))
         cos, sin = cache.turns
         return cos[column : column + 1], sin[column : column + 1]
-
-    def _run(self, x: Tensor, turn: tuple[Tensor, Tensor] | None, looks: list[Look]) -> Tensor:
-        """Embeddings (B, n, dim) -> their final states."""
-        x = self.dropout(x)
-        for block, look in zip(self.blocks, looks, strict=True):
-            x = block(x, turn, look)
-        return self.norm(x)

@@ -18,12 +18,12 @@ class Head(nn.Linear):
         self.codebook_size, self.depth = codebook_size, depth
 
     def forward(self, states: Tensor) -> Tensor:
-        """States (B, n, dim) that foretell all tokens of whole cells -> logits (B, n, K)."""
+        """States (B, n, dim) from which all tokens of whole cells are predicted -> (B, n, K)."""
         parts = zip(self._split(states), self._weights(), strict=True)
         return self._join([F.linear(*part) for part in parts])
 
     def at(self, depth: int, states: Tensor) -> Tensor:
-        """States (..., dim) that foretell tokens of this depth -> logits (..., K)."""
+        """States (..., dim) from which tokens of this depth are predicted -> (..., K)."""
         return F.linear(states, self._weights()[depth])
 
     def loss(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ def _loss(states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return nats(states, cells).view(targets.shape)
     # The backward pass makes the logits of each part anew.
     losses = [
-        checkpoint(nats, *part, use_reentrant=False)
+        checkpoint(nats, *part, use_reentrant=False, preserve_rng_state=False)
         for part in zip(states.chunk(parts), cells.chunk(parts), strict=True)
     ]
     return torch.cat(losses).view(targets.shape)

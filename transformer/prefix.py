@@ -28,12 +28,14 @@ def unknown(prefix: Tensor, config: GPTConfig) -> Tensor:
 def hide(prefix: Tensor, config: GPTConfig) -> Tensor:
     """Hide the class of some images and the condition of some, for guidance (arXiv 2207.12598).
 
-    Their shares are `class_dropout` and `condition_dropout`. They overlap in half of the class's
-    share, so that each is hidden alone and both are hidden together, all of it often enough to
-    be learned.
+    Their shares are `class_dropout` and `condition_dropout`. Both are hidden together in half of
+    the smaller share, so that each is also hidden alone, all of it often enough to be learned.
+    If the two shares less that overlap sum to more than 1, no image shows both, and the overlap is
+    what they have in excess of 1.
     """
     chance = torch.rand(len(prefix)).to(prefix.device)
-    hidden = (chance - config.class_dropout / 2) % 1 < config.condition_dropout
+    together = min(config.class_dropout, config.condition_dropout) / 2
+    hidden = (chance - config.class_dropout + together) % 1 < config.condition_dropout
     hidden = hidden[:, None].repeat(1, config.prefix_length)
     hidden[:, 0] = chance < config.class_dropout
     return torch.where(hidden.view_as(prefix), unknown(prefix, config), prefix)

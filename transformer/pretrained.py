@@ -1,6 +1,7 @@
 """Checkpoints of other projects as model folders of this one."""
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from utils.provenance import Stage
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
+LAYER = re.compile(r"layers\.(\d{1,4})\.")
 
 
 def _halves(weight: Tensor, heads: int) -> Tensor:
@@ -24,6 +26,19 @@ def _halves(weight: Tensor, heads: int) -> Tensor:
     """
     pairs = weight.unflatten(0, (heads, -1, 2))  # (heads, d / 2, 2, dim)
     return pairs.transpose(1, 2).flatten(0, 2)
+
+
+def _sizes(weights: dict[str, Tensor], key: str) -> tuple[int, int]:
+    """Rows and columns of a matrix of the checkpoint.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if key not in weights:
+        raise ValueError(f"the checkpoint has no {key!r}")
+    if weights[key].dim() != 2:
+        raise ValueError(f"{key!r} of the checkpoint is no matrix but {tuple(weights[key].shape)}")
+    return weights[key].shape
 
 
 def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int = 0) -> GPT:
@@ -43,20 +58,29 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     if "cls_embedding.embedding_table.weight" not in weights:
         raise ValueError("no class-conditional GPT of LlamaGen: it has no cls_embedding table")
     weights = {key: value.float() for key, value in weights.items()}
-    num_layers = 1 + max(int(key.split(".")[1]) for key in weights if key.startswith("layers."))
-    codebook_size, dim = weights["tok_embeddings.weight"].shape
+    layers = [int(found[1]) for found in map(LAYER.match, weights) if found]
+    num_layers = 1 + max(layers, default=0)
+    if layers and num_layers > len(layers):
+        raise ValueError(f"the checkpoint names layer {num_layers - 1}, but has not so many")
+    codebook_size, dim = _sizes(weights, "tok_embeddings.weight")
     heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
-    qkv_rows = len(weights["layers.0.attention.wqkv.weight"])
-    kv_heads = (qkv_rows - dim) // (2 * (dim // heads))
+    if heads < 1 or dim % heads:
+        raise ValueError(f"a width of {dim} has no {heads} heads; give their number by --num_heads")
+    kv_rows = _sizes(weights, "layers.0.attention.wqkv.weight")[0] - dim
+    kv_heads = kv_rows // (2 * (dim // heads))
+    if kv_heads < 1:
+        raise ValueError(
+            "'layers.0.attention.wqkv.weight' of the checkpoint has no keys and values"
+        )
     config = GPTConfig(
         codebook_size=codebook_size,
-        num_classes=len(weights["cls_embedding.embedding_table.weight"]) - 1,
+        num_classes=_sizes(weights, "cls_embedding.embedding_table.weight")[0] - 1,
         latent_dim=latent_dim,
         num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         dim=dim,
-        hidden_dim=len(weights["layers.0.feed_forward.w1.weight"]),
+        hidden_dim=_sizes(weights, "layers.0.feed_forward.w1.weight")[0],
         qk_norm=False,
         blank_prefix=True,
     )
@@ -89,10 +113,19 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
             )
     except KeyError as error:
         raise ValueError(f"the checkpoint has no {error}") from error
+    except RuntimeError as error:
+        line = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights of layer {number} do not fit together: {line}") from error
     left = sorted(key for key in weights if key not in ("freqs_cis", "causal_mask"))
     if left:
         raise ValueError(f"the checkpoint has weights of no use here: {cli.first_few(left)}")
     model = GPT(config)
+    for name, weight in model.state_dict().items():
+        if state[name].shape != weight.shape:
+            raise ValueError(
+                f"what becomes {name} is {tuple(state[name].shape)} in the checkpoint, but "
+                f"{tuple(weight.shape)} is needed"
+            )
     model.load_state_dict(state)
     return model.eval()
 
@@ -133,7 +166,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="grid it was trained on: 16 for 256 pixels (default), 24 for 384",
     )
     parser.add_argument(
-        "--num_heads", type=int, default=0, help="attention heads (default: as the width says)"
+        "--num_heads",
+        type=cli.positive,
+        default=0,
+        help="attention heads (default: as the width says)",
     )
     return parser
 

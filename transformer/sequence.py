@@ -37,12 +37,11 @@ class Sequence:
                 with embeddings of cells, which can only slide.
         """
         config = self.config
-        by_cell = config.positions == "learned" or config.order_anneal is not None
         if size != config.latent_dim and config.condition_latent_dim is not None:
             raise ValueError(
                 f"a GPT with conditions takes grids of its own size {config.latent_dim}, got {size}"
             )
-        if size != config.latent_dim and by_cell and beyond != Beyond.SLIDE:
+        if size != config.latent_dim and config.by_cell and beyond != Beyond.SLIDE:
             raise ValueError(
                 "learned positions (also those of order_anneal) can neither be extrapolated nor "
                 "interpolated"

@@ -25,7 +25,7 @@ IMAGE_FLAGS = ("allow_outside_paths", "max_pixels", "skip_bad_images", "num_work
 
 
 class UserError(Exception):
-    """Something that the user can mend: one line of what, where, and what to do."""
+    """An error that the user can fix: one line saying what, where, and what to do."""
 
 
 class Stopped(Exception):
@@ -78,29 +78,30 @@ def _value_type(annotation: object) -> Callable[[str], object]:
     return typing.cast(type, annotation)
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add one flag for each field of a config dataclass that carries a help text."""
-    group = parser.add_argument_group(config_class.__name__)
+def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
+    """Add one flag for each field of a config dataclass that carries a help text.
+
+    Args:
+        parser: where to.
+        config_class: the dataclass.
+        title: of these flags in the help.
+    """
+    group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if "help" not in field.metadata:
             continue
-        required = field.default is dataclasses.MISSING
         options: dict[str, object] = {"help": field.metadata["help"].replace("%", "%%")}
-        if required:
+        if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
             options["default"] = field.default
-            if isinstance(field.default, tuple):
-                options["help"] += f" (default: {','.join(map(str, field.default))})"
-            elif field.default not in (None, "") and field.default is not False:
-                options["help"] += " (default: %(default)s)"  # a script may set another one
         if hints[field.name] is bool:
             options["action"] = argparse.BooleanOptionalAction  # a preset may have turned it on
         else:
             options["type"] = _value_type(hints[field.name])
             options["choices"] = field.metadata.get("choices")
-            options["metavar"] = None if options["choices"] else field.metadata.get("metavar", "X")
+            options["metavar"] = field.metadata.get("metavar")
         group.add_argument(f"--{field.name}", **options)
 
 
@@ -162,10 +163,44 @@ class Flags(argparse.Namespace):
     __slots__ = ("given",)  # apart from the flags themselves, which are vars()
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Every flag with its default, unless its help says that, and a name for its value by type."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        value = action.default
+        if isinstance(action, argparse.BooleanOptionalAction):
+            value = "on" if value else "off"
+        elif isinstance(value, tuple | list):
+            value = ",".join(map(str, value))
+        nothing = value is None or value is False or value in ("", argparse.SUPPRESS)
+        if nothing or "default" in (action.help or "default"):
+            return action.help
+        return f"{action.help} (default: {str(value).replace('%', '%%')})"
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        by_type = {
+            int: "N",
+            positive: "N",
+            float: "X",
+            height_and_width: "H,W",
+            integers: "N,N,...",
+            two_numbers: "X,X",
+        }
+        name = action.dest
+        if action.type in by_type:
+            return by_type[action.type]
+        if name.startswith("path") or name.endswith(("_dir", "_path", "_weights", "checkpoint")):
+            return "PATH"
+        return name.rpartition("_")[2].upper()
+
+
 class Parser(argparse.ArgumentParser):
     """A parser with a flag that changes the defaults of others; it makes `Flags`."""
 
     presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+
+    def __init__(self, *arguments: typing.Any, **options: typing.Any) -> None:
+        super().__init__(*arguments, **{"formatter_class": HelpFormatter} | options)
 
     def add_presets(self, presets: Mapping[str, Mapping[str, object]]) -> None:
         """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
@@ -273,7 +308,7 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
         "--batch_size",
         type=positive,
         default=batch_size,
-        help=f"images at once (default: {batch_size})",
+        help="images at once",
     )
 
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import verify
 from utils.cli import UserError
 from utils.data.grid_meta import GridMeta
-from utils.data.index_folder import smallest_type
+from utils.data.index_folder import open_array, smallest_type
 from utils.data.indices import Indices, read_indices
 from utils.data.table import Row
 
@@ -55,17 +54,18 @@ def read_conditions(path: Path, indices: Indices) -> Tensor | None:
     if meta is None:
         return None
     file = path / FILE
-    verify(file)
-    try:
-        array = np.lib.format.open_memmap(file, mode="r")
-        expected = (len(indices), *meta.latent_dim)
-        if array.dtype.kind != "u" or array.shape != expected:
-            raise ValueError(f"{array.dtype} {array.shape} in the place of {expected}")
-        if array.max() >= meta.codebook_size:
-            raise ValueError(f"index {array.max()} of a codebook of {meta.codebook_size}")
-    except Exception as error:  # numpy raises nearly everything on a damaged header
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is damaged: {line}; make it again") from error
+    array = open_array(file)
+    expected = (len(indices), *meta.latent_dim)
+    if array.dtype.kind != "u" or array.shape != expected:
+        raise UserError(
+            f"{file} is damaged: {array.dtype} {array.shape} in the place of {expected}; make it "
+            "again"
+        )
+    if array.max() >= meta.codebook_size:
+        raise UserError(
+            f"{file} is damaged: index {array.max()} of a codebook of {meta.codebook_size}; make "
+            "it again"
+        )
     return torch.from_numpy(np.array(array))
 
 

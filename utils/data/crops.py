@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import verify
 from utils.cli import UserError
+from utils.data.index_folder import open_array
 from utils.data.indices import Indices
 from utils.data.table import seeded
 
@@ -49,19 +49,15 @@ def read_crops(folder: Path, indices: Indices) -> Crops | None:
     path = folder / FILE
     if not path.is_file():
         return None
-    verify(path)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r")
-        largest = int(array.max())
-    except Exception as error:  # numpy raises nearly everything on a damaged header
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged: {line}; make it again") from error
-    expected = (len(indices), *indices.shards[0].shape[1:])
-    if array.dtype != indices.shards[0].dtype or (len(array), *array.shape[2:]) != expected:
+    array, first = open_array(path), indices.shards[0]
+    expected = (len(indices), *first.shape[1:])
+    fits = array.dtype == first.dtype and array.shape[:1] + array.shape[2:] == expected
+    if not fits or array.size == 0:
         raise UserError(
             f"{path} holds {array.dtype} {array.shape}, but the folder has {len(indices)} grids of "
-            f"{indices.shards[0].dtype} {indices.shards[0].shape[1:]}; make it again"
+            f"{first.dtype} {first.shape[1:]}; make it again"
         )
+    largest = int(array.max())
     if largest >= indices.meta.codebook_size:
         raise UserError(
             f"{path} holds the index {largest}, but its codebook has only "

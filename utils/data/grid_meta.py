@@ -11,12 +11,14 @@ MOST_CODES = 1 << 32  # what text files and .npy files of uint32 can hold
 
 @dataclass(frozen=True)
 class GridMeta:
-    """Attributes:
-    codebook_size: K; every index is below it.
-    latent_dim: rows and columns (h, w) of a grid.
-    tokenizer_sha256: of the model.safetensors that made the indices or decodes them, "" if not
-        known.
-    tokenizer_run_id: its MLflow run, "" if not known.
+    """What a grid of indices belongs to.
+
+    Attributes:
+        codebook_size: K; every index is below it.
+        latent_dim: rows and columns (h, w) of a grid.
+        tokenizer_sha256: of the model.safetensors that made the indices or decodes them, "" if not
+            known.
+        tokenizer_run_id: its MLflow run, "" if not known.
     """
 
     codebook_size: int

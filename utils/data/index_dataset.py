@@ -118,14 +118,14 @@ class IndexDataset:
             "classes": len(self.words.class_names),
         }
 
-    def told(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+    def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """Classes (B,) and conditions (B, hc, wc), or None, of these rows."""
         return self.classes[rows], None if self.conditions is None else self.conditions[rows]
 
     def batches(
         self, batches_of_rows: Sequence[Tensor], epoch: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-        """What is `told`, and grids (B, h, w[, depth]), int64, of each batch of row numbers.
+        """`prefix_inputs`, and grids (B, h, w[, depth]), int64, of each batch of row numbers.
 
         Args:
             batches_of_rows: row numbers.
@@ -134,7 +134,7 @@ class IndexDataset:
         for rows in batches_of_rows:
             whole = epoch is None or self._crops is None
             grids = self.grids[rows] if whole else self._crops.pick(rows, self._seed, epoch)
-            yield *self.told(rows), grids.long()
+            yield *self.prefix_inputs(rows), grids.long()
 
     def baselines(self) -> tuple[float, float]:
         """Unigram and bigram bits per token of the validation grids: what a GPT has to beat.

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import CHECKSUMS, sha256, swap_in
+from utils.checkpoint import CHECKSUMS, sha256, swap_in, verify
+from utils.cli import UserError
 from utils.data.manifest import MANIFEST, write_manifest
 from utils.data.table import Row
 
@@ -66,6 +67,20 @@ def allocate(path: Path, shape: tuple[int, ...], codebook_size: int) -> np.ndarr
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
     return array
+
+
+def open_array(path: Path) -> np.ndarray:
+    """An .npy file by memory map.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    verify(path)
+    try:
+        return np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # numpy raises nearly everything on a damaged header
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged: {line}; make it again") from error
 
 
 def smallest_type(codebook_size: int) -> np.dtype:

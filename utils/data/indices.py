@@ -13,7 +13,7 @@ from torch import Tensor
 from utils.checkpoint import read_json, sha256, verify, whole
 from utils.cli import UserError
 from utils.data.grid_meta import MOST_CODES, GridMeta
-from utils.data.index_folder import META, new_folder, smallest_type
+from utils.data.index_folder import META, new_folder, open_array, smallest_type
 from utils.data.index_text import read_lines
 from utils.data.manifest import MANIFEST, read_manifest
 from utils.data.table import Row
@@ -174,7 +174,7 @@ def read_indices(
         if latent_dim is not None and latent_dim != indices.latent_dim:
             raise UserError(
                 f"--latent_dim {_shown(latent_dim)} does not fit {path}, whose grids are "
-                f"{_shown(indices.latent_dim)}; leave the flag away"
+                f"{_shown(indices.latent_dim)}; omit the flag"
             )
         if codebook_size is not None and indices.meta.codebook_size != codebook_size:
             raise UserError(
@@ -202,7 +202,7 @@ def _read_folder(folder: Path) -> Indices:
     files = sorted(folder.glob("indices*.npy"))
     if not files:
         raise UserError(f"{folder} has no indices.npy; make it again")
-    for file in (folder / META, folder / MANIFEST, *files):
+    for file in (folder / META, folder / MANIFEST):
         verify(file)
     meta = _read_meta(folder)
     shards = [_read_shard(file, meta) for file in files]
@@ -222,7 +222,6 @@ def _read_folder(folder: Path) -> Indices:
 
 def _read_meta(folder: Path) -> IndicesMeta:
     values = read_json(folder / META)
-    values.pop("made_by", None)  # of folders from before there was a lineage
     try:
         return typed(IndicesMeta, values)
     except UserError as error:
@@ -245,11 +244,7 @@ def lineage_of(path: Path) -> Lineage:
 
 
 def _read_shard(file: Path, meta: IndicesMeta) -> np.ndarray:
-    try:
-        shard = np.lib.format.open_memmap(file, mode="r")
-    except Exception as error:  # numpy raises nearly everything on a damaged header
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} is damaged: {line}; make it again") from error
+    shard = open_array(file)
     dtype = smallest_type(meta.codebook_size)
     if shard.shape[1:] != meta.shape or shard.dtype != dtype or len(shard) == 0:
         raise UserError(

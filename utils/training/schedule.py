@@ -27,10 +27,13 @@ class TrainingConfig:
         default="", metadata={"help": "where to write; default: outputs/<run name>"}
     )
     run_name: str = field(default="", metadata={"help": "name of the run; default: made up"})
-    experiment: str = field(default="", metadata={"help": "MLflow experiment"})
+    experiment: str = field(default="", metadata={"help": "MLflow experiment", "metavar": "NAME"})
     register: str = field(
         default="",
-        metadata={"help": "name in MLflow's model registry, whose champion is the best so far"},
+        metadata={
+            "help": "name in MLflow's model registry, whose champion is the best so far",
+            "metavar": "NAME",
+        },
     )
     seed: int = field(default=0, metadata={"help": "seed of everything that is drawn"})
     device: str = field(
@@ -76,13 +79,17 @@ class TrainingConfig:
     )
     checkpoint_every: str = field(
         default="",
-        metadata={"help": "steps (500) or minutes (5m) between checkpoints beside evaluations"},
+        metadata={
+            "help": "steps (500) or minutes (5m) between checkpoints beside evaluations",
+            "metavar": "N|Nm",
+        },
     )
     resume: str = field(
         default="",
         metadata={
             "help": "output folder, checkpoint or MLflow run id to go on from; auto: --output_dir, "
-            "or start there if it has no checkpoint"
+            "or start there if it has no checkpoint",
+            "metavar": "PATH",
         },
     )
     on_nonfinite: str = field(
