@@ -1,11 +1,13 @@
 """Files of torch.save by strangers: tensors are read, and nothing is ever run."""
 
+import re
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from utils.cli import UserError
 from utils.foreign import read_state_dict
 
@@ -67,6 +69,22 @@ def test_objects_are_refused_and_not_run(tmp_path: Path, stranger: object, zippe
         read_state_dict(path)
     assert "weights_only=False" not in str(caught.value)
     assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("nest", ["ema", "state_dict", "model", ""])
+def test_the_documented_way_makes_a_file_that_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nest: str
+) -> None:
+    """It knew of state_dict alone."""
+    monkeypatch.chdir(tmp_path)
+    stranger = {"callbacks": Callback()}
+    torch.save({nest: STATE, **stranger} if nest else STATE | stranger, "IN")
+    with pytest.raises(UserError, match="never read here"):
+        read_state_dict("IN")
+    page = (ROOT / "docs" / "tokenizers.md").read_text()
+    exec(re.search(r'python -c "(import torch.*OUT.*)"', page)[1], {})
+    found = read_state_dict("OUT")
+    assert found.tensors.keys() == STATE.keys()
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"a": 1}, {"state_dict": {}}, STATE["a.weight"]])

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
-from transformer import GPT, GPTConfig
+from transformer import GPT, GPTConfig, pretrained
 from transformer.pretrained import from_llamagen
-from utils import checkpoint
+from utils import checkpoint, cli
 
 LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
 
@@ -146,6 +146,16 @@ def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
     for heads in (-2, 5):
         with pytest.raises(ValueError, match=f"has no {heads} heads"):
             from_llamagen(make_weights(), (4, 4), heads)
+
+
+def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -> None:
+    (tmp_path / "gpt").mkdir()
+    (tmp_path / "gpt" / "chapter.txt").write_text("years of work")
+    words = ("--from", "llamagen", "--checkpoint", "nowhere", "--output_dir", tmp_path / "gpt")
+    flags = pretrained.make_parser().parse_args([*map(str, words)])
+    with pytest.raises(cli.UserError, match="gpt exists already"):
+        pretrained.main(flags)
+    assert (tmp_path / "gpt" / "chapter.txt").read_text() == "years of work"
 
 
 def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
