@@ -138,8 +138,15 @@ def test_damaged_files(home: Path, capsys: pytest.CaptureFixture) -> None:
             file.write(f"\n{line}")
     assert "0.125" in report.write(home).read_text()
     assert f"damaged lines are left out: {len(DAMAGED_NUMBERS) + 1}" in capsys.readouterr().err
-    for text in ('[{"name": "tok', "[1]", "7", '[{"name": 3, "command": ""}]', "[" * 10_000):
-        (home / "lineage.json").write_text(text)
+    for text in (
+        '[{"name": "tok',
+        "[1]",
+        "7",
+        '[{"name": 3, "command": ""}]',
+        "[" * 10_000,
+        "\x80",
+    ):
+        (home / "lineage.json").write_text(text, "latin-1")
         with pytest.raises(UserError, match=r"the lineage of .*lineage\.json is damaged"):
             report.write(home)
 

@@ -1,7 +1,8 @@
 """Do to the trainings and to the files what machines and strangers do; print what came of it.
 
 `python -m tests.chaos` runs all rows in full and keeps their results in
-benchmarks/results/chaos.json; `--quick` runs a few cases of each, for CI, and keeps nothing.
+benchmarks/results/chaos.json; `--quick` runs a few cases of each, for CI, and keeps nothing. A row
+that this machine cannot run counts against a full round alone.
 """
 
 import argparse
@@ -25,7 +26,8 @@ def main() -> None:
     print_table(results.values())
     if not arguments.quick:
         merge(ROOT / "benchmarks" / "results" / "chaos.json", results)
-    sys.exit(not all(result["held"] for result in results.values()))
+    good = (True, None) if arguments.quick else (True,)
+    sys.exit(not all(result["held"] in good for result in results.values()))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Bytes of checkpoints, model folders, vocabularies and indices, flipped, cut and swapped."""
+"""Bytes of checkpoints, models, indices, vocabularies and logs, flipped, cut and swapped."""
 
+import json
 import os
 import pickle
 import random
 import signal
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import torch
 
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
+from utils import provenance
 from utils.checkpoint import (
     Provenance,
     load_model,
@@ -24,17 +27,20 @@ from utils.checkpoint import (
     write_folder,
     write_new_folder,
 )
-from utils.cli import UserError
+from utils.cli import UserError, build
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.processes import Processes
+from utils.provenance import Stage
+from utils.tracking import journal, links, metrics_log, report
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import Progress, State
 from vqvae import VQVAE, VQVAEConfig
 
 GRID = (6, 10)
 ALONE = Processes(0, 1, torch.device("cpu"))
+LOGS = "logs"
 CANARY = Path("canary")
 BATCH = 500  # cases a process
 Reader = Callable[[], Any]
@@ -63,6 +69,7 @@ def run(count: int) -> Result:
     detail = (
         f"{seen['refused']:,} refused in one line, {seen['fell back']:,} fell back to the "
         f"checkpoint before, {seen['same']:,} read what was written all the same, "
+        f"{seen['in part']:,} read what else is in a log, "
         f"{len(problems)} anything else; {int(executed)} canaries executed"
     )
     return Result(count, not problems and not executed, "; ".join([detail, *problems[:3]]))
@@ -86,6 +93,23 @@ def _make_files() -> dict[str, Reader]:
             Path(f"training/checkpoints/step-{step:08}"), files | model_files(gpt, Provenance())
         )
 
+    lineage = (Stage("gpt", "python train.py", {"data.csv": "ab" * 32}, "a"),)
+    out = Path(LOGS)
+    out.mkdir()
+    (out / links.FILE).write_text(json.dumps(provenance.content(lineage)))
+    log = journal.Journal(out, "a")
+    for entry in (
+        {"status": "RUNNING"},
+        {"lineage": provenance.content(lineage)},
+        {"picture": "pictures/a.png", "key": "a", "step": 1},
+        {"folder": "best", "name": "checkpoints/best"},
+        {"model": "best", "values": {"m": 1}, "step": 1, "register": "", "lower": True},
+    ):
+        log.note(**entry)
+    for step in range(5):
+        line = {"step": step, "time": time.time(), "run_id": "a", "val/mse": 1 / (step + 1)}
+        metrics_log.append(out, line)
+
     def read_model(folder: str, kind: type, config: type) -> Any:
         model = load_model(folder, kind, config).model
         return model.config, {name: x.tolist() for name, x in model.state_dict().items()}
@@ -100,11 +124,18 @@ def _make_files() -> dict[str, Reader]:
             name: x.tolist() for name, x in read_tensors(folder / "training.safetensors").items()
         }
 
+    def read_logs() -> Any:
+        found = journal.read(out), metrics_log.read(out)
+        build(report.write, out)
+        (out / report.FILE).unlink()
+        return found
+
     return {
         "tokenizer": lambda: read_model("tokenizer", VQVAE, VQVAEConfig),
         "gpt": lambda: (read_model("gpt", GPT, GPTConfig), read_vocabulary("gpt")),
         "indices": read_grids,
         "training": read_checkpoint,
+        LOGS: read_logs,
     }
 
 
@@ -157,7 +188,7 @@ def _in_a_process(
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
     lines = results.read_text().splitlines()
-    problems = [line for line in lines if line not in ("refused", "fell back", "same")]
+    problems = [line for line in lines if line not in ("refused", "fell back", "same", "in part")]
     if code:
         name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         problems.append(f"{name} after {len(lines)} of {len(cases)} cases")
@@ -180,6 +211,8 @@ def _try(read: Reader, expected: Any, path: Path, content: bytes) -> str:
         path.write_bytes(good)
     if found == expected:
         return "same"
+    if path.parts[0] == LOGS:  # nothing says what was in a line that can still be read
+        return "in part"
     return (
         "fell back" if "is damaged; taking the one before" in said.getvalue() else f"{path}: read"
     )

@@ -21,7 +21,7 @@ def run(count: int) -> Result:
     """Run trainings on disks of at most `count` sizes, from next to nothing to enough."""
     prepare()
     if not _mounts():
-        return Result(0, True, "not run: it takes root and the right to mount a tmpfs")
+        return Result(0, None, "it takes root and the right to mount a tmpfs")
     script = "train_vqvae.py"
     process = start(command(script, "roomy"), forked=True)
     if not process.wait(600) or process.code:

@@ -21,12 +21,12 @@ class Result:
 
     Attributes:
         count: how many cases there were, as counted while they ran.
-        held: whether all of them did what they must.
+        held: whether all of them did what they must; None where none could be run.
         detail: what was seen, in one line of numbers.
     """
 
     count: int
-    held: bool
+    held: bool | None
     detail: str
 
 
@@ -66,7 +66,7 @@ def print_table(results: Iterable[dict[str, object]]) -> None:
     """The table in Markdown, as the README shows it."""
     print("| Test | Count | Held | What was seen |\n|---|---|---|---|")
     for result in results:
-        held = "yes" if result["held"] else "**no**"
+        held = {True: "yes", False: "**no**", None: "not run"}[result["held"]]
         print(f"| {result['test']} | {result['count']:,} | {held} | {result['detail']} |")
 
 

@@ -20,7 +20,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "damage",
-        "bytes of checkpoints, model folders, vocabularies and indices flipped, cut, swapped",
+        "bytes of checkpoints, models, vocabularies, indices and logs flipped, cut, swapped",
         damage.run,
         full=10_000,
         quick=1_000,
@@ -42,7 +42,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "mlflow",
-        "MLflow: 8 runs x 1,000 calls, 20 first starts at once; locked, killed, silent",
+        "MLflow: 8 runs x 1,000 calls, 20 first starts at once; locked, slow, killed, silent",
         servers.run,
         full=1_000,
         quick=25,

@@ -44,18 +44,33 @@ started = time.monotonic()
 run.close()
 print(slowest, time.monotonic() - started, flush=True)
 """
+# What makes a server slow while there is a file of that name.
+SLOW = """
+import time
+from pathlib import Path
+at_once = app.wsgi_app
+
+def slow(*arguments):
+    if Path("slow").exists():
+        time.sleep(3)
+    return at_once(*arguments)
+
+app.wsgi_app = slow
+"""
 PATIENCE = 300
 
 
 class Training:
     """A process of `LOGS` in the current folder."""
 
-    def __init__(self, name: str, count: int, pause: float, address: str | None = None) -> None:
+    def __init__(
+        self, name: str, count: int, pause: float, address: str | None = None, timeout: int = 2
+    ) -> None:
         where = {"MLFLOW_TRACKING_URI": address} if address else {}
         self.name, self.count = name, count
         self.process = subprocess.Popen(
             [sys.executable, "-c", LOGS, name, str(count), str(pause)],
-            env=environment(**where, MLFLOW_HTTP_REQUEST_TIMEOUT="2"),
+            env=environment(**where, MLFLOW_HTTP_REQUEST_TIMEOUT=str(timeout)),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -81,6 +96,7 @@ def run(count: int) -> Result:
         "first-starts": lambda: _first_starts(starts),
         "at-once": lambda: _at_once(parallel, count),
         "locked": lambda: _locked(count),
+        "slow": lambda: _slow(count),
         "killed": lambda: _server_killed(count),
         "black-hole": lambda: _black_hole(count),
     }
@@ -97,7 +113,7 @@ def run(count: int) -> Result:
     detail = f"{bad['lost']} lost, {bad['doubled']} doubled after replay"
     for name, value in ({"slowest call": f"{slowest:.2f} s"} | seen | +bad).items():
         detail += f"; {name} {value}"
-    return Result((parallel + 3) * count + starts, not +bad and slowest < 1, detail)
+    return Result((parallel + 5) * count + starts, not +bad and slowest < 1, detail)
 
 
 def _first_starts(count: int) -> Part:
@@ -144,6 +160,23 @@ def _locked(count: int) -> Part:
         slowest, _ = training.end()
         other.rollback()
     return {"slowest": slowest}, _check(address, training)
+
+
+def _slow(count: int) -> Part:
+    """A server that takes 3 s to answer: a client waits for that, another gives up before."""
+    bad: Counter[str] = Counter()
+    with _server() as server:
+        trainings = [
+            Training(f"run{timeout}", count, 8 / count, server.address, timeout)
+            for timeout in (5, 2)
+        ]
+        Path("slow").touch()
+        time.sleep(7)
+        Path("slow").unlink()
+        slowest = max(training.end()[0] for training in trainings)
+        for training in trainings:
+            bad.update(_check(server.address, training))
+    return {"seconds to answer": 3, "slowest": slowest}, bad
 
 
 def _server_killed(count: int) -> Part:
@@ -237,6 +270,7 @@ class _Server:
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
         }
         code = SERVER.replace('"127.0.0.1", 0', f'"127.0.0.1", {self.port}')
+        code = code.replace("server = make_server", f"{SLOW}server = make_server")
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             env=environment(**settings),

@@ -85,7 +85,7 @@ def write(home: Path) -> Path:
     Raises:
         OSError: it cannot be read or written.
         UserError: the lineage is damaged.
-        ValueError: a file is no text, or a command in the lineage none of a shell.
+        ValueError: a command in the lineage is none of a shell.
     """
     metrics = read_metrics(home)
     lineage = provenance.of_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
@@ -110,7 +110,7 @@ def write(home: Path) -> Path:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def read_metrics(home: Path) -> dict[str, Series]:
