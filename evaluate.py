@@ -301,8 +301,11 @@ def make_parser() -> argparse.ArgumentParser:
         )
         cli.add_inference_flags(command, batch_size=256)
         cli.add_image_flags(command)
-        command.add_argument(  # as before the subcommand; without it, what was said there stays
-            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,  # so that one before the subcommand counts, too
+            help="show the traceback of an error, not only its line",
         )
     return parser
 
