@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,10 +13,9 @@ from utils.data.images import ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import comparison, features, parts, published, record
 from utils.evaluation.likelihood_report import bits_of_images, report_likelihood
-from utils.evaluation.parts import Part
-from utils.evaluation.reconstruction_report import report_reconstructions
+from utils.evaluation.reconstruction_report import report_reconstructions, teach
 from utils.evaluation.sample_report import report_samples
-from utils.evaluation.samples import Samples, read_drawn, read_pictures
+from utils.evaluation.samples import read_samples
 from utils.provenance import Split
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.perceptual import BACKBONES, PerceptualLoss
@@ -29,24 +27,6 @@ def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel
     return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
 
 
-def output_dir_of(arguments: argparse.Namespace, home: Path, name: str) -> Path:
-    """Where the files of an evaluation go."""
-    return Path(arguments.output_dir or home / record.FOLDER / name)
-
-
-def save(
-    found: record.Record,
-    run: tracking.Run,
-    kind: str,
-    name: str,
-    **sets: ImageDataset,
-) -> None:
-    """Write and log a record, and list the files of each set that could not be read."""
-    found.save(run, kind, name)
-    for flag, images in sets.items():
-        images.write_skipped(run.output_dir, f"skipped-{flag}.csv")
-
-
 def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     if arguments.lpips_weights and not arguments.lpips:
         raise cli.UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
@@ -56,7 +36,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.model_dir, device)
     config, options = tokenizer.model.config, cli.image_options(arguments)
     network = published.open_network(arguments.features, arguments.feature_weights, device)
-    lpips, measured = None, {}
+    lpips, measured, teaching = None, None, None
     if arguments.lpips:
         what = arguments.lpips, arguments.lpips_weights
         lpips = cli.build(PerceptualLoss, *what, otherwise="leave out --lpips").to(device)
@@ -65,14 +45,14 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     dataset = parts.read_images(
         data, "--path_to_data", config.image_size, config.in_channels, **options
     )
-    sets = {"path_to_data": dataset}
     name = record.name_of(Path(data))
-    output_dir = output_dir_of(arguments, tokenizer.home, name)
+    output_dir = Path(arguments.output_dir or tokenizer.home / record.FOLDER / name)
     with tracking.continue_run(
         output_dir, arguments.run_id, tokenizer.provenance.run_id, homes=("tokenizer",)
     ) as run:
         if arguments.features == "classifier":
-            network, sets = teach(arguments, dataset, device)
+            path, seed = arguments.path_to_train, arguments.seed
+            network, teaching = teach(path, dataset, device, seed, **options)
         found = report_reconstructions(
             *(tokenizer.model, dataset, network),
             lpips=lpips,
@@ -83,85 +63,31 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
                 *(arguments, dataset, network),
                 rows=ALL_ROWS,
                 tokenizer_sha256=tokenizer.sha256,
-                **({"lpips": measured} if measured else {}),
+                lpips=measured,
             ),
         )
-        save(found, run, "reconstructions", name, **sets)
-
-
-def teach(
-    arguments: argparse.Namespace, dataset: ImageDataset, device: torch.device
-) -> tuple[features.FeatureNetwork, dict[str, ImageDataset]]:
-    """A classifier for the images whose reconstructions are judged, and the sets by their flags.
-
-    Where these images themselves have to teach it, it tells nothing of their labels: it knows them.
-    """
-    data, path = arguments.path_to_data, arguments.path_to_train
-    if path:
-        options, sizes = cli.image_options(arguments), (dataset.size, dataset.channels)
-        other = parts.read_images(path, "--path_to_train", *sizes, **options)
-        if checkpoint.sha256(Path(path)) != checkpoint.sha256(Path(data)):
-            network = features.taught_network(*Part.whole(other), path, device, arguments.seed)
-            return network, {"path_to_data": dataset, "path_to_train": other}
-    network = features.taught_network(*Part.whole(dataset), data, device, arguments.seed)
-    print(
-        "classifier: taught by these very images, so that their labels are not compared; "
-        "--path_to_train CSV teaches it others"
-    )
-    return replace(network, class_names=()), {"path_to_data": dataset}
-
-
-def read_samples(
-    arguments: argparse.Namespace, tokenizer: checkpoint.LoadedModel | None
-) -> Samples:
-    """The samples that the flags name, as pictures or as indices.
-
-    Raises:
-        UserError: neither images nor indices with their tokenizer, or both; see their readers.
-    """
-    if bool(arguments.images) == bool(arguments.indexes_path):
-        raise cli.UserError("give the samples by either --images or --indexes_path")
-    if arguments.images:
-        options = cli.image_options(arguments)
-        return read_pictures(Path(arguments.images), arguments.image_size, **options)
-    if arguments.image_size:
-        raise cli.UserError(
-            "--image_size does not go with --indexes_path, whose images have the size that the "
-            "tokenizer decodes; leave it out"
-        )
-    if tokenizer is None:
-        raise cli.UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    path = tracking.fetch(arguments.indexes_path)
-    samples = read_drawn(path, tokenizer)
-    if path != Path(arguments.indexes_path):  # fetched to a folder that nobody will look into
-        samples = samples._replace(place=Path("outputs", *arguments.indexes_path.split("/")[1:]))
-    return samples
+        found.save(run, "reconstructions", name, path_to_data=dataset, path_to_train=teaching)
 
 
 def evaluate_samples(arguments: argparse.Namespace) -> None:
     device, seed = processes.pick_device(arguments.device), arguments.seed
     network = published.open_network(arguments.features, arguments.feature_weights, device)
     tokenizer = load_tokenizer(arguments.model_dir, device) if arguments.model_dir else None
-    samples = read_samples(arguments, tokenizer)
+    options = cli.image_options(arguments)
+    samples = read_samples(
+        arguments.images, arguments.indexes_path, tokenizer, arguments.image_size, **options
+    )
     drawn, split = samples.part.images, samples.split
     if tokenizer is not None:
         split = Split(tokenizer.provenance.val_fraction, tokenizer.provenance.seed)
-    real = parts.read_real(
-        *(arguments.path_to_data, arguments.path_to_test, split),
-        size=arguments.image_size or (drawn.size if samples.tokens else None),
-        channels=drawn.channels,
-        **cli.image_options(arguments),
-    )
+    paths = arguments.path_to_data, arguments.path_to_test
+    resize = bool(arguments.image_size or samples.tokens)
+    real = parts.read_real(*paths, split, drawn, resize=resize, **options)
     train = real.train.images
-    if train.size != drawn.size:
-        sizes = ["x".join(map(str, images.size)) for images in (train, drawn)]
-        raise cli.UserError(
-            f"the images in {arguments.path_to_data} have {sizes[0]} pixels, the samples "
-            f"{sizes[1]}; bring both to one size by --image_size H,W"
-        )
     home = tracking.home_of(arguments.run_id or samples.run_id)
     name = record.name_of(samples.place)
-    output_dir = output_dir_of(arguments, home or samples.place.parent, name)
+    place = (home or samples.place.parent) / record.FOLDER / name
+    output_dir = Path(arguments.output_dir or place)
     with tracking.continue_run(output_dir, arguments.run_id, samples.run_id, homes=("gpt",)) as run:
         if network is None:
             network = features.taught_network(*real.train, arguments.path_to_data, device, seed)
@@ -174,12 +100,9 @@ def evaluate_samples(arguments: argparse.Namespace) -> None:
                 *(arguments, train, network), split=real.split, **samples.hashes
             ),
         )
-        sets = {"path_to_data": train}
-        if arguments.path_to_test:
-            sets["path_to_test"] = real.held_out.images
-        if arguments.images:
-            sets["images"] = drawn
-        save(found, run, "samples", name, **sets)
+        test = real.held_out.images if arguments.path_to_test else None
+        images = drawn if arguments.images else None
+        found.save(run, "samples", name, path_to_data=train, path_to_test=test, images=images)
 
 
 @torch.inference_mode()
@@ -236,7 +159,7 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     conditions = encode_conditions(arguments, vocabulary, device)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
     name = record.name_of(Path(data))
-    output_dir = output_dir_of(arguments, gpt.home, name)
+    output_dir = Path(arguments.output_dir or gpt.home / record.FOLDER / name)
 
     def cost(told: Tensor, images: Tensor) -> Tensor:
         return gpt.model(told, tokenizer.model.encode(images), loss=True)
@@ -258,7 +181,7 @@ def evaluate_likelihood(arguments: argparse.Namespace) -> None:
                 tokenizer_sha256=tokenizer.sha256,
             ),
         )
-        save(found, run, "likelihood", name, path_to_data=dataset)
+        found.save(run, "likelihood", name, path_to_data=dataset)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -270,21 +193,13 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.compare and arguments.evaluate:
         raise cli.UserError("--compare reads two evaluations and makes none; give it by itself")
     if arguments.compare:
-        print(comparison.compare_all(*map(find_evaluation, arguments.compare)))
+        print(comparison.compare_all(*map(comparison.find, arguments.compare)))
     elif arguments.evaluate is None:
         raise cli.UserError(
             "nothing to do; give reconstructions, samples or likelihood, or --compare RUN_A RUN_B"
         )
     else:
         arguments.evaluate(arguments)
-
-
-def find_evaluation(place: str) -> dict[str, Path]:
-    """The records of a folder, a JSON file or an MLflow run, by name."""
-    path = Path(place)
-    if path.exists():
-        return comparison.find(path)
-    return comparison.find(tracking.fetch(f"runs:/{place}/{record.FOLDER}"))
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
@@ -386,8 +301,11 @@ def make_parser() -> argparse.ArgumentParser:
         )
         cli.add_inference_flags(command, batch_size=256)
         cli.add_image_flags(command)
-        command.add_argument(  # as before the subcommand; without it, what was said there stays
-            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=argparse.SUPPRESS,  # so that one before the subcommand counts, too
+            help="show the traceback of an error, not only its line",
         )
     return parser
 

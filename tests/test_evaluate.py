@@ -14,6 +14,7 @@ from PIL import Image
 
 from tests.conftest import write_images
 from utils import checkpoint, cli, provenance, tracking
+from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row, split_rows
 from utils.datasets import write_digits
@@ -244,7 +245,7 @@ def test_a_file_of_two_names_is_on_one_side(own_folder: Path) -> None:
         Path(f"twice/link{number}.png").symlink_to(f"{number}.png")
     links = [f"link{line}" for line in lines[1:]]
     data.write_text("\n".join([*lines, *links]) + "\n")
-    real = read_real(str(data), None, Split(0.5, 0), size=None, channels=3)
+    real = read_real(str(data), None, Split(0.5, 0), ImageDataset(data))
     sides = [
         {str(real.train.images.files[row]).replace("link", "") for row in part.rows.tolist()}
         for part in (real.train, real.held_out)

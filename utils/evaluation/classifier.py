@@ -30,6 +30,7 @@ class Images(Protocol):
 
     rows: Sequence[Row]
     channels: int
+    size: tuple[int, int]
 
     def __len__(self) -> int: ...
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from utils import tracking
 from utils.checkpoint import read_json
 from utils.cli import UserError
 from utils.evaluation.bootstrap import WIDTH
@@ -36,8 +37,11 @@ class Evaluation(NamedTuple):
     by_image: dict[str, Errors]
 
 
-def find(path: Path) -> dict[str, Path]:
-    """The records at a path: a JSON file, or those in a folder or its folder evaluation/.
+def find(place: str | Path) -> dict[str, Path]:
+    """The records at a place: a JSON file, those of a folder or its evaluation/, or of a run.
+
+    Args:
+        place: a path, or the id of an MLflow run.
 
     Returns:
         the files, by `<name>/<kind>` where each evaluation has a folder of its own, else by kind.
@@ -45,6 +49,9 @@ def find(path: Path) -> dict[str, Path]:
     Raises:
         UserError: there is none.
     """
+    path = Path(place)
+    if not path.exists():
+        path = tracking.fetch(f"runs:/{place}/{FOLDER}")
     if path.suffix == ".json" and path.is_file():
         return {path.stem: path}
     found: dict[str, Path] = {}
@@ -57,7 +64,7 @@ def find(path: Path) -> dict[str, Path]:
                     found.setdefault(str(file.relative_to(home).with_suffix("")), file)
     if not found:
         raise UserError(
-            f"no evaluation at {path}; give a JSON of evaluate.py, its folder, or the id of a run "
+            f"no evaluation at {place}; give a JSON of evaluate.py, its folder, or the id of a run "
             "that was evaluated"
         )
     return found

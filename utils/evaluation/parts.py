@@ -91,9 +91,9 @@ def read_real(
     path_to_data: str,
     path_to_test: str | None,
     split: Split | None,
+    samples: Images,
     *,
-    size: tuple[int, int] | None,
-    channels: int,
+    resize: bool = False,
     **options: Any,
 ) -> Real:
     """Real images of a training, and real images that it has not seen.
@@ -102,14 +102,22 @@ def read_real(
         path_to_data: CSV of the first.
         path_to_test: CSV of the second; without it they are the validation rows of the first.
         split: of the training, None if it is not known; needed where the CSV has no column split.
-        size: height and width to resize and crop to; None: what all images have.
-        channels: 1, 3 or 4.
+        samples: with which they are to be compared.
+        resize: bring the real images to the size of the samples.
         options: of `ImageDataset`.
 
     Raises:
-        UserError: see `ImageDataset`; too few images; nothing says which the training has seen.
+        UserError: see `ImageDataset`; too few images, or not of the size of the samples; nothing
+            says which the training has seen.
     """
+    size, channels = samples.size if resize else None, samples.channels
     real = read_images(path_to_data, "--path_to_data", size, channels, SMALLEST, **options)
+    if real.size != samples.size:
+        sizes = ["x".join(map(str, images.size)) for images in (real, samples)]
+        raise UserError(
+            f"the images in {path_to_data} have {sizes[0]} pixels, the samples {sizes[1]}; bring "
+            "both to one size by --image_size H,W"
+        )
     if path_to_test:
         test = read_images(path_to_test, "--path_to_test", real.size, channels, SMALLEST, **options)
         return Real(Part.whole(real), Part.whole(test), {"held_out": "path_to_test"})

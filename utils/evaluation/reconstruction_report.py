@@ -1,21 +1,53 @@
 """Reconstructions beside their originals: every figure, and what shows them."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from utils import figures
+from utils.checkpoint import sha256
 from utils.data.images import ImageDataset
 from utils.evaluation import bootstrap, classifier, features, frequencies, reconstruction_quality
 from utils.evaluation import sample_quality as quality
 from utils.evaluation.bootstrap import Figure
 from utils.evaluation.decoded import DecodedImages
 from utils.evaluation.features import FeatureNetwork
-from utils.evaluation.parts import Part
+from utils.evaluation.parts import Part, read_images
 from utils.evaluation.record import Record
 
 PAIRS = 32  # originals that are shown beside their reconstruction
+
+
+def teach(
+    path: str | None, dataset: ImageDataset, device: torch.device, seed: int, **options: Any
+) -> tuple[FeatureNetwork, ImageDataset | None]:
+    """A classifier for the images whose reconstructions are judged, and what taught it.
+
+    Where these images themselves have to teach it, it has no classes: it would know their labels.
+
+    Args:
+        path: CSV that teaches it; None, or a copy of the CSV of the images: these teach it.
+        dataset: the images.
+        device, seed: see `features.taught_network`.
+        options: of `ImageDataset`.
+
+    Raises:
+        UserError: see `ImageDataset` and `features.taught_network`.
+    """
+    other = None
+    if path:
+        sizes = dataset.size, dataset.channels
+        other = read_images(path, "--path_to_train", *sizes, **options)
+        if sha256(other.path) != sha256(dataset.path):
+            return features.taught_network(*Part.whole(other), path, device, seed), other
+    network = features.taught_network(*Part.whole(dataset), str(dataset.path), device, seed)
+    print(
+        "classifier: taught by these very images, so that their labels are not compared; "
+        "--path_to_train CSV teaches it others"
+    )
+    return replace(network, class_names=()), other
 
 
 def report_reconstructions(

@@ -153,13 +153,14 @@ class Record:
         print(f"written to {folder}: {', '.join(file.name for file in files)}")
         return files
 
-    def save(self, run: Run, kind: str, name: str) -> None:
+    def save(self, run: Run, kind: str, name: str, **sets: ImageDataset | None) -> None:
         """`write` to the output folder of a run, and log all of it under evaluation/<name>.
 
         Args:
             run: of the model.
             kind: of `KINDS`.
             name: of `name_of`.
+            sets: images by the flags that named them, whose bad files are listed if they have any.
         """
         section = f"{FOLDER}/{name}"
         for file in self.write(run.output_dir, kind):
@@ -167,6 +168,9 @@ class Record:
         run.metrics(section, {key: figure.value for key, figure in self.figures.items()}, 0)
         for key, picture in self.pictures.items():
             run.picture(f"{section}/{key}", picture, 0)
+        for flag, images in sets.items():
+            if images is not None:
+                images.write_skipped(run.output_dir, f"skipped-{flag}.csv")
 
 
 def _plain(figures: Mapping[str, Figure]) -> dict[str, dict[str, float]]:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from utils import provenance
+from utils import provenance, tracking
 from utils.checkpoint import LoadedModel
 from utils.cli import UserError
 from utils.data.indices import digest, lineage_of, read_indices
@@ -50,6 +50,36 @@ class Samples(NamedTuple):
 def drawn_by(lineage: Lineage) -> str:
     """The run of the GPT that drew what has this lineage; "" where it does not say so."""
     return next((stage.run_id for stage in reversed(lineage) if stage.name == "samples"), "")
+
+
+def read_samples(
+    images: str | None,
+    indexes_path: str | None,
+    tokenizer: LoadedModel | None,
+    size: tuple[int, int] | None,
+    **options: Any,
+) -> Samples:
+    """The samples that the flags name: `read_pictures`, or `read_drawn` with their tokenizer.
+
+    Raises:
+        UserError: neither, both, or what does not go together; see there.
+    """
+    if bool(images) == bool(indexes_path):
+        raise UserError("give the samples by either --images or --indexes_path")
+    if images:
+        return read_pictures(Path(images), size, **options)
+    if size:
+        raise UserError(
+            "--image_size does not go with --indexes_path, whose images have the size that the "
+            "tokenizer decodes; leave it out"
+        )
+    if tokenizer is None:
+        raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
+    path = tracking.fetch(indexes_path)
+    samples = read_drawn(path, tokenizer)
+    if path != Path(indexes_path):  # fetched to a folder that nobody will look into
+        samples = samples._replace(place=Path("outputs", *indexes_path.split("/")[1:]))
+    return samples
 
 
 def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> Samples:
