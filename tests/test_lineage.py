@@ -91,6 +91,8 @@ def test_the_runs_link_to_each_other(done: Path) -> None:
         note = run.data.tags["mlflow.note.content"]
         assert f"{way}: {other.data.tags['stage']}, [{other.info.run_name}]" in note
         assert f"runs/{other.info.run_id})" in note
+    # The samples and images of a GPT are in its run: its id was under their names as well.
+    assert not {"samples_run_id", "images_run_id"} & tokenizer.data.tags.keys()
     assert "quantize_dataset.py" in tokenizer.data.tags["mlflow.note.content"]
     assert "transformer_generation.py" in gpt.data.tags["mlflow.note.content"]
 

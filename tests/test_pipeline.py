@@ -14,7 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, TINY_GPT, TINY_TOKENIZER, run_script, write_images
+from tests.conftest import (
+    ROOT,
+    TINY_GPT,
+    TINY_TOKENIZER,
+    next_command,
+    run_script,
+    write_images,
+)
 from utils.training.checkpoints import checkpoints_in
 
 
@@ -114,6 +121,20 @@ def test_a_text_file_goes_the_same_way(pipeline: Path, monkeypatch: pytest.Monke
     )
     assert done.returncode == 0, done.stderr
     assert len(list(Path("text-images").glob("0*.png"))) == 12
+
+
+def test_the_next_command_names_the_address_that_was_given(
+    pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It named a file of MLflow's own store."""
+    monkeypatch.chdir(pipeline)
+    (tokenizer,) = pipeline.glob("outputs/tokenizer-*")
+    run_id = json.loads((tokenizer / "status.json").read_text())["run_id"]
+    address = f"runs:/{run_id}/checkpoints"
+    flags = ("--path_to_data", "data/data.csv", "--output_dir", "again/indices")
+    done = run_script("quantize_dataset.py", "--model_dir", address, *flags)
+    assert next_command(done.stdout)[-2:] == ["--model_dir", address]
+    assert (pipeline / "again" / "indices.mlflow.jsonl").is_file()
 
 
 def test_evaluate_agrees_with_the_training(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
