@@ -101,7 +101,7 @@ class KVCache:
         if self._prefix_keys is None:
             self._prefix_keys = self.keys[:, :, :, : self.prefix].clone()
         turn = self.places.turn(torch.tensor([offset[0]]), torch.tensor([offset[1]]))
-        cos, sin = (x.to(self.keys) for x in turn)
+        cos, sin = (x.to(self.keys.device) for x in turn)
         self.keys[:, :, :, : self.prefix] = rotate(self._prefix_keys, cos, sin)
         self._offset = offset
 
