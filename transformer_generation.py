@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -148,7 +149,7 @@ def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Ima
             tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (given.grids, drawn)
         )
     keep = given.keep.to(device, original.dtype)[None, None]
-    keep = torch.nn.functional.interpolate(keep, size=original.shape[2:])
+    keep = F.interpolate(keep, size=original.shape[2:])
     return figures.grid(torch.cat([original * keep, completed, original], dim=3))
 
 

@@ -142,7 +142,7 @@ def models(data: Path) -> GridMeta:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("told --complete plain", "plain has no conditions, which this GPT is told"),
+        ("told --complete plain", "plain has no conditions, which this GPT is given"),
         ("told --conditions plain", "codebook size 32, but plain: codebook size 16"),
         ("told --conditions other", "but other: tokenizer ffffffffffff"),
         ("told --size_in_cells 9,21", "takes grids of its own size (6, 10), got (9, 21)"),

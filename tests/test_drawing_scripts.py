@@ -224,7 +224,7 @@ def test_bfloat16_draws_with_positions_of_full_precision(models: Path) -> None:
     angles = model.cos.clone()
     assert model.cast(torch.bfloat16).head.weight.dtype == torch.bfloat16
     assert torch.equal(model.cos, angles)
-    assert model.make_cache(1).keys.dtype == torch.bfloat16
+    assert model.make_cache(1).keys[0].dtype == torch.bfloat16
 
 
 def test_an_error_in_the_code_is_not_the_users(

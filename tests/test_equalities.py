@@ -72,8 +72,10 @@ def full_cache(model: GPT, batch_size: int) -> KVCache:
     cache = model.make_cache(batch_size)
     height, width = model.config.latent_dim
     cache.ring = height * width * model.config.depth
-    shape = (*cache.keys.shape[:3], cache.prefix + cache.ring, cache.keys.shape[4])
-    cache.keys, cache.values = cache.keys.new_zeros(shape), cache.keys.new_zeros(shape)
+    first = cache.keys[0]
+    shape = (*first.shape[:2], cache.prefix + cache.ring, first.shape[3])
+    for parts in (cache.keys, cache.values):
+        parts[:] = [first.new_zeros(shape) for _ in parts]
     return cache
 
 

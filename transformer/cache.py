@@ -18,7 +18,8 @@ class KVCache:
 
     Attributes:
         places: where the cells are, in a grid of `places.size`.
-        keys, values: (num_layers, B, kv_heads, prefix + rows * w * depth, head_dim).
+        keys, values: of each layer (B, kv_heads, prefix + rows * w * depth, head_dim); tensors of
+            their own, because a compiler copies the whole of a tensor whose parts are written.
     """
 
     def __init__(
@@ -39,9 +40,12 @@ class KVCache:
         height, self.width = places.size
         self.window = 0 if covers(window, places.size) else window
         self.ring = (min(self.window, height) or height) * self.width * depth
-        shape = (num_layers, batch_size, kv_heads, prefix + self.ring, head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, kv_heads, prefix + self.ring, head_dim)
+        self.device = device
+        self.keys, self.values = (
+            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+            for _ in range(2)
+        )
         self._prefix_keys: Tensor | None  # as they are seen from within the trained grid
         self._offset: tuple[int, int]
         self.row: int  # that is being drawn
@@ -51,7 +55,7 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        return self.keys.nbytes + self.values.nbytes
+        return sum(x.nbytes for x in (*self.keys, *self.values))
 
     def slot(self, position: int) -> int:
         """Where the token at a position of the sequence is kept."""
@@ -88,7 +92,7 @@ class KVCache:
         token = position - self.prefix
         if token < 0 or self.window == 0:
             return None
-        here = torch.full((1,), token, device=self.keys.device)
+        here = torch.full((1,), token, device=self.device)
         return self.sees(here, min(token + 1, self.ring))
 
     def move_to(self, position: int) -> None:
@@ -98,11 +102,13 @@ class KVCache:
         offset = self.places.offset(*self.cell(position))
         if offset == self._offset:
             return
+        shown = [keys[:, :, : self.prefix] for keys in self.keys]
         if self._prefix_keys is None:
-            self._prefix_keys = self.keys[:, :, :, : self.prefix].clone()
+            self._prefix_keys = torch.stack(shown)
         turn = self.places.turn(torch.tensor([offset[0]]), torch.tensor([offset[1]]))
-        cos, sin = (x.to(self.keys) for x in turn)
-        self.keys[:, :, :, : self.prefix] = rotate(self._prefix_keys, cos, sin)
+        cos, sin = (x.to(self.device) for x in turn)
+        turned = rotate(self._prefix_keys, cos, sin).type_as(self._prefix_keys)
+        torch._foreach_copy_(shown, list(turned.unbind()))
         self._offset = offset
 
     def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -128,10 +134,11 @@ class KVCache:
             (B, heads, n, head_dim).
         """
         new, first = q.shape[2], self.slot(position)
-        self.keys[layer, :, :, first : first + new] = k
-        self.values[layer, :, :, first : first + new] = v
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, first : first + new] = k
+        values[:, :, first : first + new] = v
         stop = min(position + new, self.prefix + self.ring)
-        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        keys, values = keys[:, :, :stop], values[:, :, :stop]
         if new > 1:  # the prefix, all at once
             groups = q.shape[1] // k.shape[1]
             keys, values = (x.repeat_interleave(groups, dim=1) for x in (keys, values))

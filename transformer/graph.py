@@ -131,7 +131,7 @@ class GraphStep(Step):
         super().__init__(*arguments, **options)
         self._draw, self._record = draw, record
         self._graphs: dict[int, Callable[[], Outputs]] = {}  # by the slots that they read
-        device = self.cache.keys.device
+        device = self.cache.device
         self._tokens = torch.zeros(self.batch_size, dtype=torch.long, device=device)
         self._token = torch.zeros(1, dtype=torch.long, device=device)
         self._keys = torch.zeros_like(self._tokens)

@@ -1,4 +1,4 @@
-"""What a GPT is told before the grid: the class, and the indices of another grid, the condition.
+"""What a GPT is given before the grid: the class, and the indices of another grid, the condition.
 
 The prefix is (B,) where there is no condition, else (B, 1 + hc*wc): the class token, and the
 condition's cells in raster order (arXiv 2012.09841, section 3.2). Both have words of their own,

@@ -89,7 +89,7 @@ def take_conditions(path: Path, wanted: GridMeta, *, alone: bool) -> Condition:
         grids = indices.tensor()
         meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
     else:
-        raise UserError(f"{path} has no conditions, which this GPT is told; add --conditions")
+        raise UserError(f"{path} has no conditions, which this GPT is given; add --conditions")
     wanted.check_same(meta, ("the GPT takes conditions of", str(path)))
     if grids.dim() != 3:
         raise UserError(f"{path} has {grids.shape[3]} indices a cell; conditions have one")

@@ -1,4 +1,4 @@
-"""An indices folder as training data: batches of grids, and what a GPT is told of each."""
+"""An indices folder as training data: batches of grids, and what a GPT is given before each."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -91,10 +91,10 @@ class IndexDataset:
         )
 
     def __str__(self) -> str:
-        told = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "
+        more = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "
         return (
             f"{self.path}: {len(self.grids):,} grids of {_by(self.grids[0].shape)}, "
-            f"{self.words.codebook_size} codes, {len(self.words.class_names)} classes, {told}"
+            f"{self.words.codebook_size} codes, {len(self.words.class_names)} classes, {more}"
             f"{len(self.train_rows):,} to train on, {len(self.val_rows):,} to validate"
         )
 
