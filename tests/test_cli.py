@@ -53,6 +53,47 @@ def test_height_and_width(text: str, size: tuple[int, int]) -> None:
     assert cli.height_and_width(text) == size
 
 
+def test_which_flags_were_given() -> None:
+    """A default, a preset's value and the same value on the command line looked alike."""
+    parser = make_parser()
+    parser.add_presets({"fast": {"rate": 0.9, "steps": 3}})
+    words = "--preset fast --path x --rate 0.9 --no-shuffle"
+    flags = parser.parse_args(words.split())
+    assert flags.given == {"preset", "path", "rate", "shuffle"}
+    assert (flags.steps, flags.kind) == (3, "a")
+    assert "given" not in vars(flags)
+
+
+@dataclass(frozen=True)
+class Dependent:
+    weight: float = field(default=0.0, metadata={"help": "of the term"})
+    bound: float = field(default=1.0, metadata={"help": "of it", "needs": "weight"})
+    soft: bool = field(default=False, metadata={"help": "or not"})
+    width: int = field(default=2, metadata={"help": "of it", "needs": "soft"})
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("--bound 2", "--bound needs --weight above 0, else"),
+        ("--weight 0 --bound 1", "--bound needs --weight"),
+        ("--width 2", "--width needs --soft, else"),
+        ("--weight 1 --bound 2 --soft --width 3", ""),
+        ("", ""),
+    ],
+)
+def test_flags_that_do_nothing_without_another(words: str, complaint: str) -> None:
+    parser = cli.make_parser("what it does")
+    cli.add_flags(parser, Dependent)
+    flags = parser.parse_args(words.split())
+    config = cli.read_flags(Dependent, flags)
+    if not complaint:
+        cli.refuse_idle(config, flags)
+        return
+    with pytest.raises(cli.UserError, match=complaint):
+        cli.refuse_idle(config, flags)
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [

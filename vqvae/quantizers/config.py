@@ -63,8 +63,8 @@ class QuantizerConfig:
     revive_below: float = field(
         default=0.03,
         metadata={
-            "help": "vq, ema, cosine, residual: replace codes used less than this share of 1/K; "
-            "0 leaves dead codes dead"
+            "help": "not for fsq and lfq: replace codes used less than this share of 1/K; 0 leaves "
+            "dead codes dead"
         },
     )
 
