@@ -305,6 +305,7 @@ def main(arguments: argparse.Namespace) -> None:
         words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
         print(cli.next_command(*words))
+    group.leave()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -384,6 +384,7 @@ def main(arguments: argparse.Namespace) -> None:
     if group.first:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")
         print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))
+    group.leave()
 
 
 def make_parser() -> argparse.ArgumentParser:

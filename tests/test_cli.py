@@ -84,7 +84,7 @@ class Dependent:
 )
 def test_flags_that_do_nothing_without_another(words: str, complaint: str) -> None:
     parser = cli.make_parser("what it does")
-    cli.add_flags(parser, Dependent)
+    cli.add_flags(parser, Dependent, "things")
     flags = parser.parse_args(words.split())
     config = cli.read_flags(Dependent, flags)
     if not complaint:

@@ -259,7 +259,7 @@ def test_indices_of_another_tokenizer_are_refused(
     meta = IndicesMeta(CODES, GRID, tokenizer_sha256="f" * 64)
     write_indices("other", torch.zeros(1, *GRID, dtype=torch.long), [Row("0.png", "", "")], meta)
     error = error_of("transformer_generation", *MODELS, "--complete", "other")
-    assert "but other to ffffffffffff" in error
+    assert "but that of other is ffffffffffff" in error
 
 
 def test_likelihood_ranks_all_images(models: Path) -> None:

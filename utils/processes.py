@@ -1,5 +1,6 @@
 """Device, precision, and the processes that torchrun starts."""
 
+import inspect
 import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -100,11 +101,24 @@ class Processes:
         dist.all_reduce(everywhere, dist.ReduceOp.MAX)
         return int(everywhere)
 
+    def leave(self) -> None:
+        """Part from the other processes in good order, at the end; all of them do.
+
+        Not after an error: the others may be waiting for this process elsewhere.
+        """
+        if self.count > 1:
+            dist.destroy_process_group()
+
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model whose gradients are averaged over all processes."""
         if self.count == 1:
             return model
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+        parallel = nn.parallel.DistributedDataParallel
+        # The codebook's statistics are those of all processes already. Newer versions of PyTorch
+        # have another name for it.
+        names = inspect.signature(parallel).parameters
+        name = next(x for x in ("forward_sync_buffers", "broadcast_buffers") if x in names)
+        return parallel(model, **{name: False})
 
 
 def join_processes(device: str, seed: int) -> Processes:

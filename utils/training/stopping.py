@@ -49,4 +49,5 @@ class StopRequest(AbstractContextManager):
         number = group.largest(self._number)
         if number:
             save()
+            group.leave()
             raise Stopped(number)
