@@ -54,7 +54,7 @@ def test_trainings_log_ssim_and_the_distance_of_samples(
     capsys.readouterr()
     call("train", *flags, *judged, "--output_dir", "g")
     said = capsys.readouterr()
-    assert re.search(r"classifier: \d+\.\d% of the labels of 10 held-out images right", said.out)
+    assert re.search(r"classifier: \d+\.\d % of the labels of 10 held-out images right", said.out)
     assert "warning: the Frechet distance of 10 images" in said.err
     distances = curve("g", "val/fd_classifier")
     assert len(distances) == 3

@@ -60,7 +60,7 @@ def diversity(features: Tensor, labels: list[str], weights: Tensor, seed: int) -
 
 def say_accuracy(share: Figure, count: int) -> None:
     """Print how good the classifier itself is: its `agreement` on real images new to it."""
-    print(f"classifier: {share.value:.1%} of the labels of {count:,} held-out images right")
+    print(f"classifier: {100 * share.value:.1f} % of the labels of {count:,} held-out images right")
 
 
 def agreement(seen: Seen, targets: Tensor, weights: Tensor) -> Figure:
