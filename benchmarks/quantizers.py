@@ -91,7 +91,7 @@ def main(flags: argparse.Namespace) -> None:
             f"{values['perplexity']:.0f} | {values['bits']:.0f} | {speed:,.0f} |",
             flush=True,
         )
-    print(f"\nwritten: {record.write('quantizers', results)}")
+    print(f"\nwritten: {record.merge('quantizers', results)}")
 
 
 def make_parser() -> argparse.ArgumentParser:

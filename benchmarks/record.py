@@ -33,6 +33,24 @@ def write(name: str, results: object) -> Path:
     return path
 
 
+def merge(name: str, rows: dict[str, dict[str, object]]) -> Path:
+    """Put rows into benchmarks/results/`name`.json, each with its circumstances; others stay.
+
+    Args:
+        name: of the benchmark.
+        rows: what it found, in plain types, by the row's name.
+
+    Returns:
+        The file.
+    """
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    new = {row: found | {"command": _command()} | circumstances() for row, found in rows.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(before | new, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
 def circumstances() -> dict[str, object]:
     """When, from which commit and where something was measured."""
     return {
@@ -57,7 +75,8 @@ def machine() -> dict[str, object]:
 
 def _command() -> str:
     """As one types it in the repository, whatever its path on this machine."""
-    return shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    parts = [part for part in Path(sys.argv[0]).with_suffix("").parts if part != "__main__"]
+    return shlex.join(["python", "-m", ".".join(parts[-2:]), *sys.argv[1:]])
 
 
 def _commit() -> str:

@@ -293,7 +293,8 @@ def test_a_classifier_says_how_good_it_is_on_images_that_did_not_teach_it(
     for _ in range(2):  # the second time from the cache
         printed = evaluate(*flags, "--path_to_train", digits / "train.csv")
         share = read("found/reconstructions.json")["figures"]["real_label_agreement"]["value"]
-        assert f"classifier: {100 * share:.1f} % of the labels of 200 held-out images right" in printed
+        said = f"classifier: {100 * share:.1f} % of the labels of 200 held-out images right"
+        assert said in printed
     assert "held-out images right" in evaluate(*samples_flags(digits, "other.csv"))
 
 

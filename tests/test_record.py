@@ -23,3 +23,16 @@ def test_a_result_says_where_and_how_it_was_made(
     assert content["machine"]["threads"] == torch.get_num_threads()
     assert content["machine"]["cores"] >= 1
     assert len(content["date"]) == 10
+
+
+def test_rows_are_put_beside_those_of_before(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tests/faults/__main__.py", "--only", "disk"])
+    record.merge("rows", {"disk": {"held": False}, "kill": {"held": True}})
+    path = record.merge("rows", {"disk": {"held": True}})
+    content = json.loads((own_folder / path).read_text())
+    assert list(content) == ["disk", "kill"]
+    assert content["disk"]["held"]
+    assert content["kill"]["command"] == "python -m tests.faults --only disk"
+    assert "date" in content["disk"]

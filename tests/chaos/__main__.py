@@ -8,7 +8,8 @@ that this machine cannot run counts against a full round alone.
 import argparse
 import sys
 
-from tests.chaos.harness import ROOT, merge, print_table, run_row
+from benchmarks import record
+from tests.chaos.harness import print_table, run_row
 from tests.chaos.rows import ROWS
 
 
@@ -25,7 +26,7 @@ def main() -> None:
             results[row.name] = run_row(row, quick=arguments.quick)
     print_table(results.values())
     if not arguments.quick:
-        merge(ROOT / "benchmarks" / "results" / "chaos.json", results)
+        record.merge("chaos", results)
     good = (True, None) if arguments.quick else (True,)
     sys.exit(not all(result["held"] in good for result in results.values()))
 

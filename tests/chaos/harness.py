@@ -1,6 +1,5 @@
 """What a row of the chaos table is, and how all of them are run and printed."""
 
-import json
 import os
 import tempfile
 import time
@@ -9,8 +8,6 @@ from collections.abc import Callable, Iterable
 from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from benchmarks import record
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,12 +65,3 @@ def print_table(results: Iterable[dict[str, object]]) -> None:
     for result in results:
         held = {True: "yes", False: "**no**", None: "not run"}[result["held"]]
         print(f"| {result['test']} | {result['count']:,} | {held} | {result['detail']} |")
-
-
-def merge(path: Path, results: dict[str, dict[str, object]]) -> None:
-    """Put results into a JSON file, each with where it was made; those of other rows stay."""
-    before = json.loads(path.read_text()) if path.is_file() else {}
-    where = record.circumstances()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = {name: result | where for name, result in results.items()}
-    path.write_text(json.dumps(before | new, indent=2) + "\n")
