@@ -88,7 +88,8 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         image_size=(8, 8), in_channels=3, channels=8, codebook_size=16, codebook_dim=4
     )
     words = vocabulary.Vocabulary(16, GRID)
-    model, gpt_config = VQVAE(config), GPTConfig(16, 0, GRID, dim=16, num_heads=2, num_layers=1)
+    model = VQVAE(config)
+    gpt_config = GPTConfig(codebook_size=16, latent_dim=GRID, dim=16, num_heads=2, num_layers=1)
     gpt = GPT(gpt_config)
     optimizer = torch.optim.AdamW(model.parameters())
     files = checkpoint.model_files(model, checkpoint.Provenance())
@@ -134,7 +135,7 @@ def _read_backbone() -> Any:
     """As `vqvae.perceptual` reads its weights, into a network that is made at once."""
     tiny = {"tiny": (torch.nn.Identity, perceptual.BACKBONES["vgg"][1])}
     with unittest.mock.patch.dict(perceptual.BACKBONES, tiny):
-        return cli.build(perceptual._read_features, "tiny", "lpips.pth")
+        return cli.build(perceptual._read_features, "tiny", "lpips.pth", "go without")
 
 
 def run(count: int) -> Result:

@@ -40,7 +40,7 @@ FLAGS = {
     "--batch_size 4 --patience 0 --precision bf16",
 }
 # What the clock and the machine say.
-NOT_COMPARED = re.compile(r"time|system/.*|.*_per_second")
+NOT_COMPARED = re.compile(r"time|run_id|system/.*|.*_per_second")
 STORE = Path("mlflow.db")
 
 
