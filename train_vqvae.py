@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from utils.processes import Processes
 from utils.training import resume
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
+from utils.training.codes import CodeWatch
 from utils.training.guard import Guard
 from utils.training.optimizers import make_optimizer
 from utils.training.resume import Progress
@@ -29,18 +30,8 @@ from vqvae.losses import ObjectiveConfig, ReconstructionLoss
 
 BEST_METRICS = ("mse", "psnr", "ssim", "codebook_usage", "perplexity")  # for --best_metric
 PICTURES = 32  # validation images that are shown
-LOW_USAGE = 20  # percent
-ENOUGH = 4  # indices for each code, to tell how many are in use
-MOST_RESCUES = 3
 # Settings of a tokenizer that make no difference to its weights and to what they mean.
 TRAINING_ONLY = ("dropout", "commitment_cost", "gradient", "entropy_weight", "revive_below")
-
-
-@dataclass
-class Rescues:
-    """How often --codebook_rescue let the codes start anew."""
-
-    done: int = 0
 
 
 def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
@@ -142,13 +133,6 @@ def check_quantizer(config: VQVAEConfig, rescue: bool, flags: cli.Flags) -> None
         )
 
 
-def share_in_use(seen: Tensor) -> float | None:
-    """Percent of codes that occur in `seen`, how often each was chosen; None: too few to tell."""
-    if seen.sum() < ENOUGH * len(seen):
-        return None
-    return 100 * float((seen > 0).float().mean())
-
-
 def open_run(
     output_dir: Path,
     progress: Progress,
@@ -239,7 +223,8 @@ def main(arguments: argparse.Namespace) -> None:
     average = WeightAverage(model, config.ema_decay)
     progress, averages = Progress(), metrics.Averages()
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
-    seen, rescues = torch.zeros_like(counts), Rescues()  # since there last were enough to judge by
+    rescue = model.quantizer.restart if objective.codebook_rescue else None
+    watch = CodeWatch(model.config.num_codes, model.quantizer.CURE, rescue, group)
     disc_optimizer = None
     adversary = cli.build(make_adversary, objective, *found.values(), schedule.total_steps)
     if adversary is not None:
@@ -249,7 +234,7 @@ def main(arguments: argparse.Namespace) -> None:
     settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
     parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
     parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
-    parts |= {"seen": seen, "rescues": rescues}
+    parts |= {"seen": watch.seen, "rescues": watch.rescues}
     state = resume.State(group, model, settings, progress=progress, **parts)
     state.restore(resumed)
     if config.compile:
@@ -296,27 +281,6 @@ def main(arguments: argparse.Namespace) -> None:
         group.print(f"step {progress.step:>6,}  {in_words(values)}")
         return sign * values[config.best_metric]
 
-    def look_after_codes() -> None:
-        """Warn where few codes are in use; with --codebook_rescue, let all of them start anew."""
-        usage = share_in_use(group.sum(seen.clone()))
-        if usage is None:
-            return
-        seen.zero_()
-        if usage >= LOW_USAGE:
-            return
-        group.print(
-            f"warning: only {usage:.1f} % of the codes are in use, so that the images will lack "
-            f"detail; {model.quantizer.CURE}"
-        )
-        going_on = progress.step < schedule.total_steps
-        if objective.codebook_rescue and going_on and rescues.done < MOST_RESCUES:
-            model.quantizer.restart()
-            rescues.done += 1
-            group.print(
-                f"codebook rescue {rescues.done} of {MOST_RESCUES}: all codes start anew from the "
-                "next batch"
-            )
-
     def save() -> None:
         checkpoints.save(checkpoint.model_files(model, origin))
 
@@ -349,7 +313,7 @@ def main(arguments: argparse.Namespace) -> None:
                 averages.add({**values, "learning_rate": learning_rate})
                 chosen = model.quantizer.count(indices)
                 counts += chosen
-                seen += chosen
+                watch.seen += chosen
 
             evaluates = schedule.evaluates(progress.step)
             if autopilot is not None:
@@ -367,7 +331,7 @@ def main(arguments: argparse.Namespace) -> None:
                     best, progress.bad_evaluations = True, 0
                 if best:
                     checkpoints.save_best(checkpoint.model_files(average.model, origin))
-                look_after_codes()
+                watch.look(ends=progress.step == schedule.total_steps)
                 save()
                 averages.restart()
             elif checkpoints.due():

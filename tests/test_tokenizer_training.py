@@ -20,6 +20,7 @@ from tests.reference_vqgan import reference_weights
 from utils import checkpoint, cli
 from utils.data.images import ImageDataset
 from utils.data.table import split_rows
+from utils.training import codes
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import STATE
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, pretrained
@@ -198,24 +199,24 @@ def test_how_many_codes_are_in_use_is_said_where_enough_were_seen() -> None:
     """The last step alone decided, in which few codes of many can occur."""
     seen = torch.zeros(100)
     seen[:10] = 39
-    assert train_vqvae.share_in_use(seen) is None
+    assert codes.share_in_use(seen) is None
     seen[:10] = 40
-    assert train_vqvae.share_in_use(seen) == pytest.approx(10)
+    assert codes.share_in_use(seen) == pytest.approx(10)
 
 
 def test_codes_in_use_are_counted_from_evaluation_to_evaluation_and_across_a_resume(
     train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_vqvae, "LOW_USAGE", 101)
-    monkeypatch.setattr(train_vqvae, "ENOUGH", 40)  # 640 of 16 codes; a step has 240
+    monkeypatch.setattr(codes, "LOW_USAGE", 101)
+    monkeypatch.setattr(codes, "ENOUGH", 40)  # 640 of 16 codes; a step has 240
     judged: list[float] = []
 
     def judge(seen: torch.Tensor) -> float | None:
         judged.append(float(seen.sum()))
         return share_in_use(seen)
 
-    share_in_use = train_vqvae.share_in_use
-    monkeypatch.setattr(train_vqvae, "share_in_use", judge)
+    share_in_use = codes.share_in_use
+    monkeypatch.setattr(codes, "share_in_use", judge)
     flags = ("--evaluate_every", 2, "--codebook_rescue")
     train(*flags, "--max_steps", 6)
     assert judged == [480, 960, 480]
@@ -230,7 +231,7 @@ def test_codes_in_use_are_counted_from_evaluation_to_evaluation_and_across_a_res
 def test_few_codes_in_use_are_warned_of_and_restarted(
     train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, rescue: bool
 ) -> None:
-    monkeypatch.setattr(train_vqvae, "LOW_USAGE", 101)
+    monkeypatch.setattr(codes, "LOW_USAGE", 101)
     flags = ("--max_steps", 10, "--evaluate_every", 2)
     restarts: list[int] = []
     original = train_vqvae.VQVAE.__init__
