@@ -29,7 +29,7 @@ lint: .env/.installed-dev  ## style, as CI checks it
 
 bench: .env/.installed-dev  ## attention, sampling and training beside their peers, the presets
 	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.gpt
+	$(BIN)/python -m benchmarks.gpt --compile
 	$(BIN)/python -m benchmarks.presets
 
 showcase: .env/.installed-dev  ## figures and pictures of docs/transformer.md, from the MNIST models

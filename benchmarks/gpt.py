@@ -77,6 +77,11 @@ def make_gpt2(config: GPTConfig) -> nn.Module:
     return GPT2LMHeadModel(shape)
 
 
+def our_loss(model: nn.Module, prefix: Tensor, indices: Tensor) -> Tensor:
+    """Mean cross-entropy of all indices."""
+    return model(prefix, indices, loss=True).mean()
+
+
 def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of all tokens behind the first."""
     logits = model(tokens[:, :-1]).logits
@@ -131,19 +136,16 @@ def training(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
     tokens = torch.cat([prefix[:, None] + CODES, indices.flatten(1)], dim=1)
     optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in (ours, theirs)]
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs)]
+    models = {"ours": ours, "GPT-2 of transformers": theirs}
+    if flags.compile:
+        models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
     results = {}
     for precision in flags.precisions:
-        ways = {
-            "ours": partial(
-                train_step,
-                optimizers[0],
-                lambda: ours(prefix, indices, loss=True).mean(),
-                precision,
-            ),
-            "GPT-2 of transformers": partial(
-                train_step, optimizers[1], lambda: gpt2_loss(theirs, tokens), precision
-            ),
-        }
+        ways = {}
+        for number, (name, model) in enumerate(models.items()):
+            losses = (partial(our_loss, model, prefix, indices), partial(gpt2_loss, model, tokens))
+            which = number % 2
+            ways[name] = partial(train_step, optimizers[which], losses[which], precision)
         weights = " and ".join(f"{size:.2f}" for size in sizes)
         print(f"\ntraining in {precision}, batches of {count}, {weights} M weights\n")
         results[precision] = table(medians(ways, flags.rounds), count)
@@ -173,6 +175,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
     parser.add_argument(
         "--precisions", nargs="+", choices=("fp32", "bf16"), default=("fp32", "bf16")
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="also train both compiled, which takes minutes more"
     )
     parser.add_argument("--batch_size", type=cli.positive, default=256)
     parser.add_argument("--rounds", type=cli.positive, default=5)
