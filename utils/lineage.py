@@ -14,7 +14,7 @@ from pathlib import Path
 from utils import checkpoint, cli, tracking
 from utils.data import indices
 from utils.provenance import ROOT, Lineage, Stage, finished, git_commit, of_json, of_picture
-from utils.tracking import links, store
+from utils.tracking import gateway, links
 
 # What a command that is run again does not take over: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -33,12 +33,12 @@ def find(what: str) -> Lineage:
     Raises:
         UserError: there is no such thing, or it does not say where it comes from.
     """
-    if what.startswith(store.ADDRESSES) or Path(what).exists():
+    if what.startswith(gateway.ADDRESSES) or Path(what).exists():
         lineage = of_path(tracking.fetch(what))
     elif not re.fullmatch("[0-9a-f]{32}", what):
         raise cli.UserError(f"{what} is no file, no folder, and no id of an MLflow run")
     else:
-        store.existing_run(store.open_client(), what)
+        gateway.existing_run(gateway.open_client(), what)
         lineage = of_json(tracking.fetch(f"runs:/{what}/{links.FILE}").read_text(), what)
     if not lineage:
         raise cli.UserError(f"{what} does not say where it comes from; nothing is known of it")

@@ -16,7 +16,7 @@ from typing import Any
 from tests.chaos.harness import Result
 from tests.conftest import FIRST_START, environment
 from tests.test_tracking_server import SERVER
-from utils.tracking import replay, store
+from utils.tracking import gateway, replay, store
 
 # A training that only logs: numbers, now and then a picture, at the end a table and a file. It
 # prints its run id, how long the slowest call took, and how long the end.
@@ -226,7 +226,7 @@ def _black_hole(count: int) -> Part:
 def _check(address: str, training: Training) -> Counter[str]:
     """What MLflow lost or has twice of a run after a replay, of which a second sends nothing."""
     os.environ["MLFLOW_TRACKING_URI"] = address
-    client = store.open_client()
+    client = gateway.open_client()
     replay.replay(client, Path(training.name))
     again = replay.replay(client, Path(training.name))
     bad = Counter({"sent again": again.total()})

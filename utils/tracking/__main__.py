@@ -8,7 +8,7 @@ import argparse
 from pathlib import Path
 
 from utils import cli
-from utils.tracking import replay, report, store
+from utils.tracking import gateway, replay, report
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def write_report(home: Path) -> Path:
 
 def send(home: str) -> dict[str, int]:
     """Replay an output folder; how much of what was sent."""
-    client = store.open_client()
+    client = gateway.open_client()
     try:
         return replay.replay(client, Path(home))
     except cli.UserError:

@@ -8,7 +8,7 @@ from typing import Any
 from utils import provenance
 from utils.cli import command_line
 from utils.provenance import Lineage
-from utils.tracking import store
+from utils.tracking import gateway
 
 NOTE = "mlflow.note.content"
 FILE = "lineage.json"
@@ -42,7 +42,7 @@ def link(client: Any, lineage: Lineage) -> None:
     stage. Each run gets the lineage as an artifact. Runs that this store does not have are passed
     over.
     """
-    runs = {stage.run_id: store.find_run(client, stage.run_id) for stage in lineage}
+    runs = {stage.run_id: gateway.find_run(client, stage.run_id) for stage in lineage}
     runs = {run_id: run for run_id, run in runs.items() if run is not None}
     last = lineage[-1]
     own = runs.get(last.run_id)
@@ -65,7 +65,7 @@ def link(client: Any, lineage: Lineage) -> None:
 
 def linked(client: Any, lineage: Lineage) -> bool:
     """Whether `link` has been here already, or has nothing to do."""
-    own = store.find_run(client, lineage[-1].run_id)
+    own = gateway.find_run(client, lineage[-1].run_id)
     if own is None:
         return True
     files = {file.path for file in client.list_artifacts(own.info.run_id)}

@@ -6,25 +6,24 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils.provenance import Lineage
-from utils.tracking import store
+from utils.tracking import gateway
+from utils.tracking.gateway import Point
 
 CHAMPION = "champion"
+READY, PENDING = "READY", "PENDING"  # of a logged model
 
 
 def log_inputs(client: Any, lineage: Lineage) -> None:
     """Tell MLflow what the last stage of a lineage reads: data sets with digests, and models."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
-
     *upstream, stage = lineage
     makers = {one.sha256: one for one in upstream if one.name in ("tokenizer", "gpt")}
     data_sets, models = [], []
     for path, sha256 in stage.inputs.items():
         if sha256 not in makers:
-            data_set = Dataset(Path(path).name, sha256[:36], "local", path)  # MLflow takes 36
-            data_sets.append(DatasetInput(data_set, [InputTag("mlflow.data.context", "training")]))
-        elif model_id := newest_model(store.find_run(client, makers[sha256].run_id)):
-            models.append(LoggedModelInput(model_id))
-    client.log_inputs(stage.run_id, data_sets, models)
+            data_sets.append((path, sha256))
+        elif model_id := newest_model(gateway.find_run(client, makers[sha256].run_id)):
+            models.append(model_id)
+    gateway.send_inputs(client, stage.run_id, data_sets, models)
 
 
 def newest_model(run: Any) -> str:
@@ -46,17 +45,15 @@ def log_model(
         seconds: when they were taken, since 1970.
         step: of the training.
     """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus, Metric
-
     run = client.get_run(run_id)
     experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
     name = re.sub(r"[/:.%\"']+", "-", run.info.run_name)  # what names of models must not have
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     outputs = run.outputs.model_outputs if run.outputs else []
     of_step = {one.model_id for one in outputs if one.step == step}
-    if any(x.status == LoggedModelStatus.READY and x.model_id in of_step for x in found):
+    if any(x.status == READY and x.model_id in of_step for x in found):
         return
-    begun = [model for model in found if model.status == LoggedModelStatus.PENDING]
+    begun = [model for model in found if model.status == PENDING]
     if begun:  # an attempt that was cut off
         model = begun[0]
     else:
@@ -65,22 +62,19 @@ def log_model(
         )
     client.log_model_artifacts(model.model_id, str(folder))
     if model.model_id not in of_step:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+        gateway.send_output(client, run_id, model.model_id, step)
     data = {}
     if run.inputs.dataset_inputs:
         first = run.inputs.dataset_inputs[0].dataset
         data = {"dataset_name": first.name, "dataset_digest": first.digest}
     when = int(seconds * 1000)
-    missing = {
-        key: value
+    missing = [
+        Point(key, value, when, step, model.model_id, **data)
         for key, value in values.items()
         if all(one.step != step for one in client.get_metric_history(run_id, key))
-    }
-    client.log_batch(
-        run_id,
-        [Metric(key, value, when, step, model.model_id, **data) for key, value in missing.items()],
-    )
-    client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+    ]
+    gateway.send_points(client, run_id, missing)
+    client.finalize_logged_model(model.model_id, READY)
 
 
 class Criterion(NamedTuple):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from utils import provenance
-from utils.tracking import journal, links, metrics_log, picture_table, registry, store
+from utils.tracking import gateway, journal, links, metrics_log, picture_table, registry, store
 from utils.tracking.journal import Line
 
 
@@ -26,7 +26,7 @@ def replay(client: Any, output_dir: Path) -> Counter[str]:
     """
     sent: Counter[str] = Counter()
     for run_id, entries, lines in _by_run(journal.read(output_dir), metrics_log.read(output_dir)):
-        run = store.existing_run(client, run_id)
+        run = gateway.existing_run(client, run_id)
         sent["metrics"] += _send_metrics(client, run_id, lines)
         sent["pictures"] += _send_pictures(client, run_id, output_dir, entries)
         sent["files"] += _send_files(client, run_id, _files(output_dir, entries))
@@ -56,21 +56,23 @@ def _milliseconds(entry: Line) -> int:
 
 def _send_metrics(client: Any, run_id: str, lines: list[Line]) -> int:
     found = [
-        (key, value, _milliseconds(line), line["step"])
+        Point(key, value, _milliseconds(line), line["step"])
         for line in lines
         for key, value in metrics_log.numbers(line).items()
     ]
     there = {
         (key, one.timestamp, one.step)
-        for key in sorted({one[0] for one in found})
+        for key in sorted({one.key for one in found})
         for one in client.get_metric_history(run_id, key)
     }
     # A training that went on after a crash logs the numbers of some steps at another time again.
     again = {(key, step) for key, _, step in there if key.startswith(metrics_log.OF_TRAININGS)}
     missing = [
-        one for one in found if (one[0], *one[2:]) not in there and (one[0], one[3]) not in again
+        one
+        for one in found
+        if (one.key, one.when, one.step) not in there and (one.key, one.step) not in again
     ]
-    store.send_numbers(client, run_id, missing)
+    gateway.send_points(client, run_id, missing)
     return len(missing)
 
 

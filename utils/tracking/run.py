@@ -19,6 +19,7 @@ from utils import provenance
 from utils.cli import Stopped, UserError, one_line
 from utils.provenance import Lineage, Stage
 from utils.tracking import (
+    gateway,
     journal,
     links,
     metrics_log,
@@ -27,6 +28,7 @@ from utils.tracking import (
     report,
     store,
 )
+from utils.tracking.gateway import Point
 from utils.tracking.journal import Journal
 from utils.tracking.outbox import Outbox
 from utils.tracking.store import experiment_of
@@ -146,10 +148,10 @@ class Run:
             self.lineage = self._describe(stage, inputs, upstream)
             return
         output_dir.mkdir(parents=True, exist_ok=True)
-        self._client = store.open_client()
-        with store.opening_a_run():
+        self._client = gateway.open_client()
+        with gateway.opening_a_run():
             if run_id is not None and not (continued and self._gone(run_id)):
-                run = store.existing_run(self._client, run_id)
+                run = gateway.existing_run(self._client, run_id)
                 if continued:
                     self._client.update_run(run_id, status="RUNNING")
                 else:
@@ -171,7 +173,7 @@ class Run:
         self._journal = Journal(output_dir, self.run_id, part)
         self._journal.note(**({"status": "RUNNING"} if self._owned else {}))
         self._experiment_id = run.info.experiment_id
-        self._outbox = Outbox(complain=self._complain, is_final=store.is_refusal)
+        self._outbox = Outbox(complain=self._complain, is_final=gateway.is_refusal)
         self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
         if logged is not None:
             metrics_log.rewind(output_dir, logged)
@@ -208,7 +210,7 @@ class Run:
     def _gone(self, run_id: str) -> bool:
         """Whether a run that is to go on is not in this store, which is said."""
         try:
-            store.existing_run(self._client, run_id)
+            gateway.existing_run(self._client, run_id)
         except UserError as error:
             print(f"warning: {error}; a new run takes its place", file=sys.stderr)
             return True
@@ -243,8 +245,9 @@ class Run:
             if (name, step) not in self._points
         }
         if values:
-            where = self._client, self.run_id
-            store.send_metrics(*where, values, seconds, step, self._model_id or None)
+            when, model_id = int(seconds * 1000), self._model_id or None
+            points = [Point(name, x, when, step, model_id) for name, x in values.items()]
+            gateway.send_points(self._client, self.run_id, points)
 
     def _catch_up(self, lines: list[dict[str, Any]]) -> None:
         """Send what a crash kept from MLflow."""

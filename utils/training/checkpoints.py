@@ -9,7 +9,7 @@ from filelock import FileLock
 
 from utils.checkpoint import TEMPORARY, is_whole, read_json
 from utils.cli import UserError
-from utils.tracking import OUTPUT_TAG, store
+from utils.tracking import OUTPUT_TAG, fetch, store
 from utils.training.resume import RECORDS
 
 FOLDER = "checkpoints"  # in an output folder
@@ -94,7 +94,7 @@ def _recover(run_id: str, output_dir: str) -> Path:
 
 def _bring_back(run_id: str, home: Path) -> None:
     """Copy what a run left in MLflow into an output folder; its checkpoints last, each whole."""
-    fetched = store.fetch(f"runs:/{run_id}/{ARTIFACTS}")
+    fetched = fetch(f"runs:/{run_id}/{ARTIFACTS}")
     shutil.copytree(fetched, home, dirs_exist_ok=True, ignore=shutil.ignore_patterns(FOLDER))
     for folder in checkpoints_in(fetched):
         staging = home / FOLDER / (folder.name + TEMPORARY)
