@@ -8,6 +8,7 @@ from typing import Any
 
 from utils import provenance
 from utils.tracking import gateway, journal, links, metrics_log, picture_table, registry, store
+from utils.tracking.gateway import Point
 from utils.tracking.journal import Line
 
 

@@ -1,0 +1,85 @@
+"""The budgets of what a reader has to read, which benchmarks/reading.py measures."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from benchmarks import reading
+from benchmarks.reading import BUDGETS, SCRIPTS, Source
+
+# Budgets that do not hold yet. To be emptied while the restructuring goes on.
+EXEMPT = {
+    "source lines",
+    "lines of the longest function",
+    "import cycles",
+    "train.py: files imported",
+    "train.py: lines imported",
+    "train.py: lines of main()",
+    "train.py: lines of its loop",
+    "train_vqvae.py: lines of main()",
+    "train_vqvae.py: lines of its loop",
+    "files of one GPT training step",
+    "files of one sampling step",
+    "files of resume",
+}
+STEPS = [name for name in BUDGETS if name.startswith("files of")]
+
+
+@pytest.fixture(scope="module")
+def values() -> dict[str, float]:
+    return reading.measure()
+
+
+def check(name: str, values: dict[str, float]) -> None:
+    if name in EXEMPT:
+        pytest.skip(f"not yet: {values[name]:,} instead of {BUDGETS[name]:,}")
+    assert values[name] <= BUDGETS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in BUDGETS if name not in STEPS])
+def test_budget(name: str, values: dict[str, float]) -> None:
+    check(name, values)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what MLflow uses
+def test_files_of_a_step() -> None:
+    steps = reading.trace_steps()
+    assert "train.py" in steps["one GPT training step"]
+    assert "transformer/gpt.py" in steps["one sampling step"]
+    values = reading.measure(steps)
+    over = {name: values[name] for name in STEPS if values[name] > BUDGETS[name]}
+    assert over.keys() <= EXEMPT, over
+
+
+def graph(**texts: str) -> dict[str, set[str]]:
+    """The imports of files, whose names are given with __ for a slash."""
+    paths = {name.replace("__", "/") + ".py": text for name, text in texts.items()}
+    return reading.import_graph({p: Source(p, t, ast.parse(t)) for p, t in paths.items()})
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    late = "def f():\n    import b.c\n"
+    for_types = "if TYPE_CHECKING:\n    from a import f\n"
+    found = graph(a=late, b__c=for_types, d="from b import c")
+    assert found == {"a.py": {"b/c.py"}, "b/c.py": {"a.py"}, "d.py": {"b/c.py"}}
+    assert reading.cycles(found) == [["a.py", "b/c.py"]]
+    assert reading.closure("d.py", found) == {"a.py", "b/c.py", "d.py"}
+    assert reading.closure("a.py", found) == {"a.py", "b/c.py"}
+
+
+def test_no_cycle_where_files_only_share_what_they_import() -> None:
+    found = graph(a="import b, c", b="import d", c="import d, numpy", d="import sys")
+    assert reading.cycles(found) == []
+
+
+def test_main_and_its_loop() -> None:
+    text = "def main():\n    for a in b:\n        f(a)\n    while c:\n        f(c)\n        g(c)\n"
+    main, loop = reading.main_of(Source("x.py", text, ast.parse(text)))
+    assert (reading.length(main), reading.length(loop)) == (6, 3)
+
+
+def test_the_scripts_exist_and_the_structure_can_be_drawn(own_folder: Path) -> None:
+    assert set(SCRIPTS) <= reading.read_sources().keys()
+    reading.draw(own_folder / "structure.png")
+    assert (own_folder / "structure.png").stat().st_size > 10_000
