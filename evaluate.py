@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from transformer import GPT, GPTConfig, make_prefix
-from utils import checkpoint, cli, processes, tracking
+from transformer import GPT, make_prefix
+from utils import cli, distributed, tracking
 from utils.data.images import ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import comparison, features, parts, published, record
@@ -16,15 +16,16 @@ from utils.evaluation.likelihood_report import bits_of_images, report_likelihood
 from utils.evaluation.reconstruction_report import report_reconstructions, teach
 from utils.evaluation.sample_report import report_samples
 from utils.evaluation.samples import read_samples
-from utils.provenance import Split
-from vqvae import VQVAE, VQVAEConfig
+from utils.provenance import LoadedModel, Split
+from utils.training import checkpoint
+from vqvae import VQVAE
 from vqvae.perceptual import BACKBONES, PerceptualLoss
 
 ALL_ROWS = "all of path_to_data"  # what the protocol says where no split counts
 
 
-def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel:
-    return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
+    return checkpoint.load_model(tracking.fetch(address), VQVAE, device)
 
 
 def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
@@ -32,7 +33,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
         raise cli.UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
     if arguments.path_to_train and arguments.features != "classifier":
         raise cli.UserError("--path_to_train belongs to --features classifier; add that")
-    device = processes.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model_dir, device)
     config, options = tokenizer.model.config, cli.image_options(arguments)
     network = published.open_network(arguments.features, arguments.feature_weights, device)
@@ -70,7 +71,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
 
 
 def evaluate_samples(arguments: argparse.Namespace) -> None:
-    device, seed = processes.pick_device(arguments.device), arguments.seed
+    device, seed = distributed.pick_device(arguments.device), arguments.seed
     network = published.open_network(arguments.features, arguments.feature_weights, device)
     tokenizer = load_tokenizer(arguments.model_dir, device) if arguments.model_dir else None
     options = cli.image_options(arguments)
@@ -144,8 +145,8 @@ def encode_conditions(
 
 
 def evaluate_likelihood(arguments: argparse.Namespace) -> None:
-    device = processes.pick_device(arguments.device)
-    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
+    device = distributed.pick_device(arguments.device)
+    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, device)
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
     tokenizer = load_tokenizer(arguments.model_dir, device)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import checkpoint, cli, metrics, processes, tracking
+from utils import cli, distributed, metrics, tracking
 from utils.data.augmentation import Augmentation
 from utils.data.conditions import write_conditions
 from utils.data.crops import FILE
@@ -17,6 +17,9 @@ from utils.data.images import ImageDataset
 from utils.data.index_folder import allocate
 from utils.data.indices import IndicesMeta, check_writable, write_indices
 from utils.data.table import Row, split_rows
+from utils.files import sha256
+from utils.provenance import LoadedModel, Provenance
+from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 
@@ -113,9 +116,7 @@ def read_images(
     )
 
 
-def load_condition_tokenizer(
-    address: str | None, device: torch.device
-) -> checkpoint.LoadedModel | None:
+def load_condition_tokenizer(address: str | None, device: torch.device) -> LoadedModel | None:
     """The tokenizer of the conditions, where there are any.
 
     Raises:
@@ -123,7 +124,7 @@ def load_condition_tokenizer(
     """
     if address is None:
         return None
-    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, device)
     depth = tokenizer.model.config.depth
     if depth > 1:
         raise cli.UserError(
@@ -133,7 +134,7 @@ def load_condition_tokenizer(
     return tokenizer
 
 
-def grid_meta(tokenizer: checkpoint.LoadedModel) -> GridMeta:
+def grid_meta(tokenizer: LoadedModel) -> GridMeta:
     """What the grids of a tokenizer belong to."""
     return GridMeta(
         codebook_size=tokenizer.model.config.codebook_size,
@@ -143,7 +144,7 @@ def grid_meta(tokenizer: checkpoint.LoadedModel) -> GridMeta:
     )
 
 
-def split(dataset: ImageDataset, origin: checkpoint.Provenance) -> list[Row]:
+def split(dataset: ImageDataset, origin: Provenance) -> list[Row]:
     """The rows of the images, each with its split.
 
     Without a split column the images are split as they were for the tokenizer, whose validation
@@ -163,10 +164,8 @@ def split(dataset: ImageDataset, origin: checkpoint.Provenance) -> list[Row]:
 
 def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
-    device = processes.pick_device(arguments.device)
-    tokenizer = checkpoint.load_model(
-        tracking.fetch(arguments.model_dir), VQVAE, VQVAEConfig, device
-    )
+    device = distributed.pick_device(arguments.device)
+    tokenizer = checkpoint.load_model(tracking.fetch(arguments.model_dir), VQVAE, device)
     second = load_condition_tokenizer(arguments.condition_model_dir, device)
     config, origin = tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(arguments.path_to_data).stem}"
@@ -181,7 +180,7 @@ def main(arguments: argparse.Namespace) -> None:
         stage="indices",
         part=output_dir.name,
         inputs={
-            arguments.path_to_data: checkpoint.sha256(Path(arguments.path_to_data)),
+            arguments.path_to_data: sha256(Path(arguments.path_to_data)),
             arguments.model_dir: tokenizer.sha256,
         },
         upstream=tokenizer.lineage,

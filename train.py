@@ -16,13 +16,13 @@ from transformer import GPT, GPTConfig, generate, make_prefix
 from transformer.flex import flex_attend_on
 from transformer.order import draw_orders, random_share
 from transformer.prefix import hide
-from utils import checkpoint, cli, figures, metrics, processes, tracking
+from utils import cli, distributed, figures, metrics, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
 from utils.evaluation.judge import Judge
-from utils.provenance import joined
-from utils.training import resume
+from utils.provenance import LoadedModel, Provenance, joined
+from utils.training import checkpoint, resume
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.guard import Guard
@@ -30,7 +30,7 @@ from utils.training.optimizers import OptimizerConfig, make_optimizer
 from utils.training.saving import Checkpoints
 from utils.training.schedule import Schedule, TrainingConfig, find_output_dir
 from utils.training.stopping import StopRequest
-from vqvae import VQVAE, VQVAEConfig
+from vqvae import VQVAE
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images that are drawn at each evaluation
@@ -47,7 +47,7 @@ def train_step(
     """Add the gradients of one batch, which `GPT.forward` takes: its bits per token."""
     bits = torch.zeros((), device=batch[0].device)
     for part in zip(*(x.chunk(accumulate) for x in batch), strict=True):
-        with processes.autocast(bits.device, precision):
+        with distributed.autocast(bits.device, precision):
             loss = forward(*part, loss=True).mean()
         (loss / accumulate).backward()
         bits += loss.detach() / accumulate / math.log(2)
@@ -56,7 +56,10 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, batches: Iterator[tuple[Tensor, Tensor]], precision: str, group: processes.Processes
+    model: GPT,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    precision: str,
+    group: distributed.Distributed,
 ) -> Tensor:
     """Bits per token of all batches of all processes, for each cell: (h, w), on the CPU."""
     model.eval()
@@ -64,18 +67,16 @@ def evaluate(
     # nats of each token, images
     total = torch.zeros(height * width * model.config.depth + 1, dtype=torch.float64)
     for prefix, indices in batches:
-        with processes.autocast(indices.device, precision):
+        with distributed.autocast(indices.device, precision):
             nats = model(prefix, indices, loss=True)
         total[:-1] += nats.sum(dim=0).cpu()
         total[-1] += len(indices)
     model.train()
-    total = group.sum(total.to(group.device, torch.float32)).cpu()
+    total = group.all_reduce_sum(total.to(group.device, torch.float32)).cpu()
     return (total[:-1] / total[-1] / math.log(2)).view(height, width, -1).mean(dim=2)
 
 
-def draw_samples(
-    model: GPT, data: IndexDataset, tokenizer: checkpoint.LoadedModel | None
-) -> Image.Image:
+def draw_samples(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
     They are of all classes in turn, or of the classes and conditions of the first validation
@@ -108,8 +109,8 @@ def open_run(
     progress: resume.Progress,
     model: GPT,
     data: IndexDataset,
-    tokenizer: checkpoint.LoadedModel | None,
-    group: processes.Processes,
+    tokenizer: LoadedModel | None,
+    group: distributed.Distributed,
     config: dict[str, Any],
 ) -> tracking.Run:
     """The run in MLflow, or that of the training which goes on."""
@@ -125,7 +126,7 @@ def open_run(
         logged=progress.logged,
         experiment=config["experiment"] or tracking.experiment_of(words.tokenizer_run_id),
         run_name=config["run_name"],
-        enabled=group.first,
+        enabled=group.is_main,
         config=config,
         params=data.params | params,
         tags={"tokenizer_run_id": words.tokenizer_run_id},
@@ -140,15 +141,15 @@ def open_run(
 def report_best(
     run: tracking.Run,
     data: IndexDataset,
-    tokenizer: checkpoint.LoadedModel | None,
+    tokenizer: LoadedModel | None,
     config: TrainingConfig,
     precision: str,
-    group: processes.Processes,
+    group: distributed.Distributed,
     progress: resume.Progress,
 ) -> float:
     """Log the best GPT as a whole, with samples and its figure; its bits per token."""
     folder = run.output_dir / "best"
-    best = checkpoint.load_model(folder, GPT, GPTConfig, group.device).model
+    best = checkpoint.load_model(folder, GPT, group.device).model
     run.picture("pictures/best_samples", draw_samples(best, data, tokenizer), 0)
     name, sign = config.best_metric, metrics.sign_of(config.best_metric, BEST_METRICS)
     figure = sign * progress.best
@@ -158,7 +159,7 @@ def report_best(
     if name == "bits_per_token":
         return figure
     batches = load_batches(data, group.device, data.val_rows.split(config.batch_size))
-    return float(evaluate(best, batches, precision, replace(group, count=1)).mean())
+    return float(evaluate(best, batches, precision, replace(group, world_size=1)).mean())
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -167,13 +168,13 @@ def main(arguments: argparse.Namespace) -> None:
     source = cli.read_flags(IndicesConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
     resumed = find_checkpoint(config.resume, config.output_dir)
-    group = processes.join_processes(config.device, config.seed)
-    precision = processes.pick_precision(config.precision, group.device, on_cpu="bf16")
+    group = distributed.init_distributed(config.device, config.seed)
+    precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
     tokenizer = None
     if source.model_dir:
         address = tracking.fetch(source.model_dir)
-        tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, group.device)
+        tokenizer = checkpoint.load_model(address, VQVAE, group.device)
     data = IndexDataset(
         tracking.fetch(source.path_to_data),
         tokenizer,
@@ -181,7 +182,7 @@ def main(arguments: argparse.Namespace) -> None:
         val_fraction=source.val_fraction,
         seed=config.seed,
     )
-    schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.count)
+    schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     judge = None
     if source.fd_samples:
         splits = data.train_rows, data.val_rows[: source.fd_samples]
@@ -218,7 +219,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = open_run(output_dir, progress, model, data, tokenizer, group, named)
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     guard = Guard(group, progress, config, data.name)
-    origin = checkpoint.Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
+    origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
     unigram, bigram = data.baselines()
     floor = {"unigram_bits_per_token": unigram, "bigram_bits_per_token": bigram}
     load = partial(load_batches, data, group.device)
@@ -232,13 +233,13 @@ def main(arguments: argparse.Namespace) -> None:
         if judge is not None:
             inputs = make_prefix(*data.prefix_inputs(judge.rows))
             values = judge.figures(partial(generate, average.model.eval(), inputs))
-        batches = load(group.share(data.val_rows).split(config.batch_size))
+        batches = load(group.shard(data.val_rows).split(config.batch_size))
         by_cell = evaluate(average.model, batches, precision, group)
         bits = float(by_cell.mean())
         values |= {"bits_per_token": bits, **floor}
         run.metrics("val", values, progress.step)
         run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
-        if group.first:
+        if group.is_main:
             samples = draw_samples(average.model, data, tokenizer)
             run.picture("pictures/samples", samples, progress.step)
         group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
@@ -294,18 +295,18 @@ def main(arguments: argparse.Namespace) -> None:
                 )
                 break
 
-        if group.first:
+        if group.is_main:
             bits = report_best(run, data, tokenizer, config, precision, group, progress)
             print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
             if not bits < unigram:
                 print(NO_BETTER_WARNING.format(bits, unigram))
             print(run.how_to_look)
-    if group.first:
+    if group.is_main:
         words = ["transformer_generation.py", "--model_path", output_dir / "best"]
         words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
         print(cli.next_command(*words))
-    group.leave()
+    group.shutdown()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import checkpoint, cli, figures, metrics, plots, processes, tracking
+from utils import cli, distributed, figures, metrics, plots, tracking
 from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
-from utils.processes import Processes
-from utils.training import resume
+from utils.distributed import Distributed
+from utils.files import sha256
+from utils.provenance import LoadedModel, Provenance
+from utils.training import checkpoint, resume
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.codes import CodeWatch
@@ -40,15 +42,17 @@ def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
 
 
 def evaluate(
-    model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: Processes
+    model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: Distributed
 ) -> tuple[dict[str, float], inspection.Reconstructed]:
     """Figures of all validation images, and what was made of the first."""
-    share = group.share(rows)
+    share = group.shard(rows)
     counted = len(share) > 0  # a process without rows takes part in the sums, at no weight
     batches = dataset.batches((share if counted else rows[:1]).split(batch_size), group.device)
     seen = inspection.reconstruct(model, batches, measure, keep=PICTURES, weight=float(counted))
-    seen = seen._replace(counts=group.sum(seen.counts))
-    values = {name: float(group.sum(value)) / len(rows) for name, value in seen.sums.items()}
+    seen = seen._replace(counts=group.all_reduce_sum(seen.counts))
+    values = {
+        name: float(group.all_reduce_sum(value)) / len(rows) for name, value in seen.sums.items()
+    }
     values["psnr"] = metrics.psnr(values["mse"])
     return values | metrics.codebook_metrics(seen.counts), seen
 
@@ -89,9 +93,7 @@ def read_network(flags: cli.Flags) -> VQVAEConfig:
     return cli.read_flags(VQVAEConfig, flags, **left_open)
 
 
-def read_start(
-    init_from: str, flags: cli.Flags
-) -> tuple[checkpoint.LoadedModel | None, VQVAEConfig]:
+def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
     """The tokenizer of --init_from, if there is one, and the settings of the one to train.
 
     Raises:
@@ -103,7 +105,7 @@ def read_start(
         raise cli.UserError(
             "--preset cannot go with --init_from, whose network it is; leave it out"
         )
-    start = checkpoint.load_model(tracking.fetch(init_from), VQVAE, VQVAEConfig)
+    start = checkpoint.load_model(tracking.fetch(init_from), VQVAE)
     given = {field.name for field in fields(VQVAEConfig)} & flags.given
     free = given & {"image_size", *TRAINING_ONLY}
     for name in sorted(given - free):
@@ -137,8 +139,8 @@ def open_run(
     output_dir: Path,
     progress: Progress,
     model: VQVAE,
-    start: checkpoint.LoadedModel | None,
-    group: Processes,
+    start: LoadedModel | None,
+    group: Distributed,
     config: dict[str, Any],
 ) -> tracking.Run:
     """The run in MLflow, or that of the training which goes on."""
@@ -155,10 +157,10 @@ def open_run(
         logged=progress.logged,
         experiment=config["experiment"],
         run_name=config["run_name"],
-        enabled=group.first,
+        enabled=group.is_main,
         config=config,
         params=params,
-        inputs={config["path_to_data"]: checkpoint.sha256(Path(config["path_to_data"]))}
+        inputs={config["path_to_data"]: sha256(Path(config["path_to_data"]))}
         | ({} if start is None else {config["init_from"]: start.sha256}),
         upstream=() if start is None else start.lineage,
     )
@@ -171,12 +173,12 @@ def report_best(
     dataset: ImageDataset,
     rows: Tensor,
     config: TrainingConfig,
-    group: Processes,
+    group: Distributed,
     step: int,
 ) -> None:
     """Figures and pictures of the best tokenizer, which is logged as a whole."""
     folder = run.output_dir / "best"
-    best = checkpoint.load_model(folder, VQVAE, VQVAEConfig, group.device).model
+    best = checkpoint.load_model(folder, VQVAE, group.device).model
     values, seen = evaluate(best, dataset, rows, config.batch_size, group)
     pair = seen.originals, seen.images
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
@@ -196,9 +198,9 @@ def main(arguments: argparse.Namespace) -> None:
     data = cli.read_flags(DataConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS)
     resumed = find_checkpoint(config.resume, config.output_dir)
-    group = processes.join_processes(config.device, config.seed)
-    precision = processes.pick_precision(config.precision, group.device, on_cpu="fp32")
-    autocast = partial(processes.autocast, group.device, precision)
+    group = distributed.init_distributed(config.device, config.seed)
+    precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
+    autocast = partial(distributed.autocast, group.device, precision)
 
     start, model_config = read_start(objective.init_from, arguments)
     check_quantizer(model_config, objective.codebook_rescue, arguments)
@@ -209,9 +211,9 @@ def main(arguments: argparse.Namespace) -> None:
         channels=model_config.in_channels,
         seed=config.seed,
         num_workers=config.num_workers,
-        processes=group.count,
+        processes=group.world_size,
     )
-    schedule = Schedule(config, len(train_rows), len(val_rows), group.count)
+    schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
 
     found = {"in_channels": dataset.channels, "image_size": dataset.size}
     cli.build(losses.check, *found.values())
@@ -249,8 +251,8 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     changing = model.quantizer, adversary
     guard = Guard(group, progress, config, dataset.name, changing=changing)
-    origin = checkpoint.Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
-    if group.first:
+    origin = Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
+    if group.is_main:
         dataset.write_skipped(output_dir)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
@@ -276,7 +278,7 @@ def main(arguments: argparse.Namespace) -> None:
                 group.print(f"autopilot: images got worse, strength now {autopilot.strength:.3f}")
             values |= {f"autopilot_{name}": x for name, x in autopilot.figures().items()}
         run.metrics("val", values, progress.step)
-        if group.first:
+        if group.is_main:
             log_pictures(run, average.model, shown, progress.step)
         group.print(f"step {progress.step:>6,}  {in_words(values)}")
         return sign * values[config.best_metric]
@@ -319,7 +321,7 @@ def main(arguments: argparse.Namespace) -> None:
             if autopilot is not None:
                 evaluates |= autopilot.takes_bearings(progress.step)
             if schedule.logs(progress.step) or evaluates:
-                values = averages.take() | metrics.codebook_metrics(group.sum(counts))
+                values = averages.take() | metrics.codebook_metrics(group.all_reduce_sum(counts))
                 values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
                 values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
                 run.metrics("train", values, progress.step)
@@ -342,13 +344,13 @@ def main(arguments: argparse.Namespace) -> None:
                     f"no better {config.best_metric} in {config.patience} evaluations: stopping"
                 )
                 break
-        if group.first:
-            report_best(run, dataset, val_rows, config, replace(group, count=1), progress.step)
+        if group.is_main:
+            report_best(run, dataset, val_rows, config, replace(group, world_size=1), progress.step)
             print(run.how_to_look)
-    if group.first:
+    if group.is_main:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")
         print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))
-    group.leave()
+    group.shutdown()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -22,15 +22,17 @@ from transformer import (
 )
 from transformer.completion import unforeseen
 from transformer.distribution import SCHEDULES
-from utils import checkpoint, cli, figures, processes, tracking
+from utils import cli, distributed, figures, tracking
 from utils.data.conditions import Condition, take_conditions, write_conditions
 from utils.data.given import Given, read_given
 from utils.data.index_folder import allocate, new_folder
 from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of
 from utils.data.table import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
-from utils.provenance import joined
-from vqvae import VQVAE, VQVAEConfig
+from utils.files import sha256
+from utils.provenance import LoadedModel, joined
+from utils.training import checkpoint
+from vqvae import VQVAE
 
 SHOWN = 48  # completions in the picture, at most
 PICTURE = "completions.png"
@@ -124,7 +126,7 @@ def choose_labels(
 
 
 def read_inputs(
-    arguments: argparse.Namespace, gpt: checkpoint.LoadedModel, tokenizer_sha256: str
+    arguments: argparse.Namespace, gpt: LoadedModel, tokenizer_sha256: str
 ) -> dict[str, str]:
     """What is read, by address: the SHA-256 of each."""
     inputs = {arguments.model_path: gpt.sha256}
@@ -133,7 +135,7 @@ def read_inputs(
         if file.resolve().parent == gpt.folder.resolve():  # a part of the model, and goes with it
             inputs[arguments.vocabulary_path] = gpt.sha256
         else:
-            inputs[str(file)] = checkpoint.sha256(file)
+            inputs[str(file)] = sha256(file)
     for address in filter(None, (arguments.complete, arguments.conditions)):
         inputs[address] = digest(tracking.fetch(address))
     if arguments.model_dir:
@@ -154,12 +156,12 @@ def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Ima
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = processes.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     check_flags(arguments, device)
     guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
     shaping = cli.read_flags(Shaping, arguments)
-    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, GPTConfig, device)
-    if processes.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
+    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, device)
+    if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         gpt.model.cast(torch.bfloat16)
     vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
@@ -167,7 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = None
     if arguments.model_dir:
         address = tracking.fetch(arguments.model_dir)
-        tokenizer = checkpoint.load_model(address, VQVAE, VQVAEConfig, device)
+        tokenizer = checkpoint.load_model(address, VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
 
     given = None

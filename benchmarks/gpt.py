@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from benchmarks import record
 from transformer import GPT, GPTConfig, generate, noise
 from transformer.distribution import draw, probabilities
-from utils import cli, processes
+from utils import cli, distributed
 
 GRID, CODES = (7, 7), 512  # as on MNIST
 TOKENS = GRID[0] * GRID[1]
@@ -93,7 +93,7 @@ def train_step(
 ) -> None:
     """Forward, backward, and a step of the optimiser."""
     device = optimizer.param_groups[0]["params"][0].device
-    with processes.autocast(device, precision):
+    with distributed.autocast(device, precision):
         value = loss()
     value.backward()
     optimizer.step()

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
-from utils import cli, processes
+from utils import cli, distributed
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 
 COLUMNS = (
@@ -66,7 +66,7 @@ def median(work: Callable[[], object], device: torch.device, rounds: int) -> flo
 
 
 def main(flags: argparse.Namespace) -> None:
-    device = processes.pick_device(flags.device)
+    device = distributed.pick_device(flags.device)
     print(
         f"one image of {flags.image_size} pixels a side, 3 channels, fp32; medians of "
         f"{flags.rounds} on {device}, {torch.get_num_threads()} threads\n\n"

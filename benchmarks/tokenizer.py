@@ -15,7 +15,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
-from utils import cli, processes
+from utils import cli, distributed
 from utils.training.optimizers import make_optimizer, optimizer_step
 from utils.training.schedule import TrainingConfig
 from vqvae import PRESETS, VQVAE, VQVAEConfig
@@ -57,7 +57,7 @@ def make_step(
         acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
     if flags.compile:
         compile_model(model, adversary)
-    autocast = partial(processes.autocast, device, flags.precision)
+    autocast = partial(distributed.autocast, device, flags.precision)
 
     def step(images: torch.Tensor) -> None:
         add_gradients(model, images, losses, autocast, **acting)
@@ -103,8 +103,8 @@ def measure(
 
 
 def main(flags: argparse.Namespace) -> None:
-    device = processes.pick_device(flags.device)
-    flags.precision = processes.pick_precision(flags.precision, device, on_cpu="fp32")
+    device = distributed.pick_device(flags.device)
+    flags.precision = distributed.pick_precision(flags.precision, device, on_cpu="fp32")
     print(
         f"{flags.preset}, {flags.image_size} pixels a side, batches of {flags.batch_size}, "
         f"{flags.precision}, {'compiled' if flags.compile else 'not compiled'}, on {device}; "

@@ -10,10 +10,12 @@ from PIL import Image
 
 from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
 from transformer import GPT, GPTConfig
-from utils.checkpoint import Provenance, load_model, model_files, write_folder
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary
+from utils.files import write_folder
+from utils.provenance import Provenance
+from utils.training.checkpoint import load_model, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]
@@ -49,7 +51,7 @@ def gpt(own_folder: Path, tokenizer: Path) -> Path:
     config = GPTConfig(
         codebook_size=16, num_classes=2, latent_dim=GRID, dim=16, num_heads=2, num_layers=1
     )
-    sha256 = load_model(tokenizer, VQVAE, VQVAEConfig).sha256
+    sha256 = load_model(tokenizer, VQVAE).sha256
     words = Vocabulary(16, GRID, ("a", "b"), sha256)
     files = model_files(GPT(config), Provenance()) | {FILE: words.content()}
     write_folder(own_folder / "gpt", files)
@@ -59,7 +61,7 @@ def gpt(own_folder: Path, tokenizer: Path) -> Path:
 @pytest.fixture
 def indices(own_folder: Path, tokenizer: Path) -> Path:
     """An indices folder of the tokenizer."""
-    sha256 = load_model(tokenizer, VQVAE, VQVAEConfig).sha256
+    sha256 = load_model(tokenizer, VQVAE).sha256
     rows = [Row(f"{n}.png", "ab"[n % 2], "val" if n > 8 else "train") for n in range(12)]
     meta = IndicesMeta(16, GRID, tokenizer_sha256=sha256)
     return write_indices(own_folder / "indices", torch.randint(0, 16, (12, *GRID)), rows, meta)

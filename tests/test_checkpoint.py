@@ -9,17 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import (
-    Provenance,
-    find_model_folder,
-    load_model,
-    model_files,
-    read_json,
-    read_tensors,
-    write_folder,
-)
 from utils.cli import UserError
-from utils.provenance import Stage
+from utils.files import read_json, read_tensors, write_folder
+from utils.provenance import Provenance, Stage
+from utils.training.checkpoint import find_model_folder, load_model, model_files
 
 
 @dataclass(frozen=True)
@@ -70,27 +63,25 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def test_round_trip(tmp_path: Path) -> None:
     net = saved(tmp_path / "deep" / "best", width=5)
     for path in (tmp_path / "deep" / "best", str(tmp_path / "deep")):
-        loaded = load_model(path, Net, NetConfig)
+        loaded = load_model(path, Net)
         assert same(loaded.model.state_dict(), net.state_dict())
         assert loaded.model.config == NetConfig(5)
         assert not loaded.model.training
         assert loaded.provenance == PROVENANCE
         assert loaded.folder == tmp_path / "deep" / "best"
     again = saved(tmp_path / "again", width=5)
-    assert load_model(tmp_path / "again", Net, NetConfig).sha256 == loaded.sha256
+    assert load_model(tmp_path / "again", Net).sha256 == loaded.sha256
     assert same(again.state_dict(), net.state_dict())
     saved(tmp_path / "again", seed=1)
-    assert load_model(tmp_path / "again", Net, NetConfig).sha256 != loaded.sha256
+    assert load_model(tmp_path / "again", Net).sha256 != loaded.sha256
 
 
 def test_it_works_beside_the_folder_it_came_from(tmp_path: Path) -> None:
     saved(tmp_path / "outputs" / "run" / "best")
     (tmp_path / "outputs" / "run" / "config.json").write_text("{}")
     saved(tmp_path / "elsewhere")
-    assert load_model(tmp_path / "outputs" / "run", Net, NetConfig).home == (
-        tmp_path / "outputs" / "run"
-    )
-    assert load_model(tmp_path / "elsewhere", Net, NetConfig).home == Path("outputs/run")
+    assert load_model(tmp_path / "outputs" / "run", Net).home == (tmp_path / "outputs" / "run")
+    assert load_model(tmp_path / "elsewhere", Net).home == Path("outputs/run")
 
 
 def test_what_is_no_model(tmp_path: Path) -> None:
@@ -103,7 +94,7 @@ def test_what_is_no_model(tmp_path: Path) -> None:
 def test_wrong_kind(tmp_path: Path) -> None:
     saved(tmp_path / "net")
     with pytest.raises(UserError, match="holds a Net, but a Other is needed here"):
-        load_model(tmp_path / "net", Other, NetConfig)
+        load_model(tmp_path / "net", Other)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
@@ -116,10 +107,10 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
         content[position] ^= 4
         file.write_bytes(content)
         with pytest.raises(UserError, match=rf"{name} is damaged: its SHA-256"):
-            load_model(tmp_path / "net", Net, NetConfig)
+            load_model(tmp_path / "net", Net)
         content[position] ^= 4
     file.write_bytes(content)
-    load_model(tmp_path / "net", Net, NetConfig)
+    load_model(tmp_path / "net", Net)
 
 
 def test_without_checksums_damage_is_still_one_line(tmp_path: Path) -> None:
@@ -130,7 +121,7 @@ def test_without_checksums_damage_is_still_one_line(tmp_path: Path) -> None:
     for bad in (b"", good[:5], good[:-1], b"x" * 100):
         file.write_bytes(bad)
         with pytest.raises(UserError, match=r"cannot read .*model\.safetensors"):
-            load_model(tmp_path / "net", Net, NetConfig)
+            load_model(tmp_path / "net", Net)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +143,7 @@ def test_a_config_that_does_not_fit(tmp_path: Path, change: dict, complaint: str
     file = tmp_path / "net" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(UserError, match=complaint):
-        load_model(tmp_path / "net", Net, NetConfig)
+        load_model(tmp_path / "net", Net)
 
 
 def test_whoever_changed_a_file_on_purpose_is_told_how(tmp_path: Path) -> None:
@@ -160,11 +151,11 @@ def test_whoever_changed_a_file_on_purpose_is_told_how(tmp_path: Path) -> None:
     with (tmp_path / "net" / "config.json").open("a") as file:
         file.write("\n")
     with pytest.raises(UserError, match=r"take its line out of sha256\.json"):
-        load_model(tmp_path / "net", Net, NetConfig)
+        load_model(tmp_path / "net", Net)
     sums = json.loads((tmp_path / "net" / "sha256.json").read_text())
     del sums["config.json"]
     (tmp_path / "net" / "sha256.json").write_text(json.dumps(sums))
-    load_model(tmp_path / "net", Net, NetConfig)
+    load_model(tmp_path / "net", Net)
 
 
 @pytest.mark.parametrize("run_id", ["../../elsewhere", "/etc", "a\nb"])
@@ -174,7 +165,7 @@ def test_a_provenance_that_leaves_its_folder(tmp_path: Path, run_id: str) -> Non
     (tmp_path / "net" / "sha256.json").unlink()
     (tmp_path / "net" / "provenance.json").write_text(json.dumps({"run_id": run_id}))
     with pytest.raises(UserError, match=r"provenance\.json is damaged: run_id"):
-        load_model(tmp_path / "net", Net, NetConfig)
+        load_model(tmp_path / "net", Net)
 
 
 def test_a_link_that_leads_out_of_the_folder(tmp_path: Path) -> None:
@@ -183,7 +174,7 @@ def test_a_link_that_leads_out_of_the_folder(tmp_path: Path) -> None:
     file.rename(tmp_path / "elsewhere")
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"model\.safetensors is a link that leads out"):
-        load_model(tmp_path / "net", Net, NetConfig)
+        load_model(tmp_path / "net", Net)
 
 
 def test_json_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +184,7 @@ def test_json_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     os.mkfifo(tmp_path / "pipe.json")
     for name, complaint in (("deep", "recursion"), ("pipe", "no plain"), ("long", "1,000 at most")):
         if name == "long":
-            monkeypatch.setattr("utils.checkpoint.JSON_BYTES", 1000)
+            monkeypatch.setattr("utils.files.JSON_BYTES", 1000)
         with pytest.raises(UserError, match=complaint):
             read_json(tmp_path / f"{name}.json")
 
@@ -241,14 +232,14 @@ def test_interrupted_at_any_step_the_folder_is_the_old_or_the_new(
     found = set()
     for step in range(steps):
         saved(folder, 2)
-        assert same(load_model(tmp_path, Net, NetConfig).model.state_dict(), states[0])
+        assert same(load_model(tmp_path, Net).model.state_dict(), states[0])
         count_steps(lambda: saved(folder, 1), monkeypatch, step)
-        state = load_model(tmp_path, Net, NetConfig).model.state_dict()
+        state = load_model(tmp_path, Net).model.state_dict()
         (number,) = (number for number in (0, 1) if same(state, states[number]))
         found.add(number)
         # and once more, where the folder is about to be renamed: there is still one
         count_steps(lambda: saved(folder, 1), monkeypatch, steps - 3)
-        load_model(tmp_path, Net, NetConfig)
+        load_model(tmp_path, Net)
     assert found == {0, 1}
     saved(folder, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
@@ -259,7 +250,7 @@ def test_no_pickle_is_read(tmp_path: Path) -> None:
     (tmp_path / "net" / "sha256.json").unlink()
     torch.save({"a": torch.zeros(1)}, tmp_path / "net" / "model.safetensors")
     with pytest.raises(UserError, match="cannot read"):
-        load_model(tmp_path / "net", Net, NetConfig)
+        load_model(tmp_path / "net", Net)
     with pytest.raises(UserError, match="cannot read"):
         read_tensors(tmp_path / "net" / "model.safetensors")
 

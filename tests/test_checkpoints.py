@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from utils import checkpoint
 from utils.cli import Stopped, UserError
-from utils.processes import Processes
+from utils.distributed import Distributed
+from utils.files import read_tensors
 from utils.tracking import Run, journal, metrics_log
 from utils.training.checkpoints import checkpoints_in, find_checkpoint
 from utils.training.resume import Progress, State
 from utils.training.saving import Checkpoints
 
 ABOUT = {"time": 0.0, "run_id": "a"}  # of a line in metrics.jsonl
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 class Training:
@@ -66,10 +66,10 @@ def test_none_is_overwritten_unless_it_is_damaged(tmp_path: Path) -> None:
     training.save(5, value=1.0)
     training.save(5, value=2.0)
     (folder,) = checkpoints_in(tmp_path)
-    assert float(checkpoint.read_tensors(folder / "model.safetensors")["weight"]) == 1
+    assert float(read_tensors(folder / "model.safetensors")["weight"]) == 1
     damage(folder)
     training.save(5, value=2.0)
-    assert float(checkpoint.read_tensors(folder / "model.safetensors")["weight"]) == 2
+    assert float(read_tensors(folder / "model.safetensors")["weight"]) == 2
 
 
 def test_a_damaged_one_gives_way_to_the_one_before(

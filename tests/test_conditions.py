@@ -16,13 +16,15 @@ import evaluate
 from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
 from transformer import GPT, GPTConfig
-from utils import checkpoint
 from utils.cli import UserError
 from utils.data.conditions import read_conditions, take_conditions, write_conditions
 from utils.data.grid_meta import GridMeta
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row, read_csv
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.files import sha256, write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 CPU = ("--device", "cpu")
@@ -33,7 +35,7 @@ def make_tokenizer(folder: Path, size: tuple[int, int], channels: int, **options
     torch.manual_seed(sum(size))
     shape = {"channels": 8, "codebook_size": 16, "codebook_dim": 4} | options
     model = VQVAE(VQVAEConfig(image_size=size, in_channels=channels, **shape))
-    checkpoint.write_folder(folder, checkpoint.model_files(model, checkpoint.Provenance()))
+    write_folder(folder, checkpoint.model_files(model, Provenance()))
     return folder
 
 
@@ -68,7 +70,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     assert meta["depth"] == 2
     assert meta["condition"]["codebook_size"] == 32
     assert meta["condition"]["latent_dim"] == [2, 3]
-    assert meta["condition"]["tokenizer_sha256"] == checkpoint.sha256(Path("low/model.safetensors"))
+    assert meta["condition"]["tokenizer_sha256"] == sha256(Path("low/model.safetensors"))
     assert np.load(both / "indices.npy").shape == (12, 6, 10, 2)
     assert (np.load(both / "condition.npy") == np.load(low / "indices.npy")).all()
     assert read_indices(both, depth=2).rows[3].condition_path == "low/3.png"
@@ -120,14 +122,14 @@ def make_gpt(folder: str, condition: GridMeta | None, **options: object) -> None
     words = Vocabulary(16, (6, 10), ("a", "b"), depth=2, condition=condition)
     shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | options
     gpt = GPT(GPTConfig(**words.model_values, **shape))
-    files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
-    checkpoint.write_folder(Path(folder), files)
+    files = checkpoint.model_files(gpt, Provenance()) | {FILE: words.content()}
+    write_folder(Path(folder), files)
 
 
 @pytest.fixture
 def models(data: Path) -> GridMeta:
     """GPTs with conditions, without, and never without them; indices without; those of low."""
-    condition = GridMeta(32, (2, 3), checkpoint.sha256(Path("low/model.safetensors")))
+    condition = GridMeta(32, (2, 3), sha256(Path("low/model.safetensors")))
     make_gpt("told", condition)
     make_gpt("untold", None)
     make_gpt("always", condition, condition_dropout=0.0)

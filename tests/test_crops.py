@@ -11,12 +11,13 @@ import torch
 
 from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
-from utils import checkpoint
-from utils.checkpoint import CHECKSUMS, read_tensors
 from utils.cli import Stopped, UserError
 from utils.data.crops import Crops, read_crops
 from utils.data.images import ImageDataset
 from utils.data.indices import read_indices
+from utils.files import CHECKSUMS, read_tensors, write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint
 from utils.training.checkpoints import find_checkpoint
 from utils.training.stopping import StopRequest
 from vqvae import VQVAE, VQVAEConfig
@@ -30,8 +31,8 @@ def tokenizer(own_folder: Path) -> VQVAE:
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": 16, "codebook_dim": 4}
     model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes)).eval()
-    files = checkpoint.model_files(model, checkpoint.Provenance())
-    checkpoint.write_folder(own_folder / "tokenizer", files)
+    files = checkpoint.model_files(model, Provenance())
+    write_folder(own_folder / "tokenizer", files)
     write_images(own_folder / "data", COUNT)
     return model
 

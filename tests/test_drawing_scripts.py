@@ -16,10 +16,13 @@ from PIL import Image
 from tests.conftest import write_images
 from transformer import GPT, GPTConfig, sampling
 from transformer.sampling import draw_rows
-from utils import checkpoint, cli
+from utils import cli
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary
+from utils.files import sha256, write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 CODES, GRID = 16, (6, 10)
@@ -32,8 +35,8 @@ def write_tokenizer(folder: Path, depth: int = 1) -> str:
     if depth > 1:
         sizes |= {"quantizer": "residual", "depth": depth}
     tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes))
-    checkpoint.write_folder(folder, checkpoint.model_files(tokenizer, checkpoint.Provenance()))
-    return checkpoint.sha256(folder / "model.safetensors")
+    write_folder(folder, checkpoint.model_files(tokenizer, Provenance()))
+    return sha256(folder / "model.safetensors")
 
 
 def write_gpt(folder: str, words: Vocabulary, **shape: object) -> None:
@@ -41,8 +44,8 @@ def write_gpt(folder: str, words: Vocabulary, **shape: object) -> None:
     shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | shape
     gpt = GPT(GPTConfig(**words.model_values, **shape))
     torch.nn.init.normal_(gpt.head.weight)
-    files = checkpoint.model_files(gpt, checkpoint.Provenance()) | {FILE: words.content()}
-    checkpoint.write_folder(Path(folder), files)
+    files = checkpoint.model_files(gpt, Provenance()) | {FILE: words.content()}
+    write_folder(Path(folder), files)
 
 
 @pytest.fixture
@@ -242,15 +245,15 @@ def test_a_vocabulary_of_its_own_is_recorded_with_its_own_digest(models: Path) -
     """The weights' digest stood there. Beside the GPT it is a part of it, made with it again."""
     content = (models / "gpt" / FILE).read_bytes()
     Path("words.json").write_bytes(content)
-    for number, (path, sha256) in enumerate(
+    for number, (path, digest) in enumerate(
         (
-            ("words.json", checkpoint.sha256(Path("words.json"))),
-            (f"gpt/{FILE}", checkpoint.sha256(Path("gpt/model.safetensors"))),
+            ("words.json", sha256(Path("words.json"))),
+            (f"gpt/{FILE}", sha256(Path("gpt/model.safetensors"))),
         )
     ):
         flags = ("--vocabulary_path", path, "--num_images", 1, "--output_dir", f"drawn{number}")
         call("transformer_generation", *MODELS, *flags)
-        assert read_indices(f"drawn{number}").meta.lineage[-1].inputs[path] == sha256
+        assert read_indices(f"drawn{number}").meta.lineage[-1].inputs[path] == digest
 
 
 def test_indices_of_another_tokenizer_are_refused(

@@ -13,14 +13,16 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_images
-from utils import checkpoint, cli, provenance, tracking
+from utils import cli, provenance, tracking
 from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row, split_rows
 from utils.datasets import write_digits
 from utils.evaluation import classifier, record
 from utils.evaluation.parts import read_real
-from utils.provenance import Split, Stage
+from utils.files import sha256, write_folder
+from utils.provenance import Provenance, Split, Stage
+from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]
@@ -52,8 +54,8 @@ def tokenizer(own_folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4, "patch_size": 2}
     model = VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=1, **sizes))
-    files = checkpoint.model_files(model, checkpoint.Provenance())
-    checkpoint.write_folder(own_folder / "tokenizer", files)
+    files = checkpoint.model_files(model, Provenance())
+    write_folder(own_folder / "tokenizer", files)
     return own_folder / "tokenizer"
 
 
@@ -118,9 +120,9 @@ def test_copies_of_training_images_are_called_so(evaluate: Call, digits: Path) -
 def test_indices_are_decoded_and_their_tokens_compared(
     evaluate: Call, digits: Path, tokenizer: Path
 ) -> None:
-    sha256 = checkpoint.sha256(tokenizer / "model.safetensors")
+    digest = sha256(tokenizer / "model.safetensors")
     rows = [Row(f"{n}.png", str(n % 10), "") for n in range(40)]
-    meta = IndicesMeta(CODES, GRID, tokenizer_sha256=sha256)
+    meta = IndicesMeta(CODES, GRID, tokenizer_sha256=digest)
     write_indices("drawn", torch.randint(CODES, (40, *GRID)), rows, meta)
     evaluate(
         *("samples", "--indexes_path", "drawn", "--model_dir", tokenizer, "--device", "cpu"),

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from tests.conftest import TINY_TOKENIZER, write_images
 from utils.cli import UserError
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.training.guard import Guard
 from utils.training.optimizers import make_optimizer
 from utils.training.resume import Progress
 from utils.training.schedule import TrainingConfig
 from vqvae import VQVAE, VQVAEConfig
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 NAMES = "row {}".format
 ROWS = torch.tensor([5, 10])
 
@@ -128,13 +128,13 @@ def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
     assert same(model.quantizer, before)
 
 
-class OfTwo(Processes):
+class OfTwo(Distributed):
     """One of two processes, the other of which has a loss that is not finite."""
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         return 1
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def all_gather(self, values: Tensor) -> list[Tensor]:
         return [values, values.clone().index_fill_(0, torch.tensor(0), math.inf)]
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from utils.checkpoint import LoadedModel, Provenance
 from utils.cli import UserError
 from utils.data.index_folder import smallest_type
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
+from utils.provenance import LoadedModel, Provenance
 
 META = IndicesMeta(codebook_size=300, latent_dim=(2, 5), tokenizer_sha256="ab" * 32)
 ROWS = [

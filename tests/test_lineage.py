@@ -18,9 +18,9 @@ from PIL import Image
 
 from tests.conftest import ROOT, write_images
 from utils import cli, lineage, provenance
-from utils.checkpoint import sha256
 from utils.cli import UserError
 from utils.evaluation.samples import drawn_by
+from utils.files import sha256
 from utils.provenance import Stage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses

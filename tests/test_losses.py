@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.processes import Processes, autocast
+from utils.distributed import Distributed, autocast
 from utils.training import resume
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.adversary import (
@@ -276,7 +276,7 @@ def test_without_autopilot_all_is_there_at_once() -> None:
 
 
 def test_an_adversary_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) -> None:
-    from utils.checkpoint import write_folder
+    from utils.files import write_folder
 
     def step(adversary: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
         torch.manual_seed(seed)
@@ -292,7 +292,7 @@ def test_an_adversary_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) -> 
     optimizers = [torch.optim.AdamW(a.parameters(), 1e-2, fused=True) for a in (first, second)]
     step(first, optimizers[0], 1)
     first.autopilot.strength, first.autopilot.baseline = 0.3, 0.0123456789
-    alone = Processes(0, 1, torch.device("cpu"))
+    alone = Distributed(0, 1, torch.device("cpu"))
     states = [
         resume.State(alone, a, {}, progress=resume.Progress(), optimizer=optimizer)
         for a, optimizer in zip((first, second), optimizers, strict=True)

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weights
-from utils import checkpoint, cli
+from utils import cli
+from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig, pretrained
 from vqvae.foreign_configs import write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
@@ -54,7 +55,7 @@ def test_published_files_give_the_same_indices_and_images(
     assert ("warning: the checkpoint's remap of used codes is ignored" in printed) == (
         kind == "taming"
     )
-    model = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model
+    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
     assert model.config.attention_levels == (len(multipliers) - 1,)
     assert model.config.channel_multipliers == multipliers
     if kind == "gumbel":
@@ -111,7 +112,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
         codes.copy_(vectors.flatten(0, 2)[torch.randperm(vectors[..., 0].numel())[: len(codes)]])
     theirs.save_pretrained(tmp_path / "theirs")
     convert("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
-    model = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model
+    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
         latents = theirs.encode(images).latents
@@ -181,7 +182,7 @@ def test_llamagen_s_average_is_what_counts_and_is_named(
     second["quant_conv.bias"] = torch.full_like(second["quant_conv.bias"], 7.0)
     torch.save({"model": first, "ema": second | {"epoch": 3}, "steps": 1}, tmp_path / "a.pt")
     convert("source", "llamagen", tmp_path / "a.pt", tmp_path / "own", image_size=IMAGE)
-    model = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model
+    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
     assert (model.encoder.quant_conv.bias == 7).all()
     printed = capsys.readouterr().out
     assert "read: ema; not read: model" in printed
@@ -205,7 +206,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     convert("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", image_size=(64, 64))
     convert("target", "taming", tmp_path / "own", tmp_path / "back")
     settings = pretrained.read_config("taming", tmp_path / "back" / "config.yaml")
-    config = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model.config
+    config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
     assert settings == {name: getattr(config, name) for name in settings}
     assert settings["quantizer"] == "gumbel"
     again = {"config": str(tmp_path / "back" / "config.yaml")}
@@ -230,7 +231,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
     content = write_diffusers(config) | {"sample_size": [16, 24]}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(content))
     convert("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
-    found = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model
+    found = checkpoint.load_model(tmp_path / "own", VQVAE).model
     assert found.config.image_size == (16, 24)
     weights = model.state_dict()
     assert torch.equal(found.encoder.conv_in.weight, weights["encoder.conv_in.weight"])

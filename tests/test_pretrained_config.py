@@ -9,8 +9,9 @@ import torch
 
 from tests.reference_vqgan import reference_weights
 from tests.test_pretrained import convert
-from utils import checkpoint, cli
-from vqvae import VQVAE, VQVAEConfig, pretrained
+from utils import cli
+from utils.training import checkpoint
+from vqvae import VQVAE, pretrained
 
 TAMING_YAML = """
 model:
@@ -30,16 +31,13 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
     (tmp_path / "project.yaml").write_text(TAMING_YAML)
     config_file = str(tmp_path / "project.yaml")
     convert("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", config=config_file)
-    config = checkpoint.load_model(tmp_path / "own", VQVAE, VQVAEConfig).model.config
+    config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
     assert (config.image_size, config.dropout) == ((64, 64), 0.1)
     torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "gumbel.ckpt")
     gumbel = TAMING_YAML.replace("n_embed: 40", "n_embed: 40\n    kl_weight: 1.0e-08")
     (tmp_path / "project.yaml").write_text(gumbel)
     convert("source", "taming", tmp_path / "gumbel.ckpt", tmp_path / "g", config=config_file)
-    assert (
-        checkpoint.load_model(tmp_path / "g", VQVAE, VQVAEConfig).model.config.entropy_weight
-        == 1e-8
-    )
+    assert checkpoint.load_model(tmp_path / "g", VQVAE).model.config.entropy_weight == 1e-8
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
-from transformer import GPT, GPTConfig, pretrained
+from transformer import GPT, pretrained
 from transformer.pretrained import from_llamagen
-from utils import checkpoint, cli
+from utils import cli
+from utils.training import checkpoint
 
 LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
         check=True,
     )
     assert "transformer_generation.py --model_path" in done.stdout
-    model = checkpoint.load_model(tmp_path / "gpt", GPT, GPTConfig).model
+    model = checkpoint.load_model(tmp_path / "gpt", GPT).model
     torch.testing.assert_close(
         model.state_dict(), from_llamagen(make_weights(), (4, 4), HEADS).state_dict()
     )

@@ -15,13 +15,13 @@ from torch import nn
 from tests.conftest import environment, open_run
 from utils import tracking
 from utils.cli import Stopped, UserError
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import Progress, State
 from utils.training.saving import Checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def train(error: Exception | None, *, steps: int = 3) -> tracking.Run:

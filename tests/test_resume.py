@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import checkpoint, metrics
+from utils import metrics
 from utils.cli import UserError
-from utils.processes import Processes
+from utils.distributed import Distributed
+from utils.provenance import Provenance
 from utils.tracking import Run
-from utils.training import resume
+from utils.training import checkpoint, resume
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.optimizers import make_optimizer, optimizer_step
@@ -21,7 +22,7 @@ from utils.training.resume import Progress, State, fingerprint
 from utils.training.saving import Checkpoints
 from utils.training.schedule import Schedule, TrainingConfig
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 SETTINGS = {"data_sha256": "abc", "seed": 1, "learning_rate": 0.05, "num_workers": 2}
 
 
@@ -72,7 +73,7 @@ def train(
         if progress.step == steps:
             break
     checkpoints = Checkpoints(Run(folder, enabled=False), "", ALONE, state, resumed)
-    files = checkpoint.model_files(net, checkpoint.Provenance())
+    files = checkpoint.model_files(net, Provenance())
     checkpoints.save(files)
     means = averages.take() | {"counts": counts.tolist(), "best": progress.best}
     del means["steps_per_second"]

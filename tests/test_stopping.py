@@ -14,11 +14,11 @@ import torch
 
 from tests.conftest import environment
 from utils.cli import Stopped
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.tracking import replay
 from utils.training.stopping import StopRequest
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
 
 
@@ -42,13 +42,13 @@ import sys, time
 from pathlib import Path
 import torch
 from torch import nn
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.tracking import Run
 from utils.training.resume import Progress, State
 from utils.training.saving import Checkpoints
 from utils.training.stopping import StopRequest
 
-group, net = Processes(0, 1, torch.device("cpu")), nn.Linear(1, 1)
+group, net = Distributed(0, 1, torch.device("cpu")), nn.Linear(1, 1)
 run = Run(Path("out"), stage="gpt", experiment="tests")
 run._put(lambda: time.sleep(60))
 progress = Progress(run_id=run.run_id)

@@ -17,10 +17,12 @@ from PIL import Image
 import train_vqvae
 from tests.conftest import TINY_TOKENIZER, write_images
 from tests.reference_vqgan import reference_weights
-from utils import checkpoint, cli
+from utils import cli
 from utils.data.images import ImageDataset
 from utils.data.table import split_rows
-from utils.training import codes
+from utils.files import read_tensors, write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint, codes
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import STATE
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, pretrained
@@ -91,8 +93,8 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     # 20 does not divide by the 16 of the flags' own network, which was checked all the same.
     flags = ("--init_from", "own", "--image_size", "24,40", "--max_steps", 2, "--dropout", 0.1)
     logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
-    start = checkpoint.load_model("own", VQVAE, VQVAEConfig).model
-    tuned = checkpoint.load_model("out", VQVAE, VQVAEConfig).model
+    start = checkpoint.load_model("own", VQVAE).model
+    tuned = checkpoint.load_model("out", VQVAE).model
     expected_config = replace(start.config, image_size=(24, 40), dropout=0.1, commitment_cost=0.5)
     assert tuned.config == expected_config
     weights = tuned.state_dict()
@@ -111,14 +113,14 @@ def test_what_is_no_whole_tokenizer_is_no_start(
     error_of: Callable[..., str], data: Path, own_folder: Path
 ) -> None:
     model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8))
-    files = checkpoint.model_files(model, checkpoint.Provenance())
+    files = checkpoint.model_files(model, Provenance())
     del files["model.safetensors"]["decoder.conv_in.weight"]
-    checkpoint.write_folder(own_folder / "part", files)
+    write_folder(own_folder / "part", files)
     flags = ("--path_to_data", data, *SMALL_BATCHES, "--init_from")
     assert "decoder.conv_in.weight" in error_of("train_vqvae", *flags, "part")
     assert "no such model folder: nowhere" in error_of("train_vqvae", *flags, "nowhere")
     files["config.json"]["model"] = "GPT"
-    checkpoint.write_folder(own_folder / "gpt", files)
+    write_folder(own_folder / "gpt", files)
     assert "holds a GPT, but a VQVAE is needed" in error_of("train_vqvae", *flags, "gpt")
     assert not Path("outputs").exists()
 
@@ -137,9 +139,7 @@ def test_flags_that_contradict_the_start_are_refused(
 ) -> None:
     """They were ignored, and a size that does not divide was a traceback."""
     model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16))
-    checkpoint.write_folder(
-        own_folder / "start", checkpoint.model_files(model, checkpoint.Provenance())
-    )
+    write_folder(own_folder / "start", checkpoint.model_files(model, Provenance()))
     words = ("--path_to_data", data, *SMALL_BATCHES, "--init_from", "start", *flags)
     assert re.search(complaint, error_of("train_vqvae", *words))
     assert not Path("outputs").exists()
@@ -250,7 +250,7 @@ def test_few_codes_in_use_are_warned_of_and_restarted(
     assert printed.count("all codes start anew") == 3 * rescue
     assert len(restarts) == 3 * rescue  # however often it would be asked for
     for folder in (Path("out/best"), find_checkpoint("out", "")):
-        tensors = checkpoint.read_tensors(folder / "model.safetensors")
+        tensors = read_tensors(folder / "model.safetensors")
         assert tensors["quantizer.initialised"]  # else a fine-tuning would forget the codes
 
 
@@ -273,7 +273,7 @@ def test_the_adversary_comes_in_step_by_step(train: Train) -> None:
         assert list(column(logged, f"train/{name}")) == [100, 150, 200]
     errors = column(logged, "val/mse")
     assert errors[50] == errors[100] != errors[150]  # alone, from a tokenizer that stands still
-    tensors = checkpoint.read_tensors(find_checkpoint("out", "") / STATE)
+    tensors = read_tensors(find_checkpoint("out", "") / STATE)
     assert any(name.startswith("adversary.") for name in tensors)
 
 

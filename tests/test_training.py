@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.cli import UserError
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.training.optimizers import make_optimizer, optimizer_step
 from utils.training.resume import Progress
 from utils.training.schedule import (
@@ -19,7 +19,7 @@ from utils.training.schedule import (
     find_output_dir,
 )
 
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 
 
 def schedule(num_train: int = 100, num_val: int = 10, processes: int = 1, **flags: object):
@@ -97,7 +97,7 @@ def test_flags_out_of_range(flags: dict) -> None:
         TrainingConfig(**flags)
 
 
-def seen_rows(plan: Schedule, progress: Progress, group: Processes = ALONE) -> list[list[int]]:
+def seen_rows(plan: Schedule, progress: Progress, group: Distributed = ALONE) -> list[list[int]]:
     """The rows of every batch of `group`'s process from `progress` to the end."""
 
     def load(batches: list[Tensor], epoch: int) -> Iterator[list[int]]:
@@ -106,7 +106,7 @@ def seen_rows(plan: Schedule, progress: Progress, group: Processes = ALONE) -> l
     seen = []
     for batch in plan.batches(torch.arange(100, 125), progress, group, load):
         progress.step += 1
-        assert group.share(plan.rows).tolist() == batch
+        assert group.shard(plan.rows).tolist() == batch
         seen.append(batch)
     return seen
 
@@ -141,7 +141,7 @@ def test_batches_go_on_where_they_stood(stop: int) -> None:
 
 def test_processes_share_each_batch() -> None:
     shares = [
-        seen_rows(schedule(25, processes=2), Progress(), Processes(rank, 2, torch.device("cpu")))
+        seen_rows(schedule(25, processes=2), Progress(), Distributed(rank, 2, torch.device("cpu")))
         for rank in (0, 1)
     ]
     for left, right, whole in zip(*shares, seen_rows(schedule(25), Progress()), strict=True):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from utils.cli import UserError
-from utils.untrusted import typed
+from utils.files import typed
 
 
 @dataclass(frozen=True)

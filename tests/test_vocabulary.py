@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from transformer import GPTConfig
-from utils.checkpoint import write_folder
 from utils.cli import UserError
 from utils.data.grid_meta import GridMeta
 from utils.data.vocabulary import Vocabulary, read_vocabulary
+from utils.files import write_folder
 
 WORDS = Vocabulary(512, (7, 4), ("0001", "1", "NA"), "ab" * 32, "run")
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from transformer.config import GPTConfig
 from transformer.gpt import GPT
-from utils import checkpoint, cli, foreign
+from utils import cli, foreign
 from utils.data.vocabulary import FILE, Vocabulary
-from utils.provenance import Stage
+from utils.files import check_unused, sha256, write_folder
+from utils.provenance import Provenance, Stage
+from utils.training import checkpoint
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
@@ -132,16 +134,16 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
 
 def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
-    checkpoint.check_unused(folder)
+    check_unused(folder)
     weights = foreign.read_state_dict(arguments.checkpoint).tensors
     model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     words = Vocabulary(
         config.codebook_size, config.latent_dim, tuple(map(str, range(config.num_classes)))
     )
-    inputs = {arguments.checkpoint: checkpoint.sha256(Path(arguments.checkpoint))}
-    origin = checkpoint.Provenance(lineage=(Stage.now("gpt", inputs, ""),))
-    checkpoint.write_folder(folder, checkpoint.model_files(model, origin) | {FILE: words.content()})
+    inputs = {arguments.checkpoint: sha256(Path(arguments.checkpoint))}
+    origin = Provenance(lineage=(Stage.now("gpt", inputs, ""),))
+    write_folder(folder, checkpoint.model_files(model, origin) | {FILE: words.content()})
     print(
         f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "
         f"{config.num_classes} classes, {config.codebook_size} codes: written to {folder}"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.untrusted import check_size
+from utils.files import check_size
 
 CHECKPOINT_BYTES = 64 << 30
 NESTS = ("state_dict", "model", "module", "ema")  # the keys under which projects put it

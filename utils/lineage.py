@@ -11,10 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import checkpoint, cli, tracking
+from utils import cli, tracking
 from utils.data import indices
+from utils.files import sha256
 from utils.provenance import ROOT, Lineage, Stage, finished, git_commit, of_json, of_picture
 from utils.tracking import gateway, links
+from utils.training import checkpoint
 
 # What a command that is run again does not take over: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -53,9 +55,7 @@ def of_path(path: Path) -> Lineage:
     if (path / "grid.png").is_file():
         return of_picture(path / "grid.png")
     folder = checkpoint.find_model_folder(path)
-    return finished(
-        checkpoint.read_provenance(folder).lineage, checkpoint.sha256(folder / checkpoint.WEIGHTS)
-    )
+    return finished(checkpoint.read_provenance(folder).lineage, sha256(folder / checkpoint.WEIGHTS))
 
 
 def maker(sha256: str, before: Lineage) -> int | None:
@@ -68,10 +68,10 @@ def show(lineage: Lineage) -> None:
     for number, stage in enumerate(lineage):
         print(f"\n{number + 1}  {stage.name}" + f"  run {stage.run_id}" * bool(stage.run_id))
         print(f"   $ {stage.command}")
-        for path, sha256 in stage.inputs.items():
-            made = maker(sha256, lineage[:number])
+        for path, sha in stage.inputs.items():
+            made = maker(sha, lineage[:number])
             source = "" if made is None else f"  (of {made + 1})"
-            print(f"   read   {sha256[:12]}  {path}{source}")
+            print(f"   read   {sha[:12]}  {path}{source}")
         print(f"   wrote  {stage.sha256[:12]}" if stage.sha256 else "   wrote  pictures")
         code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
         threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"
@@ -89,7 +89,7 @@ def digest(path: Path) -> str:
         raise cli.UserError(f"{path} is not there; run this where the commands were run")
     if path.is_file() or (path / indices.META).is_file():
         return indices.digest(path)
-    return checkpoint.sha256(checkpoint.find_model_folder(path) / checkpoint.WEIGHTS)
+    return sha256(checkpoint.find_model_folder(path) / checkpoint.WEIGHTS)
 
 
 def check_inputs(lineage: Lineage) -> None:
@@ -99,13 +99,13 @@ def check_inputs(lineage: Lineage) -> None:
         UserError: a file has another digest.
     """
     for number, stage in enumerate(lineage):
-        for path, sha256 in stage.inputs.items():
-            if maker(sha256, lineage[:number]) is None:
+        for path, sha in stage.inputs.items():
+            if maker(sha, lineage[:number]) is None:
                 now = digest(tracking.fetch(path))
-                if now != sha256:
+                if now != sha:
                     raise cli.UserError(
                         f"{path} is not what the {stage.name} was made of: its SHA-256 was "
-                        f"{sha256[:12]} and is {now[:12]}; bring the old one back"
+                        f"{sha[:12]} and is {now[:12]}; bring the old one back"
                     )
 
 
@@ -128,7 +128,7 @@ def again(stage: Stage, before: Lineage, folder: Path, number: int) -> list[str]
             dropping = False
         else:
             kept += [flag, value] if equals and flag.startswith("--") else [word]
-    made = {path: maker(sha256, before) for path, sha256 in stage.inputs.items()}
+    made = {path: maker(sha, before) for path, sha in stage.inputs.items()}
     kept = [
         str(place(before, folder, made[word])) if made.get(word) is not None else word
         for word in kept

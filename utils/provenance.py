@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import subprocess
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,7 @@ from utils.data.decoding import complaint, open_image
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
+CONFIG = "config.json"  # of a model folder
 MAX_PIXELS = 4 * decoding.MAX_PIXELS  # of a picture, which may be a grid of a hundred large ones
 
 
@@ -122,6 +124,56 @@ def parse(values: Iterable[Mapping[str, Any]]) -> Lineage:
         if not all(isinstance(value, str) for value in stage.inputs.values()):
             raise ValueError(f"no lineage: inputs are {stage.inputs!r:.80}")
     return lineage
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model comes from.
+
+    Attributes:
+        run_id: the MLflow run that trained it, or "".
+        seed, val_fraction: of the split of its data.
+        lineage: the commands up to the one that made it.
+    """
+
+    run_id: str = ""
+    seed: int = 0
+    val_fraction: float = 0.1
+    lineage: Lineage = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
+            raise ValueError(f"run_id is {self.run_id!r:.80}, which no MLflow run is called")
+        if not 0 <= self.val_fraction <= 1:
+            raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
+
+
+class LoadedModel(NamedTuple):
+    """A model in eval mode, as it was read.
+
+    Attributes:
+        model: of the class that was asked for.
+        sha256: of its weights file.
+        folder: its model folder.
+        provenance: where it comes from.
+    """
+
+    model: Any
+    sha256: str
+    folder: Path
+    provenance: Provenance
+
+    @property
+    def lineage(self) -> Lineage:
+        """The commands that led to the model."""
+        return finished(self.provenance.lineage, self.sha256)
+
+    @property
+    def home(self) -> Path:
+        """Where things made with the model are put: beside its folder, or under outputs/."""
+        if self.folder.name == "best" and (self.folder.parent / CONFIG).is_file():
+            return self.folder.parent
+        return Path("outputs") / (self.provenance.run_id or self.folder.name)
 
 
 def png_info(lineage: Lineage, split: Split) -> PngInfo:

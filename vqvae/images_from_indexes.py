@@ -11,11 +11,12 @@ if not __package__:  # run by its path: the packages are one folder up
 import torch
 from tqdm import tqdm
 
-from utils import checkpoint, cli, figures, processes, provenance, tracking
+from utils import cli, distributed, figures, provenance, tracking
 from utils.data.conditions import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
-from utils.provenance import Split
-from vqvae import VQVAE, VQVAEConfig
+from utils.provenance import LoadedModel, Split
+from utils.training import checkpoint
+from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
 LIST = "images.csv"
@@ -36,8 +37,8 @@ def prepare(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def load_tokenizer(address: str, device: torch.device) -> checkpoint.LoadedModel:
-    return checkpoint.load_model(tracking.fetch(address), VQVAE, VQVAEConfig, device)
+def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
+    return checkpoint.load_model(tracking.fetch(address), VQVAE, device)
 
 
 def decode_conditions(
@@ -58,7 +59,7 @@ def decode_conditions(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = processes.pick_device(arguments.device)
+    device = distributed.pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model_dir, device)
     path = tracking.fetch(arguments.indexes_path)
     indices = read_indices(

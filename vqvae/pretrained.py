@@ -9,10 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import checkpoint, cli, foreign, tracking
-from utils.provenance import Stage
-from utils.untrusted import check_size
-from vqvae import VQVAE, VQVAEConfig
+from utils import cli, foreign, tracking
+from utils.files import (
+    TEMPORARY,
+    check_size,
+    check_unused,
+    flush,
+    read_json,
+    read_tensors,
+    replace_folder,
+    sha256,
+    write_folder,
+)
+from utils.provenance import Provenance, Stage
+from utils.training import checkpoint
+from vqvae import VQVAE
 from vqvae.foreign_configs import READERS, write_diffusers, write_taming
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
@@ -35,7 +46,7 @@ def read_diffusers(folder: Path) -> dict[str, Tensor]:
         UserError: there is none.
     """
     if (folder / DIFFUSERS_WEIGHTS).exists() or not (folder / OLD_DIFFUSERS_WEIGHTS).exists():
-        state = checkpoint.read_tensors(folder / DIFFUSERS_WEIGHTS)
+        state = read_tensors(folder / DIFFUSERS_WEIGHTS)
     else:
         state = foreign.read_state_dict(folder / OLD_DIFFUSERS_WEIGHTS).tensors
     for old, new in OLD_NAMES.items():
@@ -54,7 +65,7 @@ def read_config(project: str, path: Path) -> dict[str, Any]:
             f"{project} has no config files; leave out --config: the weights tell all but "
             "--image_size"
         )
-    content = checkpoint.read_json(path) if path.suffix == ".json" else _read_yaml(path)
+    content = read_json(path) if path.suffix == ".json" else _read_yaml(path)
     try:
         return READERS[project](content)
     except ValueError as error:
@@ -86,7 +97,7 @@ def bring_in(arguments: argparse.Namespace) -> None:
         state = read_diffusers(path)
         config_file = config_file or path / "config.json"
     elif path.suffix == ".safetensors":
-        state = checkpoint.read_tensors(path)
+        state = read_tensors(path)
     else:
         nests = NESTS if project == "llamagen" else foreign.NESTS
         found = foreign.read_state_dict(path, nests)
@@ -103,11 +114,11 @@ def bring_in(arguments: argparse.Namespace) -> None:
         print("warning: the checkpoint's remap of used codes is ignored: indices are unmapped")
     ignored += not_tensors
     print(f"ignored, not part of the model: {cli.first_few(ignored) or 'nothing'}")
-    inputs = {arguments.checkpoint: checkpoint.sha256(path)} if path.is_file() else {}
-    provenance = checkpoint.Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
+    inputs = {arguments.checkpoint: sha256(path)} if path.is_file() else {}
+    origin = Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
     folder = Path(arguments.output_dir)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_folder(folder, checkpoint.model_files(model, provenance))
+    write_folder(folder, checkpoint.model_files(model, origin))
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}"
@@ -121,7 +132,7 @@ def bring_in(arguments: argparse.Namespace) -> None:
 
 def take_out(arguments: argparse.Namespace) -> None:
     """Convert a model folder into a checkpoint of another project."""
-    loaded = checkpoint.load_model(tracking.fetch(arguments.checkpoint), VQVAE, VQVAEConfig)
+    loaded = checkpoint.load_model(tracking.fetch(arguments.checkpoint), VQVAE)
     try:
         state = to_other(arguments.target, loaded.model)
     except ValueError as error:
@@ -131,7 +142,7 @@ def take_out(arguments: argparse.Namespace) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     if arguments.target == "diffusers":
         files = {"config.json": write_diffusers(config), DIFFUSERS_WEIGHTS: state}
-        checkpoint.write_folder(folder, files)
+        write_folder(folder, files)
     else:
         files = {weights: lambda path: torch.save({NEST[arguments.target]: state}, path)}
         if arguments.target == "taming":
@@ -142,19 +153,19 @@ def take_out(arguments: argparse.Namespace) -> None:
 
 def _write_folder(folder: Path, files: dict[str, Callable[[Path], None]]) -> None:
     """Write a folder by what writes each of its files; whole or not at all."""
-    staging = folder.with_name(folder.name + checkpoint.TEMPORARY)
+    staging = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(staging, ignore_errors=True)
     try:
         staging.mkdir()
         for name, write in files.items():
             write(staging / name)
-            checkpoint.flush(staging / name)
-        checkpoint.flush(staging)
+            flush(staging / name)
+        flush(staging)
     except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
         shutil.rmtree(staging, ignore_errors=True)
         raise cli.UserError(f"cannot write {folder} ({error}); make room on the disk") from error
-    checkpoint.swap_in(staging, folder)
-    checkpoint.flush(folder.parent)
+    replace_folder(staging, folder)
+    flush(folder.parent)
 
 
 def _write_yaml(content: dict[str, Any], path: Path) -> None:
@@ -163,7 +174,7 @@ def _write_yaml(content: dict[str, Any], path: Path) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    checkpoint.check_unused(Path(arguments.output_dir))
+    check_unused(Path(arguments.output_dir))
     if arguments.source:
         bring_in(arguments)
         return

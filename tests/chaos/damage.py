@@ -19,27 +19,21 @@ import torch
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
 from utils import provenance
-from utils.checkpoint import (
-    Provenance,
-    load_model,
-    model_files,
-    read_tensors,
-    write_folder,
-    write_new_folder,
-)
 from utils.cli import UserError, build
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
-from utils.processes import Processes
-from utils.provenance import Stage
+from utils.distributed import Distributed
+from utils.files import read_tensors, write_folder, write_new_folder
+from utils.provenance import Provenance, Stage
 from utils.tracking import journal, links, metrics_log, report
+from utils.training.checkpoint import load_model, model_files
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import Progress, State
 from vqvae import VQVAE, VQVAEConfig
 
 GRID = (6, 10)
-ALONE = Processes(0, 1, torch.device("cpu"))
+ALONE = Distributed(0, 1, torch.device("cpu"))
 LOGS = "logs"
 CANARY = Path("canary")
 BATCH = 500  # cases a process

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.chaos.harness import Result
 from tests.chaos.trainings import Process, command, logged, prepare, start
-from utils.checkpoint import is_whole
+from utils.files import is_intact
 from utils.training.checkpoints import checkpoints_in
 
 STEP = 64 << 10  # bytes from one size of the disk to the next
@@ -50,7 +50,7 @@ def _full_output(script: str, size: int, seen: Counter[str]) -> list[str]:
             process = start(command(script, str(SMALL / "out")), forked=True)
             process.wait(600)
             faults = _line_faults(process)
-            bad = [folder for folder in checkpoints_in(SMALL / "out") if not is_whole(folder)]
+            bad = [folder for folder in checkpoints_in(SMALL / "out") if not is_intact(folder)]
             faults += [f"{folder} cannot be read" for folder in bad]
             seen["ended" if process.code == 0 else "stopped"] += 1
             if faults:

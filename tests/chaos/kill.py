@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.chaos.harness import Result
 from tests.chaos.trainings import FLAGS, Process, command, differences, prepare, start
-from utils.checkpoint import is_whole
+from utils.files import is_intact
 from utils.training.checkpoints import checkpoints_in
 
 FROM_COMMAND_LINE = 10  # every so many kills one of a process that was started there
@@ -33,7 +33,7 @@ def run(count: int) -> Result:
                 break
             process.kill()
             kills[forked] += 1
-            unreadable += sum(not is_whole(folder) for folder in checkpoints_in(output_dir))
+            unreadable += sum(not is_intact(folder) for folder in checkpoints_in(output_dir))
         problems += _faults(process, output_dir, Path(f"{script}-reference"))
     faulty = len({problem.split(":")[0] for problem in problems})
     detail = (

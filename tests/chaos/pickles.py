@@ -20,9 +20,11 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
-from utils import checkpoint, cli, foreign, processes
+from utils import cli, distributed, foreign
 from utils.data import images, indices, table, vocabulary
-from utils.training import resume
+from utils.files import CHECKSUMS, read_tensors, write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint, resume
 from vqvae import VQVAE, VQVAEConfig, perceptual
 
 CANARY = Path("canary")
@@ -92,25 +94,25 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     gpt_config = GPTConfig(codebook_size=16, latent_dim=GRID, dim=16, num_heads=2, num_layers=1)
     gpt = GPT(gpt_config)
     optimizer = torch.optim.AdamW(model.parameters())
-    files = checkpoint.model_files(model, checkpoint.Provenance())
-    group = processes.join_processes("cpu", seed=0)
+    files = checkpoint.model_files(model, Provenance())
+    group = distributed.init_distributed("cpu", seed=0)
     state = resume.State(group, model, {}, progress=resume.Progress(), optimizer=optimizer)
     files |= state.files()
-    checkpoint.write_folder(Path("model"), files)
-    files = checkpoint.model_files(gpt, checkpoint.Provenance())
-    checkpoint.write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
+    write_folder(Path("model"), files)
+    files = checkpoint.model_files(gpt, Provenance())
+    write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
     rows = [table.Row("a.png", "", "train")] * 3
     grids = torch.zeros(3, *GRID, dtype=torch.long)
     indices.write_indices("indices", grids, rows, indices.IndicesMeta(16, GRID), text=True)
     for folder in ("model", "gpt", "indices"):
-        (Path(folder) / checkpoint.CHECKSUMS).unlink()  # which would stop all of them at once
+        (Path(folder) / CHECKSUMS).unlink()  # which would stop all of them at once
     Image.new("RGB", (8, 8)).save("a.png")
     Path("data.csv").write_text("image_path\na.png\n")
     found: dict[str, tuple[Path, Callable[[], Any]]] = {}
     for name in ("config.json", "model.safetensors", "provenance.json", "sha256.json"):
-        read = lambda: checkpoint.load_model("model", VQVAE, VQVAEConfig)  # noqa: E731
+        read = lambda: checkpoint.load_model("model", VQVAE)  # noqa: E731
         found[f"model {name}"] = Path("model", name), read
-        read = lambda: checkpoint.load_model("gpt", GPT, GPTConfig)  # noqa: E731
+        read = lambda: checkpoint.load_model("gpt", GPT)  # noqa: E731
         found[f"gpt {name}"] = Path("gpt", name), read
     for name in ("training.safetensors", "training.json", "model.safetensors"):
         found[f"resume {name}"] = Path("model", name), lambda: state.restore(Path("model"))
@@ -125,7 +127,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
         found[f"foreign {name}"] = Path(name), lambda name=name: foreign.read_state_dict(name)
     found["foreign safetensors"] = (
         Path("b.safetensors"),
-        lambda: checkpoint.read_tensors(Path("b.safetensors")),
+        lambda: read_tensors(Path("b.safetensors")),
     )
     found["LPIPS weights"] = Path("lpips.pth"), _read_backbone
     return found

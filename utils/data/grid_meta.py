@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.checkpoint import LoadedModel
 from utils.cli import UserError
+from utils.provenance import LoadedModel
 
 MOST_CODES = 1 << 32  # what text files and .npy files of uint32 can hold
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from utils import metrics
-from utils.checkpoint import LoadedModel
 from utils.cli import UserError
 from utils.data.conditions import read_conditions
 from utils.data.crops import read_crops
 from utils.data.indices import Indices, read_indices
 from utils.data.table import split_rows
 from utils.data.vocabulary import Vocabulary
+from utils.provenance import LoadedModel
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from utils.checkpoint import CHECKSUMS, sha256, swap_in, verify
 from utils.cli import UserError
 from utils.data.manifest import MANIFEST, write_manifest
 from utils.data.table import Row
+from utils.files import CHECKSUMS, replace_folder, sha256, verify
 
 META = "meta.json"
 
@@ -50,7 +50,7 @@ def new_folder(
         (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
         sums = {file.name: sha256(file) for file in staging.iterdir()}
         (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-        swap_in(staging, folder)
+        replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

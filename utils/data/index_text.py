@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from utils.cli import UserError
-from utils.untrusted import TABLE_BYTES, check_size
+from utils.files import TABLE_BYTES, check_size
 
 LINE_LENGTH = 1 << 24  # characters
 

@@ -10,15 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.checkpoint import read_json, sha256, verify, whole
 from utils.cli import UserError
 from utils.data.grid_meta import MOST_CODES, GridMeta
 from utils.data.index_folder import META, new_folder, open_array, smallest_type
 from utils.data.index_text import read_lines
 from utils.data.manifest import MANIFEST, read_manifest
 from utils.data.table import Row
+from utils.files import check_links, intact_folder, read_json, sha256, typed, verify
 from utils.provenance import Lineage, finished
-from utils.untrusted import check_links, typed
 
 SHARD_BYTES = 1 << 30  # of one .npy file
 
@@ -168,7 +167,7 @@ def read_indices(
     Raises:
         UserError: no such path, something else than indices, or indices that do not fit.
     """
-    path = whole(Path(path))
+    path = intact_folder(Path(path))
     if path.is_dir():
         indices = _read_folder(path)
         if latent_dim is not None and latent_dim != indices.latent_dim:
@@ -230,7 +229,7 @@ def _read_meta(folder: Path) -> IndicesMeta:
 
 def digest(path: Path) -> str:
     """The SHA-256 of the index files of a folder, or of a text file."""
-    path = whole(path)
+    path = intact_folder(path)
     files = sorted(path.glob("indices*.npy")) if path.is_dir() else [path]
     if len(files) == 1:
         return sha256(files[0])
@@ -239,7 +238,7 @@ def digest(path: Path) -> str:
 
 def lineage_of(path: Path) -> Lineage:
     """The commands that led to an indices folder; () for a text file, which does not say."""
-    path = whole(path)
+    path = intact_folder(path)
     return finished(_read_meta(path).lineage, digest(path)) if path.is_dir() else ()
 
 

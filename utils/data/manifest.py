@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.cli import UserError
 from utils.data.table import SPLITS, Row
-from utils.untrusted import TABLE_BYTES, check_size
+from utils.files import TABLE_BYTES, check_size
 
 MANIFEST = "manifest.csv"
 

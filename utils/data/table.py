@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError, first_few
-from utils.untrusted import TABLE_BYTES, check_size
+from utils.files import TABLE_BYTES, check_size
 
 SPLITS = ("train", "val")
 PATHS = ("image_path", "condition_path")  # columns of files

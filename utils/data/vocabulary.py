@@ -4,10 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoint import read_json, verify
 from utils.cli import UserError, first_few
 from utils.data.grid_meta import GridMeta
-from utils.untrusted import typed
+from utils.files import read_json, typed, verify
 
 FILE = "vocabulary.json"
 

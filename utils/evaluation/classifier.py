@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import checkpoint
 from utils.cli import UserError, first_few
 from utils.data.table import Row, epoch_order
+from utils.files import write_folder
+from utils.provenance import Provenance
+from utils.training import checkpoint
 
 CACHE = Path("outputs/cache")
 SEEN, MAX_EPOCHS = 180_000, 30  # training images in all, but no more than 30 times each
@@ -164,5 +166,5 @@ def taught(images: Images, rows: Tensor, what: str, device: torch.device, seed: 
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if not folder.exists():
             model = train(images, rows, names, device, seed)
-            checkpoint.write_folder(folder, checkpoint.model_files(model, checkpoint.Provenance()))
-        return checkpoint.load_model(folder, Classifier, ClassifierConfig, device).model
+            write_folder(folder, checkpoint.model_files(model, Provenance()))
+        return checkpoint.load_model(folder, Classifier, device).model

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from utils import tracking
-from utils.checkpoint import read_json
 from utils.cli import UserError
 from utils.evaluation.bootstrap import WIDTH
 from utils.evaluation.record import FOLDER, KINDS, title
-from utils.untrusted import TABLE_BYTES, check_size
+from utils.files import TABLE_BYTES, check_size, read_json
 
 # What must be equal where figures are compared.
 COMPARED = (

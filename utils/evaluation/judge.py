@@ -5,16 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from utils.checkpoint import LoadedModel
 from utils.cli import UserError
 from utils.data.table import Row
+from utils.distributed import Distributed
 from utils.evaluation.bootstrap import WIDTH, resample
 from utils.evaluation.classifier import targets
 from utils.evaluation.decoded import DecodedImages
 from utils.evaluation.distances import frechet_distance
 from utils.evaluation.features import Seen, look, taught_network
 from utils.evaluation.sample_quality import agreement, say_accuracy
-from utils.processes import Processes
+from utils.provenance import LoadedModel
 
 BATCH = 256
 REPLICATES = 10  # enough for an error beside a curve
@@ -39,7 +39,7 @@ class Judge:
         held_out: Tensor,
         *,
         seed: int,
-        group: Processes,
+        group: Distributed,
     ) -> None:
         """Teach a classifier the decoded training grids, or find it in the cache.
 
@@ -63,7 +63,7 @@ class Judge:
                 f"--fd_samples leaves {len(held_out)} validation images to compare with; use 2 or "
                 "more, or 0 for none"
             )
-        if not group.first:
+        if not group.is_main:
             return
         self._decode, self._config = tokenizer.model.decode, tokenizer.model.config
         images = self._images(grids, rows)
@@ -89,7 +89,7 @@ class Judge:
             draw: gives a grid for each of `rows`, (n, h, w); called by the first process only.
         """
         values = torch.zeros(len(KEYS), device=self._group.device)
-        if self._group.first:
+        if self._group.is_main:
             grids = draw()
             seen = self._look(self._images(grids, ()), torch.arange(len(grids)))
             distance = frechet_distance(self._real.features, seen.features, self._weights)
@@ -99,4 +99,4 @@ class Judge:
                 f"{len(grids):,} samples: FD (classifier) {distance.value:.3f} +- "
                 f"{WIDTH * distance.standard_error:.3f}, {right.value:.1%} of the right class"
             )
-        return dict(zip(KEYS, self._group.sum(values).tolist(), strict=True))
+        return dict(zip(KEYS, self._group.all_reduce_sum(values).tolist(), strict=True))

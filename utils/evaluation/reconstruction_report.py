@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from utils import figures
-from utils.checkpoint import sha256
 from utils.data.images import ImageDataset
 from utils.evaluation import bootstrap, classifier, features, frequencies, reconstruction_quality
 from utils.evaluation import sample_quality as quality
@@ -16,6 +15,7 @@ from utils.evaluation.decoded import DecodedImages
 from utils.evaluation.features import FeatureNetwork
 from utils.evaluation.parts import Part, read_images
 from utils.evaluation.record import Record
+from utils.files import sha256
 
 PAIRS = 32  # originals that are shown beside their reconstruction
 

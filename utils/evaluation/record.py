@@ -15,11 +15,11 @@ from typing import Any
 from PIL import Image
 
 from utils import cli
-from utils.checkpoint import sha256
 from utils.data.images import ImageDataset
+from utils.distributed import pick_device
 from utils.evaluation.bootstrap import REPLICATES, WIDTH, Figure
 from utils.evaluation.features import FeatureNetwork
-from utils.processes import pick_device
+from utils.files import sha256
 from utils.tracking import Run
 
 KINDS = ("reconstructions", "samples", "likelihood")

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from utils import provenance, tracking
-from utils.checkpoint import LoadedModel
 from utils.cli import UserError
 from utils.data.indices import digest, lineage_of, read_indices
 from utils.evaluation.decoded import DecodedImages
 from utils.evaluation.parts import Part, check_count, read_images
-from utils.provenance import Lineage, Split
+from utils.provenance import Lineage, LoadedModel, Split
 
 LIST, GRID = "images.csv", "grid.png"  # in a folder of images_from_indexes.py
 

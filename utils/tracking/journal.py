@@ -16,7 +16,7 @@ from typing import Any
 
 from utils import provenance
 from utils.cli import UserError
-from utils.untrusted import TABLE_BYTES, check_size
+from utils.files import TABLE_BYTES, check_size
 
 FILE, METRICS, PICTURES = "mlflow.jsonl", "metrics.jsonl", "pictures"
 KINDS: dict[str, dict[str, type]] = {  # by the key that tells them, the others and their types

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from utils.checkpoint import TEMPORARY, is_whole, read_json
 from utils.cli import UserError
+from utils.files import TEMPORARY, is_intact, read_json
 from utils.tracking import OUTPUT_TAG, fetch, store
 from utils.training.resume import RECORDS
 
@@ -46,7 +46,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     if RUN_ID.fullmatch(resume) and not home.exists():
         home = _recover(resume, output_dir)
     if NAME.fullmatch(home.name):
-        if not is_whole(home):
+        if not is_intact(home):
             raise UserError(
                 f"--resume {home}: the checkpoint is damaged, or none; name another, or the output "
                 "folder for the newest that is whole"
@@ -118,7 +118,7 @@ def home_of(checkpoint: Path) -> Path:
 
 def _newest_whole(checkpoints: list[Path]) -> Path:
     for folder in reversed(checkpoints):
-        if is_whole(folder):
+        if is_intact(folder):
             return folder
         print(f"warning: {folder} is damaged; taking the one before", file=sys.stderr)
     raise UserError(

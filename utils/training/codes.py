@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.processes import Processes
+from utils.distributed import Distributed
 
 LOW_USAGE = 20  # percent
 ENOUGH = 4  # indices for each code, to tell how many are in use
@@ -29,7 +29,7 @@ class CodeWatch:
     """
 
     def __init__(
-        self, num_codes: int, cure: str, rescue: Callable[[], object] | None, group: Processes
+        self, num_codes: int, cure: str, rescue: Callable[[], object] | None, group: Distributed
     ) -> None:
         """Begin to count.
 
@@ -45,7 +45,7 @@ class CodeWatch:
 
     def look(self, *, ends: bool) -> None:
         """Warn where few codes are in use, and rescue them unless the training ends here."""
-        usage = share_in_use(self._group.sum(self.seen.clone()))
+        usage = share_in_use(self._group.all_reduce_sum(self.seen.clone()))
         if usage is None:
             return
         self.seen.zero_()

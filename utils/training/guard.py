@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.cli import first_few
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.training import optimizers
 from utils.training.resume import Progress
 from utils.training.schedule import TrainingConfig
@@ -21,7 +21,7 @@ class Guard:
 
     def __init__(
         self,
-        group: Processes,
+        group: Distributed,
         progress: Progress,
         config: TrainingConfig,
         name: Callable[[int], str],
@@ -77,9 +77,9 @@ class Guard:
         numbers = torch.stack(
             [torch.as_tensor(x, device=self._group.device).float() for x in values.values()]
         )
-        bad = self._group.largest(int(not torch.isfinite(numbers).all()))
+        bad = self._group.all_reduce_max(int(not torch.isfinite(numbers).all()))
         if bad:
-            everywhere = torch.stack(self._group.gather(numbers)).T.tolist()
+            everywhere = torch.stack(self._group.all_gather(numbers)).T.tolist()
             self._refuse(dict(zip(values, everywhere, strict=True)), learning_rate, rows)
         for optimizer in by_name.values():
             if bad:

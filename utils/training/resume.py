@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.checkpoint import WEIGHTS, read_json, read_tensors
 from utils.cli import UserError, one_line
-from utils.processes import Processes
+from utils.distributed import Distributed
+from utils.files import read_json, read_tensors, typed
+from utils.training.checkpoint import WEIGHTS
 from utils.training.randomness import random_state, set_random_state
-from utils.untrusted import typed
 
 STATE, RECORDS = "training.safetensors", "training.json"
 # Another value of these makes it another training ...
@@ -84,7 +84,7 @@ class State:
 
     def __init__(
         self,
-        group: Processes,
+        group: Distributed,
         model: nn.Module,
         settings: dict[str, Any],
         *,
@@ -107,7 +107,7 @@ class State:
         self._settings = settings | {
             "precision_of_matmul": torch.get_float32_matmul_precision(),
             "device": group.device.type,
-            "processes": group.count,
+            "processes": group.world_size,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -126,7 +126,7 @@ class State:
             if is_dataclass(part):
                 records[name] = vars(part)
             elif isinstance(part, Tensor):
-                tensors[name] = self._group.sum(part.clone())
+                tensors[name] = self._group.all_reduce_sum(part.clone())
             else:
                 found = _optimizer_tensors(part) if _is_optimizer(part) else part.state_dict()
                 tensors |= {f"{name}.{key}": value for key, value in found.items()}
@@ -162,7 +162,7 @@ class State:
         if is_dataclass(part):
             vars(part).update(vars(typed(type(part), records[name])))
         elif isinstance(part, Tensor):
-            part.copy_(tensors[name] if self._group.first else torch.zeros_like(part))
+            part.copy_(tensors[name] if self._group.is_main else torch.zeros_like(part))
         elif _is_optimizer(part):
             _load_optimizer(part, mine)
         else:
@@ -170,7 +170,7 @@ class State:
 
     def _random_states(self) -> dict[str, list[Tensor]]:
         device = self._group.device
-        return {name: self._group.gather(x) for name, x in random_state(device).items()}
+        return {name: self._group.all_gather(x) for name, x in random_state(device).items()}
 
     def _restore_random(self, tensors: dict[str, Tensor]) -> None:
         prefix = f"random.{self._group.rank}."
@@ -196,7 +196,7 @@ class State:
                 f"{folder} is of another training: {', '.join(refused)}; resume with the data and "
                 "the flags it began with"
             )
-        if changes and self._group.first:
+        if changes and self._group.is_main:
             print(
                 "warning: resuming with changed settings; the result will differ from an "
                 f"uninterrupted run: {', '.join(changes.values())}",

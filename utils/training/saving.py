@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from utils.checkpoint import TEMPORARY, is_whole, write_folder, write_new_folder
 from utils.cli import Stopped, UserError, one_line, unused
-from utils.processes import Processes
+from utils.distributed import Distributed
+from utils.files import TEMPORARY, is_intact, write_folder, write_new_folder
 from utils.tracking import Run, journal, metrics_log
 from utils.training.checkpoints import ARTIFACTS, FOLDER, checkpoints_in, step_of
 from utils.training.resume import State
@@ -41,7 +41,7 @@ class Checkpoints(AbstractContextManager):
     """Writes the checkpoints of one training; a context manager that also says how it ended."""
 
     def __init__(
-        self, run: Run, every: str, group: Processes, state: State, resumed: Path | None
+        self, run: Run, every: str, group: Distributed, state: State, resumed: Path | None
     ) -> None:
         """Clean up what a crash left, and go on behind `resumed`.
 
@@ -58,7 +58,7 @@ class Checkpoints(AbstractContextManager):
         self._steps, self._seconds = interval(every)
         self._saved_at = time.monotonic()
         self._said: dict[str, object] = {}
-        if not group.first:
+        if not group.is_main:
             return
         for folder in (run.output_dir, self._home):
             for stale in folder.glob(f"*{TEMPORARY}"):
@@ -74,7 +74,7 @@ class Checkpoints(AbstractContextManager):
         """Whether it is time to save after this step."""
         if self._seconds < float("inf"):
             late = time.monotonic() - self._saved_at >= self._seconds
-            return bool(self._group.largest(int(late)))
+            return bool(self._group.all_reduce_max(int(late)))
         return bool(self._steps) and self._state.progress.step % self._steps == 0
 
     def save_best(self, files: Files) -> None:
@@ -83,7 +83,7 @@ class Checkpoints(AbstractContextManager):
         Raises:
             UserError: see `save`.
         """
-        if self._group.first:
+        if self._group.is_main:
             _check_finite(files)
             write_folder(self._run.output_dir / "best", files)
 
@@ -98,14 +98,14 @@ class Checkpoints(AbstractContextManager):
         """
         progress = self._state.progress
         self._saved_at = time.monotonic()
-        if self._group.first:
+        if self._group.is_main:
             progress.logged = metrics_log.mark(self._run.output_dir)
         files = files | self._state.files()
-        if not self._group.first:
+        if not self._group.is_main:
             return
         _check_finite(files)
         folder = self._home / f"step-{progress.step:08}"
-        if is_whole(folder):
+        if is_intact(folder):
             return
         _discard(folder)
         write_new_folder(folder, files)
@@ -118,7 +118,7 @@ class Checkpoints(AbstractContextManager):
         for folder in reversed(checkpoints_in(self._run.output_dir)):
             if kept == KEEP:
                 _discard(folder)
-            elif is_whole(folder):
+            elif is_intact(folder):
                 kept += 1
 
     def _say(self, status: str, **more: object) -> None:
@@ -146,7 +146,7 @@ class Checkpoints(AbstractContextManager):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._group.first:
+        if not self._group.is_main:
             return
         if error is None:
             self._say("FINISHED", exit_code=0)
@@ -164,7 +164,7 @@ class Checkpoints(AbstractContextManager):
 
         MLflow is not told: a resumed training or a replay will do that.
         """
-        if not self._group.first:
+        if not self._group.is_main:
             return
         said = self._said if self._said["status"] != "RUNNING" else {"status": "KILLED"}
         self._say(**(said | {"exit_code": exit_code}))

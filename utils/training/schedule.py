@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.cli import UserError, unused
 from utils.data.table import epoch_order
-from utils.processes import Processes
+from utils.distributed import Distributed
 from utils.training.checkpoints import checkpoints_in, home_of
 from utils.training.resume import Progress
 from utils.training.saving import interval
@@ -121,7 +121,7 @@ class TrainingConfig:
 
 
 def saved_if_it_fails(
-    batches: Iterator[T], group: Processes, save: Callable[[], None]
+    batches: Iterator[T], group: Distributed, save: Callable[[], None]
 ) -> Iterator[T]:
     """The batches; a training that cannot read the next one is saved before it ends.
 
@@ -130,7 +130,7 @@ def saved_if_it_fails(
     try:
         yield from batches
     except UserError:
-        if group.count == 1:
+        if group.world_size == 1:
             save()
         raise
 
@@ -224,7 +224,7 @@ class Schedule:
         self,
         rows: Tensor,
         progress: Progress,
-        group: Processes,
+        group: Distributed,
         load: Callable[[list[Tensor], int], Iterator[T]],
     ) -> Iterator[T]:
         """What `load` makes of every batch of rows, from where `progress` stands to the end.
@@ -243,7 +243,7 @@ class Schedule:
                 order = epoch_order(rows, self._config.seed, progress.epoch)
                 batches = order.split(self._config.batch_size)[: self.steps_per_epoch]
                 batches = batches[progress.offset :]
-                shares = [group.share(rows) for rows in batches]
+                shares = [group.shard(rows) for rows in batches]
                 loaded = load(shares, progress.epoch)
                 for self.rows, batch in zip(batches, loaded, strict=True):
                     progress.offset += 1

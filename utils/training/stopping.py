@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from types import FrameType
 
 from utils.cli import Stopped
-from utils.processes import Processes
+from utils.distributed import Distributed
 
 
 class StopRequest(AbstractContextManager):
@@ -40,14 +40,14 @@ class StopRequest(AbstractContextManager):
                 os._exit(128 + number)  # an exception would wait for all that is left to send
         self._number = number
 
-    def obeyed(self, group: Processes, save: Callable[[], None]) -> None:
+    def obeyed(self, group: Distributed, save: Callable[[], None]) -> None:
         """If a signal came, to this process or another, save and leave.
 
         Raises:
             Stopped: it came.
         """
-        number = group.largest(self._number)
+        number = group.all_reduce_max(self._number)
         if number:
             save()
-            group.leave()
+            group.shutdown()
             raise Stopped(number)

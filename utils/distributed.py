@@ -1,0 +1,147 @@
+"""Device, precision, and the processes that torchrun starts."""
+
+import inspect
+import os
+import random
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.cli import UserError
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        UserError: the device is not available.
+    """
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    names = [device for device, is_available in available.items() if is_available]
+    if name == "auto":
+        name = names[0]
+    if name not in names:
+        raise UserError(f"--device {name} is not available here; there is: {', '.join(names)}")
+    return torch.device(name)
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among the `world_size` processes of torchrun; without torchrun the only one."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def print(self, line: object) -> None:
+        """Print a line once, above a progress bar if there is one."""
+        if self.is_main:
+            tqdm.write(str(line), file=sys.stdout)
+
+    def fail(self, message: str) -> NoReturn:
+        """End a training for a reason that all processes have found; the main one reports it.
+
+        Raises:
+            UserError: in the main process.
+            SystemExit: in the others.
+        """
+        if self.is_main:
+            raise UserError(message)
+        sys.exit(2)
+
+    def shard(self, rows: Tensor) -> Tensor:
+        """This process's part of a batch of rows."""
+        return rows[self.rank :: self.world_size]
+
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def all_reduce_max(self, value: int) -> int:
+        """The largest value of any process."""
+        if self.world_size == 1:
+            return value
+        result = torch.tensor(value, device=self.device)
+        dist.all_reduce(result, dist.ReduceOp.MAX)
+        return int(result)
+
+    def all_gather(self, values: Tensor) -> list[Tensor]:
+        """The `values` of each process, all of one shape, on the CPU."""
+        if self.world_size == 1:
+            return [values]
+        values = values.to(self.device)
+        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(gathered, values)
+        return [one.cpu() for one in gathered]
+
+    def shutdown(self) -> None:
+        """Leave the process group; every process calls it at the end of its work.
+
+        Not after an error: the other processes may be waiting for this one in a collective.
+        """
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with gradients averaged over all processes."""
+        if self.world_size == 1:
+            return model
+        parallel = nn.parallel.DistributedDataParallel
+        # Codebook statistics are reduced by the quantizers. PyTorch renamed the argument.
+        names = inspect.signature(parallel).parameters
+        name = next(x for x in ("forward_sync_buffers", "broadcast_buffers") if x in names)
+        return parallel(model, **{name: False})
+
+
+def init_distributed(device: str, seed: int) -> Distributed:
+    """Join the other processes of torchrun, if there are any, and seed Python, NumPy and torch.
+
+    The seed is seed + rank. Parameters are made before `Distributed.wrap`, which copies those of
+    the main process.
+    """
+    picked, world_size, rank = pick_device(device), int(os.environ.get("WORLD_SIZE", 1)), 0
+    if world_size > 1:
+        if picked.type == "cuda":
+            picked = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(picked)
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        rank = dist.get_rank()
+    random.seed(seed + rank)
+    np.random.seed((seed + rank) % 2**32)
+    torch.manual_seed(seed + rank)
+    return Distributed(rank, world_size, picked)
+
+
+def pick_precision(name: str, device: torch.device, *, on_cpu: str) -> str:
+    """`auto` is bf16 on a GPU with bfloat16, and `on_cpu` on a CPU with it; else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_bf16 = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return on_cpu if device.type == "cpu" and has_bf16 else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """The context in which a model runs in `precision`, fp32 or bf16."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
