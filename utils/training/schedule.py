@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.cli import UserError, unused
 from utils.data.table import epoch_order
@@ -238,7 +239,13 @@ class Schedule:
             group: each process gets its share of every batch.
             load: (batches of row numbers, epoch) -> the batches.
         """
-        with group.bar(self.total_steps, progress.step) as bar:
+        with tqdm(
+            total=self.total_steps,
+            initial=progress.step,
+            unit=" steps",
+            disable=None if group.is_main else True,  # None: unless on a terminal
+            leave=False,
+        ) as bar:
             while progress.step < self.total_steps:
                 order = epoch_order(rows, self._config.seed, progress.epoch)
                 batches = order.split(self._config.batch_size)[: self.steps_per_epoch]
