@@ -12,10 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from transformer import GPT, GPTConfig, generate, make_prefix
-from transformer.flex import flex_attend_on
-from transformer.order import draw_orders, random_share
-from transformer.prefix import hide
+from transformer import (
+    GPT,
+    GPTConfig,
+    drop_conditioning,
+    flex_attend_on,
+    generate,
+    make_prefix,
+    random_order_probability,
+    sample_permutations,
+)
 from utils import cli, distributed, figures, metrics, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
@@ -248,7 +254,7 @@ def main(arguments: argparse.Namespace) -> None:
     def shuffled_share() -> float:
         """The share of images that are shown in a random order now."""
         anneal, done = model_config.order_anneal, progress.step / schedule.total_steps
-        return 0.0 if anneal is None else random_share(anneal, done)
+        return 0.0 if anneal is None else random_order_probability(anneal, done)
 
     def files_of(one: GPT) -> dict:
         return checkpoint.model_files(one, origin) | {FILE: data.words.content()}
@@ -263,9 +269,9 @@ def main(arguments: argparse.Namespace) -> None:
             averages.restart()
         for prefix, grid in schedule.batches(data.train_rows, progress, group, load):
             # Now and then an image is shown without what is known of it, for drawing without.
-            batch = [hide(prefix, model_config), grid]
+            batch = [drop_conditioning(prefix, model_config), grid]
             if model_config.order_anneal is not None:
-                batch.append(draw_orders(grid, shuffled_share()))
+                batch.append(sample_permutations(grid, shuffled_share()))
             learning_rate = schedule.learning_rate(progress.step)
             bits = train_step(forward, batch, precision, config.accumulate)
             values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}

@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 from transformer import (
     GPT,
-    Beyond,
     GPTConfig,
     Guidance,
-    Shaping,
+    PositionExtension,
+    SamplingParams,
     complete,
     generate,
     make_prefix,
 )
-from transformer.completion import unforeseen
+from transformer.completion import later_known_mask
 from transformer.distribution import SCHEDULES
 from utils import cli, distributed, figures, tracking
 from utils.data.conditions import Condition, take_conditions, write_conditions
@@ -47,12 +47,12 @@ def check_flags(arguments: argparse.Namespace, device: torch.device) -> None:
     """
     if arguments.compile and device.type != "cuda":
         raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; omit it")
-    if arguments.complete and arguments.size_in_cells:
-        raise cli.UserError("--size_in_cells is that of the given grids; omit it with --complete")
+    if arguments.complete and arguments.latent_dim:
+        raise cli.UserError("--latent_dim is that of the given grids; omit it with --complete")
     if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
         raise cli.UserError("--candidates and --variations are for --complete; add it")
-    if not arguments.complete and arguments.keep:
-        raise cli.UserError("--keep is for --complete; add it")
+    if not arguments.complete and arguments.mask:
+        raise cli.UserError("--mask is for --complete; add it")
     if arguments.labels and (arguments.complete or arguments.unconditional):
         other = (
             "--complete, whose images have their own" if arguments.complete else "--unconditional"
@@ -159,7 +159,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     check_flags(arguments, device)
     guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
-    shaping = cli.read_flags(Shaping, arguments)
+    params = cli.read_flags(SamplingParams, arguments)
     gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         gpt.model.cast(torch.bfloat16)
@@ -174,21 +174,23 @@ def main(arguments: argparse.Namespace) -> None:
 
     given = None
     if arguments.complete:
-        path, keep = tracking.fetch(arguments.complete), arguments.keep or KEEP
+        path, keep = tracking.fetch(arguments.complete), arguments.mask or KEEP
         given = read_given(path, vocabulary, keep, arguments.num_images, arguments.variations)
-        if arguments.candidates > 1 and not unforeseen(given.keep).any():
+        if arguments.candidates > 1 and not later_known_mask(given.keep).any():
             raise cli.UserError(
-                f"--candidates are ranked by given cells behind drawn ones, but --keep {keep} "
+                f"--candidates are ranked by given cells behind drawn ones, but --mask {keep} "
                 "leaves none there; omit --candidates"
             )
     count = arguments.num_images if given is None else len(given.grids)
     condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
     if given is None:
         labels = choose_labels(arguments, vocabulary, condition, count)
-        size = arguments.size_in_cells or vocabulary.latent_dim
+        size = arguments.latent_dim or vocabulary.latent_dim
     else:
         labels, size = given.labels, tuple(given.keep.shape)
-    cli.build(gpt.model.sequence.places, size, Beyond(arguments.beyond))  # or it cannot be drawn
+    cli.build(
+        gpt.model.sequence.places, size, PositionExtension(arguments.position_extension)
+    )  # or it cannot be drawn
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 
@@ -226,9 +228,9 @@ def main(arguments: argparse.Namespace) -> None:
             )
             draw = partial(
                 *(generate if given is None else complete, gpt.model, prefix),
-                shaping=shaping,
+                params=params,
                 guidance=guidance,
-                beyond=Beyond(arguments.beyond),
+                position_extension=PositionExtension(arguments.position_extension),
                 compiled=arguments.compile,
                 seed=arguments.seed,
                 batch_size=arguments.batch_size,
@@ -289,7 +291,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--unconditional", action="store_true", help='draw images of "no class" in particular'
     )
-    cli.add_flags(parser, Shaping, "distribution")
+    cli.add_flags(parser, SamplingParams, "distribution")
     parser.add_argument(
         "--guidance_scale",
         type=float,
@@ -304,15 +306,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="how the scale rises from 1 over the cells (default: constant, it does not)",
     )
     parser.add_argument(
-        "--size_in_cells",
+        "--latent_dim",
         type=cli.height_and_width,
         metavar="H,W",
         help="size of the grids, larger than trained if need be (default: as trained)",
     )
     parser.add_argument(
-        "--beyond",
-        choices=[str(way) for way in Beyond],
-        default=str(Beyond.SLIDE),
+        "--position_extension",
+        choices=[str(way) for way in PositionExtension],
+        default=str(PositionExtension.SLIDE),
         help="positions in larger grids: slide a crop of the trained size along (default); go on; "
         "or compress them into the trained range",
     )
@@ -320,7 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--complete", metavar="INDICES", help="indices whose first --num_images are completed"
     )
     parser.add_argument(
-        "--keep",
+        "--mask",
         metavar="SIDE:SHARE",
         help="what stays of them: top, bottom, left or right and a share, or a picture that is "
         f"white there (default: {KEEP})",

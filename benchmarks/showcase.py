@@ -22,7 +22,7 @@ PARTS = ("mnist", "panorama")
 OUTPUT = Path("outputs/showcase")
 GAP = 4  # pixels between strips
 DRAW = "transformer_generation.py --model_path {model_path} --num_images 1000"
-COMPLETE = DRAW + " --model_dir {model_dir} --complete {work}/test --keep top:0.5"
+COMPLETE = DRAW + " --model_dir {model_dir} --complete {work}/test --mask top:0.5"
 JUDGED = {  # folder: how it is drawn
     "completed": COMPLETE,
     "completed-without-labels": COMPLETE + " --unconditional",
@@ -62,7 +62,7 @@ PANORAMA = (  # folder: what makes it
     ),
     (
         "{work}/strips",
-        "transformer_generation.py --model_path {work}/gpt --size_in_cells 16,96 "
+        "transformer_generation.py --model_path {work}/gpt --latent_dim 16,96 "
         "--num_images 4 --temperature 0.9 --top_p 0.95",
     ),
     (

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from tests.test_drawing import make_model, some_indices
-from transformer import GPT, Beyond, Guidance, Shaping, complete, generate
-from transformer.completion import unforeseen
+from transformer import GPT, Guidance, PositionExtension, SamplingParams, complete, generate
+from transformer.completion import later_known_mask
 from utils.data.given import keep_side
 
 
@@ -21,16 +21,23 @@ def test_sides() -> None:
 
 
 def test_unforeseen_are_the_given_cells_behind_a_drawn_one() -> None:
-    assert not unforeseen(keep_side("top:0.5", (4, 4))).any()
-    assert unforeseen(keep_side("left:0.5", (2, 2))).tolist() == [[False, False], [True, False]]
+    assert not later_known_mask(keep_side("top:0.5", (4, 4))).any()
+    assert later_known_mask(keep_side("left:0.5", (2, 2))).tolist() == [
+        [False, False],
+        [True, False],
+    ]
 
 
 def log_likelihood(
-    model: GPT, prefix: Tensor, indices: Tensor, cells: Tensor, beyond: Beyond | None = None
+    model: GPT,
+    prefix: Tensor,
+    indices: Tensor,
+    cells: Tensor,
+    position_extension: PositionExtension | None = None,
 ) -> Tensor:
     """Sum over `cells` (h, w) of log p(cell | cells before it), (N,), by one whole pass."""
     with torch.no_grad():
-        nats = model(prefix, indices, beyond=beyond, loss=True)
+        nats = model(prefix, indices, position_extension=position_extension, loss=True)
     return -(nats * cells.flatten().repeat_interleave(model.config.depth)).sum(dim=1)
 
 
@@ -38,13 +45,17 @@ def log_likelihood(
 @pytest.mark.parametrize("side", ["left:0.5", "bottom:0.25", "right:0.34"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_scores_are_the_models_own_of_the_given_cells_behind(depth, side, guidance) -> None:
-    """Without guidance and shaping, which are no part of how likely the model finds a cell."""
+    """Without guidance and params, which are no part of how likely the model finds a cell."""
     model = make_model(depth=depth)
     prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
     keep, scores = keep_side(side, (4, 6)), torch.zeros(5)
-    options = {"guidance": Guidance(guidance), "shaping": Shaping(0.5, top_k=3), "batch_size": 2}
+    options = {
+        "guidance": Guidance(guidance),
+        "params": SamplingParams(0.5, top_k=3),
+        "batch_size": 2,
+    }
     drawn = generate(model, prefix, given=given, keep=keep, scores=scores, **options)
-    expected = log_likelihood(model, prefix, drawn, unforeseen(keep))
+    expected = log_likelihood(model, prefix, drawn, later_known_mask(keep))
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -53,9 +64,16 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_drawn_with() 
     model = make_model(window=3)
     prefix, given = some_indices((6, 9))
     keep, scores = keep_side("left:0.34", (6, 9)), torch.zeros(3)
-    options = {"given": given, "keep": keep, "size": (6, 9), "beyond": Beyond.INTERPOLATE}
+    options = {
+        "given": given,
+        "keep": keep,
+        "size": (6, 9),
+        "position_extension": PositionExtension.INTERPOLATE,
+    }
     drawn = generate(model, prefix, scores=scores, **options)
-    expected = log_likelihood(model, prefix, drawn, unforeseen(keep), Beyond.INTERPOLATE)
+    expected = log_likelihood(
+        model, prefix, drawn, later_known_mask(keep), PositionExtension.INTERPOLATE
+    )
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     learned = make_model(positions="learned", window=3)
     assert complete(learned, prefix, given, keep, candidates=2).shape == (3, 6, 9)
@@ -95,7 +113,7 @@ def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) 
     if side == "top:0.5":  # nothing to rank by
         assert torch.equal(one, many)
         return
-    later = unforeseen(keep)
+    later = later_known_mask(keep)
     scores = [log_likelihood(model, prefix, drawn, later).sum() for drawn in (one, many)]
     assert scores[1] > scores[0]
 

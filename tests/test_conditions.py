@@ -95,7 +95,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     assert not Path("untold/condition.npy").exists()
     assert read_indices("untold", depth=2).meta.condition is None
 
-    completion = ("--complete", both, "--keep", "left:0.5", "--num_images", 3, "--variations", 2)
+    completion = ("--complete", both, "--mask", "left:0.5", "--num_images", 3, "--variations", 2)
     shown = ("--candidates", 2, "--model_dir", "tokenizer", "--output_dir", "completed")
     call("transformer_generation", *model, *completion, *shown)
     kept = read_indices("completed", depth=2).tensor()[:, :, :5]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer import GPT, Beyond, GPTConfig, Guidance, generate, noise
-from transformer.distribution import Shaping, draw, probabilities
+from transformer import GPT, GPTConfig, Guidance, PositionExtension, generate, noise
+from transformer.distribution import SamplingParams, draw, probabilities
 from transformer.positions import rotate
-from transformer.sampling import draw_rows
+from transformer.sampling import generate_rows
 from transformer.step import Step
 
 
@@ -28,9 +28,12 @@ def make_model(
 
 @torch.inference_mode()
 def step_by_step(
-    model: GPT, prefix: Tensor, indices: Tensor, beyond: Beyond = Beyond.SLIDE
+    model: GPT,
+    prefix: Tensor,
+    indices: Tensor,
+    position_extension: PositionExtension = PositionExtension.SLIDE,
 ) -> Tensor:
-    cache = model.make_cache(len(prefix), tuple(indices.shape[1:]), beyond)
+    cache = model.make_cache(len(prefix), tuple(indices.shape[1:]), position_extension)
     cells = indices.flatten(1)
     tokens = torch.cat([prefix[:, None], cells[:, :-1]], dim=1)
     return torch.stack([model.step(tokens[:, t], t, cache) for t in range(cells.shape[1])], dim=1)
@@ -41,15 +44,17 @@ def some_indices(grid: tuple[int, int], count: int = 3) -> tuple[Tensor, Tensor]
     return torch.arange(count) % 4, torch.randint(11, (count, *grid), generator=generator)
 
 
-@pytest.mark.parametrize("beyond", [Beyond.EXTRAPOLATE, Beyond.INTERPOLATE])
+@pytest.mark.parametrize(
+    "position_extension", [PositionExtension.EXTRAPOLATE, PositionExtension.INTERPOLATE]
+)
 @pytest.mark.parametrize("window", [0, 2, 4])
 @pytest.mark.parametrize("grid", [(4, 11), (13, 6), (10, 10), (2, 3)], ids=str)
-def test_cached_logits_on_grids_of_other_sizes(grid, window, beyond) -> None:
+def test_cached_logits_on_grids_of_other_sizes(grid, window, position_extension) -> None:
     model = make_model((4, 6), window)
     prefix, indices = some_indices(grid)
     with torch.inference_mode():
-        expected = model(prefix, indices, beyond=beyond)
-    actual = step_by_step(model, prefix, indices, beyond)
+        expected = model(prefix, indices, position_extension=position_extension)
+    actual = step_by_step(model, prefix, indices, position_extension)
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
@@ -58,7 +63,7 @@ def test_sliding_shows_the_prefix_from_where_a_crop_would_lie() -> None:
     grid, trained, window = (9, 13), (4, 6), 3
     model = make_model(trained, window)
     prefix, indices = some_indices(grid)
-    places = model.sequence.places(grid, Beyond.SLIDE)
+    places = model.sequence.places(grid, PositionExtension.SLIDE)
     offsets = torch.tensor([places.offset(i, j) for i in range(9) for j in range(13)])
     offsets = torch.cat([torch.zeros(1, 2, dtype=torch.long), offsets])
     cos, sin = (x.double() for x in places.turn(offsets[:, 0], offsets[:, 1]))
@@ -136,26 +141,30 @@ def test_given_cells_stay_and_the_rest_is_drawn() -> None:
 def test_rows_come_one_by_one() -> None:
     model = make_model((4, 6), window=3)
     step = Step(model, 2, size=(1000, 5))
-    rows = draw_rows(step, torch.zeros(2, dtype=torch.long), noise.keys(0, torch.arange(2)))
+    rows = generate_rows(step, torch.zeros(2, dtype=torch.long), noise.keys(0, torch.arange(2)))
     assert next(rows).shape == (2, 5)
 
 
 def test_min_p_keeps_what_is_likely_enough() -> None:
     logits = torch.tensor([0.5, 0.25, 0.2, 0.05]).log()
-    kept = probabilities(logits, Shaping(min_p=0.45))
+    kept = probabilities(logits, SamplingParams(min_p=0.45))
     torch.testing.assert_close(kept, torch.tensor([2 / 3, 1 / 3, 0, 0]))
-    torch.testing.assert_close(probabilities(logits, Shaping(min_p=0.0)), logits.exp())
-    assert torch.equal(probabilities(logits, Shaping(min_p=1.0)), torch.tensor([1.0, 0, 0, 0]))
+    torch.testing.assert_close(probabilities(logits, SamplingParams(min_p=0.0)), logits.exp())
+    assert torch.equal(
+        probabilities(logits, SamplingParams(min_p=1.0)), torch.tensor([1.0, 0, 0, 0])
+    )
     with pytest.raises(ValueError, match="min_p"):
-        probabilities(logits, Shaping(min_p=1.1))
+        probabilities(logits, SamplingParams(min_p=1.1))
 
 
 def test_top_k_and_top_p_keep_the_likeliest() -> None:
     logits, expected = torch.tensor([0.1, 0.4, 0.3, 0.2]).log(), torch.tensor([0, 4 / 7, 3 / 7, 0])
-    for shaping in (Shaping(top_k=2), Shaping(top_p=0.65)):
-        kept = probabilities(logits, shaping)
+    for params in (SamplingParams(top_k=2), SamplingParams(top_p=0.65)):
+        kept = probabilities(logits, params)
         torch.testing.assert_close(kept, expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(probabilities(logits, Shaping(temperature=0)), torch.tensor([0.0, 1, 0, 0]))
+    assert torch.equal(
+        probabilities(logits, SamplingParams(temperature=0)), torch.tensor([0.0, 1, 0, 0])
+    )
 
 
 def test_draws_follow_the_distribution() -> None:

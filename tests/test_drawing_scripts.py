@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.conftest import write_images
 from transformer import GPT, GPTConfig, sampling
-from transformer.sampling import draw_rows
+from transformer.sampling import generate_rows
 from utils import cli
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
@@ -78,7 +78,7 @@ def drawn(folder: Path) -> torch.Tensor:
 
 def test_given_cells_stay_and_are_shown(models: Path) -> None:
     call(
-        *("transformer_generation", *MODELS, "--complete", "given", "--keep", "left:0.5"),
+        *("transformer_generation", *MODELS, "--complete", "given", "--mask", "left:0.5"),
         *("--num_images", 3, "--candidates", 2, "--variations", 2, "--model_dir", "tokenizer"),
         *("--output_dir", "completed"),
     )
@@ -96,7 +96,7 @@ def test_a_picture_says_what_stays(models: Path) -> None:
     mask[:20, 50:] = 255
     Image.fromarray(mask).save("mask.png")
     call(
-        *("transformer_generation", *MODELS, "--complete", "given", "--keep", "mask.png"),
+        *("transformer_generation", *MODELS, "--complete", "given", "--mask", "mask.png"),
         *("--output_dir", "completed"),
     )
     same = (drawn(models / "completed") == drawn(models / "given")).all(dim=0)
@@ -105,33 +105,40 @@ def test_a_picture_says_what_stays(models: Path) -> None:
 
 
 def test_larger_grids_with_guidance(models: Path) -> None:
-    for beyond in ("slide", "extrapolate", "interpolate"):
+    for position_extension in ("slide", "extrapolate", "interpolate"):
         call(
-            *("transformer_generation", *MODELS, "--num_images", 2, "--size_in_cells", "9,21"),
-            *("--beyond", beyond, "--guidance_scale", 2, "--guidance_schedule", "cosine"),
-            *("--min_p", 0.05, "--output_dir", beyond),
+            *("transformer_generation", *MODELS, "--num_images", 2, "--latent_dim", "9,21"),
+            *(
+                "--position_extension",
+                position_extension,
+                "--guidance_scale",
+                2,
+                "--guidance_schedule",
+                "cosine",
+            ),
+            *("--min_p", 0.05, "--output_dir", position_extension),
         )
-        assert drawn(models / beyond).shape == (2, 9, 21)
+        assert drawn(models / position_extension).shape == (2, 9, 21)
 
 
 def test_rows_reach_the_disk_while_a_tall_grid_is_drawn(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is drawn lies in the file already; an interruption leaves neither half nor nothing."""
-    flags = ("--num_images", 2, "--size_in_cells", "40,6", "--output_dir", "tall", "--text")
+    flags = ("--num_images", 2, "--latent_dim", "40,6", "--output_dir", "tall", "--text")
     call("transformer_generation", *MODELS, *flags)
     whole = drawn(models / "tall")
     assert np.loadtxt("tall/indices.txt", dtype=int).reshape(whole.shape).tolist() == whole.tolist()
     seen = []
 
     def interrupted(*arguments: object, **options: object) -> Iterator[torch.Tensor]:
-        for number, row in enumerate(draw_rows(*arguments, **options)):
+        for number, row in enumerate(generate_rows(*arguments, **options)):
             yield row
             if number == 25:
                 seen.append(np.load("tall.tmp/indices.npy")[:, :26])
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(sampling, "draw_rows", interrupted)
+    monkeypatch.setattr(sampling, "generate_rows", interrupted)
     with pytest.raises(SystemExit) as exit_info:
         call("transformer_generation", *MODELS, *flags)
     assert exit_info.value.code == 130
@@ -154,18 +161,18 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
     ("flags", "message"),
     [
         (("--compile",), "--compile is for a CUDA device"),
-        (("--complete", "given", "--keep", "top:1.5"), "as top:0.5"),
-        (("--complete", "given", "--keep", "top:1"), "nothing to draw"),
-        (("--complete", "given", "--keep", "none.png"), "neither a side"),
+        (("--complete", "given", "--mask", "top:1.5"), "as top:0.5"),
+        (("--complete", "given", "--mask", "top:1"), "nothing to draw"),
+        (("--complete", "given", "--mask", "none.png"), "neither a side"),
         (("--complete", "nowhere"), "no indices at nowhere"),
         (("--guidance_scale", "-1"), "guidance_scale"),
         (("--min_p", "2"), "min_p"),
         (("--candidates", "3"), "--complete"),
-        (("--complete", "given", "--size_in_cells", "9,21"), "--size_in_cells"),
-        (("--keep", "top:0.5"), "--keep is for --complete"),
+        (("--complete", "given", "--latent_dim", "9,21"), "--latent_dim"),
+        (("--mask", "top:0.5"), "--mask is for --complete"),
         (("--complete", "given", "--labels", "a"), "--labels does not go with --complete"),
         (("--unconditional", "--labels", "a"), "--labels does not go with --unconditional"),
-        (("--complete", "given", "--candidates", "2"), "--keep top:0.5 leaves none there"),
+        (("--complete", "given", "--candidates", "2"), "--mask top:0.5 leaves none there"),
         (("--complete", "given", "--model_dir", "foreign"), "belongs to the tokenizer"),
         (("--temperature", "nan"), "temperature must be 0 or more and finite, got nan"),
         (("--temperature", "inf"), "temperature must be 0 or more and finite, got inf"),
@@ -202,7 +209,7 @@ def test_a_text_file_has_the_grids_of_the_model(models: Path) -> None:
     """As many numbers as make a square were one, whatever the model draws."""
     write_gpt("wide", Vocabulary(CODES, (2, 8)))
     Path("given.txt").write_text(" ".join(map(str, range(16))) + "\n")
-    flags = ("--complete", "given.txt", "--keep", "left:0.5", "--output_dir", "completed")
+    flags = ("--complete", "given.txt", "--mask", "left:0.5", "--output_dir", "completed")
     call("transformer_generation", "--model_path", "wide", "--device", "cpu", *flags)
     assert drawn(Path("completed")).shape == (1, 2, 8)
     assert drawn(Path("completed"))[0, :, :4].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
@@ -236,7 +243,7 @@ def test_an_error_in_the_code_is_not_the_users(
     def broken(*arguments: object, **options: object) -> None:
         raise ValueError("a bug")
 
-    monkeypatch.setattr(sampling, "draw_rows", broken)
+    monkeypatch.setattr(sampling, "generate_rows", broken)
     with pytest.raises(ValueError, match="a bug"):
         call("transformer_generation", *MODELS, "--num_images", 1, "--output_dir", "drawn")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from transformer import GPT, GPTConfig, Guidance, generate, make_prefix
 from transformer.cache import KVCache
-from transformer.positions import Beyond
+from transformer.positions import PositionExtension
 
 GRIDS = {"square": (4, 4), "wide": (2, 8), "tall": (8, 2)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}
@@ -132,12 +132,16 @@ def test_cached_is_whole_with_other_options(window, prefix, depth, options) -> N
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("beyond", [Beyond.EXTRAPOLATE, Beyond.INTERPOLATE])
+@pytest.mark.parametrize(
+    "position_extension", [PositionExtension.EXTRAPOLATE, PositionExtension.INTERPOLATE]
+)
 @pytest.mark.parametrize("window", [0, 2])
-def test_residual_codes_on_a_larger_grid(window: int, beyond: Beyond) -> None:
+def test_residual_codes_on_a_larger_grid(
+    window: int, position_extension: PositionExtension
+) -> None:
     model = make_model((3, 4), window=window, depth=2)
     told, indices = torch.arange(2), torch.randint(CODES, (2, 5, 7, 2))
     with torch.inference_mode():
-        whole = model(told, indices, beyond=beyond)
-    cached = step_by_step(model, told, indices, model.make_cache(2, (5, 7), beyond))
+        whole = model(told, indices, position_extension=position_extension)
+    cached = step_by_step(model, told, indices, model.make_cache(2, (5, 7), position_extension))
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)

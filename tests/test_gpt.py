@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
-from transformer.positions import Beyond, Places, rotate
+from transformer.positions import Places, PositionExtension, rotate
 
 GRID = (6, 7)
 VARIANTS = [
@@ -86,7 +86,9 @@ def test_residual_branches_start_smaller_in_deeper_models() -> None:
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     """<R_a q, R_b k> is a function of the difference of the two cells, in rows and columns."""
     height, width, dim = 6, 8, 16
-    cos, sin = Places((height, width), (height, width), dim, Beyond.SLIDE).cells(0, height)
+    cos, sin = Places((height, width), (height, width), dim, PositionExtension.SLIDE).cells(
+        0, height
+    )
     q, k = torch.randn(2, dim)
 
     def score(a: tuple[int, int], b: tuple[int, int]) -> float:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor
 
 from tests.test_drawing import make_model, some_indices
-from transformer import GPT, Beyond, Guidance, Shaping, generate, sampling
+from transformer import GPT, Guidance, PositionExtension, SamplingParams, generate, sampling
 from transformer.graph import GraphStep, draw_at, make_step, step_at
 from transformer.step import Step
 from utils.data.given import keep_side
 
 
-def both(model: GPT, size: tuple[int, int], beyond: Beyond, step=step_at) -> tuple[Tensor, Tensor]:
+def both(
+    model: GPT, size: tuple[int, int], position_extension: PositionExtension, step=step_at
+) -> tuple[Tensor, Tensor]:
     """Logits of all cells by the plain step and by the other one, (B, h*w, K) each."""
     prefix, indices = some_indices(size)
-    caches = [model.make_cache(len(prefix), size, beyond) for _ in range(2)]
+    caches = [model.make_cache(len(prefix), size, position_extension) for _ in range(2)]
     tokens, one, two = prefix, [], []
     with torch.inference_mode():
         for cell in range(size[0] * size[1]):
@@ -36,17 +38,19 @@ def both(model: GPT, size: tuple[int, int], beyond: Beyond, step=step_at) -> tup
 @pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2}], ids=str)
 @pytest.mark.parametrize("window", [0, 1, 3])
 @pytest.mark.parametrize(
-    ("size", "beyond"),
+    ("size", "position_extension"),
     [
-        ((4, 6), Beyond.SLIDE),
-        ((9, 8), Beyond.SLIDE),
-        ((9, 8), Beyond.INTERPOLATE),
-        ((3, 11), Beyond.EXTRAPOLATE),
+        ((4, 6), PositionExtension.SLIDE),
+        ((9, 8), PositionExtension.SLIDE),
+        ((9, 8), PositionExtension.INTERPOLATE),
+        ((3, 11), PositionExtension.EXTRAPOLATE),
     ],
     ids=str,
 )
-def test_a_position_in_a_tensor_gives_the_same_logits(size, beyond, window, options) -> None:
-    one, two = both(make_model((4, 6), window, **options), size, beyond)
+def test_a_position_in_a_tensor_gives_the_same_logits(
+    size, position_extension, window, options
+) -> None:
+    one, two = both(make_model((4, 6), window, **options), size, position_extension)
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
 
 
@@ -59,7 +63,7 @@ def test_one_compiled_graph_serves_all_cells() -> None:
 
     torch._dynamo.reset()
     step = torch.compile(step_at, backend=backend, fullgraph=True)
-    one, two = both(make_model(window=2, num_layers=1), (7, 6), Beyond.SLIDE, step)
+    one, two = both(make_model(window=2, num_layers=1), (7, 6), PositionExtension.SLIDE, step)
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-10)
     assert len(graphs) == 1
 
@@ -88,12 +92,12 @@ def as_graphs(monkeypatch: pytest.MonkeyPatch) -> list[GraphStep]:
 def test_what_is_recorded_draws_what_the_plain_step_draws(
     size, window, guidance, request: pytest.FixtureRequest
 ) -> None:
-    """With guidance, shaping and the draw; with given cells, and batches of two sizes."""
+    """With guidance, params and the draw; with given cells, and batches of two sizes."""
     model = make_model((4, 6), window)
     prefix, given = some_indices(size, 5)
     keep = keep_side("left:0.34", size)
-    shaping = Shaping(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01)
-    options = {"size": size, "batch_size": 2, "guidance": guidance, "shaping": shaping}
+    params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01)
+    options = {"size": size, "batch_size": 2, "guidance": guidance, "params": params}
     plain, scores = generate(model, prefix, **options), torch.zeros(2, 5)
     completed = generate(model, prefix, given=given, keep=keep, scores=scores[0], **options)
     steps = request.getfixturevalue("as_graphs")
@@ -122,7 +126,7 @@ def test_nothing_of_a_drawing_survives_it() -> None:
     """A cache of steps held the last model, and its cache, for as long as the process ran."""
     model = make_model()
     step = make_step(model, 2, compiled=True, size=(4, 6))
-    rows = list(sampling.draw_rows(step, torch.zeros(2, dtype=torch.long), torch.arange(2)))
+    rows = list(sampling.generate_rows(step, torch.zeros(2, dtype=torch.long), torch.arange(2)))
     assert len(rows) == 4
     left = weakref.ref(model), weakref.ref(step.cache), weakref.ref(step)
     del model, step
@@ -143,11 +147,11 @@ def test_drawing_compiles_to_one_graph_without_breaks() -> None:
 
     torch._dynamo.reset()
     compiled = torch.compile(draw_at, backend=backend, fullgraph=True)
-    options = {"size": (4, 6), "guidance": Guidance(2.0), "shaping": Shaping(top_k=5)}
+    options = {"size": (4, 6), "guidance": Guidance(2.0), "params": SamplingParams(top_k=5)}
     step = GraphStep(model, 2, draw=compiled, record=unrecorded, **options)
     prefix, keys = torch.arange(2), torch.arange(2)
     drawn = [
-        torch.cat(list(sampling.draw_rows(one, prefix, keys)))
+        torch.cat(list(sampling.generate_rows(one, prefix, keys)))
         for one in (step, step, Step(model, 2, **options))
     ]
     assert torch.equal(drawn[0], drawn[2])
@@ -161,7 +165,7 @@ def test_drawing_compiles_to_one_graph_without_breaks() -> None:
 def test_the_graphs_draw_what_the_plain_step_draws(window: int) -> None:
     model = make_model(window=window, dtype=torch.float32)
     prefix = torch.arange(5) % 4
-    options = {"size": (7, 6), "shaping": Shaping(temperature=0), "batch_size": 3}
+    options = {"size": (7, 6), "params": SamplingParams(temperature=0), "batch_size": 3}
     expected = generate(model, prefix, **options)
     model = model.cuda()
     assert isinstance(make_step(model, 2, compiled=True, size=(7, 6)), GraphStep)

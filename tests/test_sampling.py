@@ -8,7 +8,7 @@ from scipy import stats
 
 from tests.test_gpt import GRID, make_gpt
 from transformer import generate
-from transformer.distribution import Guidance, Shaping, draw, probabilities
+from transformer.distribution import Guidance, SamplingParams, draw, probabilities
 
 SETTINGS = [
     {},
@@ -42,20 +42,20 @@ def reference(logits: list[float], temperature: float = 1.0, top_k: int = 0, top
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_probabilities_against_the_reference(settings: dict) -> None:
     logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)) * 2
-    result = probabilities(logits, Shaping(**settings))
+    result = probabilities(logits, SamplingParams(**settings))
     expected = torch.tensor([reference(line, **settings) for line in logits.tolist()])
     torch.testing.assert_close(result, expected, check_dtype=False, rtol=1e-4, atol=1e-6)
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert probabilities(torch.tensor([[1.0, 3.0, 2.0]]), Shaping(0)).tolist() == [[0, 1, 0]]
+    assert probabilities(torch.tensor([[1.0, 3.0, 2.0]]), SamplingParams(0)).tolist() == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_draws_follow_the_distribution(settings: dict) -> None:
     """Chi-square on 50,000 draws; what has no probability never comes."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
-    distribution = probabilities(logits, Shaping(**settings))
+    distribution = probabilities(logits, SamplingParams(**settings))
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(4))
     drawn = draw(distribution.expand(50_000, -1), uniform)
     counts = torch.bincount(drawn, minlength=12)
@@ -83,7 +83,7 @@ def test_the_ends_of_the_unit_interval() -> None:
 )
 def test_values_out_of_range_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Shaping(**wrong)
+        SamplingParams(**wrong)
 
 
 @pytest.mark.parametrize("scale", [-1, math.nan, math.inf])
@@ -96,7 +96,7 @@ def test_guidance_out_of_range_is_refused(scale: float) -> None:
 def test_no_temperature_is_too_low(temperature: float) -> None:
     """Logits over a tiny number are infinite: the distribution was no number, the index none."""
     logits = torch.tensor([[-300.0, 300.0, 299.0], [0.0, 0.0, -1.0]])
-    result = probabilities(logits, Shaping(temperature))
+    result = probabilities(logits, SamplingParams(temperature))
     assert result[0].tolist() == [0, 1, 0]
     assert result[1, 2] == 0
     assert result.sum(dim=1).tolist() == [1, 1]
@@ -106,7 +106,7 @@ def test_min_p_comes_last() -> None:
     """It came before top-p, whose share then counted from what min-p had left."""
     logits = torch.tensor([0.45, 0.2, 0.15, 0.12, 0.08]).log()
     # The nucleus of 0.75 is the first three of all; of the first four by min-p it is two.
-    kept = probabilities(logits, Shaping(top_p=0.75, min_p=0.25))
+    kept = probabilities(logits, SamplingParams(top_p=0.75, min_p=0.25))
     expected = torch.tensor([0.45, 0.2, 0.15, 0, 0])
     torch.testing.assert_close(kept, expected / expected.sum())
 
@@ -125,5 +125,5 @@ def test_greedy_images_are_the_models_own_choice() -> None:
     """At temperature 0 every index is the uncached model's likeliest, given those before."""
     model = make_gpt(window_size=3)
     prefix = torch.tensor([0, 1, 2, 3])
-    indices = generate(model, prefix, shaping=Shaping(temperature=0))
+    indices = generate(model, prefix, params=SamplingParams(temperature=0))
     assert model(prefix, indices).argmax(dim=-1).equal(indices.flatten(1))

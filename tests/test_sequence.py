@@ -9,10 +9,10 @@ import torch.nn.functional as F
 
 from tests.test_completion import log_likelihood
 from tests.test_equalities import CODES, CONDITIONS, make_model, some_input, step_by_step
-from transformer import GPT, GPTConfig, Guidance, Shaping, complete, generate, make_prefix
-from transformer.completion import unforeseen
-from transformer.order import draw_orders, random_share
-from transformer.prefix import hide, unknown
+from transformer import GPT, GPTConfig, Guidance, SamplingParams, complete, generate, make_prefix
+from transformer.completion import later_known_mask
+from transformer.order import random_order_probability, sample_permutations
+from transformer.prefix import drop_conditioning, null_prefix
 from utils.data.given import keep_side
 
 # --- conditions ----------------------------------------------------------------------------------
@@ -26,9 +26,10 @@ def test_a_prefix_is_the_class_and_the_cells_of_the_condition() -> None:
     ]
     model = make_model(prefix=5)
     assert (
-        unknown(torch.ones(2, 5, dtype=torch.long), model.config).tolist() == [[3, 7, 7, 7, 7]] * 2
+        null_prefix(torch.ones(2, 5, dtype=torch.long), model.config).tolist()
+        == [[3, 7, 7, 7, 7]] * 2
     )
-    assert unknown(torch.ones(2, dtype=torch.long), model.config).tolist() == [3, 3]
+    assert null_prefix(torch.ones(2, dtype=torch.long), model.config).tolist() == [3, 3]
     with pytest.raises(ValueError, match="a class and 4 cells of a condition, got 0"):
         model(torch.tensor([0]), torch.zeros(1, 4, 4, dtype=torch.long))
 
@@ -78,7 +79,7 @@ def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) 
     config = replace(config, class_dropout=shares[0], condition_dropout=shares[1])
     prefix = torch.ones(40_000, 5, dtype=torch.long)
     torch.manual_seed(0)
-    hidden = hide(prefix, config) != 1
+    hidden = drop_conditioning(prefix, config) != 1
     no_class, no_condition = hidden[:, 0], hidden[:, 1:]
     assert torch.equal(no_condition.any(dim=1), no_condition.all(dim=1))
     for share, expected in (
@@ -92,7 +93,7 @@ def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) 
 def test_guidance_of_0_is_the_model_that_was_told_nothing() -> None:
     model = make_model(prefix=5)
     prefix, _ = some_input(model)
-    nothing = generate(model, unknown(prefix, model.config))
+    nothing = generate(model, null_prefix(prefix, model.config))
     assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), nothing)
     assert not torch.equal(generate(model, prefix), nothing)
 
@@ -114,13 +115,13 @@ def test_it_learns_what_the_condition_tells() -> None:
     for _ in range(150):
         indices = torch.randint(codes, (64, *grid))
         prefix = make_prefix(torch.zeros(64, dtype=torch.long), codes - 1 - indices)
-        loss = model(hide(prefix, model.config), indices, loss=True).mean()
+        loss = model(drop_conditioning(prefix, model.config), indices, loss=True).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     told = model(prefix, indices, loss=True).mean()
-    not_told = model(unknown(prefix, model.config), indices, loss=True).mean()
+    not_told = model(null_prefix(prefix, model.config), indices, loss=True).mean()
     assert told.item() < 0.7 * math.log(codes)
     assert not_told.item() == pytest.approx(math.log(codes), rel=0.15)
 
@@ -200,7 +201,9 @@ def test_completion_of_residual_codes_with_conditions() -> None:
     for drawn in (one, many):
         assert drawn.shape == given.shape
         assert torch.equal(drawn[:, keep], given[:, keep])
-    scores = [log_likelihood(model, prefix, drawn, unforeseen(keep)).sum() for drawn in (one, many)]
+    scores = [
+        log_likelihood(model, prefix, drawn, later_known_mask(keep)).sum() for drawn in (one, many)
+    ]
     assert scores[1] > scores[0]
 
 
@@ -208,20 +211,20 @@ def test_completion_of_residual_codes_with_conditions() -> None:
 
 
 def test_the_share_of_random_orders_falls_from_1_to_0() -> None:
-    shares = [random_share((0.5, 0.75), progress / 8) for progress in range(9)]
+    shares = [random_order_probability((0.5, 0.75), progress / 8) for progress in range(9)]
     assert shares == [1, 1, 1, 1, 1, 0.5, 0, 0, 0]
-    assert [random_share((0.0, 1.0), x) for x in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
-    assert [random_share((0.5, 0.5), x) for x in (0.4, 0.5)] == [1, 0]
+    assert [random_order_probability((0.0, 1.0), x) for x in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
+    assert [random_order_probability((0.5, 0.5), x) for x in (0.4, 0.5)] == [1, 0]
 
 
 def test_orders_are_permutations_of_which_a_share_is_random() -> None:
     torch.manual_seed(0)
-    orders = draw_orders(torch.zeros(2000, 3, 3), 0.3)
+    orders = sample_permutations(torch.zeros(2000, 3, 3), 0.3)
     raster = torch.arange(9)
     assert torch.equal(orders.sort(dim=1).values, raster.expand(2000, -1))
     assert float((orders != raster).any(dim=1).float().mean()) == pytest.approx(0.3, abs=0.04)
-    assert torch.equal(draw_orders(torch.zeros(5, 3, 3, 2), 0.0), raster.expand(5, -1))
-    first = torch.bincount(draw_orders(torch.zeros(9000, 3, 3), 1.0)[:, 0], minlength=9)
+    assert torch.equal(sample_permutations(torch.zeros(5, 3, 3, 2), 0.0), raster.expand(5, -1))
+    first = torch.bincount(sample_permutations(torch.zeros(9000, 3, 3), 1.0)[:, 0], minlength=9)
     assert first.min() > 850
 
 
@@ -232,7 +235,7 @@ def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: 
     model = make_model((3, 3), depth=depth, prefix=5, positions=positions, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
     torch.manual_seed(4)
-    order = draw_orders(indices, 1.0)
+    order = sample_permutations(indices, 1.0)
     before = model(prefix, indices, order=order)
     for cell in range(9):
         other = indices.clone().flatten(1, 2)
@@ -249,7 +252,7 @@ def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: 
 def test_a_permuted_loss_is_that_of_the_permuted_cells() -> None:
     model = make_model((3, 3), depth=2, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
-    order = draw_orders(indices, 1.0)
+    order = sample_permutations(indices, 1.0)
     logits = model(prefix, indices, order=order)
     targets = torch.stack(
         [grid.flatten(0, 1)[turn] for grid, turn in zip(indices, order, strict=True)]
@@ -280,7 +283,7 @@ def test_in_raster_order_it_draws_as_it_was_trained(depth: int, positions: str) 
     torch.testing.assert_close(raster, whole)
     cached = step_by_step(model, prefix, indices, model.make_cache(3))
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
-    drawn = generate(model, prefix, shaping=Shaping(0))
+    drawn = generate(model, prefix, params=SamplingParams(0))
     assert torch.equal(model(prefix, drawn).argmax(dim=2), drawn.flatten(1))
 
 
@@ -293,7 +296,7 @@ def test_what_random_orders_do_not_go_with() -> None:
     model = make_model()
     prefix, indices = some_input(model)
     with pytest.raises(ValueError, match="only a GPT with order_anneal"):
-        model(prefix, indices, order=draw_orders(indices, 1.0))
+        model(prefix, indices, order=sample_permutations(indices, 1.0))
     model = make_model(order_anneal=(0.5, 0.75))
     with pytest.raises(ValueError, match="neither be extrapolated"):
-        model(prefix, torch.zeros(3, 5, 5, dtype=torch.long), beyond="extrapolate")
+        model(prefix, torch.zeros(3, 5, 5, dtype=torch.long), position_extension="extrapolate")

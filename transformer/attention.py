@@ -39,7 +39,7 @@ def scaled_dot_product_attention(
     return y.type_as(q)
 
 
-def covers(window: int, grid: tuple[int, int]) -> bool:
+def window_is_full(window: int, grid: tuple[int, int]) -> bool:
     """Whether the window hides no earlier cell of the grid (h, w), so that none is needed."""
     return window == 0 or window >= max(grid)
 
@@ -170,7 +170,7 @@ def attend(
             f"expected {max(prefix, 1)} + {height}*{width} = {max(prefix, 1) + height * width} "
             f"tokens, got {q.shape[2]}"
         )
-    if covers(window, grid):
+    if window_is_full(window, grid):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
     before = [x[:, :, :prefix] for x in (q, k, v)]

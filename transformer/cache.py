@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.attention import covers, scaled_dot_product_attention, window_mask
-from transformer.positions import Beyond, Places, rotate
+from transformer.attention import scaled_dot_product_attention, window_is_full, window_mask
+from transformer.positions import Places, PositionExtension, rotate
 
 
 class KVCache:
@@ -38,7 +38,7 @@ class KVCache:
     ) -> None:
         self.places, self.prefix, self.depth = places, prefix, depth
         height, self.width = places.size
-        self.window = 0 if covers(window, places.size) else window
+        self.window = 0 if window_is_full(window, places.size) else window
         self.ring = (min(self.window, height) or height) * self.width * depth
         shape = (batch_size, kv_heads, prefix + self.ring, head_dim)
         self.device = device
@@ -97,7 +97,7 @@ class KVCache:
 
     def move_to(self, position: int) -> None:
         """Show the prefix as the cell at `position` is to see it (see `Places.offset`)."""
-        if position < self.prefix or self.places.beyond != Beyond.SLIDE:
+        if position < self.prefix or self.places.position_extension != PositionExtension.SLIDE:
             return
         offset = self.places.offset(*self.cell(position))
         if offset == self._offset:

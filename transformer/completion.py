@@ -9,7 +9,7 @@ from transformer.gpt import GPT
 from transformer.sampling import generate
 
 
-def unforeseen(keep: Tensor) -> Tensor:
+def later_known_mask(keep: Tensor) -> Tensor:
     """The given cells that come after a drawn one, (h, w), bool: no draw before sees them."""
     drawn_before = (~keep).flatten().cumsum(dim=0).view(keep.shape) > 0
     return keep & drawn_before
@@ -29,7 +29,7 @@ def complete(
     A raster order draws a cell without sight of the given cells behind it. So several candidates
     are drawn, and that one is taken whose drawn cells make the given cells behind them most
     likely, by the log-probabilities that the model has for them on the way, without guidance and
-    shaping: the mode of self-normalised importance sampling, with the draws as proposals.
+    params: the mode of self-normalised importance sampling, with the draws as proposals.
 
     Args:
         model: in eval mode.
@@ -42,7 +42,7 @@ def complete(
     Returns:
         Like `given`, int64, on the CPU.
     """
-    candidates = candidates if unforeseen(keep).any() else 1
+    candidates = candidates if later_known_mask(keep).any() else 1
     prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, given))
     scores = torch.zeros(len(prefixes))
     drawn = generate(

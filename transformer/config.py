@@ -159,7 +159,7 @@ class GPTConfig:
         return self.dim // self.num_heads
 
     @property
-    def by_cell(self) -> bool:
+    def has_absolute_positions(self) -> bool:
         """Whether cells have embeddings of their own: there are none for grids of other sizes."""
         return self.positions == "learned" or self.order_anneal is not None
 

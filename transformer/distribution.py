@@ -45,7 +45,7 @@ class Guidance:
 
 
 @dataclass(frozen=True)
-class Shaping:
+class SamplingParams:
     """What becomes of the model's distribution before it is drawn from, in this order.
 
     Attributes:
@@ -87,37 +87,37 @@ class Shaping:
             raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
 
 
-NO_GUIDANCE, UNSHAPED = Guidance(), Shaping()
+NO_GUIDANCE, DEFAULT_PARAMS = Guidance(), SamplingParams()
 
 
-def probabilities(logits: Tensor, shaping: Shaping = UNSHAPED) -> Tensor:
+def probabilities(logits: Tensor, params: SamplingParams = DEFAULT_PARAMS) -> Tensor:
     """The distribution to draw from.
 
     Args:
         logits: (..., K).
-        shaping: what is made of it.
+        params: what is made of it.
 
     Returns:
         (..., K), float32, each summing to 1.
     """
     logits, size = logits.float(), logits.shape[-1]
-    if shaping.temperature < SMALLEST_TEMPERATURE:
+    if params.temperature < SMALLEST_TEMPERATURE:
         return F.one_hot(logits.argmax(dim=-1), size).float()
     # The most likely one at 0, so that no temperature takes it out of range.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / shaping.temperature
-    top_k = shaping.top_k if shaping.top_k < size else 0
-    if not top_k and shaping.top_p == 1:
-        return _at_least(logits.softmax(dim=-1), shaping.min_p)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
+    top_k = params.top_k if params.top_k < size else 0
+    if not top_k and params.top_p == 1:
+        return _at_least(logits.softmax(dim=-1), params.min_p)
     if top_k:
         ordered, order = logits.topk(top_k, dim=-1)
     else:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.softmax(dim=-1)
-    if shaping.top_p < 1:
+    if params.top_p < 1:
         before = ordered.cumsum(dim=-1) - ordered  # probability of all more likely indices
-        ordered = ordered.masked_fill(before >= shaping.top_p, 0.0)
+        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
         ordered = ordered / ordered.sum(dim=-1, keepdim=True)
-    ordered = _at_least(ordered, shaping.min_p)
+    ordered = _at_least(ordered, params.min_p)
     return torch.zeros_like(logits).scatter(-1, order, ordered)
 
 
@@ -152,7 +152,7 @@ def draw(distribution: Tensor, uniform: Tensor) -> Tensor:
 
 
 def choose(
-    logits: Tensor, uniform: Tensor, shaping: Shaping, scale: Tensor | float | None
+    logits: Tensor, uniform: Tensor, params: SamplingParams, scale: Tensor | float | None
 ) -> Tensor:
     """The indices that are drawn, (B,), int64.
 
@@ -160,11 +160,11 @@ def choose(
         logits: (B, K); with a scale (2B, K), first those that know class and condition, then those
             that do not.
         uniform: (B,) in [0, 1).
-        shaping: see `probabilities`.
+        params: see `probabilities`.
         scale: of the guidance, see `Guidance.at`; None for none.
     """
     logits = logits.float()
     if scale is not None:
         informed, without = logits.chunk(2)
         logits = torch.lerp(without, informed, scale)
-    return draw(probabilities(logits, shaping), uniform)
+    return draw(probabilities(logits, params), uniform)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from transformer.attention import attend, covers, window_mask
+from transformer.attention import attend, window_is_full, window_mask
 
 
 @lru_cache(maxsize=8)
@@ -45,7 +45,7 @@ def flex_attend(
     depth: int = 1,
 ) -> Tensor:
     """`attend` by FlexAttention; has a backward pass on CUDA only."""
-    if covers(window, grid):
+    if window_is_full(window, grid):
         return attend(q, k, v, grid=grid, window=window, prefix=prefix, depth=depth)
     mask = block_mask(grid, window, prefix, q.device, depth)
     return _kernel(q.device.type)(q, k, v, block_mask=mask)
@@ -62,7 +62,7 @@ def flex_attend_on(
         what takes the arguments of `attend`; grids of another shape go to `flex_attend`.
     """
     shape = {"grid": tuple(grid), "window": window, "prefix": prefix, "depth": depth}
-    if covers(window, grid):
+    if window_is_full(window, grid):
         return attend
     mask, kernel = block_mask(**shape, device=device), _kernel(device.type)
 

@@ -11,7 +11,7 @@ from transformer.blocks import Attend, Block, RMSNorm
 from transformer.cache import KVCache
 from transformer.config import GPTConfig
 from transformer.head import Head
-from transformer.positions import Beyond
+from transformer.positions import PositionExtension
 from transformer.sequence import Sequence
 
 
@@ -69,7 +69,7 @@ class GPT(nn.Module):
         indices: Tensor,
         order: Tensor | None = None,
         *,
-        beyond: Beyond | None = None,
+        position_extension: PositionExtension | None = None,
         loss: bool = False,
     ) -> Tensor:
         """Logits of every token given the prefix and the tokens before it.
@@ -81,7 +81,7 @@ class GPT(nn.Module):
                 (B, h, w, depth).
             order: (B, h*w), permutations of the cells to predict them in, of a model with
                 `order_anneal`; default: raster order.
-            beyond: EXTRAPOLATE or INTERPOLATE accept any (h, w), with rotary positions.
+            position_extension: EXTRAPOLATE or INTERPOLATE accept any (h, w), with rotary positions.
             loss: return the cross-entropy of `indices` instead; a large one is taken in parts,
                 so that the logits never stand whole.
 
@@ -90,11 +90,12 @@ class GPT(nn.Module):
             depth innermost, or in `order`; with `loss` (B, n), in nats, float32.
 
         Raises:
-            ValueError: a grid of another size than the trained one, without `beyond`; an order
+            ValueError: a grid of another size than the trained one, without
+                `position_extension`; an order
                 that the model was not made for.
         """
         config, grid = self.config, tuple(indices.shape[1:3])
-        turn = self._turn_in(grid, beyond)  # (p + n, head_dim / 2) each
+        turn = self._turn_in(grid, position_extension)  # (p + n, head_dim / 2) each
         tokens = indices.flatten(1)  # (B, n)
         x = self._embed_all(prefix, tokens)  # (B, p + n, dim)
         if order is not None:
@@ -191,7 +192,7 @@ class GPT(nn.Module):
         self,
         batch_size: int,
         size: tuple[int, int] | None = None,
-        beyond: Beyond = Beyond.SLIDE,
+        position_extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
         """An empty cache for `batch_size` grids of `size` (default: the trained one).
 
@@ -204,7 +205,7 @@ class GPT(nn.Module):
             batch_size=batch_size,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            places=self.sequence.places(size or config.latent_dim, beyond),
+            places=self.sequence.places(size or config.latent_dim, position_extension),
             window=config.window_size,
             prefix=config.prefix_length,
             depth=config.depth,
@@ -269,17 +270,17 @@ class GPT(nn.Module):
         return row * self.config.latent_dim[1] + column
 
     def _turn_in(
-        self, grid: tuple[int, int], beyond: Beyond | None
+        self, grid: tuple[int, int], position_extension: PositionExtension | None
     ) -> tuple[Tensor, Tensor] | None:
         """cos and sin of the whole sequence, for rotary positions."""
         if grid != self.config.latent_dim:
-            if beyond is None:
+            if position_extension is None:
                 raise ValueError(
                     f"this GPT was made for a grid of {self.config.latent_dim}, got {grid}"
                 )
-            if beyond == Beyond.SLIDE:
+            if position_extension == PositionExtension.SLIDE:
                 raise ValueError("sliding positions exist only where cells are drawn one by one")
-            turn = self.sequence.turn(self.sequence.places(grid, beyond))
+            turn = self.sequence.turn(self.sequence.places(grid, position_extension))
             return tuple(angle.to(self.head.weight.device) for angle in turn)
         return (self.cos, self.sin) if self.config.positions == "rotary" else None
 

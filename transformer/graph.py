@@ -11,7 +11,7 @@ from transformer import noise
 from transformer.attention import scaled_dot_product_attention
 from transformer.blocks import Attend
 from transformer.cache import KVCache
-from transformer.distribution import Shaping, choose
+from transformer.distribution import SamplingParams, choose
 from transformer.gpt import GPT
 from transformer.step import Step
 
@@ -66,7 +66,7 @@ def draw_at(
     scale: Tensor | None,
     *,
     slots: int,
-    shaping: Shaping,
+    params: SamplingParams,
 ) -> Outputs:
     """`Step` behind the prefix, with all that differs from cell to cell in tensors.
 
@@ -75,7 +75,7 @@ def draw_at(
         tokens: (B,), the index of the cell before.
         keys: (B,), see `noise.keys`.
         scale: (), of the guidance; None for none.
-        shaping: of the distributions that are drawn from.
+        params: of the distributions that are drawn from.
 
     Returns:
         logits: (B, K), of the model that knows class and condition.
@@ -83,7 +83,7 @@ def draw_at(
     """
     rows = tokens if scale is None else tokens.repeat(2)
     logits = step_at(model, cache, rows, token, slots)
-    return logits[: len(tokens)], choose(logits, noise.uniform(keys, token), shaping, scale)
+    return logits[: len(tokens)], choose(logits, noise.uniform(keys, token), params, scale)
 
 
 class Recorder:
@@ -158,7 +158,7 @@ class GraphStep(Step):
                     self._draw,
                     *(self.model, self.cache, self._tokens, self._token, self._keys, self._scale),
                     slots=slots,
-                    shaping=self.shaping,
+                    params=self.params,
                 )
             )
         return self._graphs[slots]()
@@ -186,6 +186,6 @@ def make_step(model: GPT, batch_size: int, *, compiled: bool = False, **options:
         compiled: the graphs, on a GPU; takes a minute and pays for many images.
     """
     on_gpu = model.head.weight.device.type == "cuda"
-    if not compiled or not on_gpu or model.config.by_cell or model.config.depth > 1:
+    if not compiled or not on_gpu or model.config.has_absolute_positions or model.config.depth > 1:
         return Step(model, batch_size, **options)
     return GraphStep(model, batch_size, draw=_compiled(), record=Recorder(), **options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def random_share(anneal: tuple[float, float], progress: float) -> float:
+def random_order_probability(anneal: tuple[float, float], progress: float) -> float:
     """Probability of a random order after a share `progress` of the training (section 3.2).
 
     1 up to the first number of `anneal`, 0 from the second on, linear in between.
@@ -19,11 +19,15 @@ def random_share(anneal: tuple[float, float], progress: float) -> float:
     return max(0.0, (end - progress) / (end - start)) if end > start else 0.0
 
 
-def draw_orders(indices: Tensor, share: float) -> Tensor:
+def sample_permutations(
+    indices: Tensor, share: float, generator: torch.Generator | None = None
+) -> Tensor:
     """Orders (B, h*w) for indices (B, h, w[, depth]): random in a `share` of them."""
     count, cells = len(indices), indices.shape[1] * indices.shape[2]
-    shuffled = torch.rand(count, cells).argsort(dim=1)
-    orders = torch.where(torch.rand(count, 1) < share, shuffled, torch.arange(cells))
+    shuffled = torch.rand(count, cells, generator=generator).argsort(dim=1)
+    orders = torch.where(
+        torch.rand(count, 1, generator=generator) < share, shuffled, torch.arange(cells)
+    )
     return orders.to(indices.device)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Beyond(StrEnum):
+class PositionExtension(StrEnum):
     """Positions in grids that are larger than the trained one."""
 
     SLIDE = "slide"  # the prefix is seen from where a crop of the trained size would lie
@@ -86,15 +86,19 @@ class Places:
     Attributes:
         size: rows and columns (h, w) of the grid.
         trained: rows and columns that the model was trained on.
-        beyond: what happens where `size` is the larger.
+        position_extension: what happens where `size` is the larger.
     """
 
     def __init__(
-        self, size: tuple[int, int], trained: tuple[int, int], head_dim: int, beyond: Beyond
+        self,
+        size: tuple[int, int],
+        trained: tuple[int, int],
+        head_dim: int,
+        position_extension: PositionExtension,
     ) -> None:
-        self.size, self.trained, self.beyond = size, trained, beyond
+        self.size, self.trained, self.position_extension = size, trained, position_extension
         self._head_dim = head_dim
-        stretch = beyond == Beyond.INTERPOLATE
+        stretch = position_extension == PositionExtension.INTERPOLATE
         self._scale = [
             t / s if stretch and s > t else 1.0 for s, t in zip(size, trained, strict=True)
         ]
@@ -117,7 +121,7 @@ class Places:
         down, right = torch.arange(row, row + rows), torch.arange(self.size[1])
         return self.at(down.repeat_interleave(self.size[1]), right.repeat(rows))
 
-    def laid_over(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def aligned_positions(self, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """cos and sin of another grid spread over this one, (its cells, head_dim / 2) each.
 
         What lies at the same place of the picture is turned alike, whatever the two sizes.

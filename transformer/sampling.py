@@ -13,7 +13,7 @@ from transformer.step import Step
 
 
 @torch.no_grad()
-def draw_rows(
+def generate_rows(
     step: Step,
     prefix: Tensor,
     keys: Tensor,
@@ -33,7 +33,7 @@ def draw_rows(
             (B, h, w, depth).
         keep: (h, w), bool.
         scores: (B,), float32, to which the log-probabilities of the kept cells are added that
-            come behind a drawn one, as the model has them: without guidance and shaping.
+            come behind a drawn one, as the model has them: without guidance and params.
 
     Yields:
         (B, w) or (B, w, depth), int64, from the top row to the bottom row.
@@ -96,9 +96,10 @@ def generate(
         keep: (h, w), bool: indices that are taken over, and where.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: with a window the
             memory then does not depend on the height, if it lies on a disk.
-        scores: (N,), float32, on the CPU, takes in how likely the given cells are, see `draw_rows`.
+        scores: (N,), float32, on the CPU, takes in how likely the
+            given cells are, see `generate_rows`.
         progress: called with the number of images after each batch.
-        options: beyond, guidance and shaping of `Step`; compiled of `make_step`.
+        options: position_extension, guidance and params of `Step`; compiled of `make_step`.
 
     Returns:
         `out`; without it (N, h, w) or (N, h, w, depth), int64, on the CPU.
@@ -117,7 +118,7 @@ def generate(
             step = None  # first, so that there are never two caches
             step = make_step(model, count, size=size, **options)
         sums = torch.zeros(count, device=device)
-        rows = draw_rows(
+        rows = generate_rows(
             *(step, prefix[part].to(device), keys[part]),
             given=None if given is None else given[part].to(device),
             keep=keep,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from transformer.config import GPTConfig
 from transformer.order import token_order
-from transformer.positions import Beyond, Places
+from transformer.positions import Places, PositionExtension
 
 
 class Sequence:
@@ -29,7 +29,9 @@ class Sequence:
         prefix, cells = x.tensor_split([self.prefix])
         return torch.cat([prefix, cells.repeat_interleave(self.depth, dim=0)])
 
-    def places(self, size: tuple[int, int], beyond: Beyond = Beyond.SLIDE) -> Places:
+    def places(
+        self, size: tuple[int, int], position_extension: PositionExtension = PositionExtension.SLIDE
+    ) -> Places:
         """Where the cells of a grid of `size` are to the model.
 
         Raises:
@@ -41,12 +43,16 @@ class Sequence:
             raise ValueError(
                 f"a GPT with conditions takes grids of its own size {config.latent_dim}, got {size}"
             )
-        if size != config.latent_dim and config.by_cell and beyond != Beyond.SLIDE:
+        if (
+            size != config.latent_dim
+            and config.has_absolute_positions
+            and position_extension != PositionExtension.SLIDE
+        ):
             raise ValueError(
                 "learned positions (also those of order_anneal) can neither be extrapolated nor "
                 "interpolated"
             )
-        return Places(size, config.latent_dim, config.head_dim, beyond)
+        return Places(size, config.latent_dim, config.head_dim, position_extension)
 
     def turn(self, places: Places) -> tuple[Tensor, Tensor]:
         """cos and sin of all tokens, (p + n, head_dim / 2) each; the class is not turned.
@@ -58,7 +64,7 @@ class Sequence:
         still = cos.new_full((1, cos.shape[1]), 0.0 if self.config.blank_prefix else 1.0)
         parts = [(still, torch.zeros_like(still)), (cos, sin)]
         if self.config.condition_latent_dim is not None:
-            parts.insert(1, places.laid_over(self.config.condition_latent_dim))
+            parts.insert(1, places.aligned_positions(self.config.condition_latent_dim))
         cos, sin = (torch.cat(angles) for angles in zip(*parts, strict=True))
         return self.by_token(cos), self.by_token(sin)
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from transformer import noise
-from transformer.distribution import NO_GUIDANCE, UNSHAPED, Guidance, Shaping, choose
+from transformer.distribution import DEFAULT_PARAMS, NO_GUIDANCE, Guidance, SamplingParams, choose
 from transformer.gpt import GPT
-from transformer.positions import Beyond
-from transformer.prefix import unknown
+from transformer.positions import PositionExtension
+from transformer.prefix import null_prefix
 
 
 class Step:
@@ -25,9 +25,9 @@ class Step:
         batch_size: int,
         *,
         size: tuple[int, int],
-        beyond: Beyond = Beyond.SLIDE,
+        position_extension: PositionExtension = PositionExtension.SLIDE,
         guidance: Guidance = NO_GUIDANCE,
-        shaping: Shaping = UNSHAPED,
+        params: SamplingParams = DEFAULT_PARAMS,
     ) -> None:
         """Allocate the cache.
 
@@ -35,14 +35,14 @@ class Step:
             model: in eval mode.
             batch_size: grids in a batch.
             size: (h, w) of the grids.
-            beyond: positions in a grid that is larger than the trained one.
+            position_extension: positions in a grid that is larger than the trained one.
             guidance: two passes in one batch, with class and condition, and without.
-            shaping: of the distributions that are drawn from.
+            params: of the distributions that are drawn from.
         """
-        self.model, self.guidance, self.shaping = model, guidance, shaping
+        self.model, self.guidance, self.params = model, guidance, params
         self.batch_size, self.count = batch_size, size[0] * size[1] * model.config.depth
         self.guided = guidance.scale != 1
-        self.cache = model.make_cache(batch_size * (1 + self.guided), size, beyond)
+        self.cache = model.make_cache(batch_size * (1 + self.guided), size, position_extension)
 
     def begin(self, keys: Tensor) -> None:
         """Begin a batch whose random numbers follow from `keys` (B,), see `noise.keys`."""
@@ -64,7 +64,7 @@ class Step:
             drawn: (B,), int64, or None.
         """
         if self.guided:
-            without = tokens if token else unknown(tokens, self.model.config)
+            without = tokens if token else null_prefix(tokens, self.model.config)
             tokens = torch.cat([tokens, without])
         # The prefix, all at once, comes in at position 0.
         position = self.model.config.prefix_length + token - 1 if token else 0
@@ -76,7 +76,7 @@ class Step:
         """The same for the prefix and given rows (B, r, w[, depth]), all in one pass."""
         token = given[0].numel()
         if self.guided:
-            prefix = torch.cat([prefix, unknown(prefix, self.model.config)])
+            prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
             given = torch.cat([given, given])
         return self._choose(self.model.prefill(prefix, given, self.cache), token, draws)
 
@@ -84,5 +84,5 @@ class Step:
         drawn = None
         if draws:
             scale = self.guidance.at(token, self.count) if self.guided else None
-            drawn = choose(logits, noise.uniform(self._keys, token), self.shaping, scale)
+            drawn = choose(logits, noise.uniform(self._keys, token), self.params, scale)
         return logits[: self.batch_size], drawn

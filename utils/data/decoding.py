@@ -184,10 +184,10 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
         raise
     except Exception as error:  # Pillow raises nearly everything on damaged files
         raise UserError(
-            f"--keep {path} is neither a side as top:0.5 nor a picture that can be read: "
+            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: "
             f"{complaint(path, error)}"
         ) from error
     keep = np.asarray(mask) >= 128
     if keep.all():
-        raise UserError(f"--keep {path} leaves nothing to draw; black cells are drawn")
+        raise UserError(f"--mask {path} leaves nothing to draw; black cells are drawn")
     return keep

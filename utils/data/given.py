@@ -1,4 +1,4 @@
-"""Grids of which some cells are given: what --complete and --keep say."""
+"""Grids of which some cells are given: what --complete and --mask say."""
 
 from pathlib import Path
 from typing import NamedTuple
