@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from transformer import GPT, make_prefix
-from utils import cli, distributed, tracking
+from utils import addresses, cli, distributed, tracking
 from utils.data.images import ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import comparison, features, parts, published, record
@@ -25,7 +25,7 @@ ALL_ROWS = "all of path_to_data"  # what the protocol says where no split counts
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return checkpoint.load_model(tracking.fetch(address), VQVAE, device)
+    return checkpoint.load_model(addresses.fetch(address), VQVAE, device)
 
 
 def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
@@ -146,7 +146,7 @@ def encode_conditions(
 
 def evaluate_likelihood(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
-    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, device)
+    gpt = checkpoint.load_model(addresses.fetch(arguments.model_path), GPT, device)
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
     tokenizer = load_tokenizer(arguments.model_dir, device)

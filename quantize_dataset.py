@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import cli, distributed, metrics, tracking
+from utils import addresses, cli, distributed, metrics, tracking
 from utils.data.augmentation import Augmentation
 from utils.data.conditions import write_conditions
 from utils.data.crops import FILE
@@ -124,7 +124,7 @@ def load_condition_tokenizer(address: str | None, device: torch.device) -> Loade
     """
     if address is None:
         return None
-    tokenizer = checkpoint.load_model(tracking.fetch(address), VQVAE, device)
+    tokenizer = checkpoint.load_model(addresses.fetch(address), VQVAE, device)
     depth = tokenizer.model.config.depth
     if depth > 1:
         raise cli.UserError(
@@ -165,7 +165,7 @@ def split(dataset: ImageDataset, origin: Provenance) -> list[Row]:
 def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     device = distributed.pick_device(arguments.device)
-    tokenizer = checkpoint.load_model(tracking.fetch(arguments.model_dir), VQVAE, device)
+    tokenizer = checkpoint.load_model(addresses.fetch(arguments.model_dir), VQVAE, device)
     second = load_condition_tokenizer(arguments.condition_model_dir, device)
     config, origin = tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(arguments.path_to_data).stem}"

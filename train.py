@@ -22,7 +22,7 @@ from transformer import (
     random_order_probability,
     sample_permutations,
 )
-from utils import cli, distributed, figures, metrics, tracking
+from utils import addresses, cli, distributed, figures, metrics, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
@@ -179,10 +179,10 @@ def main(arguments: argparse.Namespace) -> None:
 
     tokenizer = None
     if source.model_dir:
-        address = tracking.fetch(source.model_dir)
+        address = addresses.fetch(source.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, group.device)
     data = IndexDataset(
-        tracking.fetch(source.path_to_data),
+        addresses.fetch(source.path_to_data),
         tokenizer,
         latent_dim=arguments.latent_dim,
         val_fraction=source.val_fraction,
@@ -306,7 +306,7 @@ def main(arguments: argparse.Namespace) -> None:
             print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
             if not bits < unigram:
                 print(NO_BETTER_WARNING.format(bits, unigram))
-            print(run.how_to_look)
+            print(run.ui_hint)
     if group.is_main:
         words = ["transformer_generation.py", "--model_path", output_dir / "best"]
         words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]

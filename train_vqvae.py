@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import cli, distributed, figures, metrics, plots, tracking
+from utils import addresses, cli, distributed, figures, metrics, plots, tracking
 from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
 from utils.distributed import Distributed
 from utils.files import sha256
@@ -105,7 +105,7 @@ def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQ
         raise cli.UserError(
             "--preset cannot go with --init_from, whose network it is; leave it out"
         )
-    start = checkpoint.load_model(tracking.fetch(init_from), VQVAE)
+    start = checkpoint.load_model(addresses.fetch(init_from), VQVAE)
     given = {field.name for field in fields(VQVAEConfig)} & flags.given
     free = given & {"image_size", *TRAINING_ONLY}
     for name in sorted(given - free):
@@ -346,7 +346,7 @@ def main(arguments: argparse.Namespace) -> None:
                 break
         if group.is_main:
             report_best(run, dataset, val_rows, config, replace(group, world_size=1), progress.step)
-            print(run.how_to_look)
+            print(run.ui_hint)
     if group.is_main:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")
         print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))

@@ -22,7 +22,7 @@ from transformer import (
 )
 from transformer.completion import later_known_mask
 from transformer.distribution import SCHEDULES
-from utils import cli, distributed, figures, tracking
+from utils import addresses, cli, distributed, figures, tracking
 from utils.data.conditions import Condition, take_conditions, write_conditions
 from utils.data.given import Given, read_given
 from utils.data.index_folder import allocate, new_folder
@@ -101,7 +101,7 @@ def read_conditions(
             )
         return Condition(None, [])
     if arguments.conditions or arguments.complete:
-        path = tracking.fetch(arguments.conditions or arguments.complete)
+        path = addresses.fetch(arguments.conditions or arguments.complete)
         conditions = take_conditions(path, vocabulary.condition, alone=bool(arguments.conditions))
         return conditions.in_turn(count, times=arguments.variations)
     if config.condition_dropout == 0:
@@ -131,13 +131,13 @@ def read_inputs(
     """What is read, by address: the SHA-256 of each."""
     inputs = {arguments.model_path: gpt.sha256}
     if arguments.vocabulary_path:
-        file = find_vocabulary(tracking.fetch(arguments.vocabulary_path))
+        file = find_vocabulary(addresses.fetch(arguments.vocabulary_path))
         if file.resolve().parent == gpt.folder.resolve():  # a part of the model, and goes with it
             inputs[arguments.vocabulary_path] = gpt.sha256
         else:
             inputs[str(file)] = sha256(file)
     for address in filter(None, (arguments.complete, arguments.conditions)):
-        inputs[address] = digest(tracking.fetch(address))
+        inputs[address] = digest(addresses.fetch(address))
     if arguments.model_dir:
         inputs[arguments.model_dir] = tokenizer_sha256
     return inputs
@@ -160,21 +160,21 @@ def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments, device)
     guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
     params = cli.read_flags(SamplingParams, arguments)
-    gpt = checkpoint.load_model(tracking.fetch(arguments.model_path), GPT, device)
+    gpt = checkpoint.load_model(addresses.fetch(arguments.model_path), GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         gpt.model.cast(torch.bfloat16)
-    vocabulary = read_vocabulary(tracking.fetch(arguments.vocabulary_path or str(gpt.folder)))
+    vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
     check_guidance(arguments, gpt.model.config)
     tokenizer = None
     if arguments.model_dir:
-        address = tracking.fetch(arguments.model_dir)
+        address = addresses.fetch(arguments.model_dir)
         tokenizer = checkpoint.load_model(address, VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
 
     given = None
     if arguments.complete:
-        path, keep = tracking.fetch(arguments.complete), arguments.mask or KEEP
+        path, keep = addresses.fetch(arguments.complete), arguments.mask or KEEP
         given = read_given(path, vocabulary, keep, arguments.num_images, arguments.variations)
         if arguments.candidates > 1 and not later_known_mask(given.keep).any():
             raise cli.UserError(
@@ -196,7 +196,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_writable(output_dir)
-    sources = [tracking.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
+    sources = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_images
-from utils import cli, provenance, tracking
+from utils import addresses, cli, provenance, tracking
 from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row, split_rows
@@ -208,7 +208,7 @@ def test_the_report_of_the_gpt_shows_the_closest_pairs(
     page = Path("outputs/gpt/report.html").read_text()
     for name in ("images", "others"):
         assert f"evaluation outputs {name} closest pairs pixels" in page
-        assert (tracking.fetch(f"runs:/{run.run_id}/evaluation/outputs-{name}")).is_dir()
+        assert (addresses.fetch(f"runs:/{run.run_id}/evaluation/outputs-{name}")).is_dir()
     compared = evaluate("--compare", run.run_id, "outputs/gpt")
     assert compared.startswith("outputs-images/samples\n")
     assert "outputs-others/samples\n" in compared

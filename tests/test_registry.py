@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import open_run
-from utils import tracking
+from utils import addresses, tracking
 from utils.cli import UserError
 from utils.tracking import registry
 from utils.tracking.registry import Criterion
@@ -25,7 +25,7 @@ def train(name: str, mse: float, **options: Any) -> tracking.Run:
 
 
 def champion() -> str:
-    return (tracking.fetch("models:/digits@champion") / "model.safetensors").read_text()
+    return (addresses.fetch("models:/digits@champion") / "model.safetensors").read_text()
 
 
 def test_the_better_model_is_champion(store: Any, capsys: pytest.CaptureFixture) -> None:

@@ -56,9 +56,9 @@ def test_what_is_logged_is_in_the_folder_and_in_mlflow(store: Any) -> None:
     assert Path(sys.argv[0]).name in found.data.tags["mlflow.note.content"]
     assert found.data.tags["mlflow.runColor"].startswith("#")
     page = f"/experiments/{found.info.experiment_id}/runs/{run.run_id}/"
-    assert page in run.how_to_look
-    assert run.how_to_look.endswith("workflowType=machine_learning")
-    assert os.environ["MLFLOW_TRACKING_URI"] in run.how_to_look
+    assert page in run.ui_hint
+    assert run.ui_hint.endswith("workflowType=machine_learning")
+    assert os.environ["MLFLOW_TRACKING_URI"] in run.ui_hint
 
     assert json.loads(Path("out/config.json").read_text()) == {"a": 1}
     with Image.open(picture) as image:
@@ -225,7 +225,7 @@ def test_a_model_from_elsewhere_is_not_logged(store: Any, capsys: pytest.Capture
         run.picture("samples", PICTURE, 0)
     assert "--run_id" in capsys.readouterr().out
     assert not Path("later").exists()
-    assert run.how_to_look == "not logged to MLflow"
+    assert run.ui_hint == "not logged to MLflow"
 
 
 def test_what_mlflow_refuses_for_good_does_not_hold_up_the_rest(

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import PICTURE, environment, lines_of, open_run
-from utils import tracking
+from utils import addresses, tracking
 from utils.tracking import outbox
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -113,9 +113,9 @@ def test_all_of_a_run_over_http(server: subprocess.Popen, capsys: pytest.Capture
     with open_run(params={"batch_size": 4}) as run:
         log(run, 0)
     assert steps_in_mlflow(run) == [0]
-    fetched = tracking.fetch(f"runs:/{run.run_id}/metrics.jsonl")
+    fetched = addresses.fetch(f"runs:/{run.run_id}/metrics.jsonl")
     assert json.loads(fetched.read_text()) == lines_of(run)[0]
-    assert os.environ["MLFLOW_TRACKING_URI"] in run.how_to_look
+    assert os.environ["MLFLOW_TRACKING_URI"] in run.ui_hint
     assert capsys.readouterr() == ("", "")
 
 
@@ -140,7 +140,7 @@ def test_a_server_that_hangs_and_comes_back_gets_everything(
             server.send_signal(signal.SIGCONT)
             wait_for(lambda count=step + 1: len(steps_in_mlflow(run)) == count)
     assert steps_in_mlflow(run) == [0, 1]
-    assert tracking.fetch(f"runs:/{run.run_id}/tables/pairs-1.json").is_file()
+    assert addresses.fetch(f"runs:/{run.run_id}/tables/pairs-1.json").is_file()
     said.append(capsys.readouterr().err)
     assert len("".join(said).splitlines()) == 1
     assert not caplog.records

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import errno
 import itertools
+import os
 import shlex
 import sys
 import traceback
@@ -233,6 +234,15 @@ def make_parser(description: str | None, prog: str | None = None) -> Parser:
     return parser
 
 
+def configure_process() -> None:
+    """Set defaults of libraries in the environment, before they are imported."""
+    # MLflow waits for four minutes in each call unless it is told otherwise.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+
 def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
     """Parse the flags, run `main`, and exit: 0, 2 after an error of the user, 130 or 143."""
     run_with(main, parser.parse_args())
@@ -240,6 +250,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentPar
 
 def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """`run` with flags that are parsed already."""
+    configure_process()
     try:
         main(arguments)
     except UserError as error:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import cli, tracking
+from utils import addresses, cli
 from utils.data import indices
 from utils.files import sha256
 from utils.provenance import ROOT, Lineage, Stage, finished, git_commit, of_json, of_picture
@@ -36,12 +36,12 @@ def find(what: str) -> Lineage:
         UserError: there is no such thing, or it does not say where it comes from.
     """
     if what.startswith(gateway.ADDRESSES) or Path(what).exists():
-        lineage = of_path(tracking.fetch(what))
+        lineage = of_path(addresses.fetch(what))
     elif not re.fullmatch("[0-9a-f]{32}", what):
         raise cli.UserError(f"{what} is no file, no folder, and no id of an MLflow run")
     else:
         gateway.existing_run(gateway.open_client(), what)
-        lineage = of_json(tracking.fetch(f"runs:/{what}/{links.FILE}").read_text(), what)
+        lineage = of_json(addresses.fetch(f"runs:/{what}/{links.FILE}").read_text(), what)
     if not lineage:
         raise cli.UserError(f"{what} does not say where it comes from; nothing is known of it")
     return lineage
@@ -101,7 +101,7 @@ def check_inputs(lineage: Lineage) -> None:
     for number, stage in enumerate(lineage):
         for path, sha in stage.inputs.items():
             if maker(sha, lineage[:number]) is None:
-                now = digest(tracking.fetch(path))
+                now = digest(addresses.fetch(path))
                 if now != sha:
                     raise cli.UserError(
                         f"{path} is not what the {stage.name} was made of: its SHA-256 was "

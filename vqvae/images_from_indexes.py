@@ -11,7 +11,7 @@ if not __package__:  # run by its path: the packages are one folder up
 import torch
 from tqdm import tqdm
 
-from utils import cli, distributed, figures, provenance, tracking
+from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.conditions import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.provenance import LoadedModel, Split
@@ -38,7 +38,7 @@ def prepare(folder: Path) -> None:
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return checkpoint.load_model(tracking.fetch(address), VQVAE, device)
+    return checkpoint.load_model(addresses.fetch(address), VQVAE, device)
 
 
 def decode_conditions(
@@ -61,7 +61,7 @@ def decode_conditions(
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model_dir, device)
-    path = tracking.fetch(arguments.indexes_path)
+    path = addresses.fetch(arguments.indexes_path)
     indices = read_indices(
         path,
         latent_dim=arguments.latent_dim,
@@ -113,7 +113,7 @@ def main(arguments: argparse.Namespace) -> None:
         run.picture("pictures/generated", picture, 0)
 
     print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
-    print(run.how_to_look)
+    print(run.ui_hint)
 
 
 def make_parser() -> argparse.ArgumentParser:

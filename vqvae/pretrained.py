@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import cli, foreign, tracking
+from utils import addresses, cli, foreign
 from utils.files import (
     TEMPORARY,
     check_size,
@@ -132,7 +132,7 @@ def bring_in(arguments: argparse.Namespace) -> None:
 
 def take_out(arguments: argparse.Namespace) -> None:
     """Convert a model folder into a checkpoint of another project."""
-    loaded = checkpoint.load_model(tracking.fetch(arguments.checkpoint), VQVAE)
+    loaded = checkpoint.load_model(addresses.fetch(arguments.checkpoint), VQVAE)
     try:
         state = to_other(arguments.target, loaded.model)
     except ValueError as error:

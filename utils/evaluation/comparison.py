@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import tracking
+from utils import addresses
 from utils.cli import UserError
 from utils.evaluation.bootstrap import WIDTH
 from utils.evaluation.record import FOLDER, KINDS, title
@@ -50,7 +50,7 @@ def find(place: str | Path) -> dict[str, Path]:
     """
     path = Path(place)
     if not path.exists():
-        path = tracking.fetch(f"runs:/{place}/{FOLDER}")
+        path = addresses.fetch(f"runs:/{place}/{FOLDER}")
     if path.suffix == ".json" and path.is_file():
         return {path.stem: path}
     found: dict[str, Path] = {}

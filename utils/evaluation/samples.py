@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from utils import provenance, tracking
+from utils import addresses, provenance
 from utils.cli import UserError
 from utils.data.indices import digest, lineage_of, read_indices
 from utils.evaluation.decoded import DecodedImages
@@ -74,7 +74,7 @@ def read_samples(
         )
     if tokenizer is None:
         raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    path = tracking.fetch(indexes_path)
+    path = addresses.fetch(indexes_path)
     samples = read_drawn(path, tokenizer)
     if path != Path(indexes_path):  # fetched to a folder that nobody will look into
         samples = samples._replace(place=Path("outputs", *indexes_path.split("/")[1:]))

@@ -5,8 +5,8 @@
 passes it on.
 """
 
-from utils.tracking.gateway import fetch
-from utils.tracking.run import OUTPUT_TAG, Run, continue_run, home_of
+from utils.addresses import OUTPUT_TAG, fetch
+from utils.tracking.run import Run, continue_run, home_of
 from utils.tracking.store import experiment_of
 
 __all__ = ["OUTPUT_TAG", "Run", "continue_run", "experiment_of", "fetch", "home_of"]

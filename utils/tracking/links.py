@@ -1,11 +1,11 @@
 """Runs that belong together name each other, in tags and in notes with links."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from utils import provenance
+from utils.addresses import tracking_uri
 from utils.cli import command_line
 from utils.provenance import Lineage
 from utils.tracking import gateway
@@ -24,9 +24,9 @@ def first_note(output_dir: Path) -> str:
     return f"```\n{command_line()}\n```\n\nOutput folder: `{output_dir}`"
 
 
-def how_to_look(experiment_id: str, run_id: str) -> str:
+def ui_hint(experiment_id: str, run_id: str) -> str:
     """How to see the curves and pictures of a run, in lines for the terminal."""
-    address = os.environ["MLFLOW_TRACKING_URI"]
+    address = tracking_uri()
     server, start = address.rstrip("/"), ""
     if not address.startswith("http"):
         server = "http://127.0.0.1:5000"

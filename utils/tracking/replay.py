@@ -8,7 +8,6 @@ from typing import Any
 
 from utils import provenance
 from utils.tracking import gateway, journal, links, metrics_log, picture_table, registry, store
-from utils.tracking.gateway import Point
 from utils.tracking.journal import Line
 
 
@@ -57,7 +56,7 @@ def _milliseconds(entry: Line) -> int:
 
 def _send_metrics(client: Any, run_id: str, lines: list[Line]) -> int:
     found = [
-        Point(key, value, _milliseconds(line), line["step"])
+        gateway.Point(key, value, _milliseconds(line), line["step"])
         for line in lines
         for key, value in metrics_log.numbers(line).items()
     ]

@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from utils import provenance
+from utils.addresses import OUTPUT_TAG, START_OR_UNSET, store_errors
 from utils.cli import Stopped, UserError, one_line
 from utils.provenance import Lineage, Stage
 from utils.tracking import (
@@ -33,8 +34,6 @@ from utils.tracking.journal import Journal
 from utils.tracking.outbox import Outbox
 from utils.tracking.store import experiment_of
 from utils.tracking.system_metrics import SystemMetrics
-
-OUTPUT_TAG = "output_dir"  # where a run's output folder was made
 
 
 def continue_run(
@@ -149,7 +148,7 @@ class Run:
             return
         output_dir.mkdir(parents=True, exist_ok=True)
         self._client = gateway.open_client()
-        with gateway.opening_a_run():
+        with store_errors("cannot open a run in MLflow", START_OR_UNSET):
             if run_id is not None and not (continued and self._gone(run_id)):
                 run = gateway.existing_run(self._client, run_id)
                 if continued:
@@ -217,11 +216,13 @@ class Run:
         return False
 
     @property
-    def how_to_look(self) -> str:
+    def ui_hint(self) -> str:
         """The lines that tell the user how to see the run."""
         if self._experiment_id is None:
             return "not logged to MLflow"
-        return links.how_to_look(self._experiment_id, self.run_id)
+        return links.ui_hint(self._experiment_id, self.run_id)
+
+    how_to_look = ui_hint  # the former name, until its last caller is gone
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError
 from utils.data.decoding import open_image
 from utils.tracking import gateway, picture_table
 
@@ -27,20 +27,6 @@ def tag_of(run_id: str, key: str) -> str:
         UserError: there is no such run.
     """
     return gateway.existing_run(gateway.open_client(), run_id).data.tags.get(key, "")
-
-
-def has_artifacts(run_id: str, folder: str) -> bool:
-    """Whether an MLflow run has anything in a folder of its artifacts.
-
-    Raises:
-        UserError: the artifacts cannot be listed.
-    """
-    try:
-        return bool(gateway.open_client().list_artifacts(run_id, folder))
-    except UserError:
-        raise
-    except Exception as error:  # each artifact store has its own
-        raise UserError(f"cannot list the artifacts of {run_id}: {one_line(error)}") from error
 
 
 def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from utils.addresses import fetch, has_artifacts, output_dir_of
 from utils.cli import UserError
 from utils.files import TEMPORARY, is_intact, read_json
-from utils.tracking import OUTPUT_TAG, fetch, store
 from utils.training.resume import RECORDS
 
 FOLDER = "checkpoints"  # in an output folder
@@ -72,11 +72,11 @@ def _recover(run_id: str, output_dir: str) -> Path:
 
     All processes of torchrun may ask at once: the first brings it back, the others find it.
     """
-    made = Path(store.tag_of(run_id, OUTPUT_TAG))
+    made = output_dir_of(run_id)
     if not output_dir and _last_run_id(made) == run_id:
         return made
     home = Path(output_dir or f"outputs/{run_id}")  # not where a store says that it was
-    if not store.has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
+    if not has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
         raise UserError(
             f"--resume {run_id}: this run left no checkpoint in MLflow: only trainings that were "
             f"stopped by a signal or failed do; bring back its output folder {made}, or train anew"
