@@ -19,7 +19,7 @@ from utils.evaluation.samples import read_samples
 from utils.provenance import LoadedModel, Split
 from utils.training import checkpoint
 from vqvae import VQVAE
-from vqvae.perceptual import BACKBONES, PerceptualLoss
+from vqvae.losses import BACKBONES, PerceptualLoss
 
 ALL_ROWS = "all of path_to_data"  # what the protocol says where no split counts
 
@@ -40,7 +40,7 @@ def evaluate_reconstructions(arguments: argparse.Namespace) -> None:
     lpips, measured, teaching = None, None, None
     if arguments.lpips:
         what = arguments.lpips, arguments.lpips_weights
-        lpips = cli.build(PerceptualLoss, *what, otherwise="leave out --lpips").to(device)
+        lpips = cli.build(PerceptualLoss, *what).to(device)
         measured = {"network": arguments.lpips, "sha256": features.weights_sha256(lpips)}
     data = arguments.path_to_data
     dataset = parts.read_images(

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,33 @@ from utils.training.resume import Progress
 from utils.training.saving import Checkpoints
 from utils.training.schedule import Schedule, TrainingConfig, find_output_dir, saved_if_it_fails
 from utils.training.stopping import StopRequest
-from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, inspection
-from vqvae.adversary import make_adversary
-from vqvae.gradients import add_gradients, compile_model
-from vqvae.losses import ObjectiveConfig, ReconstructionLoss
+from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
+from vqvae.adversarial import AdversarialConfig, AdversarialLoss
+from vqvae.inspect import Reconstructions, inspect_codebook, reconstruct
+from vqvae.losses import LossConfig, ReconstructionLoss
+from vqvae.train_step import compile_model, forward_backward
 
 BEST_METRICS = ("mse", "psnr", "ssim", "codebook_usage", "perplexity")  # for --best_metric
 PICTURES = 32  # validation images that are shown
 # Settings of a tokenizer that make no difference to its weights and to what they mean.
 TRAINING_ONLY = ("dropout", "commitment_cost", "gradient", "entropy_weight", "revive_below")
+
+
+@dataclass(frozen=True)
+class StartConfig:
+    """What the training starts from, and whether its codebook may start over."""
+
+    init_from: str = field(
+        default="",
+        metadata={
+            "help": "tokenizer to start from: its weights and settings, with a new optimiser; "
+            "--image_size may differ, and settings that do not change the network"
+        },
+    )
+    reset_codebook_on_collapse: bool = field(
+        default=False,
+        metadata={"help": "start the codebook over from the data when few codes are in use"},
+    )
 
 
 def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
@@ -43,12 +61,12 @@ def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
 
 def evaluate(
     model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: Distributed
-) -> tuple[dict[str, float], inspection.Reconstructed]:
+) -> tuple[dict[str, float], Reconstructions]:
     """Figures of all validation images, and what was made of the first."""
     share = group.shard(rows)
     counted = len(share) > 0  # a process without rows takes part in the sums, at no weight
     batches = dataset.batches((share if counted else rows[:1]).split(batch_size), group.device)
-    seen = inspection.reconstruct(model, batches, measure, keep=PICTURES, weight=float(counted))
+    seen = reconstruct(model, batches, measure, keep=PICTURES, weight=float(counted))
     seen = seen._replace(counts=group.all_reduce_sum(seen.counts))
     values = {
         name: float(group.all_reduce_sum(value)) / len(rows) for name, value in seen.sums.items()
@@ -64,16 +82,14 @@ def in_words(values: dict[str, float]) -> str:
     )
 
 
-def log_pictures(
-    run: tracking.Run, model: VQVAE, seen: inspection.Reconstructed, step: int
-) -> None:
+def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: int) -> None:
     """Images and errors; how often the codes are used, where they lie, what each looks like."""
-    codes = inspection.look_at_codes(model, seen.counts)
+    codes = inspect_codebook(model, seen.counts)
     for name, picture in {
         "reconstructions": figures.comparison(seen.originals, seen.images),
-        "code_usage": plots.bars(codes.shares),
-        "code_embedding": plots.points(codes.places, codes.shares),
-        "codes_alone": figures.grid(codes.images),
+        "code_usage": plots.bars(codes.usage),
+        "code_embedding": plots.points(codes.projection, codes.usage),
+        "decoded_codes": figures.grid(codes.decoded_codes),
     }.items():
         run.picture(f"pictures/{name}", picture, step)
 
@@ -127,7 +143,7 @@ def check_quantizer(config: VQVAEConfig, rescue: bool, flags: cli.Flags) -> None
     quantizer = QUANTIZERS[config.quantizer]
     idle = [name for name in quantizer.IDLE if name in flags.given]
     if rescue and not quantizer.RESTARTS:
-        idle.append("codebook_rescue")
+        idle.append("reset_codebook_on_collapse")
     if idle:
         raise cli.UserError(
             f"--{idle[0]} makes no difference to the quantizer {config.quantizer}; leave it out "
@@ -193,8 +209,11 @@ def report_best(
 
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
-    objective = cli.read_flags(ObjectiveConfig, arguments)
-    cli.refuse_idle(objective, arguments)
+    beginning = cli.read_flags(StartConfig, arguments)
+    loss_config = cli.read_flags(LossConfig, arguments)
+    adversarial_config = cli.read_flags(AdversarialConfig, arguments)
+    for terms in (loss_config, adversarial_config):
+        cli.refuse_idle(terms, arguments)
     data = cli.read_flags(DataConfig, arguments)
     sign = metrics.sign_of(config.best_metric, BEST_METRICS)
     resumed = find_checkpoint(config.resume, config.output_dir)
@@ -202,9 +221,9 @@ def main(arguments: argparse.Namespace) -> None:
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
 
-    start, model_config = read_start(objective.init_from, arguments)
-    check_quantizer(model_config, objective.codebook_rescue, arguments)
-    losses = cli.build(ReconstructionLoss, objective).to(group.device)
+    start, model_config = read_start(beginning.init_from, arguments)
+    check_quantizer(model_config, beginning.reset_codebook_on_collapse, arguments)
+    losses = cli.build(ReconstructionLoss, loss_config).to(group.device)
     dataset, train_rows, val_rows = read_images(
         data,
         size=model_config.image_size,
@@ -225,14 +244,17 @@ def main(arguments: argparse.Namespace) -> None:
     average = WeightAverage(model, config.ema_decay)
     progress, averages = Progress(), metrics.Averages()
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
-    rescue = model.quantizer.restart if objective.codebook_rescue else None
+    rescue = model.quantizer.restart if beginning.reset_codebook_on_collapse else None
     watch = CodeWatch(model.config.num_codes, model.quantizer.CURE, rescue, group)
     disc_optimizer = None
-    adversary = cli.build(make_adversary, objective, *found.values(), schedule.total_steps)
-    if adversary is not None:
-        adversary.to(group.device, memory_format=torch.channels_last)
+    adversary = None
+    if adversarial_config.disc_weight > 0:
+        adversary = cli.build(
+            AdversarialLoss, adversarial_config, *found.values(), schedule.total_steps
+        ).to(group.device, memory_format=torch.channels_last)
         disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
-    settings = asdict(config) | asdict(data) | asdict(model.config) | asdict(objective)
+    settings = asdict(config) | asdict(data) | asdict(model.config)
+    settings |= asdict(beginning) | asdict(loss_config) | asdict(adversarial_config)
     settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
     parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
     parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
@@ -257,12 +279,12 @@ def main(arguments: argparse.Namespace) -> None:
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
-    autopilot = None if adversary is None else adversary.autopilot
-    if autopilot is not None and autopilot.is_blind(schedule.evaluate_every):
+    disc_schedule = None if adversary is None else adversary.schedule
+    if disc_schedule is not None and disc_schedule.needs_more_evaluations(schedule.evaluate_every):
         group.print(
-            f"warning: the autopilot sees the validation error at evaluations alone, which are "
-            f"{schedule.evaluate_every:,} steps apart, while the adversarial term grows to its "
-            f"full strength in {autopilot.ramp:,}; use a smaller --evaluate_every"
+            f"warning: evaluations are {schedule.evaluate_every:,} steps apart, but the "
+            f"adversarial loss ramps up within {disc_schedule.ramp:,} steps: its schedule cannot "
+            "adapt to the validation error in time; use a smaller --evaluate_every"
         )
 
     def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
@@ -273,10 +295,12 @@ def main(arguments: argparse.Namespace) -> None:
     def evaluation() -> float:
         """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""
         values, shown = evaluate(average.model, dataset, val_rows, config.batch_size, group)
-        if autopilot is not None:
-            if autopilot.observe(values["mse"]):
-                group.print(f"autopilot: images got worse, strength now {autopilot.strength:.3f}")
-            values |= {f"autopilot_{name}": x for name, x in autopilot.figures().items()}
+        if disc_schedule is not None:
+            if disc_schedule.observe(values["mse"]):
+                group.print(
+                    f"the validation error rose: adversarial strength {disc_schedule.strength:.3f}"
+                )
+            values |= disc_schedule.metrics()
         run.metrics("val", values, progress.step)
         if group.is_main:
             log_pictures(run, average.model, shown, progress.step)
@@ -294,17 +318,17 @@ def main(arguments: argparse.Namespace) -> None:
         for images in schedule.batches(train_rows, progress, group, load):
             learning_rate = schedule.learning_rate(progress.step)
             guard.remember()
-            values, indices = add_gradients(
+            values, indices = forward_backward(
                 forward,
                 images,
                 losses,
                 autocast,
                 accumulate=config.accumulate,
                 adversary=adversary,
-                last=model.decoder.conv_out.weight,
+                last_layer=model.decoder.conv_out.weight,
                 step=progress.step,
             )
-            # Whoever the adversary's autopilot lets stand still has no gradients, and no step.
+            # A side that its phase does not train has no gradients, so that its step does nothing.
             optimizers = {"gradient_norm": optimizer}
             if adversary is not None:
                 adversary.average_gradients()
@@ -318,8 +342,8 @@ def main(arguments: argparse.Namespace) -> None:
                 watch.seen += chosen
 
             evaluates = schedule.evaluates(progress.step)
-            if autopilot is not None:
-                evaluates |= autopilot.takes_bearings(progress.step)
+            if disc_schedule is not None:
+                evaluates |= disc_schedule.needs_baseline(progress.step)
             if schedule.logs(progress.step) or evaluates:
                 values = averages.take() | metrics.codebook_metrics(group.all_reduce_sum(counts))
                 values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
@@ -328,7 +352,7 @@ def main(arguments: argparse.Namespace) -> None:
                 counts.zero_()
             if evaluates:
                 best = progress.improved(evaluation())
-                if autopilot is not None and autopilot.strength > 0:
+                if disc_schedule is not None and disc_schedule.strength > 0:
                     # With an adversary the error of pixels does not say which is best: the last.
                     best, progress.bad_evaluations = True, 0
                 if best:
@@ -365,7 +389,9 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_flags(parser, DataConfig, "images")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, VQVAEConfig, "tokenizer")
-    cli.add_flags(parser, ObjectiveConfig, "objective")
+    cli.add_flags(parser, StartConfig, "start")
+    cli.add_flags(parser, LossConfig, "reconstruction losses")
+    cli.add_flags(parser, AdversarialConfig, "adversarial loss")
     return parser
 
 

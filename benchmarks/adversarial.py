@@ -1,4 +1,4 @@
-"""What the discriminator's autopilot is good for: the same training with it and without.
+"""The adaptive discriminator schedule: the same training with it and without.
 
 Both are trained by train_vqvae.py on patches of the two photographs that scikit-learn ships, of
 which the right quarter is for validation. A training that already stands in --output_dir is not
@@ -20,7 +20,7 @@ from benchmarks import record
 from utils import cli
 
 SIDE, STEP = 64, 16  # of a patch, and from one to the next, in pixels
-WAYS = {"autopilot": "--disc_autopilot", "no-autopilot": "--no-disc_autopilot"}
+WAYS = {"adaptive": "--disc_adaptive_schedule", "constant": "--no-disc_adaptive_schedule"}
 BOUND = 0.2  # what the validation error may rise by
 START = 0.5  # share of the training without a discriminator
 TOKENIZER = (

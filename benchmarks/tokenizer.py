@@ -19,12 +19,11 @@ from utils import cli, distributed
 from utils.training.optimizers import make_optimizer, optimizer_step
 from utils.training.schedule import TrainingConfig
 from vqvae import PRESETS, VQVAE, VQVAEConfig
-from vqvae.adversary import Adversary
-from vqvae.gradients import add_gradients, compile_model
-from vqvae.losses import ObjectiveConfig, ReconstructionLoss
-from vqvae.perceptual import PerceptualLoss
+from vqvae.adversarial import AdversarialConfig, AdversarialLoss
+from vqvae.losses import LossConfig, PerceptualLoss, ReconstructionLoss
+from vqvae.train_step import compile_model, forward_backward
 
-WAYS = {  # settings of ObjectiveConfig; the perceptual loss is built here, without its weights
+WAYS = {  # weights of the terms beside L1 and L2; LPIPS is built here, with random weights
     "tokenizer": {},
     "with PatchGAN": {"disc_weight": 0.8},
     "with PatchGAN and LPIPS": {"disc_weight": 0.8, "perceptual_weight": 1.0},
@@ -34,33 +33,36 @@ WAYS = {  # settings of ObjectiveConfig; the perceptual loss is built here, with
 def make_step(
     settings: dict[str, float], flags: argparse.Namespace, device: torch.device
 ) -> Callable[[torch.Tensor], None]:
-    """One training step as train_vqvae.py makes it, past the autopilot's ramp."""
+    """One training step as train_vqvae.py makes it, past the ramp of the adversarial loss."""
     torch.manual_seed(0)
     size = (flags.image_size, flags.image_size)
     config = VQVAEConfig(**PRESETS[flags.preset], image_size=size, in_channels=3)
     model = VQVAE(config).to(device, memory_format=torch.channels_last)
-    pixels = {name: value for name, value in settings.items() if name != "perceptual_weight"}
-    bare = {"disc_layers": flags.disc_layers, "disc_start": 0.0, "disc_autopilot": False}
-    objective = ObjectiveConfig(**pixels, **bare, l1_weight=1.0)
-    losses = ReconstructionLoss(objective)
+    losses = ReconstructionLoss(LossConfig(l1_weight=1.0))
     if "perceptual_weight" in settings:
-        losses.config = ObjectiveConfig(**settings, **bare, l1_weight=1.0)
-        losses.perceptual = PerceptualLoss("vgg", trained=False)
+        losses.config = LossConfig(1.0, perceptual_weight=settings["perceptual_weight"])
+        losses.perceptual = PerceptualLoss("vgg", pretrained=False)
     losses.to(device)
     rates = TrainingConfig()
     optimizer = make_optimizer(model, rates, betas=(0.9, 0.99))
     acting, adversary = {}, None
-    if objective.disc_weight > 0:
-        adversary = Adversary(objective, 3, size, total_steps=1).to(device)
+    if "disc_weight" in settings:
+        config = AdversarialConfig(
+            disc_weight=settings["disc_weight"],
+            disc_layers=flags.disc_layers,
+            disc_start=0.0,
+            disc_adaptive_schedule=False,
+        )
+        adversary = AdversarialLoss(config, 3, size, total_steps=1).to(device)
         adversary.to(memory_format=torch.channels_last)
         against = make_optimizer(adversary, rates, betas=(0.5, 0.9))
-        acting = {"adversary": adversary, "last": model.decoder.conv_out.weight}
+        acting = {"adversary": adversary, "last_layer": model.decoder.conv_out.weight}
     if flags.compile:
         compile_model(model, adversary)
     autocast = partial(distributed.autocast, device, flags.precision)
 
     def step(images: torch.Tensor) -> None:
-        add_gradients(model, images, losses, autocast, **acting)
+        forward_backward(model, images, losses, autocast, **acting)
         optimizer_step(optimizer, 1e-4, 1.0)
         if acting:
             optimizer_step(against, 1e-4, 1.0)

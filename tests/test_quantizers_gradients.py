@@ -42,7 +42,7 @@ def test_rotation_hands_on_the_gradient_turned_and_scaled() -> None:
 
 
 @pytest.mark.parametrize("name", ["vq", "ema", "cosine", "residual"])
-def test_rotation_is_an_option_that_leaves_the_codes_alone(name: str) -> None:
+def test_rotation_is_an_option_that_leaves_the_decoded_codes(name: str) -> None:
     made = []
     for gradient in ("straight_through", "rotation"):
         torch.manual_seed(0)

@@ -25,9 +25,9 @@ from utils.provenance import Provenance
 from utils.training import checkpoint, codes
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import STATE
-from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, pretrained
-from vqvae.adversary import Adversary
-from vqvae.inspection import reconstruct
+from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, convert
+from vqvae.adversarial import AdversarialLoss
+from vqvae.inspect import reconstruct
 
 Train = Callable[..., list[dict]]
 SMALL_BATCHES = ("--batch_size", "4", "--num_workers", "0")
@@ -67,7 +67,7 @@ def test_pictures_of_every_quantizer(name: str) -> None:
     run = argparse.Namespace(picture=lambda key, image, step: pictures.update({key: image}))
     seen = reconstruct(model, torch.rand(5, 1, 8, 8).split(2), train_vqvae.measure, keep=4)
     train_vqvae.log_pictures(run, model, seen, step=0)
-    names = ("reconstructions", "code_usage", "code_embedding", "codes_alone")
+    names = ("reconstructions", "code_usage", "code_embedding", "decoded_codes")
     assert pictures.keys() == {f"pictures/{name}" for name in names}
     for picture in pictures.values():
         assert min(picture.size) >= 256
@@ -76,7 +76,7 @@ def test_pictures_of_every_quantizer(name: str) -> None:
 
 def test_pictures_are_there_from_the_first_step(train: Train) -> None:
     train("--max_steps", 2, "--ema_decay", 0.9)
-    for name in ("reconstructions", "code_usage", "code_embedding", "codes_alone"):
+    for name in ("reconstructions", "code_usage", "code_embedding", "decoded_codes"):
         for step in (0, 2):
             assert Path(f"out/pictures/pictures-{name}-{step:08}.png").is_file()
 
@@ -88,8 +88,8 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     """Lenient on the loss's keys, strict on the model's; its settings count."""
     state = reference_weights("taming") | {"loss.discriminator.main.0.bias": torch.zeros(4)}
     torch.save({"state_dict": state}, "last.ckpt")
-    convert = ("--from", "taming", "--checkpoint", "last.ckpt", "--output_dir", "own")
-    pretrained.main(pretrained.make_parser().parse_args(convert))
+    flags = ("--from", "taming", "--checkpoint", "last.ckpt", "--output_dir", "own")
+    convert.main(convert.make_parser().parse_args(flags))
     # 20 does not divide by the 16 of the flags' own network, which was checked all the same.
     flags = ("--init_from", "own", "--image_size", "24,40", "--max_steps", 2, "--dropout", 0.1)
     logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
@@ -172,12 +172,15 @@ def test_levels_override_the_codebook_of_a_preset() -> None:
     ("flags", "complaint"),
     [
         ("--lecam_weight 0.1", "--lecam_weight needs --disc_weight above 0"),
-        ("--no-disc_autopilot", "--disc_autopilot needs --disc_weight above 0"),
-        ("--disc_weight 1 --no-disc_autopilot --disc_bound 1", "needs --disc_autopilot, else"),
+        ("--no-disc_adaptive_schedule", "--disc_adaptive_schedule needs --disc_weight above 0"),
+        (
+            "--disc_weight 1 --no-disc_adaptive_schedule --disc_bound 1",
+            "needs --disc_adaptive_schedule, else",
+        ),
         ("--lpips_network alex", "--lpips_network needs --perceptual_weight above 0"),
         ("--quantizer fsq --commitment_cost 1", "no difference to the quantizer fsq"),
         ("--quantizer lfq --revive_below 0.1", "no difference to the quantizer lfq"),
-        ("--quantizer gumbel --codebook_rescue", r"gumbel.*a higher --entropy_weight"),
+        ("--quantizer gumbel --reset_codebook_on_collapse", r"gumbel.*a higher --entropy_weight"),
         ("--l2_weight nan", "l2_weight must be a number of 0 or more, got nan"),
         ("--disc_weight inf", "disc_weight must be a number"),
         ("--learning_rate inf", "learning_rate must be a number above 0"),
@@ -217,7 +220,7 @@ def test_codes_in_use_are_counted_from_evaluation_to_evaluation_and_across_a_res
 
     share_in_use = codes.share_in_use
     monkeypatch.setattr(codes, "share_in_use", judge)
-    flags = ("--evaluate_every", 2, "--codebook_rescue")
+    flags = ("--evaluate_every", 2, "--reset_codebook_on_collapse")
     train(*flags, "--max_steps", 6)
     assert judged == [480, 960, 480]
     train(*flags, "--max_steps", 10, "--resume", "out")
@@ -243,10 +246,10 @@ def test_few_codes_in_use_are_warned_of_and_restarted(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_vqvae.VQVAE, "__init__", watched)
-        train(*flags, *(["--codebook_rescue"] if rescue else []))
+        train(*flags, *(["--reset_codebook_on_collapse"] if rescue else []))
     printed = capsys.readouterr().out
     assert printed.count("% of the codes are in use") == 5
-    assert "--codebook_rescue" in printed
+    assert "--reset_codebook_on_collapse" in printed
     assert printed.count("all codes start anew") == 3 * rescue
     assert len(restarts) == 3 * rescue  # however often it would be asked for
     for folder in (Path("out/best"), find_checkpoint("out", "")):
@@ -283,7 +286,7 @@ def test_without_weight_there_is_no_adversary(
     def refuse(*arguments: object) -> None:
         raise AssertionError("an adversary was built")
 
-    monkeypatch.setattr(Adversary, "__init__", refuse)
+    monkeypatch.setattr(AdversarialLoss, "__init__", refuse)
     logged = train("--disc_weight", 0, "--max_steps", 2)
     assert not any("disc" in key or "advers" in key for row in logged for key in row)
     assert not list(Path("out").rglob("a*.safetensors"))
@@ -297,12 +300,20 @@ def test_a_compiled_tokenizer_has_an_adversary(
     # Without the C++ compiler at the end, which takes a minute and has no part in it.
     traced = partialmethod(torch.nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(VQVAE, "compile", traced)
-    flags = ("--disc_weight", 0.8, "--disc_channels", 4, "--no-disc_autopilot", "--disc_start", 0)
+    flags = (
+        "--disc_weight",
+        0.8,
+        "--disc_channels",
+        4,
+        "--no-disc_adaptive_schedule",
+        "--disc_start",
+        0,
+    )
     logged = train(*flags, "--compile", "--max_steps", 2)
     assert column(logged, "train/adaptive_weight")[2] > 0
 
 
-def test_the_autopilot_takes_its_bearings_before_the_term_acts(
+def test_the_baseline_is_evaluated_right_before_joint_training(
     train: Train, capsys: pytest.CaptureFixture
 ) -> None:
     """Where no evaluation fell between, it had nothing to compare with, and saw nothing."""
@@ -311,8 +322,8 @@ def test_the_autopilot_takes_its_bearings_before_the_term_acts(
     logged = train(*flags, *shares, "--max_epochs", 50)
     errors = column(logged, "val/mse")
     assert list(errors) == [0, 10, 20]
-    assert column(logged, "val/autopilot_baseline")[20] == pytest.approx(errors[10])
-    assert "20 steps apart, while the adversarial term grows" in capsys.readouterr().out
+    assert column(logged, "val/disc_baseline")[20] == pytest.approx(errors[10])
+    assert "20 steps apart, but the adversarial loss ramps up" in capsys.readouterr().out
 
 
 # --- the perceptual loss ------------------------------------------------------------------------
@@ -343,7 +354,7 @@ def test_images_that_are_too_small_for_lpips(
     lpips = ("--perceptual_weight", 1, "--lpips_network", "alex", "--lpips_weights", "alex.pth")
     error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *lpips)
     assert "images of 24x40 pixels are too small for LPIPS through alex" in error
-    assert "--image_size (32 is enough)" in error
+    assert "image_size (32 is enough)" in error
     assert not Path("outputs").exists()
 
 
@@ -359,6 +370,6 @@ def test_without_internet_lpips_asks_for_its_weights_before_anything_is_begun(
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_internet)
     error = error_of("train_vqvae", "--path_to_data", data, "--perceptual_weight", 1)
     assert "https://download.pytorch.org/models/vgg16" in error
-    assert "--lpips_weights" in error
+    assert "lpips_weights" in error
     assert not Path("outputs").exists()
     assert not Path("mlflow.db").exists()

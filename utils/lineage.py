@@ -25,7 +25,7 @@ DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
 # What --rerun starts, and nothing else: a lineage may come from a picture that somebody sent.
 SCRIPTS = (
     *("train_vqvae.py", "quantize_dataset.py", "train.py", "transformer_generation.py"),
-    *("vqvae/images_from_indexes.py", "vqvae/pretrained.py", "transformer/pretrained.py"),
+    *("vqvae/images_from_indexes.py", "vqvae/convert.py", "transformer/convert.py"),
 )
 
 

@@ -1,43 +1,41 @@
-"""What a tokenizer is trained to make small: distances of pixels and of what they look like."""
+"""Reconstruction losses of the tokenizer: L1, L2 and LPIPS, and their flags."""
 
+import warnings
 from dataclasses import dataclass, field
 from math import inf
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision import models
 
-from vqvae.perceptual import BACKBONES, PerceptualLoss
-
-LEAST_SIDE = 32  # pixels that are enough for every backbone of LPIPS
+LPIPS_MIN_SIDE = 32  # pixels, enough for both backbones
+# Backbone of LPIPS by name: torchvision's network and its weights.
+BACKBONES = {
+    "vgg": (models.vgg16, models.VGG16_Weights.IMAGENET1K_V1),
+    "alex": (models.alexnet, models.AlexNet_Weights.IMAGENET1K_V1),
+}
 
 
 @dataclass(frozen=True)
-class ObjectiveConfig:
-    """Start, terms and average of a tokenizer's training.
+class LossConfig:
+    """Weights of the reconstruction terms; a term of weight 0 is neither built nor computed.
 
-    A term of weight 0 is neither built nor computed. A field's `needs` is another field, without
-    which it does nothing.
+    A field whose metadata name another field under `needs` has no effect while that one is 0.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a weight is negative or not finite, or all weights are 0.
     """
 
-    init_from: str = field(
-        default="",
-        metadata={
-            "help": "tokenizer to start from: its weights and settings, with a new optimiser; "
-            "--image_size may be another, and what makes no difference to the network"
-        },
+    l1_weight: float = field(
+        default=0.0, metadata={"help": "weight of |x - x'|, images in [-1, 1]"}
     )
-    codebook_rescue: bool = field(
-        default=False,
-        metadata={"help": "restart the codes from the data when few of them are in use"},
+    l2_weight: float = field(
+        default=1.0, metadata={"help": "weight of |x - x'|^2, images in [-1, 1]"}
     )
-    l1_weight: float = field(default=0.0, metadata={"help": "of |x - x'|, images in [-1, 1]"})
-    l2_weight: float = field(default=1.0, metadata={"help": "of |x - x'|^2, images in [-1, 1]"})
     perceptual_weight: float = field(
-        default=0.0, metadata={"help": "of LPIPS; 1 in VQGAN; needs the package lpips"}
+        default=0.0, metadata={"help": "weight of LPIPS (1 in VQGAN); needs the package lpips"}
     )
     lpips_network: str = field(
         default="vgg",
@@ -50,88 +48,22 @@ class ObjectiveConfig:
     lpips_weights: str = field(
         default="",
         metadata={
-            "help": "torchvision's weights of --lpips_network; default: downloads them",
+            "help": "file of torchvision's weights for --lpips_network; default: download",
             "needs": "perceptual_weight",
         },
     )
-    disc_weight: float = field(
-        default=0.0, metadata={"help": "of the adversarial term; 0.8 in VQGAN, 0: no discriminator"}
-    )
-    disc_loss: str = field(
-        default="hinge",
-        metadata={
-            "help": "of the discriminator",
-            "choices": ("hinge", "vanilla", "non_saturating"),
-            "needs": "disc_weight",
-        },
-    )
-    disc_start: float = field(
-        default=0.5,
-        metadata={"help": "share of the training without a discriminator", "needs": "disc_weight"},
-    )
-    disc_autopilot: bool = field(
-        default=True,
-        metadata={
-            "help": "bring the adversarial term in gently; without: in full from --disc_start on",
-            "needs": "disc_weight",
-        },
-    )
-    disc_warmup: float = field(
-        default=0.05,
-        metadata={
-            "help": "autopilot: share of the training with the discriminator alone",
-            "needs": "disc_autopilot",
-        },
-    )
-    disc_ramp: float = field(
-        default=0.2,
-        metadata={
-            "help": "autopilot: share of the training in which the term grows to its weight",
-            "needs": "disc_autopilot",
-        },
-    )
-    disc_bound: float = field(
-        default=0.1,
-        metadata={
-            "help": "autopilot: step back if the validation mse grows by more than this",
-            "needs": "disc_autopilot",
-        },
-    )
-    disc_adaptive_max: float = field(
-        default=1e4,
-        metadata={
-            "help": "cap of the adaptive weight of the adversarial term; 0: not adaptive",
-            "needs": "disc_weight",
-        },
-    )
-    disc_channels: int = field(
-        default=64, metadata={"help": "width of the discriminator", "needs": "disc_weight"}
-    )
-    disc_layers: int = field(
-        default=3, metadata={"help": "halvings in the discriminator", "needs": "disc_weight"}
-    )
-    lecam_weight: float = field(
-        default=0.0, metadata={"help": "of the LeCam regulariser", "needs": "disc_weight"}
-    )
-    r1_weight: float = field(
-        default=0.0, metadata={"help": "of the R1 gradient penalty", "needs": "disc_weight"}
-    )
 
     def __post_init__(self) -> None:
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
-        for name, value in numbers.items():
-            if not 0 <= value < inf:
-                raise ValueError(f"{name} must be a number of 0 or more, got {value}")
+        check_non_negative(self)
         if self.l1_weight + self.l2_weight + self.perceptual_weight == 0:
             raise ValueError("one of l1_weight, l2_weight, perceptual_weight must be above 0")
-        alone = self.disc_warmup if self.disc_autopilot else 0.0
-        if self.disc_start + alone >= 1:
-            raise ValueError(
-                "disc_start (with the autopilot + disc_warmup) must leave a part of the training, "
-                "below 1"
-            )
-        if min(self.disc_channels, self.disc_layers) < 1:
-            raise ValueError("disc_channels and disc_layers must be at least 1")
+
+
+def check_non_negative(config: Any) -> None:
+    """Raise a ValueError unless every float of a config is finite and at least 0."""
+    for name, value in vars(config).items():
+        if isinstance(value, float) and not 0 <= value < inf:
+            raise ValueError(f"{name} must be a number of 0 or more, got {value}")
 
 
 class ReconstructionLoss(nn.Module):
@@ -141,7 +73,7 @@ class ReconstructionLoss(nn.Module):
         OSError, ImportError: see `PerceptualLoss`.
     """
 
-    def __init__(self, config: ObjectiveConfig) -> None:
+    def __init__(self, config: LossConfig) -> None:
         super().__init__()
         self.config = config
         self.perceptual = None
@@ -150,10 +82,10 @@ class ReconstructionLoss(nn.Module):
 
     @torch.no_grad()
     def check(self, channels: int, image_size: tuple[int, int]) -> None:
-        """Try the terms on images of this size.
+        """Evaluate the terms once on images of this size.
 
         Raises:
-            ValueError: they are too small for LPIPS.
+            ValueError: the images are too small for LPIPS.
         """
         device = next(self.parameters(), torch.empty(0)).device
         images = torch.zeros(1, channels, *image_size, device=device)
@@ -162,13 +94,13 @@ class ReconstructionLoss(nn.Module):
         except RuntimeError as error:
             height, width = image_size
             raise ValueError(
-                f"images of {height}x{width} pixels are too small for LPIPS through "
-                f"{self.config.lpips_network}; use a larger --image_size ({LEAST_SIDE} is enough), "
-                "or --perceptual_weight 0"
+                f"images of {height}x{width} pixels are too small for LPIPS with the network "
+                f"{self.config.lpips_network}; use a larger image_size ({LPIPS_MIN_SIDE} is "
+                "enough), or perceptual_weight 0"
             ) from error
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Both (B, C, H, W), images in [-1, 1] -> terms that are to be added up, by name."""
+        """Both (B, C, H, W) in [-1, 1] -> weighted scalar terms by name; the loss is their sum."""
         terms = {}
         if self.config.l1_weight > 0:
             terms["l1"] = self.config.l1_weight * F.l1_loss(reconstructions, images)
@@ -178,3 +110,71 @@ class ReconstructionLoss(nn.Module):
             distance = self.perceptual(reconstructions, images).mean()
             terms["perceptual"] = self.config.perceptual_weight * distance
         return terms
+
+
+class PerceptualLoss(nn.Module):
+    """LPIPS (arXiv 1801.03924): distance of two images' activations in a pretrained network.
+
+    The package lpips brings its linear heads; the backbone's weights are torchvision's.
+
+    Args:
+        network: a key of `BACKBONES`.
+        weights: torchvision's file of the network's weights; "" downloads it.
+        pretrained: False keeps random weights, for benchmarks: same cost, meaningless distances.
+
+    Raises:
+        ImportError: the package lpips is not installed.
+        OSError: the weights cannot be read or downloaded, or belong to another network.
+    """
+
+    def __init__(self, network: str = "vgg", weights: str = "", *, pretrained: bool = True) -> None:
+        super().__init__()
+        try:
+            import lpips
+        except ImportError as error:
+            raise ImportError("LPIPS needs the package lpips: pip install lpips") from error
+        features = read_backbone(network, weights) if pretrained else {}
+        with warnings.catch_warnings(action="ignore"):  # lpips uses a deprecated torchvision API
+            self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
+        for part in self.lpips.net.children() if pretrained else ():
+            for number, layer in part.named_children():
+                for name, parameter in layer.named_parameters():
+                    parameter.data.copy_(features[f"{number}.{name}"])
+        self.requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """LPIPS is not trained: it stays in eval mode."""
+        return super().train(False)
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Two batches (B, C, H, W) in [-1, 1], C of 1, 3 or 4 (alpha ignored) -> distances (B,)."""
+        images, others = (x[:, :3].expand(-1, 3, -1, -1) for x in (images, others))
+        return self.lpips(images, others).flatten()
+
+
+def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
+    """The pretrained convolutions of a network of `BACKBONES`, from a file or downloaded.
+
+    Raises:
+        OSError: the weights cannot be read or downloaded, or belong to another network.
+    """
+    make, weights = BACKBONES[network]
+    remedy = f"download {weights.url} and pass its path as lpips_weights, or do without LPIPS"
+    try:
+        if path:
+            with warnings.catch_warnings(action="ignore"):  # of unusual pickles
+                state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            state = weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
+    except Exception as error:  # no network, no such file, or not a state dict: of many types
+        line = " ".join(str(error).split())[:150]
+        raise OSError(f"LPIPS needs the weights of {network} ({line}); {remedy}") from error
+    prefix = "features."
+    try:
+        state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+        with torch.device("meta"):
+            make().features.load_state_dict(state, assign=True)  # checks names and shapes
+    except Exception as error:  # the file may hold anything
+        source = path or "the download"
+        raise OSError(f"{source} does not hold the weights of {network}; {remedy}") from error
+    return state

@@ -25,7 +25,7 @@ from utils.data import images, indices, table, vocabulary
 from utils.files import CHECKSUMS, read_tensors, write_folder
 from utils.provenance import Provenance
 from utils.training import checkpoint, resume
-from vqvae import VQVAE, VQVAEConfig, perceptual
+from vqvae import VQVAE, VQVAEConfig, losses
 
 CANARY = Path("canary")
 GRID = (2, 2)
@@ -134,10 +134,10 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
 
 
 def _read_backbone() -> Any:
-    """As `vqvae.perceptual` reads its weights, into a network that is made at once."""
-    tiny = {"tiny": (torch.nn.Identity, perceptual.BACKBONES["vgg"][1])}
-    with unittest.mock.patch.dict(perceptual.BACKBONES, tiny):
-        return cli.build(perceptual._read_features, "tiny", "lpips.pth", "go without")
+    """As `vqvae.losses` reads its weights, into a network that is made at once."""
+    tiny = {"tiny": (torch.nn.Identity, losses.BACKBONES["vgg"][1])}
+    with unittest.mock.patch.dict(losses.BACKBONES, tiny):
+        return cli.build(losses.read_backbone, "tiny", "lpips.pth")
 
 
 def run(count: int) -> Result:

@@ -1,4 +1,4 @@
-"""Codes that fall out of use: the warning, and what --codebook_rescue does about it."""
+"""Codes that fall out of use: the warning, and what --reset_codebook_on_collapse does about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -30,8 +30,8 @@ class VectorQuantizer(Quantizer):
     ENTROPY_WEIGHT = 0.0
     GRADIENTS = tuple(GRADIENTS)
     CURE = (
-        "use --codebook_rescue, a higher --revive_below or --entropy_weight, or a smaller "
-        "--codebook_size or --learning_rate"
+        "use --reset_codebook_on_collapse, a higher --revive_below or --entropy_weight, or a "
+        "smaller --codebook_size or --learning_rate"
     )
     RESTARTS = True
 

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
-from transformer import GPT, pretrained
-from transformer.pretrained import from_llamagen
+from transformer import GPT, convert
+from transformer.convert import from_llamagen
 from utils import cli
 from utils.training import checkpoint
 
@@ -153,9 +153,9 @@ def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -
     (tmp_path / "gpt").mkdir()
     (tmp_path / "gpt" / "chapter.txt").write_text("years of work")
     words = ("--from", "llamagen", "--checkpoint", "nowhere", "--output_dir", tmp_path / "gpt")
-    flags = pretrained.make_parser().parse_args([*map(str, words)])
+    flags = convert.make_parser().parse_args([*map(str, words)])
     with pytest.raises(cli.UserError, match="gpt exists already"):
-        pretrained.main(flags)
+        convert.main(flags)
     assert (tmp_path / "gpt" / "chapter.txt").read_text() == "years of work"
 
 
@@ -163,7 +163,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.save({"model": make_weights(), "steps": 7}, tmp_path / "c2i.pt")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "transformer.pretrained", "--from", "llamagen"),
+            *(sys.executable, "-m", "transformer.convert", "--from", "llamagen"),
             *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", str(HEADS)),
             *("--output_dir", tmp_path / "gpt"),
         ],

@@ -185,7 +185,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__, prog="python -m vqvae.pretrained")
+    parser = cli.make_parser(__doc__, prog="python -m vqvae.convert")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--from", dest="source", choices=tuple(LAYOUTS), help="project it comes from")
     way.add_argument("--to", dest="target", choices=tuple(LAYOUTS), help="project it goes to")

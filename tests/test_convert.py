@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,15 @@ import torch.nn.functional as F
 from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weights
 from utils import cli
 from utils.training import checkpoint
-from vqvae import VQVAE, VQVAEConfig, pretrained
+from vqvae import VQVAE, VQVAEConfig, convert
 from vqvae.foreign_configs import write_diffusers
 from vqvae.layouts import LAYOUTS, from_other, to_other
 
 
-def convert(way: str, name: str, source: Path, target: Path, **more: object) -> None:
+def run(way: str, name: str, source: Path, target: Path, **more: object) -> None:
     arguments = {"source": None, "target": None, "image_size": None, "config": None, **more}
     arguments[way] = name
-    pretrained.main(argparse.Namespace(checkpoint=str(source), output_dir=str(target), **arguments))
+    convert.main(argparse.Namespace(checkpoint=str(source), output_dir=str(target), **arguments))
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_published_files_give_the_same_indices_and_images(
     nest = "model" if project == "llamagen" else "state_dict"
     file = tmp_path / "last.ckpt"
     torch.save({"epoch": 3, "global_step": 7, nest: state | extra}, file)
-    convert("source", project, file, tmp_path / "own", image_size=IMAGE)
+    run("source", project, file, tmp_path / "own", image_size=IMAGE)
     printed = capsys.readouterr().out
     assert all(name in printed for name in extra)
     assert ("warning: the checkpoint's remap of used codes is ignored" in printed) == (
@@ -73,7 +74,7 @@ def test_published_files_give_the_same_indices_and_images(
         decoded = model.decoder(model.quantizer.embed(indices))
         assert (decoded - expected).abs().max() < 1e-4
 
-    convert("target", project, tmp_path / "own", tmp_path / "back")
+    run("target", project, tmp_path / "own", tmp_path / "back")
     back = torch.load(tmp_path / "back" / f"{project}.ckpt", weights_only=True)[nest]
     expected = state | extra if kind == "llamagen" else state  # it is loaded strictly there
     assert back.keys() == expected.keys()
@@ -111,7 +112,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
         codes = theirs.quantize.embedding.weight
         codes.copy_(vectors.flatten(0, 2)[torch.randperm(vectors[..., 0].numel())[: len(codes)]])
     theirs.save_pretrained(tmp_path / "theirs")
-    convert("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
+    run("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
     model = checkpoint.load_model(tmp_path / "own", VQVAE).model
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
@@ -123,7 +124,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
         decoded = model.decoder(model.quantizer.embed(indices))
         assert (decoded - theirs.decode(latents).sample).abs().max() < 1e-4
 
-    convert("target", "diffusers", tmp_path / "own", tmp_path / "back")
+    run("target", "diffusers", tmp_path / "own", tmp_path / "back")
     back = diffusers.VQModel.from_pretrained(tmp_path / "back").eval()
     weights = theirs.state_dict()
     assert back.state_dict().keys() == weights.keys()
@@ -181,7 +182,7 @@ def test_llamagen_s_average_is_what_counts_and_is_named(
     first, second = reference_weights("llamagen"), reference_weights("llamagen")
     second["quant_conv.bias"] = torch.full_like(second["quant_conv.bias"], 7.0)
     torch.save({"model": first, "ema": second | {"epoch": 3}, "steps": 1}, tmp_path / "a.pt")
-    convert("source", "llamagen", tmp_path / "a.pt", tmp_path / "own", image_size=IMAGE)
+    run("source", "llamagen", tmp_path / "a.pt", tmp_path / "own", image_size=IMAGE)
     model = checkpoint.load_model(tmp_path / "own", VQVAE).model
     assert (model.encoder.quant_conv.bias == 7).all()
     printed = capsys.readouterr().out
@@ -197,20 +198,20 @@ def test_nothing_is_written_over(target: str, tmp_path: Path) -> None:
     (folder / "chapter.txt").write_text("years of work")
     way, name = ("source", "taming") if target == "source" else ("target", target)
     with pytest.raises(cli.UserError, match=r"thesis exists already.*--output_dir"):
-        convert(way, name, tmp_path / "nowhere", folder)  # before anything is read
+        run(way, name, tmp_path / "nowhere", folder)  # before anything is read
     assert (folder / "chapter.txt").read_text() == "years of work"
 
 
 def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "last.ckpt")
-    convert("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", image_size=(64, 64))
-    convert("target", "taming", tmp_path / "own", tmp_path / "back")
-    settings = pretrained.read_config("taming", tmp_path / "back" / "config.yaml")
+    run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", image_size=(64, 64))
+    run("target", "taming", tmp_path / "own", tmp_path / "back")
+    settings = convert.read_config("taming", tmp_path / "back" / "config.yaml")
     config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
     assert settings == {name: getattr(config, name) for name in settings}
     assert settings["quantizer"] == "gumbel"
     again = {"config": str(tmp_path / "back" / "config.yaml")}
-    convert("source", "taming", tmp_path / "back" / "taming.ckpt", tmp_path / "again", **again)
+    run("source", "taming", tmp_path / "back" / "taming.ckpt", tmp_path / "again", **again)
 
 
 def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
@@ -230,7 +231,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
     own_file.rename(tmp_path / "theirs" / "diffusion_pytorch_model.bin")
     content = write_diffusers(config) | {"sample_size": [16, 24]}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(content))
-    convert("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
+    run("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
     found = checkpoint.load_model(tmp_path / "own", VQVAE).model
     assert found.config.image_size == (16, 24)
     weights = model.state_dict()
@@ -240,7 +241,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", [{"image_size": (8, 8)}, {"config": "a.yaml"}])
 def test_flags_that_do_nothing_on_the_way_out_are_refused(flag: dict, tmp_path: Path) -> None:
     with pytest.raises(cli.UserError, match="does nothing with --to"):
-        convert("target", "taming", tmp_path / "own", tmp_path / "back", **flag)
+        run("target", "taming", tmp_path / "own", tmp_path / "back", **flag)
 
 
 def test_missing_and_unknown_names_are_listed() -> None:
@@ -287,3 +288,91 @@ def test_widths_that_a_project_cannot_build_are_refused(project: str, other: dic
 def test_a_network_that_a_project_does_not_have_is_refused(project: str) -> None:
     with pytest.raises(ValueError, match=project):
         to_other(project, VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=3)))
+
+
+# --- config files ------------------------------------------------------------------------------
+
+TAMING_YAML = """
+model:
+  base_learning_rate: 4.5e-06
+  target: taming.models.vqgan.VQModel
+  params:
+    embed_dim: 8
+    n_embed: 40
+    ddconfig: {double_z: false, z_channels: 16, resolution: 64, in_channels: 3, out_ch: 3, ch: 32,
+               ch_mult: [1, 2, 2], num_res_blocks: 2, attn_resolutions: [16], dropout: 0.1}
+    lossconfig: {target: taming.modules.losses.vqperceptual.VQLPIPSWithDiscriminator}
+"""
+
+
+def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
+    torch.save({"state_dict": reference_weights("taming")}, tmp_path / "last.ckpt")
+    (tmp_path / "project.yaml").write_text(TAMING_YAML)
+    config_file = str(tmp_path / "project.yaml")
+    run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", config=config_file)
+    config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
+    assert (config.image_size, config.dropout) == ((64, 64), 0.1)
+    torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "gumbel.ckpt")
+    gumbel = TAMING_YAML.replace("n_embed: 40", "n_embed: 40\n    kl_weight: 1.0e-08")
+    (tmp_path / "project.yaml").write_text(gumbel)
+    run("source", "taming", tmp_path / "gumbel.ckpt", tmp_path / "g", config=config_file)
+    assert checkpoint.load_model(tmp_path / "g", VQVAE).model.config.entropy_weight == 1e-8
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ("n_embed: 41", "codebook_size is 40 by its weights, but 41 by its config"),
+        ("attn_resolutions: [32]", r"attention_levels is \(2,\) by its weights, but \(1,\)"),
+        ("kl_weight: 1.0e-08\n    embed_dim: 8", "quantizer is vq by its weights, but gumbel"),
+        ("n_embed: [", "cannot read"),
+        ("n_embeds: 40", "no config of a taming VQGAN: KeyError.'n_embed'"),
+    ],
+)
+def test_a_config_of_another_checkpoint_is_refused(
+    wrong: str, complaint: str, tmp_path: Path
+) -> None:
+    torch.save({"state_dict": reference_weights("taming")}, tmp_path / "last.ckpt")
+    right = wrong.split(":")[0].replace("n_embeds", "n_embed").replace("kl_weight", "embed_dim")
+    text = re.sub(rf"{right}: (\[\d+\]|\d+)", wrong, TAMING_YAML)
+    (tmp_path / "project.yaml").write_text(text)
+    config_file = str(tmp_path / "project.yaml")
+    with pytest.raises(cli.UserError, match=complaint):
+        run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", config=config_file)
+    assert not (tmp_path / "own").exists()
+
+
+def test_llamagen_has_no_config_and_diffusers_only_the_model_that_is_read(tmp_path: Path) -> None:
+    with pytest.raises(cli.UserError, match="no config files"):
+        convert.read_config("llamagen", tmp_path / "config.yaml")
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "norm_type": "spatial"}')
+    with pytest.raises(cli.UserError, match="norm_type is 'spatial', but only 'group'"):
+        convert.read_config("diffusers", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"block_out_channels": ["a"]},
+        {"block_out_channels": 3},
+        {"down_block_types": [1]},
+        {"sample_size": "large"},
+        {"sample_size": [1, 2, 3]},
+    ],
+)
+def test_an_odd_config_of_diffusers_is_a_line(odd: dict, tmp_path: Path) -> None:
+    """It was a traceback."""
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel", **odd}))
+    with pytest.raises(cli.UserError, match=r"config\.json: it is no config of a diffusers"):
+        convert.read_config("diffusers", tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 1000, "a: !!python/object/apply:os.system ['touch canary']", "x" * (2 << 20)]
+)
+def test_a_config_of_a_stranger(tmp_path: Path, text: str) -> None:
+    """Nesting ended in a RecursionError."""
+    (tmp_path / "project.yaml").write_text(text)
+    with pytest.raises(cli.UserError, match=r"project\.yaml"):
+        convert.read_config("taming", tmp_path / "project.yaml")
+    assert not Path("canary").exists()

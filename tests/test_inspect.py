@@ -1,11 +1,11 @@
-"""What is shown of a tokenizer: its reconstructions, and its codes."""
+"""Reconstructions and codebook statistics of a tokenizer."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
-from vqvae.inspection import look_at_codes, principal_plane, reconstruct
+from vqvae.inspect import inspect_codebook, principal_components, reconstruct
 
 EVERY = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -31,37 +31,37 @@ def test_codes_are_what_embed_adds_up(name: str) -> None:
 
 
 @EVERY
-def test_a_look_at_the_codes_shows_the_most_used_first(name: str) -> None:
+def test_statistics_start_with_the_most_used_codes(name: str) -> None:
     model = make_model(name)
     counts = torch.zeros(model.config.num_codes)
     counts[[5, 9, 2]] = torch.tensor([1.0, 6.0, 3.0])
-    codes = look_at_codes(model, counts, points=50, alone=4)
-    torch.testing.assert_close(codes.shares[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
-    assert len(codes.shares) == len(counts)
-    assert codes.places.shape == (50, 2)
-    assert codes.images.shape == (4, 3, 4, 4)
+    codes = inspect_codebook(model, counts, max_projected=50, max_decoded=4)
+    torch.testing.assert_close(codes.usage[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
+    assert len(codes.usage) == len(counts)
+    assert codes.projection.shape == (50, 2)
+    assert codes.decoded_codes.shape == (4, 3, 4, 4)
     assert model.training
     if model.config.depth == 1:
         decoded = model.eval().decode(torch.tensor([9, 2, 5])[:, None, None])
-        torch.testing.assert_close(codes.images[:3], decoded)
+        torch.testing.assert_close(codes.decoded_codes[:3], decoded)
 
 
-def test_the_principal_plane_is_that_of_the_largest_variances() -> None:
+def test_principal_components_have_the_largest_variances() -> None:
     torch.manual_seed(0)
     turn = torch.linalg.qr(torch.randn(5, 5)).Q
     flat = torch.randn(200, 5) * torch.tensor([0.01, 3.0, 0.02, 1.0, 0.03])
-    places = principal_plane(flat @ turn + 7)
+    places = principal_components(flat @ turn + 7)
     expected = flat[:, [1, 3]] - flat[:, [1, 3]].mean(dim=0)
     for axis in range(2):
         correlation = torch.corrcoef(torch.stack([places[:, axis], expected[:, axis]]))[0, 1]
         assert abs(float(correlation)) > 0.98
     torch.testing.assert_close(places.std(dim=0), expected.std(dim=0), rtol=0.1, atol=0)
-    again = principal_plane((flat @ turn + 7).flip(0)).flip(0)
+    again = principal_components((flat @ turn + 7).flip(0)).flip(0)
     torch.testing.assert_close(places, again, rtol=1e-4, atol=1e-4)  # no axis is mirrored
 
 
-def test_a_plane_of_one_dimension() -> None:
-    assert (principal_plane(torch.randn(4, 1))[:, 1] == 0).all()
+def test_principal_components_of_one_dimension() -> None:
+    assert (principal_components(torch.randn(4, 1))[:, 1] == 0).all()
 
 
 def measure(images: torch.Tensor, made: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -154,7 +154,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__, prog="python -m transformer.pretrained")
+    parser = cli.make_parser(__doc__, prog="python -m transformer.convert")
     parser.add_argument(
         "--from", choices=("llamagen",), required=True, help="whose checkpoint it is"
     )

@@ -1,0 +1,352 @@
+"""Adversarial loss of the tokenizer: PatchGAN, adaptive weight, LeCam, R1, and their schedule."""
+
+from dataclasses import dataclass, field
+from math import inf
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae.losses import check_non_negative
+
+LECAM_DECAY = 0.999  # of the moving averages of the logits
+Phase = Literal["reconstruction only", "discriminator only", "joint"]
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """Discriminator, its losses and its schedule; `disc_weight` 0 trains without one.
+
+    A field whose metadata name another field under `needs` has no effect while that one is 0.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    disc_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the adversarial loss; 0.8 in VQGAN, 0: no discriminator"},
+    )
+    disc_loss: str = field(
+        default="hinge",
+        metadata={
+            "help": "loss of the discriminator",
+            "choices": ("hinge", "vanilla", "non_saturating"),
+            "needs": "disc_weight",
+        },
+    )
+    disc_start: float = field(
+        default=0.5,
+        metadata={
+            "help": "fraction of the training before the discriminator starts",
+            "needs": "disc_weight",
+        },
+    )
+    disc_adaptive_schedule: bool = field(
+        default=True,
+        metadata={
+            "help": "ramp the adversarial loss up, and down again if reconstructions get worse; "
+            "without it, full weight from --disc_start on",
+            "needs": "disc_weight",
+        },
+    )
+    disc_warmup: float = field(
+        default=0.05,
+        metadata={
+            "help": "fraction of the training that updates the discriminator only",
+            "needs": "disc_adaptive_schedule",
+        },
+    )
+    disc_ramp: float = field(
+        default=0.2,
+        metadata={
+            "help": "fraction of the training over which the adversarial loss ramps up",
+            "needs": "disc_adaptive_schedule",
+        },
+    )
+    disc_bound: float = field(
+        default=0.1,
+        metadata={
+            "help": "halve the adversarial loss if the validation MSE rises by more than this "
+            "fraction",
+            "needs": "disc_adaptive_schedule",
+        },
+    )
+    disc_adaptive_max: float = field(
+        default=1e4,
+        metadata={
+            "help": "maximum of the adaptive weight of the adversarial loss; 0: not adaptive",
+            "needs": "disc_weight",
+        },
+    )
+    disc_channels: int = field(
+        default=64, metadata={"help": "width of the discriminator", "needs": "disc_weight"}
+    )
+    disc_layers: int = field(
+        default=3,
+        metadata={"help": "downsampling layers of the discriminator", "needs": "disc_weight"},
+    )
+    lecam_weight: float = field(
+        default=0.0,
+        metadata={"help": "weight of the LeCam regularisation", "needs": "disc_weight"},
+    )
+    r1_weight: float = field(
+        default=0.0, metadata={"help": "weight of the R1 gradient penalty", "needs": "disc_weight"}
+    )
+
+    def __post_init__(self) -> None:
+        check_non_negative(self)
+        warmup = self.disc_warmup if self.disc_adaptive_schedule else 0.0
+        if self.disc_start + warmup >= 1:
+            raise ValueError(
+                "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1, to "
+                "leave steps of joint training"
+            )
+        if min(self.disc_channels, self.disc_layers) < 1:
+            raise ValueError("disc_channels and disc_layers must be at least 1")
+
+
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
+    """Loss of the discriminator's logits for real and reconstructed images, of any shape."""
+    if kind == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def generator_loss(kind: str, fake: Tensor) -> Tensor:
+    """Loss of the generator, given the logits for its reconstructions, of any shape."""
+    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
+
+
+def adaptive_weight(
+    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, maximum: float
+) -> Tensor:
+    """Ratio of two losses' gradient norms at the last layer (arXiv 2012.09841, equation 7).
+
+    A constant in [0, maximum], averaged over all processes.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
+        for loss in (reconstruction, adversarial)
+    ]
+    return _all_reduce_mean((norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach())
+
+
+@dataclass
+class DiscriminatorSchedule:
+    """Strength of the adversarial loss from step to step.
+
+    Before `start` the tokenizer trains without a discriminator (reconstruction only). For the next
+    `warmup` steps only the discriminator trains, on the outputs of a frozen generator. After that
+    both train (joint), and the strength grows linearly to 1 within `ramp` steps. The schedule is
+    adaptive: whenever an evaluation finds the validation error more than `bound` above the baseline
+    evaluation, the strength is halved and the rest of the ramp takes twice as long.
+
+    Attributes:
+        start, warmup, ramp: in steps.
+        bound: tolerated relative increase of the validation error; inf: not adaptive.
+        strength: in [0, 1].
+        ramp_factor: the ramp currently takes `ramp_factor * ramp` steps.
+        baseline: validation error of the last evaluation before joint training; 0: none yet.
+    """
+
+    start: int
+    warmup: int
+    ramp: int
+    bound: float
+    strength: float = 0.0
+    ramp_factor: float = 1.0
+    baseline: float = 0.0
+
+    @classmethod
+    def from_config(cls, config: AdversarialConfig, total_steps: int) -> "DiscriminatorSchedule":
+        """The schedule of a training of `total_steps`."""
+        fractions = (config.disc_start, config.disc_warmup, config.disc_ramp)
+        start, warmup, ramp = (round(fraction * total_steps) for fraction in fractions)
+        if not config.disc_adaptive_schedule:
+            return cls(start, 0, 0, inf)
+        return cls(start, warmup, ramp, config.disc_bound)
+
+    def phase(self, step: int) -> Phase:
+        """What step `step` (from 0) trains."""
+        if step < self.start:
+            return "reconstruction only"
+        return "discriminator only" if step < self.start + self.warmup else "joint"
+
+    def needs_baseline(self, steps: int) -> bool:
+        """Whether the baseline evaluation is due after `steps` steps: joint training is next."""
+        return self.bound < inf and steps == self.start + self.warmup
+
+    def advance(self) -> float:
+        """Move one step of joint training forward; the strength of that step."""
+        growth = 1 / (self.ramp * self.ramp_factor) if self.ramp else 1.0
+        self.strength = min(1.0, self.strength + growth)
+        return self.strength
+
+    def observe(self, error: float) -> bool:
+        """Account for a validation error; whether the strength was reduced because of it."""
+        if self.strength == 0:
+            self.baseline = error
+            return False
+        if not self.baseline or error <= self.baseline * (1 + self.bound):
+            return False
+        self.strength, self.ramp_factor = self.strength / 2, self.ramp_factor * 2
+        return True
+
+    def needs_more_evaluations(self, evaluate_every: int) -> bool:
+        """Whether evaluations this many steps apart may all miss the ramp."""
+        return self.bound < inf and evaluate_every > self.ramp
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers to log at an evaluation."""
+        baseline = {"disc_baseline": self.baseline} if self.baseline and self.bound < inf else {}
+        return {"disc_strength": self.strength, **baseline}
+
+
+class PatchDiscriminator(nn.Module):
+    """PatchGAN (arXiv 1611.07004): images (B, C, H, W) -> a logit for each patch (B, 1, h', w').
+
+    4x4 convolutions, `layers` of stride 2 and two of stride 1, with BatchNorm between them.
+
+    Raises:
+        ValueError: the images are too small for so many layers.
+    """
+
+    def __init__(
+        self, in_channels: int, image_size: tuple[int, int], channels: int = 64, layers: int = 3
+    ) -> None:
+        super().__init__()
+        if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
+            raise ValueError(
+                f"a discriminator of {layers} layers needs images of {3 << layers} pixels or more; "
+                "use fewer disc_layers"
+            )
+        parts: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)]
+        width = channels
+        for layer in range(1, layers + 1):
+            wider = channels * min(2**layer, 8)
+            stride = 2 if layer < layers else 1
+            parts += [
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
+                nn.BatchNorm2d(wider),
+            ]
+            width = wider
+        parts += [nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4, padding=1)]
+        self.layers = nn.Sequential(*parts)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> logits (B, 1, h', w')."""
+        return self.layers(images)
+
+
+class AdversarialLoss(nn.Module):
+    """A discriminator and the losses of both sides; its schedule is a part of its state dict.
+
+    Args:
+        config: weights, sizes and schedule.
+        in_channels, image_size: of the images, (in_channels, *image_size).
+        total_steps: length of the training.
+
+    Raises:
+        ValueError: the images are too small for the discriminator.
+    """
+
+    def __init__(
+        self,
+        config: AdversarialConfig,
+        in_channels: int,
+        image_size: tuple[int, int],
+        total_steps: int,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.schedule = DiscriminatorSchedule.from_config(config, total_steps)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same in every process
+            self.discriminator = PatchDiscriminator(
+                in_channels, image_size, config.disc_channels, config.disc_layers
+            )
+        self.register_buffer("logits", torch.zeros(2))  # moving averages: real, fake
+
+    def logits_of(self, images: Tensor) -> Tensor:
+        """Logits of images (B, C, H, W), in float32 also under autocast."""
+        return self.discriminator(images).float()
+
+    def generator_term(
+        self, reconstructions: Tensor, reconstruction_loss: Tensor, last_layer: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The term to add to the generator's loss, and numbers to log.
+
+        Args:
+            reconstructions: (B, C, H, W) with their graph.
+            reconstruction_loss: the loss that the term is balanced against, with its graph.
+            last_layer: weight of the decoder's last convolution.
+        """
+        self.discriminator.requires_grad_(False)  # this loss trains the generator alone
+        loss = generator_loss(self.config.disc_loss, self.logits_of(reconstructions))
+        self.discriminator.requires_grad_(True)
+        weight = torch.ones_like(loss)
+        if self.config.disc_adaptive_max > 0:
+            maximum = self.config.disc_adaptive_max
+            weight = adaptive_weight(reconstruction_loss, loss, last_layer, maximum)
+        term = self.schedule.strength * self.config.disc_weight * weight * loss
+        return term, {"adversarial_loss": term.detach(), "adaptive_weight": weight}
+
+    def discriminator_term(
+        self, images: Tensor, reconstructions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The discriminator's loss, given both (B, C, H, W), and numbers to log."""
+        images = images.detach().requires_grad_(self.config.r1_weight > 0)
+        real, fake = self.logits_of(images), self.logits_of(reconstructions.detach())
+        loss = discriminator_loss(self.config.disc_loss, real, fake)
+        values = {
+            "disc_loss": loss.detach(),
+            "disc_real": real.detach().mean(),
+            "disc_fake": fake.detach().mean(),
+        }
+        if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
+            averages = torch.stack([values["disc_real"], values["disc_fake"]])
+            self.logits.lerp_(_all_reduce_mean(averages), 1 - LECAM_DECAY)
+            distance = (real - self.logits[1]).relu().square().mean()
+            distance = distance + (self.logits[0] - fake).relu().square().mean()
+            values["lecam_loss"] = self.config.lecam_weight * distance.detach()
+            loss = loss + self.config.lecam_weight * distance
+        if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
+            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
+            penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+            values["r1_loss"] = self.config.r1_weight / 2 * penalty.detach()
+            loss = loss + self.config.r1_weight / 2 * penalty
+        return loss, values
+
+    def get_extra_state(self) -> Tensor:
+        """The schedule's strength, ramp factor and baseline, (3,)."""
+        schedule = self.schedule
+        state = [schedule.strength, schedule.ramp_factor, schedule.baseline]
+        return torch.tensor(state, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what `get_extra_state` returned."""
+        schedule = self.schedule
+        schedule.strength, schedule.ramp_factor, schedule.baseline = state.tolist()
+
+    def average_gradients(self) -> None:
+        """Average the discriminator's gradients over all processes."""
+        for parameter in self.discriminator.parameters():
+            if parameter.grad is not None:
+                _all_reduce_mean(parameter.grad)
+
+
+def _all_reduce_mean(values: Tensor) -> Tensor:
+    """The mean over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return values

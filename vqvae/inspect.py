@@ -1,0 +1,108 @@
+"""Reconstructions of a tokenizer, and what its codebook learned."""
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vqvae.model import VQVAE
+
+
+class Reconstructions(NamedTuple):
+    """Result of `reconstruct`.
+
+    Attributes:
+        sums: over all images: every measurement and each of the quantizer's losses, by name.
+        counts: how often each code was chosen, as `Quantizer.count` orders them.
+        originals, images: the first (n, C, H, W) and their reconstructions, in [-1, 1].
+    """
+
+    sums: dict[str, Tensor]
+    counts: Tensor
+    originals: Tensor
+    images: Tensor
+
+
+@torch.no_grad()
+def reconstruct(
+    model: VQVAE,
+    batches: Iterable[Tensor],
+    measure: Callable[[Tensor, Tensor], dict[str, Tensor]],
+    *,
+    keep: int,
+    weight: float = 1.0,
+) -> Reconstructions:
+    """Encode and decode images with a tokenizer in eval mode.
+
+    Args:
+        model: its training mode is restored afterwards.
+        batches: of images (B, C, H, W) in [-1, 1]; at least one.
+        measure: (images, reconstructions) -> means over the batch, by name.
+        keep: number of images to return.
+        weight: of the batches in sums and counts; 0 ignores them.
+    """
+    training = model.training
+    model.eval()
+    sums: dict[str, Tensor] = {}
+    counts, kept = 0, []
+    for images in batches:
+        reconstructions, quantized = model(images)
+        reconstructions = reconstructions.float().clamp(-1, 1)
+        values = measure(images, reconstructions)
+        values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * (weight * len(images))
+        counts = counts + weight * model.quantizer.count(quantized.indices)
+        if sum(len(pair[0]) for pair in kept) < keep:
+            kept.append((images.cpu(), reconstructions.cpu()))
+    model.train(training)
+    originals, shown = (torch.cat(part)[:keep] for part in zip(*kept, strict=True))
+    return Reconstructions(sums, counts, originals, shown)
+
+
+class CodebookStats(NamedTuple):
+    """A codebook from the most to the least used code.
+
+    Attributes:
+        usage: fraction of all choices, (K,), falling.
+        projection: first n codes on their two first principal components (PCA), (n, 2).
+        decoded_codes: decoded 1x1 grids of the first m codes, (m, C, f, f) in [-1, 1].
+    """
+
+    usage: Tensor
+    projection: Tensor
+    decoded_codes: Tensor
+
+
+@torch.no_grad()
+def inspect_codebook(
+    model: VQVAE, counts: Tensor, max_projected: int = 4096, max_decoded: int = 256
+) -> CodebookStats:
+    """Usage, projection and decoded images of a codebook, learned or implicit.
+
+    Args:
+        model: its decoder runs in eval mode.
+        counts: how often each code was chosen, as `Quantizer.count` orders them.
+        max_projected, max_decoded: number of codes to project and to decode, at most.
+    """
+    usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
+    codes = model.quantizer.codes(order[:max_projected])
+    training = model.training
+    decoded = model.eval().decoder(codes[:max_decoded, :, None, None]).clamp(-1, 1)
+    model.train(training)
+    return CodebookStats(usage, principal_components(codes), decoded)
+
+
+def principal_components(vectors: Tensor) -> Tensor:
+    """Vectors (n, D) -> their two first principal components, (n, 2), on the CPU.
+
+    The sign of each axis is fixed, so that pictures of different steps compare.
+    """
+    vectors = vectors.double().cpu()
+    vectors = vectors - vectors.mean(dim=0)
+    if vectors.shape[1] == 1:
+        return torch.cat([vectors, torch.zeros_like(vectors)], dim=1).float()
+    axes = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -2:].flip(1)  # (D, 2)
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    return (vectors @ (axes * largest.sign())).float()

@@ -1,0 +1,116 @@
+"""Forward and backward pass of one batch, for the tokenizer and its discriminator."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae.adversarial import AdversarialLoss
+from vqvae.losses import ReconstructionLoss
+
+Values = dict[str, Tensor]  # scalars to log, by name
+Autocast = Callable[[], AbstractContextManager]
+
+
+def compile_model(model: nn.Module, adversary: AdversarialLoss | None) -> None:
+    """Compile a `VQVAE` in place, for `forward_backward`."""
+    if adversary is not None:
+        # The adaptive weight runs backward through the graph before the loss does. By default a
+        # compiled backward pass may reuse the graph's buffers, which then are gone.
+        functorch_config.donated_buffer = False
+    model.compile()
+
+
+def forward_backward(
+    model: nn.Module,
+    images: Tensor,
+    losses: ReconstructionLoss,
+    autocast: Autocast,
+    *,
+    accumulate: int = 1,
+    adversary: AdversarialLoss | None = None,
+    last_layer: Tensor | None = None,
+    step: int = 0,
+) -> tuple[Values, Tensor]:
+    """Accumulate the gradients of one batch, for the tokenizer, the discriminator, or both.
+
+    The adversary's schedule decides which of them trains. The other is left without gradients, so
+    that a step of its optimiser changes nothing.
+
+    Args:
+        model: the `VQVAE`, possibly wrapped (DistributedDataParallel).
+        images: (B, C, H, W) in [-1, 1].
+        losses: the reconstruction terms.
+        autocast: makes the context in which the networks run.
+        accumulate: number of micro-batches the batch is split into.
+        adversary: discriminator and its losses, if there is one.
+        last_layer: weight of the decoder's last convolution, see `AdversarialLoss.generator_term`.
+        step: of the training, from 0.
+
+    Returns:
+        Means to log, and the indices of the batch.
+    """
+    phase = "reconstruction only" if adversary is None else adversary.schedule.phase(step)
+    if phase == "joint":
+        adversary.schedule.advance()
+    values: Values = {}
+    indices = []
+    for micro_batch in images.chunk(accumulate):
+        if phase == "discriminator only":
+            reconstructions, logged, chosen = _frozen_generator(model, micro_batch, autocast)
+        else:
+            opponent = adversary if phase == "joint" else None
+            reconstructions, logged, chosen = _generator_step(
+                model, micro_batch, losses, autocast, accumulate, opponent, last_layer
+            )
+        if phase != "reconstruction only":
+            with autocast():
+                loss, more = adversary.discriminator_term(micro_batch, reconstructions)
+            (loss / accumulate).backward()
+            logged |= more | {"disc_strength": torch.tensor(adversary.schedule.strength)}
+        for name, value in logged.items():
+            values[name] = values.get(name, 0.0) + value.detach() / accumulate
+        indices.append(chosen)
+    return values, torch.cat(indices)
+
+
+def _generator_step(
+    model: nn.Module,
+    images: Tensor,
+    losses: ReconstructionLoss,
+    autocast: Autocast,
+    accumulate: int,
+    adversary: AdversarialLoss | None,
+    last_layer: Tensor | None,
+) -> tuple[Tensor, Values, Tensor]:
+    """Accumulate the tokenizer's gradients; reconstructions, scalars to log, indices."""
+    with autocast():
+        reconstructions, quantized = model(images)
+    reconstructions = reconstructions.float()
+    terms = losses(reconstructions, images)
+    reconstruction_loss = sum(terms.values())
+    loss = reconstruction_loss + sum(quantized.losses.values())
+    logged = {"mse": F.mse_loss(reconstructions.detach(), images) / 4}  # of images in [0, 1]
+    logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
+    if adversary is not None:
+        with autocast():
+            term, more = adversary.generator_term(reconstructions, reconstruction_loss, last_layer)
+        loss, logged = loss + term, logged | more
+    (loss / accumulate).backward()
+    return reconstructions, logged, quantized.indices
+
+
+@torch.no_grad()
+def _frozen_generator(
+    model: nn.Module, images: Tensor, autocast: Autocast
+) -> tuple[Tensor, Values, Tensor]:
+    """Reconstructions, scalars to log and indices of a tokenizer that changes in nothing."""
+    model.eval()  # else the codebook would follow the batch
+    with autocast():
+        reconstructions, quantized = model(images)
+    model.train()
+    reconstructions = reconstructions.float()
+    return reconstructions, {"mse": F.mse_loss(reconstructions, images) / 4}, quantized.indices
