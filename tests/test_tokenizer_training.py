@@ -353,7 +353,7 @@ def test_images_that_are_too_small_for_lpips(
     torch.save({f"features.{name}": value for name, value in features.items()}, "alex.pth")
     lpips = ("--perceptual_weight", 1, "--lpips_network", "alex", "--lpips_weights", "alex.pth")
     error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *lpips)
-    assert "images of 24x40 pixels are too small for LPIPS through alex" in error
+    assert "images of 24x40 pixels are too small for LPIPS with the network alex" in error
     assert "image_size (32 is enough)" in error
     assert not Path("outputs").exists()
 
