@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test chaos lint bench showcase clean
+.PHONY: demo test chaos lint lock bench showcase clean
 
 # The virtual environment; brought up to date when what it needs changes.
 .env/.installed: requirements.txt
@@ -23,9 +23,14 @@ test: .env/.installed-dev  ## all tests
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)
 
-lint: .env/.installed-dev  ## style, as CI checks it
+lint: .env/.installed-dev  ## style and types, as CI checks them
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+lock: .env/.installed-dev  ## write the versions of this environment to requirements.lock
+	(echo "# Versions that all tests passed with (make lock). The bounds are in requirements.txt."; \
+	$(BIN)/pip freeze --all --exclude-editable | grep -v -e ' @ ' -e ^pip=) > requirements.lock
 
 bench: .env/.installed-dev  ## attention, sampling and training beside their peers, the presets
 	$(BIN)/python -m benchmarks.attention
