@@ -22,13 +22,15 @@ from transformer import (
     random_order_probability,
     sample_permutations,
 )
-from utils import addresses, cli, distributed, figures, metrics, tracking
+from utils import addresses, cli, distributed, figures, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
-from utils.evaluation.judge import Judge
+from utils.evaluation import metrics
+from utils.evaluation.samples import SampleEvaluator
 from utils.provenance import LoadedModel, Provenance, joined
 from utils.training import checkpoint, resume
+from utils.training.averages import Averages
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.guard import Guard
@@ -189,10 +191,12 @@ def main(arguments: argparse.Namespace) -> None:
         seed=config.seed,
     )
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
-    judge = None
+    evaluator = None
     if source.fd_samples:
         splits = data.train_rows, data.val_rows[: source.fd_samples]
-        judge = Judge(tokenizer, data.grids, data.rows, *splits, seed=config.seed, group=group)
+        evaluator = SampleEvaluator(
+            tokenizer, data.grids, data.rows, *splits, seed=config.seed, group=group
+        )
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
     model = GPT(model_config).to(group.device)
@@ -209,7 +213,7 @@ def main(arguments: argparse.Namespace) -> None:
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     average = WeightAverage(model, config.ema_decay)
-    progress, averages = resume.Progress(), metrics.Averages()
+    progress, averages = resume.Progress(), Averages()
     settings = asdict(config) | asdict(kind) | asdict(source) | asdict(model_config)
     settings |= {"data_sha256": resume.fingerprint(data.rows, *data.arrays), "precision": precision}
     parts = {"optimizer": optimizer, "average": average, "averages": averages}
@@ -226,7 +230,8 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
     guard = Guard(group, progress, config, data.name)
     origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
-    unigram, bigram = data.baselines()
+    splits = (data.grids[rows] for rows in (data.train_rows, data.val_rows))
+    unigram, bigram = metrics.baselines(*splits, data.words.codebook_size, data.words.depth)
     floor = {"unigram_bits_per_token": unigram, "bigram_bits_per_token": bigram}
     load = partial(load_batches, data, group.device)
     group.print(data)
@@ -236,9 +241,9 @@ def main(arguments: argparse.Namespace) -> None:
     def evaluation() -> float:
         """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
         values = {}
-        if judge is not None:
-            inputs = make_prefix(*data.prefix_inputs(judge.rows))
-            values = judge.figures(partial(generate, average.model.eval(), inputs))
+        if evaluator is not None:
+            inputs = make_prefix(*data.prefix_inputs(evaluator.rows))
+            values = evaluator.metrics(partial(generate, average.model.eval(), inputs))
         batches = load(group.shard(data.val_rows).split(config.batch_size))
         by_cell = evaluate(average.model, batches, precision, group)
         bits = float(by_cell.mean())

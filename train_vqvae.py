@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import addresses, cli, distributed, figures, metrics, plots, tracking
+from utils import addresses, cli, distributed, figures, tracking
 from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
 from utils.distributed import Distributed
+from utils.evaluation import metrics
 from utils.files import sha256
 from utils.provenance import LoadedModel, Provenance
 from utils.training import checkpoint, resume
+from utils.training.averages import Averages
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.codes import CodeWatch
@@ -31,7 +33,7 @@ from vqvae.inspect import Reconstructions, inspect_codebook, reconstruct
 from vqvae.losses import LossConfig, ReconstructionLoss
 from vqvae.train_step import compile_model, forward_backward
 
-BEST_METRICS = ("mse", "psnr", "ssim", "codebook_usage", "perplexity")  # for --best_metric
+BEST_METRICS = (*metrics.IMAGE_METRICS, "psnr", *metrics.CODE_METRICS)  # for --best_metric
 PICTURES = 32  # validation images that are shown
 # Settings of a tokenizer that make no difference to its weights and to what they mean.
 TRAINING_ONLY = ("dropout", "commitment_cost", "gradient", "entropy_weight", "revive_below")
@@ -55,8 +57,7 @@ class StartConfig:
 
 
 def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
-    errors = {"mse": metrics.squared_error(images, made), "ssim": metrics.ssim(images, made)}
-    return {name: error.mean() for name, error in errors.items()}
+    return {name: one.mean() for name, one in metrics.image_metrics(images, made).items()}
 
 
 def evaluate(
@@ -87,8 +88,8 @@ def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: i
     codes = inspect_codebook(model, seen.counts)
     for name, picture in {
         "reconstructions": figures.comparison(seen.originals, seen.images),
-        "code_usage": plots.bars(codes.usage),
-        "code_embedding": plots.points(codes.projection, codes.usage),
+        "code_usage": figures.bars(codes.usage),
+        "code_embedding": figures.points(codes.projection, codes.usage),
         "decoded_codes": figures.grid(codes.decoded_codes),
     }.items():
         run.picture(f"pictures/{name}", picture, step)
@@ -242,7 +243,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = model.to(group.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(model, config, betas=(0.9, 0.99))
     average = WeightAverage(model, config.ema_decay)
-    progress, averages = Progress(), metrics.Averages()
+    progress, averages = Progress(), Averages()
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
     rescue = model.quantizer.restart if beginning.reset_codebook_on_collapse else None
     watch = CodeWatch(model.config.num_codes, model.quantizer.CURE, rescue, group)

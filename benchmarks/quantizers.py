@@ -10,9 +10,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from benchmarks import record
-from utils import cli, metrics
+from utils import cli
 from utils.data.images import ImageDataset
 from utils.data.table import epoch_order, split_rows
+from utils.evaluation import metrics
 from utils.training.optimizers import make_optimizer, optimizer_step
 from utils.training.schedule import TrainingConfig
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig

@@ -94,7 +94,7 @@ def judge(**values: object) -> dict[str, float]:
         call(f"{{work}}/{name}-images", DECODE, name=name, **values)
         call(f"{{work}}/{name}-judged", JUDGE, name=name, **values)
         found = json.loads(Path(f"{values['work']}/{name}-judged/samples.json").read_text())
-        agreements[name] = 100 * found["figures"]["label_agreement"]["value"]
+        agreements[name] = 100 * found["metrics"]["label_agreement"]["value"]
     return agreements
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from utils.evaluation.bootstrap import POSITIVE, Figure, figure, mean, resample
+from utils.evaluation.metrics import POSITIVE, Estimate, estimate, mean, resample
 
 
 def test_the_first_row_is_the_images_themselves() -> None:
@@ -35,15 +35,15 @@ def test_intervals_hold_the_truth_about_95_times_in_100() -> None:
 def test_the_value_is_not_moved_by_the_bias_of_the_resamples() -> None:
     """Resamples of all-different things have fewer kinds: their mean is no estimate."""
     estimates = torch.tensor([100.0, 63.0, 64.0, 62.0])
-    assert figure(estimates) == Figure(100.0, 1.0)
-    assert figure(estimates).interval == pytest.approx((98.04, 101.96))
+    assert estimate(estimates) == Estimate(100.0, 1.0)
+    assert estimate(estimates).interval == pytest.approx((98.04, 101.96))
 
 
-def test_intervals_end_where_the_figure_does() -> None:
+def test_intervals_end_where_the_metric_does() -> None:
     """Shares were said to reach above 1, and distances below 0."""
     right = torch.arange(50) > 0
     share = mean(right, resample(50, seed=0))
     assert share.interval[0] < share.value < share.interval[1] == 1
     assert mean(~right, resample(50, seed=0)).interval[0] == 0
-    assert figure(torch.tensor([0.1, 0.5, -0.5]), POSITIVE).interval[0] == 0
-    assert figure(torch.tensor([0.1, 0.5, -0.5])).interval[0] < 0
+    assert estimate(torch.tensor([0.1, 0.5, -0.5]), POSITIVE).interval[0] == 0
+    assert estimate(torch.tensor([0.1, 0.5, -0.5])).interval[0] < 0

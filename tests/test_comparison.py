@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from utils.cli import UserError
-from utils.evaluation import comparison
+from utils.evaluation import records
 
 PROTOCOL = {"images": 4, "seed": 0}
 
@@ -24,7 +24,7 @@ def write(
     """A record whose figures have a standard error of 1; rows are lines of the CSV."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     content = {
-        "figures": {key: {"value": x, "standard_error": 1.0} for key, x in figures.items()},
+        "metrics": {key: {"value": x, "standard_error": 1.0} for key, x in figures.items()},
         "protocol": PROTOCOL | protocol,
     }
     if rows:
@@ -56,9 +56,9 @@ def test_psnr_has_the_verdict_of_the_mse(own_folder: Path) -> None:
         ([0.09, 0.18, 0.28, 0.37], "larger"),
         ([0.1, 0.2, 0.3, 0.41], "within"),
     ):
-        found = verdicts(comparison.compare(first, mse_of("b", second)))
+        found = verdicts(records.compare(first, mse_of("b", second)))
         assert found == {"mse": verdict, "psnr": verdict}
-    assert verdicts(comparison.compare(first, first)) == {"mse": "within", "psnr": "within"}
+    assert verdicts(records.compare(first, first)) == {"mse": "within", "psnr": "within"}
 
 
 @pytest.mark.parametrize("key", ["bits_per_pixel", "bits_per_token", "ssim"])
@@ -66,47 +66,47 @@ def test_images_are_paired_in_whatever_order_they_stand(own_folder: Path, key: s
     """Rankings of likelihood stand in an order of their own; bits per pixel were not paired."""
     first = mse_of("a", [0.1, 0.2, 0.3, 0.4], key)
     second = mse_of("b", [0.09, 0.18, 0.28, 0.37], key, turned=True)
-    assert verdicts(comparison.compare(first, second)) == {key: "larger"}
+    assert verdicts(records.compare(first, second)) == {key: "larger"}
 
 
 def test_an_image_that_is_listed_twice_counts_twice(own_folder: Path) -> None:
     rows = ["image_path,label,mse", "0.png,a,0.1", "0.png,a,0.1", "1.png,b,0.2"]
     first = write("a", {"mse": 0.4 / 3}, rows)
-    assert len(comparison.read(first).by_image["mse"]) == 3
+    assert len(records.read(first).by_image["mse"]) == 3
 
 
 def test_one_image_has_no_pairs(own_folder: Path) -> None:
     """It was a division by zero."""
     first, second = mse_of("a", [0.5]), mse_of("b", [0.1])
-    assert verdicts(comparison.compare(first, second))["mse"] == "within"
+    assert verdicts(records.compare(first, second))["mse"] == "within"
 
 
 @pytest.mark.parametrize(
     ("figures", "row", "complaint"),
     [
-        ({"mse": "x"}, "", "'x' is no number"),
-        ({"mse": None}, "", "None is no number"),
-        ({"mse": math.nan}, "", "nan is no number"),
+        ({"mse": "x"}, "", "'x' is not a finite number"),
+        ({"mse": None}, "", "None is not a finite number"),
+        ({"mse": math.nan}, "", "nan is not a finite number"),
         ({"mse": 0.1}, "0.png,a,abc", "abc"),
         ({"mse": 0.1}, "0.png", "damaged"),
-        ({"mse": 0.1}, "0.png,a,nan", "nan is no number"),
+        ({"mse": 0.1}, "0.png,a,nan", "nan is not a finite number"),
     ],
 )
 def test_damaged_records(own_folder: Path, figures: dict, row: str, complaint: str) -> None:
     """They were tracebacks."""
     path = write("a", figures, ["image_path,label,mse", row] if row else ())
     with pytest.raises(UserError, match=complaint):
-        comparison.compare(path, path)
+        records.compare(path, path)
 
 
 def test_records_without_columns_or_of_another_shape(own_folder: Path) -> None:
     path = write("a", {"mse": 0.1}, ["name,mse", "0.png,0.5"])
     with pytest.raises(UserError, match="damaged"):
-        comparison.compare(path, path)
-    for content in ("[]", '{"figures": [], "protocol": {}}', '{"figures": {"a": 1}}'):
+        records.compare(path, path)
+    for content in ("[]", '{"metrics": [], "protocol": {}}', '{"metrics": {"a": 1}}'):
         path.write_text(content)
-        with pytest.raises(UserError, match=r"is no evaluation|no JSON object"):
-            comparison.compare(path, path)
+        with pytest.raises(UserError, match=r"is not a valid evaluation|no JSON object"):
+            records.compare(path, path)
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def test_what_is_not_comparable(
 ) -> None:
     paths = write("a", {"x": 1.0}, **first), write("b", {"x": 2.0}, **second)
     with pytest.raises(UserError, match=complaint):
-        comparison.compare(*paths)
+        records.compare(*paths)
 
 
 def test_lpips_of_another_network_alone_is_not_compared(own_folder: Path) -> None:
     figures = {"mse": 0.1, "lpips": 0.2}
     networks = [{"network": name, "sha256": name} for name in ("alex", "vgg")]
     paths = [write(name["network"], figures, lpips=name, tokenizer_sha256="t") for name in networks]
-    found = comparison.compare(*paths)
+    found = records.compare(*paths)
     assert verdicts(found) == {"mse": "within", "lpips": "not"}
-    assert verdicts(comparison.compare(paths[0], paths[0])) == dict.fromkeys(figures, "within")
+    assert verdicts(records.compare(paths[0], paths[0])) == dict.fromkeys(figures, "within")
 
 
 def test_evaluations_of_a_home_are_found_by_their_names(
@@ -149,14 +149,14 @@ def test_evaluations_of_a_home_are_found_by_their_names(
         Path(home, "tables/reconstructions.json").write_text("{}")
     write("a/evaluation/mnist-images", {"fd": 0.1}, kind="samples")
     write("b/evaluation/other-images", {"fd": 0.1}, kind="samples")
-    found = [comparison.find(Path(home)) for home in ("a", "b")]
-    text = comparison.compare_all(*found)
+    found = [records.find(Path(home)) for home in ("a", "b")]
+    text = records.compare_all(*found)
     assert [line for line in text.splitlines() if "/" in line] == [
         "cats-test/reconstructions",
         "mnist-test/reconstructions",
     ]
-    images = [comparison.find(Path(p)) for p in ("a/evaluation/mnist-images", "b/evaluation")]
-    assert comparison.compare_all(*images).startswith("samples\n")  # the only ones of the kind
+    images = [records.find(Path(p)) for p in ("a/evaluation/mnist-images", "b/evaluation")]
+    assert records.compare_all(*images).startswith("samples\n")  # the only ones of the kind
     error = error_of(
         "evaluate", "--compare", "a/evaluation/mnist-images", "b/evaluation/mnist-test"
     )

@@ -110,7 +110,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
 
     score = ("--model_path", "gpt", "--model_dir", "tokenizer", "--path_to_data", data, *CPU)
     call("evaluate", "likelihood", *score, "--condition_model_dir", "low", "--output_dir", "score")
-    figures = json.loads(Path("score/likelihood.json").read_text())["figures"]
+    figures = json.loads(Path("score/likelihood.json").read_text())["metrics"]
     bits = {name: figures[name]["value"] for name in ("bits_per_pixel", "bits_per_token")}
     assert bits["bits_per_pixel"] == pytest.approx(bits["bits_per_token"] * 120 / 960)
     with Path("score/likelihood.csv").open(newline="") as file:

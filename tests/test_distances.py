@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from utils.evaluation.bootstrap import resample
 from utils.evaluation.distances import class_score, frechet_distance, kernel_distance
+from utils.evaluation.metrics import resample
 
 
 def features(count: int, shift: float, seed: int, width: int = 12) -> torch.Tensor:

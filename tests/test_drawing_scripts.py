@@ -284,10 +284,10 @@ def test_likelihood_ranks_all_images(models: Path) -> None:
     assert sorted(row["image_path"] for row in rows) == sorted(f"{n}.png" for n in range(12))
     assert bits == sorted(bits)
     values = json.loads((models / "ranked" / "likelihood.json").read_text())
-    values = {key: figure["value"] for key, figure in values["figures"].items()}
+    values = {key: figure["value"] for key, figure in values["metrics"].items()}
     assert values["bits_per_token"] == pytest.approx(sum(bits) / 12, abs=1e-3)
     assert values["bits_per_pixel"] == pytest.approx(values["bits_per_token"] * 60 / 960)
-    assert (models / "ranked" / "strangest.png").is_file()
+    assert (models / "ranked" / "lowest_likelihood.png").is_file()
 
 
 def test_named_sizes_fill_in_what_is_not_given() -> None:

@@ -18,8 +18,8 @@ from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row, split_rows
 from utils.datasets import write_digits
-from utils.evaluation import classifier, record
-from utils.evaluation.parts import read_real
+from utils.evaluation import features, records
+from utils.evaluation.image_sets import read_real
 from utils.files import sha256, write_folder
 from utils.provenance import Provenance, Split, Stage
 from utils.training import checkpoint
@@ -45,7 +45,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "SEEN", 4000)
+    monkeypatch.setattr(features, "TRAINING_IMAGES", 4000)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def read(path: str) -> dict:
 
 
 def value(record: dict, key: str) -> float:
-    return record["figures"][key]["value"]
+    return record["metrics"][key]["value"]
 
 
 def samples_flags(digits: Path, images: str) -> tuple[object, ...]:
@@ -91,7 +91,7 @@ def samples_flags(digits: Path, images: str) -> tuple[object, ...]:
 def test_real_images_as_samples_are_as_good_as_real_ones(evaluate: Call, digits: Path) -> None:
     printed = evaluate(*samples_flags(digits, "other.csv"), "--output_dir", "real")
     record = read("real/samples.json")
-    fd, real = record["figures"]["fd_classifier"], record["figures"]["real_fd_classifier"]
+    fd, real = record["metrics"]["fd_classifier"], record["metrics"]["real_fd_classifier"]
     assert fd["low"] < real["high"]
     assert real["low"] < fd["high"]
     assert value(record, "label_agreement") > 0.9
@@ -157,7 +157,7 @@ def test_reconstructions_are_measured_logged_and_compared(
 
     compared = evaluate("--compare", "first", "second")
     assert "larger" not in compared
-    assert compared.count("within the noise") == len(record["figures"])
+    assert compared.count("within the noise") == len(record["metrics"])
     assert compared == evaluate("--compare", run.run_id, "second/reconstructions.json")
     lines = Path("second/reconstructions.csv").read_text().splitlines()
     better = [lines[0]]
@@ -166,7 +166,7 @@ def test_reconstructions_are_measured_logged_and_compared(
         cells[2] = str(float(cells[2]) * 0.99)  # a little, but in every image
         better.append(",".join(cells))
     Path("second/reconstructions.csv").write_text("\n".join(better) + "\n")
-    record["figures"]["mse"]["value"] *= 0.99
+    record["metrics"]["mse"]["value"] *= 0.99
     Path("second/reconstructions.json").write_text(json.dumps(record))
     lines = evaluate("--compare", "first", "second").splitlines()
     assert [line.split()[0] for line in lines if "larger" in line] == ["mse"]
@@ -249,12 +249,12 @@ def test_a_file_of_two_names_is_on_one_side(own_folder: Path) -> None:
     data.write_text("\n".join([*lines, *links]) + "\n")
     real = read_real(str(data), None, Split(0.5, 0), ImageDataset(data))
     sides = [
-        {str(real.train.images.files[row]).replace("link", "") for row in part.rows.tolist()}
+        {str(real.train.images.files[row]).replace("link", "") for row in part.row_numbers.tolist()}
         for part in (real.train, real.held_out)
     ]
     assert not sides[0] & sides[1]
     expected = split_rows(real.train.images.rows, val_fraction=0.5, seed=0, folder=data.parent)
-    assert torch.equal(expected[1], real.held_out.rows)
+    assert torch.equal(expected[1], real.held_out.row_numbers)
 
 
 def test_what_can_be_trained_on_can_be_evaluated(
@@ -290,11 +290,11 @@ def test_a_classifier_says_how_good_it_is_on_images_that_did_not_teach_it(
     flags = (*flags, "--device", "cpu", "--features", "classifier", "--output_dir", "found")
     for same in ((), ("--path_to_train", digits / "test.csv")):
         printed = evaluate(*flags, *same)
-        assert "classifier: taught by these very images" in printed
-        assert "label_agreement" not in read("found/reconstructions.json")["figures"]
+        assert "classifier: trained on these very images" in printed
+        assert "label_agreement" not in read("found/reconstructions.json")["metrics"]
     for _ in range(2):  # the second time from the cache
         printed = evaluate(*flags, "--path_to_train", digits / "train.csv")
-        share = read("found/reconstructions.json")["figures"]["real_label_agreement"]["value"]
+        share = read("found/reconstructions.json")["metrics"]["real_label_agreement"]["value"]
         said = f"classifier: {100 * share:.1f} % of the labels of 200 held-out images right"
         assert said in printed
     assert "held-out images right" in evaluate(*samples_flags(digits, "other.csv"))
@@ -311,7 +311,7 @@ def test_too_few_images_for_a_frechet_distance(
     warnings = [line for line in said if line.startswith("warning: ")]
     assert len(warnings) == 1
     assert "40 images by the 128 features of classifier is mostly noise" in warnings[0]
-    figures = read("evaluation/" + record.name_of(images) + "/samples.json")["figures"]
+    figures = read("evaluation/" + records.name_of(images) + "/samples.json")["metrics"]
     for key, one in figures.items():
         if "kd_" not in key:
             assert one["low"] >= 0, key
@@ -383,14 +383,14 @@ def test_evaluations_that_cannot_be_compared(error_of: Call, evaluate: Call) -> 
     Path("empty").mkdir()
     assert "no evaluation at empty" in error_of("evaluate", "--compare", "empty", "empty")
     assert "nothing to do" in error_of("evaluate")
-    content = {"figures": {}, "protocol": {"images": 10}}
+    content = {"metrics": {}, "protocol": {"images": 10}}
     for name in ("a", "b"):
         Path(name).mkdir()
         Path(name, "samples.json").write_text(json.dumps(content))
         content["protocol"]["images"] = 20
     assert "images is 10 against 20" in error_of("evaluate", "--compare", "a", "b")
     Path("b/samples.json").write_text("{}")
-    assert "is no evaluation" in error_of("evaluate", "--compare", "a", "b")
+    assert "is not a valid evaluation" in error_of("evaluate", "--compare", "a", "b")
 
 
 def test_flags_that_would_be_ignored(error_of: Call, digits: Path, tokenizer: Path) -> None:
@@ -405,7 +405,7 @@ def test_flags_that_would_be_ignored(error_of: Call, digits: Path, tokenizer: Pa
     assert "--compare reads two evaluations and makes none" in error
     flags = ("samples", "--path_to_data", digits / "train.csv", "--model_dir", tokenizer)
     error = error_of("evaluate", *flags, "--indexes_path", "drawn", "--image_size", 8)
-    assert "--image_size does not go with --indexes_path" in error
+    assert "--image_size cannot be combined with --indexes_path" in error
 
 
 def test_the_flag_that_names_what_is_not_there(

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
-from utils import cli, metrics
+from utils import cli
 from utils.cli import UserError
-from utils.evaluation import classifier
+from utils.evaluation import features, metrics
+from utils.evaluation.samples import DecodedImages
 
 Call = Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
 def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(classifier, "SEEN", 500)
+    monkeypatch.setattr(features, "TRAINING_IMAGES", 500)
 
 
 def call(name: str, *arguments: object) -> None:
@@ -79,8 +80,6 @@ def test_which_figures_are_better_when_lower() -> None:
 
 
 def test_decoded_images_have_eight_bits() -> None:
-    from utils.evaluation.decoded import DecodedImages
-
     images = DecodedImages(
         torch.zeros(5, 1, 1), (), lambda grids: torch.full((len(grids), 1, 2, 2), 0.3), 1, (2, 2)
     )

@@ -19,7 +19,7 @@ from PIL import Image
 from tests.conftest import ROOT, write_images
 from utils import cli, lineage, provenance
 from utils.cli import UserError
-from utils.evaluation.samples import drawn_by
+from utils.evaluation.image_sets import sampling_run
 from utils.files import sha256
 from utils.provenance import Stage
 
@@ -37,8 +37,8 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path) -> None:
     lineage = provenance.of_picture(Path("images/00000.png"))
-    assert drawn_by(lineage) == runs_of(done)["gpt"].info.run_id
-    assert drawn_by(lineage[:3]) == drawn_by(()) == ""
+    assert sampling_run(lineage) == runs_of(done)["gpt"].info.run_id
+    assert sampling_run(lineage[:3]) == sampling_run(()) == ""
 
 
 def client_of(folder: Path) -> Any:

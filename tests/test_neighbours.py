@@ -3,17 +3,22 @@
 import pytest
 import torch
 
-from utils.evaluation import neighbours
-from utils.evaluation.bootstrap import resample
-from utils.evaluation.memorisation import closest, figures, suspects, threshold
-from utils.evaluation.neighbours import manifold_metrics, nearest
+from utils.evaluation import distances
+from utils.evaluation.distances import (
+    closest,
+    copy_metrics,
+    copy_threshold,
+    manifold_metrics,
+    nearest,
+)
+from utils.evaluation.metrics import resample
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few images are cut into several blocks, the last not full."""
-    monkeypatch.setattr(neighbours, "QUERIES", 64)
-    monkeypatch.setattr(neighbours, "REFERENCES", 48)
+    monkeypatch.setattr(distances, "QUERIES", 64)
+    monkeypatch.setattr(distances, "REFERENCES", 48)
 
 
 def draw(count: int, seed: int, scale: float = 1.0, width: int = 5) -> torch.Tensor:
@@ -70,11 +75,11 @@ def test_copies_are_found_and_new_images_are_none() -> None:
     copies = training[5:15] + 0.01
     new = closest(draw(200, 2, width=40), training)
     found = closest(torch.cat([draw(90, 1, width=40), copies]), training)
-    limit = threshold(new)
+    limit = copy_threshold(new)
     assert int((new.ratios <= limit).sum()) == 2  # of 200, by definition
     assert found.rows[90:].tolist() == list(range(5, 15))
-    assert set(suspects(found, 10).tolist()) == set(range(90, 100))
-    values = figures(found, "pixels", limit, resample(100, 0))
+    assert set(found.ratios.argsort()[:10].tolist()) == set(range(90, 100))
+    values = copy_metrics(found, "pixels", limit, resample(100, 0))
     assert 0.1 <= values["copies_pixels"].value <= 0.13
     assert values["nearest_pixels"].value == pytest.approx(float(found.distances.mean()))
 
@@ -84,5 +89,5 @@ def test_images_that_lie_close_together_are_no_copies() -> None:
     training = torch.cat([draw(300, 0, width=40), draw(300, 1, 0.01, width=40)])
     new = closest(torch.cat([draw(100, 2, width=40), draw(100, 3, 0.01, width=40)]), training)
     dense = closest(draw(200, 4, 0.01, width=40), training)
-    share = figures(dense, "pixels", threshold(new), resample(200, 0))["copies_pixels"]
+    share = copy_metrics(dense, "pixels", copy_threshold(new), resample(200, 0))["copies_pixels"]
     assert share.value < 0.05

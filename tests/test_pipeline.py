@@ -150,7 +150,7 @@ def test_evaluate_agrees_with_the_training(pipeline: Path, monkeypatch: pytest.M
     seen = [json.loads(line) for line in (tokenizer / "metrics.jsonl").read_text().splitlines()]
     (expected,) = (line["val/best_mse"] for line in seen if "val/best_mse" in line)
     result = json.loads(Path("evaluation/reconstructions.json").read_text())
-    assert result["figures"]["mse"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert result["metrics"]["mse"]["value"] == pytest.approx(expected, rel=1e-4)
 
 
 def weights(folder: Path) -> bytes:

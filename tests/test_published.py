@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from utils.cli import UserError
+from utils.evaluation.distances import key
 from utils.evaluation.published import open_network
 
 CPU = torch.device("cpu")
@@ -41,7 +42,7 @@ def test_inception_sees_what_that_of_torchmetrics_sees(inception: Path) -> None:
         assert torch.allclose(features, judge.inception(images), atol=1e-6)
         assert logits.shape == (4, 1008)
         assert network.network(torch.zeros(2, 1, 8, 8))[0].shape == (2, 2048)  # grey images
-    assert network.keys["frechet"] == "fid"
+    assert key("fd", network.name) == "fid"
 
 
 def test_weights_of_another_network(inception: Path) -> None:
@@ -89,7 +90,7 @@ def test_dinov2_from_a_folder() -> None:
         features, logits = network.network(torch.rand(3, 1, 9, 12) * 2 - 1)
     assert features.shape == (3, 8)
     assert logits is None
-    assert network.keys["frechet"] == "fd_dinov2"
+    assert key("fd", network.name) == "fd_dinov2"
     assert network.sha256 == open_network("dinov2", "dino", CPU).sha256
     BertModel(BertConfig(**small, intermediate_size=8, vocab_size=9)).save_pretrained("bert")
     with pytest.raises(UserError, match="bert does not hold the weights of dinov2"):

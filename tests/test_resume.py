@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils import metrics
 from utils.cli import UserError
 from utils.distributed import Distributed
 from utils.provenance import Provenance
 from utils.tracking import Run
 from utils.training import checkpoint, resume
+from utils.training.averages import Averages
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
 from utils.training.optimizers import make_optimizer, optimizer_step
@@ -51,7 +51,7 @@ def train(
     net = Net()
     config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
     optimizer = make_optimizer(net, config, (0.9, 0.99))
-    progress, averages, counts = Progress(), metrics.Averages(), torch.zeros(2)
+    progress, averages, counts = Progress(), Averages(), torch.zeros(2)
     average = WeightAverage(net, 0.5)
     parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
     state = State(ALONE, net, SETTINGS | settings, progress=progress, absent=None, **parts)

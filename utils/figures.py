@@ -1,17 +1,21 @@
 """Pictures that trainings and evaluations share."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
 GAP = 1  # pixels between images
 WHITE_ERROR = 0.25  # of the whole range of a pixel
 MAX_BARS, BAR_HEIGHT = 2048, 128  # of a picture of distributions
+SIDE, TOP, MARGIN = 512, 32, 12  # of a plot, of its title, around it, in pixels
+INK, PALE, LINE = (31, 70, 120), (190, 190, 190), (214, 39, 40)
+MAX_RADIUS = 12  # of a point
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -30,25 +34,20 @@ def enlarge(picture: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
-    """Images (N, C, H, W) in [-1, 1] in rows, a near-square by default."""
+    """Images (N, C, H, W) in [-1, 1] in rows, a near-square by default, on mid-grey."""
     count, channels, height, width = images.shape
     if columns is None:
         columns = min(count, max(1, round(math.sqrt(count * height / width))))
-    rows = math.ceil(count / columns)
-    canvas = torch.zeros(
-        channels, rows * (height + GAP) - GAP, columns * (width + GAP) - GAP
-    )  # mid-grey
-    for number, image in enumerate(images.float().cpu()):
-        top, left = number // columns * (height + GAP), number % columns * (width + GAP)
-        canvas[:, top : top + height, left : left + width] = image
-    return enlarge(to_pil(canvas))
+    cells = torch.zeros(math.ceil(count / columns) * columns, channels, height + GAP, width + GAP)
+    cells[:count, :, :height, :width] = images.float().cpu()
+    rows = cells.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # C, row, y, column, x
+    return enlarge(to_pil(rows.flatten(3).flatten(1, 2)[:, :-GAP, :-GAP]))
 
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """Original, reconstruction and error side by side, each three in a near-square grid.
 
-    Args:
-        originals, reconstructions: (N, C, H, W) in [-1, 1].
+    Both are (N, C, H, W) in [-1, 1].
     """
     originals, reconstructions = originals.float().cpu(), reconstructions.float().cpu()
     errors = error_maps(originals, reconstructions)
@@ -56,21 +55,19 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
 
 
 def pairs(left: Tensor, right: Tensor) -> Image.Image:
-    """Two batches side by side, each pair in a near-square grid.
+    """Two batches (N, C, H, W) in [-1, 1] side by side, each pair in a near-square grid.
 
-    Args:
-        left, right: (N, C, H, W) in [-1, 1]; those on the left are brought to the size of those
-            on the right, and both to the larger number of channels.
+    The left images are resized to the right ones, and both get the larger number of channels.
     """
     sides = [left.float().cpu(), right.float().cpu()]
     if sides[0].shape[2:] != sides[1].shape[2:]:
-        sides[0] = torch.nn.functional.interpolate(sides[0], size=sides[1].shape[2:])
+        sides[0] = F.interpolate(sides[0], size=sides[1].shape[2:])
     channels = max(images.shape[1] for images in sides)
     return grid(torch.cat([_widen(images, channels) for images in sides], dim=3))
 
 
 def _widen(images: Tensor, channels: int) -> Tensor:
-    """The same images with more channels: grey as RGB, what has no alpha opaque."""
+    """The same images with more channels: grey as RGB, opaque where alpha is missing."""
     if images.shape[1] == 1 < channels:
         images = images.expand(-1, 3, -1, -1)
     if images.shape[1] < channels:
@@ -81,7 +78,7 @@ def _widen(images: Tensor, channels: int) -> Tensor:
 def comparison_table(
     names: list[str], originals: Tensor, reconstructions: Tensor
 ) -> dict[str, list[Any]]:
-    """A table of images (N, C, H, W) in [-1, 1] by name, there and back."""
+    """A table of images (N, C, H, W) in [-1, 1] by name, with their reconstructions."""
 
     def pictures(images: Tensor) -> list[Image.Image]:
         return [enlarge(to_pil(image), 128) for image in images]
@@ -98,7 +95,7 @@ def error_maps(images: Tensor, others: Tensor) -> Tensor:
     """Where two batches (N, C, H, W) in [-1, 1] differ, in the same shape: grey, and opaque.
 
     Black where they are equal, white where the channels differ by `WHITE_ERROR` or more on
-    average: a scale that does not change, so that pictures of different steps compare.
+    average: a fixed scale, so that pictures of different steps compare.
     """
     errors = (images - others).abs().mean(dim=1, keepdim=True) / (2 * WHITE_ERROR)
     shades = (errors.clamp(max=1) * 2 - 1).expand(images.shape).clone()
@@ -115,9 +112,9 @@ def heat(values: Tensor) -> Image.Image:
 
 
 def distributions(shares: Tensor, others: Tensor) -> Image.Image:
-    """Two distributions over the same things, (K,) each: one upwards, the other downwards.
+    """Two distributions over the same K codes, (K,) each: one upwards, the other downwards.
 
-    The order is that of the first, falling. Up to 2,048 bars; beyond, neighbours share one.
+    In descending order of the first. Up to 2,048 bars; beyond, a bar is a mean of neighbours.
     """
     order = shares.argsort(descending=True)
     up, down = (
@@ -128,3 +125,53 @@ def distributions(shares: Tensor, others: Tensor) -> Image.Image:
     level = torch.linspace(1, 0, BAR_HEIGHT)[:, None]
     halves = [(up / top >= level), (down / top >= level).flip(0)]
     return enlarge(to_pil(torch.cat(halves).float()[None] * 2 - 1))
+
+
+def bars(shares: Tensor) -> Image.Image:
+    """Shares (n,) of a whole as bars from left to right, with a line at the uniform share.
+
+    Where there are more bars than pixels a column shows the largest of its shares.
+    """
+    used, uniform = int((shares > 0).sum()), 1 / len(shares)
+    largest = max(float(shares.max()), uniform)
+    picture, draw = _empty(
+        f"{used:,} of {len(shares):,} in use, largest share {float(shares.max()):.2%}; "
+        f"line: uniform, {uniform:.2%}"
+    )
+    inner, bottom = SIDE - 2 * MARGIN, TOP + SIDE - MARGIN
+    columns = shares.double().cpu().tensor_split(min(inner, len(shares)))
+    edges = torch.linspace(MARGIN, SIDE - MARGIN, len(columns) + 1).round().int().tolist()
+    for column, (left, right) in zip(columns, pairwise(edges), strict=True):
+        height = round(inner * float(column.max()) / largest)
+        if height:
+            gap = right - left > 3
+            draw.rectangle((left, bottom - height, right - 1 - gap, bottom), fill=INK)
+    level = bottom - round(inner * uniform / largest)
+    draw.line((MARGIN, level, SIDE - MARGIN, level), fill=LINE)
+    return picture
+
+
+def points(places: Tensor, shares: Tensor) -> Image.Image:
+    """Points (n, 2) in the plane with areas in proportion to the first n of the shares (K,)."""
+    picture, draw = _empty(f"the first {len(places):,}; area: share, hollow: none")
+    inner = SIDE - 2 * (MARGIN + MAX_RADIUS)
+    places = places.double().cpu()
+    middle = (places.amax(dim=0) + places.amin(dim=0)) / 2
+    extent = 2 * float((places - middle).abs().max()) or 1.0  # one scale for both axes
+    shares = shares[: len(places)]
+    radii = MAX_RADIUS * (shares / shares.max().clamp(min=1e-12)).sqrt()
+    for (x, y), radius in zip(((places - middle) / extent).tolist(), radii.tolist(), strict=True):
+        centre = SIDE / 2 + x * inner, TOP + SIDE / 2 - y * inner
+        box = [c + d for d in (-max(radius, 2), max(radius, 2)) for c in centre]
+        if radius > 0:
+            draw.ellipse(box, fill=INK, outline="white")
+        else:
+            draw.ellipse(box, outline=PALE)
+    return picture
+
+
+def _empty(text: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    picture = Image.new("RGB", (SIDE, TOP + SIDE), "white")
+    draw = ImageDraw.Draw(picture)
+    draw.text((MARGIN, MARGIN - 2), text, fill="black", font=ImageFont.load_default(14))
+    return picture, draw

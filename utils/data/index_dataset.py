@@ -1,6 +1,5 @@
 """An indices folder as training data: batches of grids, and what a GPT is given before each."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils import metrics
 from utils.cli import UserError
 from utils.data.conditions import read_conditions
 from utils.data.crops import read_crops
@@ -135,22 +133,6 @@ class IndexDataset:
             whole = epoch is None or self._crops is None
             grids = self.grids[rows] if whole else self._crops.pick(rows, self._seed, epoch)
             yield *self.prefix_inputs(rows), grids.long()
-
-    def baselines(self) -> tuple[float, float]:
-        """Unigram and bigram bits per token of the validation grids: what a GPT has to beat.
-
-        The codes of each depth are words of their own. As it is known which depth comes next,
-        the unigram need not tell.
-        """
-        depth, size = self.words.depth, self.words.codebook_size
-        train, val = self.grids[self.train_rows], self.grids[self.val_rows]
-        if depth > 1:
-            train, val = (grids.int() + size * torch.arange(depth) for grids in (train, val))
-        counts = [
-            torch.bincount(grids.flatten().long(), minlength=size * depth) for grids in (train, val)
-        ]
-        unigram = metrics.unigram_bits(*counts) - math.log2(depth)
-        return unigram, metrics.bigram_bits(train, val, size * depth)
 
 
 def describe(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:

@@ -1,24 +1,59 @@
-"""How far two sets of images are apart, from their features (N, D) in some network.
+"""Metrics of a set of images beside real images, from the features of both in some network.
 
-Each function takes the weights of `bootstrap.resample` for each set and gives a `Figure`. All
-sums are in float64, on the device of the features.
+All sums are in float64 on the device of the features. `SET_METRICS` lists what evaluate.py
+reports: a new metric is one function and one row.
 """
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.evaluation.bootstrap import POSITIVE, Figure, figure
+from utils.evaluation.metrics import POSITIVE, Estimate, estimate, mean
 
-FRECHET_REPLICATES = 50  # each costs two covariances and two eigenvalue problems
+FRECHET_REPLICATES = 50  # each takes two covariances and two eigenvalue problems
 CHUNK = 2048  # rows of a kernel matrix at a time
+QUERIES, REFERENCES = 2048, 8192  # rows of a block of distances
+PRECISION_K, DENSITY_K = 3, 5  # neighbours, of the papers
+NEIGHBOURS = 10
+COPY = 0.01  # share of new images that count as copies
+
+Weights = tuple[Tensor, Tensor]  # of `metrics.resample`, one for each set
+
+
+class Features(NamedTuple):
+    """A set of N images in a feature network.
+
+    Attributes:
+        features: (N, D), float32.
+        logits: (N, classes), or None where the network has no classes.
+        pixels: (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side.
+    """
+
+    features: Tensor
+    logits: Tensor | None
+    pixels: Tensor
+
+    def select(self, rows: Tensor) -> "Features":
+        """Some of the images."""
+        rows = rows.to(self.features.device)
+        logits = None if self.logits is None else self.logits[rows]
+        return Features(self.features[rows], logits, self.pixels[rows])
+
+
+# --- Frechet distance, kernel distance, class score ---------------------------------------------
 
 
 def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D) drawn `weights` (N,) times."""
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), each `weights` (N,) times."""
     count = weights.sum()
-    mean = weights @ features / count
-    centred = features - mean
-    return mean, (centred * weights[:, None]).T @ centred / (count - 1)
+    average = weights @ features / count
+    centred = features - average
+    return average, (centred * weights[:, None]).T @ centred / (count - 1)
 
 
 def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
@@ -32,26 +67,26 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Ten
     return distance.clamp(min=0)  # rounding may leave equal sets a little below
 
 
-def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Figure:
+def frechet_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
     """Frechet distance of two sets as Gaussians (arXiv 1706.08500): with Inception, the FID.
 
     It falls with the number of images, also for sets of the same kind: compare equal counts.
 
     Args:
         first, second: features (N, D) and (M, D).
-        weights: (R, N) and (R, M), of which the first 51 count.
+        weights: (R, N) and (R, M), of which the first 51 rows count.
     """
     first, second = first.double(), second.double()
     rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
     found = [_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]
-    return figure(torch.stack(found), POSITIVE)
+    return estimate(torch.stack(found), POSITIVE)
 
 
-def kernel_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Figure:
+def kernel_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
     """Squared maximum mean discrepancy (arXiv 1801.01401): with Inception, the KID.
 
-    The unbiased estimate from all pairs of images, by the kernel (x y / D + 1)^3. No pair of an
-    image with itself counts, nor of two draws of one image in a resample.
+    The unbiased estimate from all pairs of images, by the kernel (x y / D + 1)^3. Pairs of an
+    image with itself do not count, nor pairs of its repetitions in a resample.
 
     Args:
         first, second: features (N, D) and (M, D).
@@ -66,7 +101,7 @@ def kernel_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor
         return (_kernel_sum(x, x, w, w) - w.square() @ own) / pairs
 
     between = _kernel_sum(first, second, w_1, w_2) / (w_1.sum(dim=1) * w_2.sum(dim=1))
-    return figure(within(first, w_1) + within(second, w_2) - 2 * between)
+    return estimate(within(first, w_1) + within(second, w_2) - 2 * between)
 
 
 def _kernel_sum(x: Tensor, y: Tensor, w_x: Tensor, w_y: Tensor) -> Tensor:
@@ -78,7 +113,7 @@ def _kernel_sum(x: Tensor, y: Tensor, w_x: Tensor, w_y: Tensor) -> Tensor:
     return total
 
 
-def class_score(logits: Tensor, weights: Tensor) -> Figure:
+def class_score(logits: Tensor, weights: Tensor) -> Estimate:
     """exp of the mean KL(p(y|x) || p(y)) (arXiv 1606.03498): with Inception, the Inception Score.
 
     Args:
@@ -90,4 +125,245 @@ def class_score(logits: Tensor, weights: Tensor) -> Figure:
     conditional = shares @ (logs.exp() * logs).sum(dim=1)
     marginal = shares @ logs.exp()
     scores = (conditional - torch.special.xlogy(marginal, marginal).sum(dim=1)).exp()
-    return figure(scores, (1.0, float(logits.shape[1])))
+    return estimate(scores, (1.0, float(logits.shape[1])))
+
+
+# --- nearest neighbours -------------------------------------------------------------------------
+
+
+class Neighbours(NamedTuple):
+    """Euclidean distances (N, k), ascending, and the rows (N, k) of the references."""
+
+    distances: Tensor
+    rows: Tensor
+
+
+def _centre(images: Tensor) -> Tensor:
+    """The mean (D,): around it little cancels in the products."""
+    return (images.sum(dim=0, dtype=torch.double) / len(images)).float()
+
+
+def _squared(part: Tensor, others: Tensor, centre: Tensor) -> Tensor:
+    """Squared distances (n, m) of (n, D) and (m, D), of any type, in float32."""
+    part, others = part.float() - centre, others.float() - centre
+    norms = part.square().sum(dim=1, keepdim=True) + others.square().sum(dim=1)
+    return torch.addmm(norms, part, others.T, alpha=-2)
+
+
+def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
+    """The k nearest references of each query.
+
+    Matrix products select the neighbours; their distances are then computed again without
+    cancellation, so that a copy has a distance of exactly 0.
+
+    Args:
+        queries: (N, D), of any type.
+        references: (M, D), M at least k.
+    """
+    centre = _centre(references)
+    found = []
+    for part in queries.split(QUERIES):
+        values, rows = [], []
+        for start in range(0, len(references), REFERENCES):
+            squared = _squared(part, references[start : start + REFERENCES], centre)
+            best = squared.topk(min(k, squared.shape[1]), dim=1, largest=False)
+            values.append(best.values)
+            rows.append(best.indices + start)
+        chosen = torch.cat(values, dim=1).topk(k, dim=1, largest=False).indices
+        chosen = torch.cat(rows, dim=1).gather(1, chosen)
+        exact = [(part.float() - references[row].float()).norm(dim=1) for row in chosen.T]
+        distances, order = torch.stack(exact, dim=1).sort(dim=1)
+        found.append((distances, chosen.gather(1, order)))
+    return Neighbours(*map(torch.cat, zip(*found, strict=True)))
+
+
+def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[str, Estimate]:
+    """How many samples lie among the real images, and the reverse.
+
+    Each image has a ball that reaches to its k-th neighbour in its own set. Precision is the
+    share of the samples in a real ball, recall that of real images in a ball of a sample (k = 3,
+    arXiv 1904.06991); density the mean number of real balls that contain a sample, over k;
+    coverage the share of the real balls that contain a sample (k = 5, arXiv 2002.09797). Images
+    are resampled, the radii are not.
+
+    Args:
+        real, samples: features (N, D) and (M, D), each of more than 5 images.
+        weights: (R, N) and (R, M).
+    """
+    real_radii = nearest(real, real, DENSITY_K + 1).distances  # the nearest is the image itself
+    radii = nearest(samples, samples, PRECISION_K + 1).distances[:, PRECISION_K]
+    narrow, wide = real_radii[:, PRECISION_K].square(), real_radii[:, DENSITY_K].square()
+    centre = _centre(real)
+    inside, depth = [], []
+    reached = torch.zeros(len(real), dtype=torch.bool, device=real.device)
+    covered = reached.clone()
+    for part, radius in zip(samples.split(QUERIES), radii.split(QUERIES), strict=True):
+        squared = _squared(part, real, centre)
+        inside.append((squared <= narrow).any(dim=1))
+        within = squared <= wide
+        depth.append(within.sum(dim=1) / DENSITY_K)
+        covered |= within.any(dim=0)
+        reached |= (squared <= radius.square()[:, None]).any(dim=0)
+    return {
+        "precision": mean(torch.cat(inside), weights[1]),
+        "recall": mean(reached, weights[0]),
+        "density": mean(torch.cat(depth), weights[1], POSITIVE),
+        "coverage": mean(covered, weights[0]),
+    }
+
+
+# --- memorisation: are samples copies of training images? ---------------------------------------
+
+
+class Closest(NamedTuple):
+    """The nearest training image of each of N images.
+
+    Attributes:
+        distances: (N,).
+        ratios: (N,), of the distance to the mean distance of the 10 nearest training images: 0
+            for a copy. It scales with the neighbourhood, so that plain images, which all lie
+            close together, are not suspected more than others.
+        rows: (N,), of the training images.
+    """
+
+    distances: Tensor
+    ratios: Tensor
+    rows: Tensor
+
+
+def closest(images: Tensor, training: Tensor) -> Closest:
+    """Find the nearest training image of each image.
+
+    Args:
+        images: (N, D), pixels or features.
+        training: (M, D), M of 2 or more.
+    """
+    found = nearest(images, training, min(NEIGHBOURS, len(training)))
+    average = found.distances.mean(dim=1).clamp(min=1e-12)
+    return Closest(found.distances[:, 0], found.distances[:, 0] / average, found.rows[:, 0])
+
+
+def copy_threshold(new: Closest) -> float:
+    """The ratio up to which an image counts as a copy: that of the nearest 1 % of new images."""
+    return float(new.ratios.kthvalue(math.ceil(COPY * len(new.ratios))).values)
+
+
+def copy_metrics(found: Closest, space: str, limit: float, weights: Tensor) -> dict[str, Estimate]:
+    """Mean distance to the nearest training image, and the share of copies.
+
+    Args:
+        found: of `closest`.
+        space: of the distances, for the names: pixels or features.
+        limit: of `copy_threshold`.
+        weights: of `metrics.resample`, (R, N).
+    """
+    return {
+        f"nearest_{space}": mean(found.distances, weights, POSITIVE),
+        f"copies_{space}": mean(found.ratios <= limit, weights),
+    }
+
+
+# --- what a set of images is compared by --------------------------------------------------------
+
+
+def diversity(features: Tensor, labels: Sequence[str], weights: Tensor, seed: int) -> Estimate:
+    """Mean distance of an image to another random image of its label.
+
+    Args:
+        features: (N, D).
+        labels: N of them; an image that is alone with its label counts as 0.
+        weights: (R, N).
+        seed: of the pairs.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    apart = torch.zeros(len(features), device=features.device)
+    for label in sorted(set(labels)):
+        rows = torch.tensor([row for row, own in enumerate(labels) if own == label])
+        rows = rows[torch.randperm(len(rows), generator=generator)].to(features.device)
+        apart[rows] = (features[rows] - features[rows.roll(1)]).norm(dim=1)
+    return mean(apart, weights, POSITIVE)
+
+
+def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
+    """The share of N images that a classifier assigns to their target class (N,)."""
+    assert found.logits is not None
+    return mean(found.logits.argmax(dim=1).cpu() == targets, weights)
+
+
+@dataclass
+class Comparison:
+    """A set of images beside a set of real ones, in one feature network.
+
+    Attributes:
+        real, images: of M and N images.
+        weights: of `metrics.resample`, (R, M) and (R, N).
+        labels: of the N images; () where they have none.
+        targets: the class (N,) of each label, or None where the network has no such classes.
+        seed: of random pairs.
+    """
+
+    real: Features
+    images: Features
+    weights: Weights
+    labels: Sequence[str] = ()
+    targets: Tensor | None = None
+    seed: int = 0
+
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The features of both sets, (M, D) and (N, D)."""
+        return self.real.features, self.images.features
+
+    @cached_property
+    def manifold(self) -> dict[str, Estimate]:
+        """`manifold_metrics` of both sets."""
+        return manifold_metrics(*self.pair, self.weights)
+
+
+# Each gives None where the set does not have what it needs, such as labels.
+SET_METRICS: dict[str, Callable[[Comparison], Estimate | None]] = {
+    "fd": lambda c: frechet_distance(*c.pair, c.weights),
+    "kd": lambda c: kernel_distance(*c.pair, c.weights),
+    "class_score": lambda c: (
+        None if c.images.logits is None else class_score(c.images.logits, c.weights[1])
+    ),
+    "precision": lambda c: c.manifold["precision"],
+    "recall": lambda c: c.manifold["recall"],
+    "density": lambda c: c.manifold["density"],
+    "coverage": lambda c: c.manifold["coverage"],
+    "diversity": lambda c: diversity(c.images.features, c.labels, c.weights[1], c.seed),
+    "label_agreement": lambda c: (
+        None if c.targets is None else label_agreement(c.images, c.targets, c.weights[1])
+    ),
+}
+RECONSTRUCTION_METRICS = ("fd", "kd")  # of reconstructions beside their originals: rFD, rKD
+
+# Metrics that are named after the network, by their published names in Inception.
+INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "class_score": "inception_score"}
+TITLES = {"fd": "FD", "kd": "KD", "class_score": "class score"}
+TITLES |= {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
+
+
+def set_metrics(
+    comparison: Comparison, network: str, names: Sequence[str] = tuple(SET_METRICS)
+) -> dict[str, Estimate]:
+    """Those of the set metrics `names` that apply, by their `key` in a network."""
+    found = {key(name, network): SET_METRICS[name](comparison) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def key(name: str, network: str) -> str:
+    """What a metric is called in a network: FID is the Frechet distance in Inception only."""
+    if name not in INCEPTION_NAMES:
+        return name
+    return INCEPTION_NAMES[name] if network == "inception" else f"{name}_{network}"
+
+
+def title(name: str) -> str:
+    """How a metric is printed: real_fd_classifier is real FD (classifier)."""
+    real, name = ("real ", name[5:]) if name.startswith("real_") else ("", name)
+    stem, _, network = name.rpartition("_")
+    stem, network = (stem, f" ({network})") if network in ("classifier", "dinov2") else (name, "")
+    rebuilt = "r" if stem.startswith("r") and stem[1:] in TITLES else ""
+    stem = stem.removeprefix(rebuilt)
+    return f"{real}{rebuilt}{TITLES.get(stem, stem)}{network}"

@@ -3,22 +3,24 @@
 import contextlib
 import io
 from pathlib import Path
-from unittest.mock import patch
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.evaluation.features import FeatureNetwork
 
-INCEPTION = ("2048", "logits_unbiased")  # what the Inception Score takes has no bias
+INCEPTION = ("2048", "logits_unbiased")  # the Inception Score takes logits without bias
 DINOV2 = "huggingface.co/facebook/dinov2-large"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 
 
 class _Inception(nn.Module):
     """torch-fidelity's port of the network of the first FID, with its own resizing to 299."""
+
+    preprocessing = "8 bits, RGB, TensorFlow's bilinear resizing to 299x299"
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -31,19 +33,21 @@ class _Inception(nn.Module):
         url = fidelity.URL_INCEPTION_V3
         try:
             if path:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                torch.load(path, map_location="cpu", weights_only=True)
             else:
                 print(f"taking the weights of Inception from {url} or torch.hub's cache")
                 with contextlib.redirect_stderr(io.StringIO()):  # where it repeats the address
-                    state = torch.hub.load_state_dict_from_url(url, weights_only=True)
+                    torch.hub.load_state_dict_from_url(url, weights_only=True)
         except Exception as error:  # no network, no such file, or no weights: of many types
             raise _no_weights("inception", error, f"download {url} and give its path") from error
-        # By a path it would unpickle the file, so it gets what was read above as its download.
-        with patch.object(fidelity, "load_state_dict_from_url", lambda *_, **__: state):
-            try:
-                self.inner = fidelity.FeatureExtractorInceptionV3("inception", list(INCEPTION))
-            except (RuntimeError, TypeError, AttributeError) as error:
-                raise _wrong_weights(path, "inception", url) from error
+        # torch-fidelity unpickles the file without restrictions. The lines above have read the
+        # same file and would have refused one with anything besides tensors in it.
+        try:
+            self.inner = fidelity.FeatureExtractorInceptionV3(
+                "inception", list(INCEPTION), feature_extractor_weights_path=path or None
+            )
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise _wrong_weights(path, "inception", url) from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images[:, :3].expand(-1, 3, -1, -1).add(1).mul(127.5).round()
@@ -53,6 +57,8 @@ class _Inception(nn.Module):
 
 class _Dinov2(nn.Module):
     """transformers' DINOv2: the normalised class token of images of 224x224 (arXiv 2306.04675)."""
+
+    preprocessing = "RGB, antialiased bicubic resizing to 224x224, ImageNet's mean and std"
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -72,11 +78,12 @@ class _Dinov2(nn.Module):
         if not config.model_type.startswith("dinov2"):
             raise _wrong_weights(path, "dinov2", DINOV2)
         try:
-            self.inner, report = AutoModel.from_pretrained(
+            loaded: Any = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise _no_weights("dinov2", error, remedy) from error
+        self.inner, report = loaded
         if report["missing_keys"] or report["mismatched_keys"]:
             raise _wrong_weights(path, "dinov2", DINOV2)
 
@@ -89,39 +96,32 @@ class _Dinov2(nn.Module):
         return self.inner(pixels).pooler_output, None
 
 
-NETWORKS = {
-    "inception": (_Inception, "8 bits, RGB, TensorFlow's bilinear resizing to 299x299"),
-    "dinov2": (_Dinov2, "RGB, antialiased bicubic resizing to 224x224, ImageNet's mean and std"),
-}
-
-
 def open_network(name: str | None, path: str, device: torch.device) -> FeatureNetwork | None:
-    """Inception or DINOv2; None for another name, where there is nothing to open.
+    """Inception or DINOv2; None for another name, which has nothing to open.
 
     Args:
-        name: as given by --features.
+        name: of --features.
         path: the weights file of Inception, the folder of DINOv2; "" downloads that of Inception.
-        device: where to put it.
+        device: of the network.
 
     Raises:
         UserError: its package or its weights are missing, or they are of another network.
     """
-    if name not in NETWORKS:
-        if path:
-            raise UserError(
-                "--feature_weights belongs to --features inception or dinov2; add one of them"
-            )
-        return None
-    make, preprocessing = NETWORKS[name]
-    network = make(path).requires_grad_(False).eval().to(device)
-    return FeatureNetwork(name, network, preprocessing)
+    make = {"inception": _Inception, "dinov2": _Dinov2}.get(name or "")
+    if make is not None:
+        network = make(path).requires_grad_(False).eval().to(device)
+        return FeatureNetwork(str(name), network, make.preprocessing)
+    if path:
+        raise UserError(
+            "--feature_weights belongs to --features inception or dinov2; add one of them"
+        )
+    return None
 
 
 def _no_weights(name: str, error: Exception, remedy: str) -> UserError:
-    line = " ".join(str(error).split())[:150]
     return UserError(
-        f"--features {name} has no weights ({line}); {remedy} as --feature_weights, or use "
-        "--features classifier"
+        f"--features {name} has no weights ({one_line(error, 150)}); {remedy} as "
+        "--feature_weights, or use --features classifier"
     )
 
 

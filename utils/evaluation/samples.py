@@ -1,149 +1,141 @@
-"""The samples that an evaluation judges: pictures or indices, and what is known of them."""
+"""Generated grids of indices as images, and how close they are to real ones during a training."""
 
-import hashlib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
-from utils import addresses, provenance
 from utils.cli import UserError
-from utils.data.indices import digest, lineage_of, read_indices
-from utils.evaluation.decoded import DecodedImages
-from utils.evaluation.parts import Part, check_count, read_images
-from utils.provenance import Lineage, LoadedModel, Split
+from utils.data.table import Row
+from utils.distributed import Distributed
+from utils.evaluation.distances import Features, frechet_distance, label_agreement
+from utils.evaluation.features import (
+    class_targets,
+    extract_features,
+    print_accuracy,
+    train_classifier,
+    warn_if_few,
+)
+from utils.evaluation.metrics import WIDTH, resample
+from utils.provenance import LoadedModel
 
-LIST, GRID = "images.csv", "grid.png"  # in a folder of images_from_indexes.py
+BATCH = 256
+REPLICATES = 10  # enough for the standard error beside a curve
+METRICS = ("fd_classifier", "fd_classifier_error", "label_agreement")
 
 
-class Tokens(NamedTuple):
-    """How to compare indices: those of the samples' rows, and images -> their indices."""
-
-    grids: Tensor
-    encode: Callable[[Tensor], Tensor]
-    codebook_size: int
-    depth: int
-
-
-class Samples(NamedTuple):
-    """Samples, and what they say of where they come from.
+class DecodedImages:
+    """Grids of codebook indices as a source of images, decoded by their tokenizer.
 
     Attributes:
-        part: all of them.
-        place: the file or folder that they lie in.
-        hashes: SHA-256 of the samples and, where it is known, of the models that drew them.
-        run_id: MLflow's of the GPT that drew them, "" if not known.
-        split: of the training's data, None if not known.
-        tokens: None for pictures.
+        grids: (N, h, w[, depth]), of any integer type.
+        rows: N rows of a table.
+        channels, size: of the images.
     """
 
-    part: Part
-    place: Path
-    hashes: dict[str, str]
-    run_id: str
-    split: Split | None
-    tokens: Tokens | None = None
+    def __init__(
+        self,
+        grids: Tensor,
+        rows: Sequence[Row],
+        decode: Callable[[Tensor], Tensor],
+        channels: int,
+        size: tuple[int, int],
+    ) -> None:
+        self.grids, self.rows, self.channels, self.size = grids, rows, channels, size
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    @torch.no_grad()
+    def batches(self, batches_of_rows: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """The images of each batch of row numbers, (B, C, H, W) in [-1, 1].
+
+        Their values are those of 8-bit images, as if they had been saved and read.
+        """
+        for rows in batches_of_rows:
+            images = self._decode(self.grids[rows].long().to(device))
+            yield images.add(1).mul(127.5).round().div(127.5).sub(1)
 
 
-def drawn_by(lineage: Lineage) -> str:
-    """The run of the GPT that drew what has this lineage; "" where it does not say so."""
-    return next((stage.run_id for stage in reversed(lineage) if stage.name == "samples"), "")
+class SampleEvaluator:
+    """Compares sampled grids with held-out grids, both decoded by one tokenizer.
 
+    What the tokenizer loses is lost on both sides, so that the metrics measure the GPT alone.
 
-def read_samples(
-    images: str | None,
-    indexes_path: str | None,
-    tokenizer: LoadedModel | None,
-    size: tuple[int, int] | None,
-    **options: Any,
-) -> Samples:
-    """The samples that the flags name: `read_pictures`, or `read_drawn` with their tokenizer.
-
-    Raises:
-        UserError: neither, both, or what does not go together; see there.
+    Attributes:
+        rows: the held-out rows to compare with; one sample is compared for the label of each.
     """
-    if bool(images) == bool(indexes_path):
-        raise UserError("give the samples by either --images or --indexes_path")
-    if images:
-        return read_pictures(Path(images), size, **options)
-    if size:
-        raise UserError(
-            "--image_size does not go with --indexes_path, whose images have the size that the "
-            "tokenizer decodes; leave it out"
-        )
-    if tokenizer is None:
-        raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    path = addresses.fetch(indexes_path)
-    samples = read_drawn(path, tokenizer)
-    if path != Path(indexes_path):  # fetched to a folder that nobody will look into
-        samples = samples._replace(place=Path("outputs", *indexes_path.split("/")[1:]))
-    return samples
 
+    def __init__(
+        self,
+        tokenizer: LoadedModel | None,
+        grids: Tensor,
+        rows: Sequence[Row],
+        train: Tensor,
+        held_out: Tensor,
+        *,
+        seed: int,
+        group: Distributed,
+    ) -> None:
+        """Train a classifier on the decoded training grids, or load it from the cache.
 
-def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> Samples:
-    """A folder of images_from_indexes.py, or any CSV of images.
+        Args:
+            tokenizer: of the grids.
+            grids: (N, h, w), the data set of indices.
+            rows: N rows of its table.
+            train: row numbers to train the classifier on.
+            held_out: row numbers to compare with.
+            seed: of the classifier.
+            group: the first process does the work.
 
-    Args:
-        path: of the folder, its images.csv, or another CSV.
-        size: height and width to resize and crop to; None: what all images have.
-        options: of `ImageDataset`.
+        Raises:
+            UserError: no tokenizer, images without a label, or fewer than 2 to compare.
+        """
+        self.rows, self._group = held_out, group
+        if tokenizer is None:
+            raise UserError("--fd_samples needs the tokenizer of the indices; add --model_dir")
+        if len(held_out) < 2:
+            raise UserError(
+                f"--fd_samples leaves {len(held_out)} validation images to compare with; use 2 or "
+                "more, or 0 for none"
+            )
+        if not group.is_main:
+            return
+        self._decode, self._config = tokenizer.model.decode, tokenizer.model.config
+        images = self._images(grids, rows)
+        self._network = train_classifier(images, train, "--fd_samples", group.device, seed)
+        self._real = self._features(images, held_out)
+        names = self._network.class_names
+        of_rows = [rows[row] for row in held_out.tolist()]
+        self._targets = class_targets(of_rows, names, "--path_to_data")
+        self._weights = tuple(resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
+        warn_if_few(self._real, self._network.name)
+        accuracy = label_agreement(self._real, self._targets, self._weights[0])
+        print_accuracy(accuracy, len(held_out))
 
-    Raises:
-        UserError: see `ImageDataset`; neither of them is there, or too few images.
-    """
-    table = path / LIST if path.is_dir() else path
-    if not table.is_file():
-        raise UserError(
-            f"no images at {path}; --images takes a folder of images_from_indexes.py, with its "
-            f"{LIST}, or a CSV of image paths"
-        )
-    images = read_images(table, "--images", size, **options)
-    check_count(images, str(path))
-    folder = table.parent if table.name == LIST else None
-    grid = folder / GRID if folder and (folder / GRID).is_file() else None
-    lineage = provenance.of_picture(grid) if grid else ()
-    sha256 = hashlib.sha256()
-    for file in images.files:
-        sha256.update(Path(file).read_bytes())
-    return Samples(
-        Part.whole(images),
-        folder or table,
-        {"samples_sha256": sha256.hexdigest()} | _models(lineage),
-        drawn_by(lineage),
-        provenance.split_of_picture(grid) if grid else None,
-    )
+    def _images(self, grids: Tensor, rows: Sequence[Row]) -> DecodedImages:
+        config = self._config
+        return DecodedImages(grids, rows, self._decode, config.in_channels, config.image_size)
 
+    def _features(self, images: DecodedImages, rows: Tensor) -> Features:
+        return extract_features(self._network, images, rows, self._group.device, BATCH, "features")
 
-def read_drawn(path: Path, tokenizer: LoadedModel) -> Samples:
-    """Indices, to be decoded as they are looked at.
+    def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
+        """FD (classifier), its standard error, and the share of samples of the right class.
 
-    Raises:
-        UserError: see `read_indices`; indices of another tokenizer, or too few of them.
-    """
-    model, config, origin = tokenizer.model, tokenizer.model.config, tokenizer.provenance
-    indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer, path)
-    size = tuple(side * config.downsampling for side in indices.latent_dim)
-    decoded = DecodedImages(indices.tensor(), indices.rows, model.decode, config.in_channels, size)
-    check_count(decoded, str(path))
-    return Samples(
-        Part.whole(decoded),
-        path,
-        {"samples_sha256": digest(path)}
-        | _models(lineage_of(path))
-        | {"tokenizer_sha256": tokenizer.sha256},
-        indices.meta.gpt_run_id if indices.meta is not None else "",
-        Split(origin.val_fraction, origin.seed),
-        Tokens(decoded.grids, model.encode, config.codebook_size, config.depth),
-    )
-
-
-def _models(lineage: Lineage) -> dict[str, str]:
-    """The SHA-256 of the last tokenizer and of the last GPT of a lineage."""
-    return {
-        f"{stage.name}_sha256": stage.sha256
-        for stage in lineage
-        if stage.name in ("tokenizer", "gpt") and stage.sha256
-    }
+        Args:
+            sample: gives a grid for each of `rows`, (n, h, w); called by the first process only.
+        """
+        values = torch.zeros(len(METRICS), device=self._group.device)
+        if self._group.is_main:
+            grids = sample()
+            found = self._features(self._images(grids, ()), torch.arange(len(grids)))
+            distance = frechet_distance(self._real.features, found.features, self._weights)
+            right = label_agreement(found, self._targets, self._weights[1])
+            values += values.new_tensor([distance.value, distance.standard_error, right.value])
+            self._group.print(
+                f"{len(grids):,} samples: FD (classifier) {distance.value:.3f} +- "
+                f"{WIDTH * distance.standard_error:.3f}, {right.value:.1%} of the right class"
+            )
+        return dict(zip(METRICS, self._group.all_reduce_sum(values).tolist(), strict=True))
