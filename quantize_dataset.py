@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import addresses, cli, distributed, metrics, tracking
+from utils import addresses, cli, distributed, tracking
 from utils.data.augmentation import Augmentation
 from utils.data.conditions import write_conditions
 from utils.data.crops import FILE
@@ -17,6 +17,7 @@ from utils.data.images import ImageDataset
 from utils.data.index_folder import allocate
 from utils.data.indices import IndicesMeta, check_writable, write_indices
 from utils.data.table import Row, split_rows
+from utils.evaluation import metrics
 from utils.files import sha256
 from utils.provenance import LoadedModel, Provenance
 from utils.training import checkpoint
@@ -230,7 +231,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
         f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
-        f"{metrics.entropy(counts) - math.log2(config.depth):.3f} bits per token "
+        f"{math.log2(health['perplexity'] / config.depth):.3f} bits per token "
         f"(entropy of single indices){extra}"
     )
     print(

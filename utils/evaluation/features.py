@@ -258,7 +258,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         model = Classifier(images.channels, len(names))
         if not _load_cached(model, file):
-            model = fit_classifier(images, rows, names, device, seed)
+            trained = fit_classifier(images, rows, names, device, seed)
+            model.load_state_dict(trained.state_dict())  # in the memory layout of a cached one
             file.parent.mkdir(parents=True, exist_ok=True)
             staging = file.with_suffix(f".{os.getpid()}.tmp")  # other processes may write it, too
             state = {name: value.contiguous() for name, value in model.state_dict().items()}
