@@ -11,7 +11,7 @@ from torch import nn
 from utils.cli import Stopped, UserError
 from utils.distributed import Distributed
 from utils.files import read_tensors
-from utils.tracking import Run, journal, metrics_log
+from utils.tracking import Run, sync
 from utils.training.checkpoints import checkpoints_in, find_checkpoint
 from utils.training.resume import Progress, State
 from utils.training.saving import Checkpoints
@@ -191,14 +191,14 @@ def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
     """What was logged after it comes again; an evaluation by another script stays."""
     training = Training(tmp_path)
     for step in (1, 2, 3):
-        metrics_log.append(tmp_path, {"step": step, **ABOUT, "train/loss": 1.0})
+        sync.append_metrics(tmp_path, sync.Metrics(**ABOUT, step=step, values={"train/loss": 1.0}))
         if step == 2:
             training.save(2)
-    metrics_log.append(tmp_path, {"step": 0, **ABOUT, "test/mse": 1.0})
-    with (tmp_path / journal.METRICS).open("a") as file:
+    sync.append_metrics(tmp_path, sync.Metrics(**ABOUT, step=0, values={"test/mse": 1.0}))
+    with (tmp_path / sync.METRICS).open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while it wrote
     again = Training(tmp_path, resumed=find_checkpoint("auto", str(tmp_path)))
-    metrics_log.rewind(tmp_path, again.progress.logged)
-    assert [line["step"] for line in metrics_log.read(tmp_path)] == [1, 2, 0]
-    metrics_log.rewind(tmp_path, 0)
-    assert [line["step"] for line in metrics_log.read(tmp_path)] == [0]
+    sync.rewind_metrics(tmp_path, again.progress.logged)
+    assert [line.step for line in sync.read_metrics(tmp_path)] == [1, 2, 0]
+    sync.rewind_metrics(tmp_path, 0)
+    assert [line.step for line in sync.read_metrics(tmp_path)] == [0]

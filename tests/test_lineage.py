@@ -1,7 +1,6 @@
 """From anything that the pipeline wrote back to its commands, and the same bits from them again."""
 
 import importlib
-import json
 import shlex
 import struct
 import sys
@@ -17,11 +16,12 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, write_images
-from utils import cli, lineage, provenance
+from utils import cli, provenance
 from utils.cli import UserError
 from utils.evaluation.image_sets import sampling_run
 from utils.files import sha256
 from utils.provenance import Stage
+from utils.tracking import lineage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 Call = Callable[..., str]
@@ -136,7 +136,7 @@ def test_paths_flags_and_addresses_of_a_command_that_runs_again() -> None:
         "--output_dir=old --path_to_data data.csv --resume old --text"
     )
     stage = Stage("indices", command, {"runs:/1/checkpoints": "aa", "data.csv": "bb"})
-    words = lineage.again(stage, (tokenizer,), Path("new"), 1)
+    words = lineage.rerun_command(stage, (tokenizer,), Path("new"))
     assert shlex.join(words) == (
         f"{ROOT}/quantize_dataset.py --model_dir new/1-tokenizer --path_to_data data.csv --text "
         "--output_dir new/2-indices"
@@ -145,7 +145,7 @@ def test_paths_flags_and_addresses_of_a_command_that_runs_again() -> None:
 
 def test_only_scripts_of_this_project_are_run_again() -> None:
     """A picture that somebody sent may say anything."""
-    for command in (
+    for line in (
         "python -c exit(1)",
         "sh -c exit",
         "python",
@@ -153,9 +153,9 @@ def test_only_scripts_of_this_project_are_run_again() -> None:
         "python x/rain.py",
     ):
         with pytest.raises(UserError, match="no script of this project"):
-            lineage.again(Stage("tokenizer", command), (), Path("new"), 0)
+            lineage.rerun_command(Stage("tokenizer", line), (), Path("new"))
     stage = Stage("images", "python /elsewhere/vqvae/images_from_indexes.py --text")
-    (program, *_) = lineage.again(stage, (), Path("new"), 0)
+    (program, *_) = lineage.rerun_command(stage, (), Path("new"))
     assert program == str(ROOT / "vqvae/images_from_indexes.py")
 
 
@@ -171,17 +171,17 @@ def picture(path: Path, text: str | None) -> Path:
 
 def test_what_does_not_lead_back(error_of: Call, own_folder: Path) -> None:
     def say(what: object, *flags: object) -> str:
-        return error_of("utils.lineage", what, *flags)
+        return error_of("utils.tracking.lineage", what, *flags)
 
     assert "nowhere is no file, no folder" in say("nowhere")
     assert f"no MLflow run '{'0' * 32}'" in say("0" * 32)
-    assert "does not say where it comes from" in say(picture(own_folder / "none.png", None))
+    assert "has no lineage" in say(picture(own_folder / "none.png", None))
     assert "is damaged" in say(picture(own_folder / "odd.png", '[{"odd": 1}]'))
-    assert "inputs is 5" in say(
+    assert "inputs must be dict" in say(
         picture(own_folder / "five.png", '[{"name": "gpt", "command": "", "inputs": 5}]')
     )
     assert "is damaged" in say(picture(own_folder / "cut.png", '[{"name": "tok'))
-    assert "is no picture" in say(write_images(own_folder / "data"))
+    assert "is not a readable PNG file" in say(write_images(own_folder / "data"))
     assert "is no model folder" in say(own_folder / "data")
 
 
@@ -197,10 +197,9 @@ def bomb(path: Path, side: int) -> Path:
 
 
 def test_a_picture_that_would_fill_the_memory(error_of: Call, own_folder: Path) -> None:
-    """It was a traceback of Pillow; a large grid of pictures must still be read."""
-    error = error_of("utils.lineage", bomb(own_folder / "bomb.png", 30_000))
-    assert "bomb.png is no picture that can be read: its header says more than" in error
-    assert provenance.of_picture(bomb(own_folder / "large.png", 10_000)) == ()
+    """Its pixels are not decoded, however many there are."""
+    error = error_of("utils.tracking.lineage", bomb(own_folder / "bomb.png", 30_000))
+    assert "bomb.png has no lineage" in error
 
 
 def test_a_picture_says_how_its_training_split_the_data(done: Path, own_folder: Path) -> None:
@@ -224,7 +223,7 @@ def test_other_bits_are_a_failure(
     monkeypatch.setattr(lineage, "find", lambda what: (stage,))
     monkeypatch.setattr(lineage.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
     for found, code in (("aa", None), ("bb", 1)):
-        monkeypatch.setattr(lineage, "digest", lambda path, found=found: found)
+        monkeypatch.setattr(lineage, "digest_of", lambda path, found=found: found)
         monkeypatch.setattr(sys, "argv", ["lineage", "x", "--rerun", "new"])
         with pytest.raises(SystemExit) if code else nullcontext() as ended:
             cli.run(lineage.main, lineage.make_parser())
@@ -234,7 +233,7 @@ def test_other_bits_are_a_failure(
 
 def test_programs_say_how_they_are_called(capsys: pytest.CaptureFixture) -> None:
     """They called themselves lineage.py and __main__.py, which start nothing."""
-    for name in ("lineage", "tracking", "datasets"):
+    for name in ("tracking", "tracking.lineage", "datasets"):
         path = f"utils.{name}" + ".__main__" * (name == "tracking")
         usage = importlib.import_module(path).make_parser().format_usage()
         assert f"usage: python -m utils.{name} " in usage
@@ -243,13 +242,13 @@ def test_programs_say_how_they_are_called(capsys: pytest.CaptureFixture) -> None
 def test_data_that_changed_is_refused(error_of: Call, own_folder: Path) -> None:
     data = write_images(own_folder / "data")
     chain = (Stage("tokenizer", "python x.py", {str(data): sha256(data)}),)
-    text = json.dumps(provenance.content(chain))
+    text = provenance.to_json(chain)
     made = picture(own_folder / "made.png", text)
     data.write_text(data.read_text() + "0.png,a\n")
-    error = error_of("utils.lineage", made, "--rerun", "new")
+    error = error_of("utils.tracking.lineage", made, "--rerun", "new")
     assert f"{data} is not what the tokenizer was made of" in error
     data.unlink()
-    assert "is not there" in error_of("utils.lineage", made, "--rerun", "new")
+    assert "is not there" in error_of("utils.tracking.lineage", made, "--rerun", "new")
     assert not Path("new").exists()
 
 

@@ -8,8 +8,7 @@ import pytest
 from tests.conftest import open_run
 from utils import addresses, tracking
 from utils.cli import UserError
-from utils.tracking import registry
-from utils.tracking.registry import Criterion
+from utils.tracking import store as mlflow_store
 from utils.training.schedule import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -83,7 +82,7 @@ def test_a_training_killed_after_any_call_goes_on_without_doubles(
     (Path("first") / "model.safetensors").write_text("w")
     with open_run("killed") as run:
         pass
-    what = store, run.run_id, Path("first"), {"val/best_mse": 0.5}, 1.0, 7
+    what = store, run.run_id, Path("first"), {"val/best_mse": 0.5}, 1000, 7
     if call:
         real = getattr(type(store), call)
 
@@ -94,10 +93,10 @@ def test_a_training_killed_after_any_call_goes_on_without_doubles(
         with monkeypatch.context() as patch:
             patch.setattr(type(store), call, killed)
             with pytest.raises(KeyboardInterrupt):
-                registry.log_model(*what)
+                mlflow_store.log_model(*what)
     else:
-        registry.log_model(*what)
-    registry.log_model(*what)
+        mlflow_store.log_model(*what)
+    mlflow_store.log_model(*what)
     assert len({one.model_id for one in store.get_run(run.run_id).outputs.model_outputs}) == 1
     assert len(store.get_metric_history(run.run_id, "val/best_mse")) == 1
 
@@ -106,20 +105,19 @@ def test_a_model_is_registered_once(store: Any) -> None:
     """A finished training that was started again registered its model another time."""
     run = train("first", 0.5)
     store.delete_registered_model_alias("digits", "champion")
-    what = store, run.run_id, "digits", Criterion("val/best_mse", True)
+    what = store, run.run_id, "digits", "val/best_mse", True
     for _ in range(2):  # as after a kill between the version and its alias, and once more
-        assert "version 1 of digits; champion: models:/digits" in registry.register(*what)
+        assert "version 1 of digits; champion: models:/digits" in mlflow_store.register(*what)
         assert len(store.search_model_versions("name = 'digits'")) == 1
         assert champion() == "first"
 
 
 def test_no_number_is_never_better() -> None:
     for lower_is_better in (True, False):
-        criterion = Criterion("mse", lower_is_better)
-        assert criterion.prefers(1.0, float("nan"))
-        assert not criterion.prefers(float("nan"), 1.0)
-        assert not criterion.prefers(float("nan"), float("nan"))
-        assert not criterion.prefers(1.0, 1.0)
+        assert mlflow_store.is_better(1.0, float("nan"), lower_is_better)
+        assert not mlflow_store.is_better(float("nan"), 1.0, lower_is_better)
+        assert not mlflow_store.is_better(float("nan"), float("nan"), lower_is_better)
+        assert not mlflow_store.is_better(1.0, 1.0, lower_is_better)
 
 
 def test_no_champion_yet(store: Any) -> None:

@@ -12,8 +12,9 @@ from tests.conftest import PICTURE, open_run
 from utils import tracking
 from utils.cli import UserError
 from utils.tracking import __main__ as command
-from utils.tracking import journal, links, metrics_log, replay
-from utils.tracking.store import pictures
+from utils.tracking import sync
+from utils.tracking.store import LINEAGE
+from utils.tracking.sync import Event, EventLog, Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 FULL = Counter(metrics=60, pictures=2, files=3, tables=1, links=1, status=1)
@@ -44,7 +45,7 @@ def everything(client: Any, run_id: str) -> tuple:
     }
     names = [Path(one.path).name for one in client.list_artifacts(run_id, "images")]
     files = [one.path for one in client.list_artifacts(run_id, "checkpoints/best")]
-    files += [one.path for one in client.list_artifacts(run_id) if one.path == links.FILE]
+    files += [one.path for one in client.list_artifacts(run_id) if one.path == LINEAGE]
     tags = {"mlflow.loggedImages": run.data.tags.get("mlflow.loggedImages")}
     return history, sorted(names), files, tags, run.info.status
 
@@ -53,7 +54,7 @@ def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.Capt
     with open_run(config={"a": 1}) as run:
         log_all(run)
     before = everything(store, run.run_id)
-    assert not replay.replay(store, Path("out")).total()
+    assert not sync.replay(store, Path("out")).total()
     assert everything(store, run.run_id) == before
     command.main(command.make_parser().parse_args(["--replay", "out"]))
     assert capsys.readouterr().out == "sent: nothing, MLflow has it all\n"
@@ -74,7 +75,7 @@ def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> 
         run.close("KILLED")
     assert everything(store, run.run_id)[-1] == "RUNNING"
     Path("out").rename("moved")
-    assert replay.replay(store, Path("moved")) == FULL
+    assert sync.replay(store, Path("moved")) == FULL
     history, names, files, tags, status = everything(store, run.run_id)
     lines = [json.loads(line) for line in Path("moved/metrics.jsonl").read_text().splitlines()]
     assert history["train/loss"] == [
@@ -88,19 +89,19 @@ def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> 
         store.get_run(run.run_id).info.experiment_id, "tables/pairs.json", [run.run_id]
     )
     assert len(table) == 2
-    assert not replay.replay(store, Path("moved")).total()
+    assert not sync.replay(store, Path("moved")).total()
 
 
 def test_a_picture_that_came_through_in_half(store: Any) -> None:
     """MLflow keeps a small version of each, which it sends second."""
     with open_run() as run:
         picture = run.picture("pictures/samples", PICTURE, 3)
-    ((_, files),) = pictures(store, run.run_id).items()
+    files = [file.path for file in store.list_artifacts(run.run_id, "images")]
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
     (lost,) = [file for file in files if not file.endswith("png")]
     (home / lost).unlink()
-    assert replay.replay(store, Path("out"))["pictures"] == 1
-    ((_, again),) = pictures(store, run.run_id).items()
+    assert sync.replay(store, Path("out"))["pictures"] == 1
+    again = [file.path for file in store.list_artifacts(run.run_id, "images")]
     assert sorted(again) == sorted(files)
     with Image.open(home / lost) as sent, Image.open(picture) as here:
         assert sent.getpixel((0, 0))[0] == pytest.approx(here.getpixel((0, 0))[0], abs=9)
@@ -113,12 +114,12 @@ def test_a_folder_of_two_runs(store: Any) -> None:
         for run in runs:
             run.metrics("train", {"loss": float(runs.index(run))}, step)
     for run in runs:
-        line = {"step": 3, "time": 99999999999.0, "run_id": run.run_id}
-        metrics_log.append(Path("out"), line | {"train/loss": float(runs.index(run))})
+        values = {"train/loss": float(runs.index(run))}
+        sync.append_metrics(Path("out"), Metrics(99999999998.0, run.run_id, 3, values))
         run.close()
     with Path("out/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "ti')
-    assert replay.replay(store, Path("out"))["metrics"] == 2
+    assert sync.replay(store, Path("out"))["metrics"] == 2
     for number, run in enumerate(runs):
         history = store.get_metric_history(run.run_id, "train/loss")
         assert [(m.step, m.value) for m in history] == [(step, number) for step in range(4)]
@@ -127,7 +128,7 @@ def test_a_folder_of_two_runs(store: Any) -> None:
 def test_a_later_stage_does_not_hide_how_the_training_ended(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last entry of the journal was taken for the run's last word."""
+    """The last entry of the event log was taken for the run's last word."""
     run = open_run()
     with monkeypatch.context() as patch:
         patch.setattr(type(store), "set_terminated", lambda *_: (_ for _ in ()).throw(Gone))
@@ -135,7 +136,7 @@ def test_a_later_stage_does_not_hide_how_the_training_ended(
     with tracking.continue_run(Path("out"), run.run_id, "", part="samples") as later:
         later.picture("samples", PICTURE, 0)
     assert store.get_run(run.run_id).info.status == "RUNNING"
-    replay.replay(store, Path("out"))
+    sync.replay(store, Path("out"))
     assert store.get_run(run.run_id).info.status == "FAILED"
 
 
@@ -148,7 +149,7 @@ def test_a_later_stage_does_not_hide_how_the_training_ended(
         {"picture": "pictures/a.png", "key": "a", "step": "1"},
         {"picture": 3, "key": "a", "step": 1},
         {"table": ["a"]},
-        {"folder": "best"},
+        {"folder": ["best"]},
         {"file": "a", "name": None},
         {"status": "DONE"},
         {"model": "best", "values": {}, "step": 1, "register": "", "lower": True},
@@ -164,24 +165,24 @@ def test_damaged_entries_are_left_out(entry: dict, capsys: pytest.CaptureFixture
     good = {"time": 1.0, "run_id": "a", "status": "KILLED"}
     lines = [{"time": 2.0, "run_id": "a", **entry}, good]
     Path("out/mlflow.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert journal.read(Path("out")) == [good]
-    assert "out/mlflow.jsonl: damaged lines are left out: 1" in capsys.readouterr().err
+    assert sync.read_events(Path("out")) == [Event(**good)]
+    assert "out/mlflow.jsonl: 1 damaged lines are skipped" in capsys.readouterr().err
 
 
 def test_what_cannot_be_replayed(store: Any) -> None:
     with pytest.raises(UserError, match=r"cannot read .*mlflow\.jsonl"):
-        replay.replay(store, Path("nowhere"))
+        sync.replay(store, Path("nowhere"))
     run = open_run()
     run.close()
     store.delete_run(run.run_id)
     with pytest.raises(UserError, match="is deleted"):
-        replay.replay(store, Path("out"))
+        sync.replay(store, Path("out"))
 
 
 def test_what_mlflow_refuses_is_one_line(store: Any) -> None:
     with open_run() as run:
         run.metrics("train", {"100 % & more!": 1.0}, 1)
-    with pytest.raises(UserError, match=r"MLflow does not take all of out \("):
+    with pytest.raises(UserError, match=r"MLflow does not accept all of out \("):
         command.main(command.make_parser().parse_args(["--replay", "out"]))
 
 
@@ -204,8 +205,8 @@ def test_files_outside_of_the_folder_are_not_sent(store: Any) -> None:
         {"table": "../../secret"},
         {"model": "best", **at},
     ):
-        journal.Journal(Path("out"), run.run_id).note(**entry)
-    replay.replay(store, Path("out"))
+        EventLog(Path("out"), run.run_id).append(**entry)
+    sync.replay(store, Path("out"))
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
     assert (home / "report.html").is_file()
     assert not list(home.parents[1].rglob("*secret*"))

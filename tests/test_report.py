@@ -73,7 +73,7 @@ def home(own_folder: Path) -> Path:
     content = "".join(json.dumps(line) + "\n" for line in lines)
     (home / "metrics.jsonl").write_text(content + '{"step": 1000, "ti')  # a crash cut it off
     chain = (Stage("tokenizer", "python train_vqvae.py --label '<b>'", {"data.csv": "ab" * 32}),)
-    (home / "lineage.json").write_text(json.dumps(provenance.content(chain)))
+    (home / "lineage.json").write_text(provenance.to_json(chain))
     return home
 
 
@@ -137,7 +137,7 @@ def test_damaged_files(home: Path, capsys: pytest.CaptureFixture) -> None:
         with (home / "metrics.jsonl").open("a") as file:
             file.write(f"\n{line}")
     assert "0.125" in report.write(home).read_text()
-    assert f"damaged lines are left out: {len(DAMAGED_NUMBERS) + 1}" in capsys.readouterr().err
+    assert f"{len(DAMAGED_NUMBERS) + 1} damaged lines are skipped" in capsys.readouterr().err
     for text in (
         '[{"name": "tok',
         "[1]",

@@ -15,7 +15,7 @@ import torch
 from tests.conftest import environment
 from utils.cli import Stopped
 from utils.distributed import Distributed
-from utils.tracking import replay
+from utils.tracking import sync
 from utils.training.stopping import StopRequest
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -50,7 +50,7 @@ from utils.training.stopping import StopRequest
 
 group, net = Distributed(0, 1, torch.device("cpu")), nn.Linear(1, 1)
 run = Run(Path("out"), stage="gpt", experiment="tests")
-run._put(lambda: time.sleep(60))
+run._queue.put(lambda: time.sleep(60))
 progress = Progress(run_id=run.run_id)
 checkpoints = Checkpoints(run, "", group, State(group, net, {}, progress=progress), None)
 
@@ -95,5 +95,5 @@ def test_a_second_signal_ends_the_process_at_once(store: Any, moment: str, numbe
     assert (status["status"], status["exit_code"], status["step"]) == ("KILLED", 128 + number, 5)
     assert status["checkpoint"] == "out/checkpoints/step-00000000"
     assert store.get_run(status["run_id"]).info.status == "RUNNING"
-    replay.replay(store, Path("out"))
+    sync.replay(store, Path("out"))
     assert store.get_run(status["run_id"]).info.status == "KILLED"

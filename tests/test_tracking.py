@@ -15,7 +15,8 @@ from PIL import Image
 from tests.conftest import PICTURE, lines_of, open_run
 from utils import tracking
 from utils.cli import Stopped, UserError
-from utils.tracking import journal, metrics_log, replay, report
+from utils.tracking import report, sync
+from utils.tracking.sync import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -214,9 +215,9 @@ def test_stages_that_write_into_one_folder_are_kept_apart(store: Any) -> None:
     for number, picture in enumerate(pictures):
         with Image.open(picture) as image:
             assert image.getpixel((0, 0)) == (90 * number, 0, 0)
-    logged = {entry["run_id"]: entry["picture"] for entry in journal.read(Path()) if "key" in entry}
+    logged = {event.run_id: event.picture for event in sync.read_events(Path()) if event.key}
     assert logged == {run.run_id: str(one) for run, one in zip(runs, pictures, strict=True)}
-    assert not replay.replay(store, Path()).total()
+    assert not sync.replay(store, Path()).total()
 
 
 def test_a_model_from_elsewhere_is_not_logged(store: Any, capsys: pytest.CaptureFixture) -> None:
@@ -257,10 +258,10 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
     with open_run() as run:
         for step in (1, 2, 3):
             run.metrics("train", {"loss": float(step)}, step)
-    late = {"time": 7.0, "run_id": run.run_id}
-    metrics_log.append(run.output_dir, {"step": 2, **late, "val/mse": 0.5})  # killed before it went
-    size = metrics_log.mark(run.output_dir)
-    metrics_log.append(run.output_dir, {"step": 3, **late, "val/mse": 0.25})  # to come again
+    # Killed before it was sent; what follows the checkpoint is logged again.
+    sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 2, {"val/mse": 0.5}))
+    size = run.metrics_size()
+    sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 3, {"val/mse": 0.25}))
     with open_run(logged=size, run_id=run.run_id, continued=True) as again:
         again.metrics("train", {"loss": 3.0}, 3)
         again.metrics("val", {"mse": 0.25}, 3)

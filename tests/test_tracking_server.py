@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import PICTURE, environment, lines_of, open_run
 from utils import addresses, tracking
-from utils.tracking import outbox
+from utils.tracking import sync
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -66,8 +66,13 @@ def server(
 ) -> Iterator[subprocess.Popen]:
     process, address = server_process
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    for name, value in {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "2",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    }.items():
+        monkeypatch.setenv(name, value)
     yield process
     process.send_signal(signal.SIGCONT)
 
@@ -125,7 +130,7 @@ def test_a_server_that_hangs_and_comes_back_gets_everything(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.05)
     said: list[str] = []
 
     def warned() -> bool:
@@ -154,7 +159,7 @@ def test_a_server_that_dies(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(outbox, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.05)
     run = open_run()
     log(run, 0)
     wait_for(lambda: steps_in_mlflow(run) == [0])

@@ -1,28 +1,25 @@
-"""Where things come from: the commands that led to them, kept with each of them."""
+"""Provenance: the commands that produced a model, indices or an image, stored with each of them."""
 
 import functools
 import json
 import os
 import re
 import subprocess
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.Image import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from utils.cli import UserError, command_line
-from utils.data import decoding
-from utils.data.decoding import complaint, open_image
+from utils.cli import UserError, command_line, one_line
+from utils.files import typed
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
 CONFIG = "config.json"  # of a model folder
-MAX_PIXELS = 4 * decoding.MAX_PIXELS  # of a picture, which may be a grid of a hundred large ones
 
 
 @dataclass(frozen=True)
@@ -31,14 +28,14 @@ class Stage:
 
     Attributes:
         name: tokenizer, indices, gpt, samples or images.
-        command: as it was typed.
-        inputs: the SHA-256 of what it read, by the path or address that was given.
-        run_id: the MLflow run that it was logged to, or "".
-        commit: of git, with a + where files were changed; "" outside a checkout.
-        torch: its version.
-        threads: of PyTorch on a CPU; the last bits of a sum depend on them.
-        processes: that torchrun started.
-        sha256: of what it wrote, "" until somebody has read that.
+        command: the command line as typed.
+        inputs: the SHA-256 of each input, by its path or address as given.
+        run_id: the MLflow run that the command logged to, or "".
+        commit: the git commit, with a + if files were changed; "" outside a checkout.
+        torch: version of PyTorch.
+        threads: CPU threads of PyTorch; the last bits of a sum depend on their number.
+        processes: number of processes that torchrun started.
+        sha256: of the output; "" until a later stage has read it.
     """
 
     name: str
@@ -53,21 +50,14 @@ class Stage:
 
     @classmethod
     def now(cls, name: str, inputs: Mapping[str, str], run_id: str) -> "Stage":
-        """The command that is running."""
-        return cls(
-            name,
-            command_line(),
-            dict(inputs),
-            run_id,
-            git_commit(),
-            torch.__version__,
-            torch.get_num_threads(),
-            int(os.environ.get("WORLD_SIZE", 1)),
-        )
+        """The running command."""
+        code = git_commit(), torch.__version__, torch.get_num_threads()
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        return cls(name, command_line(), dict(inputs), run_id, *code, processes)
 
 
 class Split(NamedTuple):
-    """How a training split its data, where the CSV did not: see `utils.data.table.split_rows`."""
+    """How a training split data whose CSV has no split column."""
 
     val_fraction: float
     seed: int
@@ -78,7 +68,7 @@ Lineage = tuple[Stage, ...]  # in the order in which they were run
 
 @functools.cache
 def git_commit() -> str:
-    """The commit that is checked out, with a + where tracked files differ; "" outside of git."""
+    """The commit that is checked out, with a + if tracked files differ; "" outside of git."""
     if not (ROOT / ".git").exists():
         return ""
     try:
@@ -93,47 +83,40 @@ def git_commit() -> str:
 
 
 def finished(lineage: Lineage, sha256: str) -> Lineage:
-    """The lineage of something whose SHA-256 is known by now."""
+    """The lineage of an output, completed by the output's SHA-256."""
     return (*lineage[:-1], replace(lineage[-1], sha256=sha256)) if lineage else ()
 
 
 def joined(*lineages: Lineage) -> Lineage:
-    """All stages of several lineages, each once, none before what it needs."""
+    """All stages of several lineages, each once, inputs first."""
     return tuple({(s.name, s.command, s.sha256): s for one in lineages for s in one}.values())
 
 
-def content(lineage: Lineage) -> list[dict[str, Any]]:
-    """What JSON files hold of it."""
-    return [asdict(stage) for stage in lineage]
+def to_json(lineage: Lineage, indent: int | None = None) -> str:
+    """The text that `from_json` reads."""
+    return json.dumps([asdict(stage) for stage in lineage], indent=indent)
 
 
-def parse(values: Iterable[Mapping[str, Any]]) -> Lineage:
-    """Undo `content`.
+def from_json(text: str, where: str) -> Lineage:
+    """The lineage in a text that `to_json` wrote; `where` names its place in messages.
 
     Raises:
-        ValueError: it is something else.
+        UserError: the text holds no lineage.
     """
     try:
-        lineage = tuple(Stage(**value) for value in values)
-    except TypeError as error:
-        raise ValueError(f"no lineage: {error}") from error
-    for stage in lineage:
-        for key, kind in typing.get_type_hints(Stage).items():
-            if not isinstance(getattr(stage, key), typing.get_origin(kind) or kind):
-                raise ValueError(f"no lineage: {key} is {getattr(stage, key)!r}")
-        if not all(isinstance(value, str) for value in stage.inputs.values()):
-            raise ValueError(f"no lineage: inputs are {stage.inputs!r:.80}")
-    return lineage
+        return tuple(typed(Stage, value) for value in json.loads(text))
+    except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
+        raise UserError(f"the lineage of {where} is damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a model comes from.
+    """The origin of a model.
 
     Attributes:
         run_id: the MLflow run that trained it, or "".
         seed, val_fraction: of the split of its data.
-        lineage: the commands up to the one that made it.
+        lineage: the commands up to the one that trained it.
     """
 
     run_id: str = ""
@@ -143,9 +126,24 @@ class Provenance:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
-            raise ValueError(f"run_id is {self.run_id!r:.80}, which no MLflow run is called")
+            raise ValueError(f"run_id is {self.run_id!r:.80}, which is not the id of an MLflow run")
         if not 0 <= self.val_fraction <= 1:
             raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
+
+
+class RunLogger(Protocol):
+    """What evaluation and training log to; `utils.tracking.Run` implements it."""
+
+    output_dir: Path
+    run_id: str
+
+    def metrics(self, section: str, values: dict[str, float], step: int) -> None: ...
+    def metrics_size(self) -> int: ...
+    def picture(self, key: str, image: Image, step: int) -> Path: ...
+    def table(self, name: str, columns: dict[str, list[Any]]) -> None: ...
+    def folder(self, path: Path, name: str) -> None: ...
+    def file(self, path: Path, name: str = "") -> None: ...
+    def note_status(self, status: str) -> None: ...
 
 
 class LoadedModel(NamedTuple):
@@ -177,70 +175,49 @@ class LoadedModel(NamedTuple):
 
 
 def png_info(lineage: Lineage, split: Split) -> PngInfo:
-    """What a PNG file carries of where it comes from: two texts, the lineage compressed."""
+    """The texts of a PNG file that state its origin: the lineage (compressed) and the split."""
     info = PngInfo()
-    info.add_text(PNG_KEY, json.dumps(content(lineage)), zip=True)
+    info.add_text(PNG_KEY, to_json(lineage), zip=True)
     info.add_text(SPLIT_KEY, json.dumps(split._asdict()))
     return info
 
 
 def of_picture(path: Path) -> Lineage:
-    """The lineage that `png_info` put into a picture; () for a picture without.
+    """The lineage in a PNG file; () if it has none.
 
     Raises:
-        UserError: it is no picture, or says something else.
+        UserError: it is not a PNG file, or its lineage is damaged.
     """
-    return of_json(_text(path, PNG_KEY) or "[]", str(path))
+    return from_json(_png_text(path, PNG_KEY) or "[]", str(path))
 
 
 def split_of_picture(path: Path) -> Split | None:
-    """The split that `png_info` put into a picture; None for a picture without.
+    """The split in a PNG file; None if it has none.
 
     Raises:
-        UserError: it is no picture, or says something else.
+        UserError: it is not a PNG file, or its split is damaged.
     """
-    text = _text(path, SPLIT_KEY)
-    if not text:
-        return None
+    text = _png_text(path, SPLIT_KEY)
     try:
-        split = Split(**json.loads(text))
-        if type(split.seed) is not int or not 0 <= split.val_fraction <= 1:
-            raise ValueError(f"it is {split}")
+        split = Split(**json.loads(text)) if text else None
+        if split and (type(split.seed) is not int or not 0 <= split.val_fraction <= 1):
+            raise ValueError(f"got {split}")
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"the split of the data in {path} is damaged: {error}") from error
     return split
 
 
-def _text(path: Path, key: str) -> str:
-    """A text before the pixels of a PNG file, which are not decoded; "" where there is none.
-
-    Raises:
-        UserError: no picture.
-    """
+def _png_text(path: Path, key: str) -> str:
+    """A text before the pixels of a PNG file, which are not decoded; "" if there is none."""
     try:
-        with open_image(path, MAX_PIXELS) as picture:
-            return str(picture.info.get(key, ""))
-    except Exception as error:  # Pillow raises nearly everything on damaged files
-        what = complaint(str(path), error)
-        if isinstance(error, Image.DecompressionBombError):
-            what = f"its header says more than {MAX_PIXELS:,} pixels"
-        raise UserError(f"{path} is no picture that can be read: {what}") from error
-
-
-def of_json(text: str, where: str) -> Lineage:
-    """The lineage in a text.
-
-    Raises:
-        UserError: it holds none.
-    """
-    try:
-        return parse(json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"the lineage of {where} is damaged: {error}") from error
+        with path.open("rb") as stream:
+            return str(PngImageFile(stream).info.get(key, ""))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path} is not a readable PNG file: {one_line(error)}") from error
 
 
 def data_set_name(path: str) -> str:
-    """What to call the data set of a CSV: by the file, or by its folder if that says nothing."""
+    """The name of a CSV's data set: its file name, or its folder's if the file name is generic."""
     path = Path(path)
     general = ("data", "train", "images", "index", "indices", "list", "metadata")
     return path.stem if path.stem not in general else path.resolve().parent.name

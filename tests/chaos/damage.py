@@ -1,6 +1,5 @@
 """Bytes of checkpoints, models, indices, vocabularies and logs, flipped, cut and swapped."""
 
-import json
 import os
 import pickle
 import random
@@ -26,7 +25,8 @@ from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.distributed import Distributed
 from utils.files import read_tensors, write_folder, write_new_folder
 from utils.provenance import Provenance, Stage
-from utils.tracking import journal, links, metrics_log, report
+from utils.tracking import report, sync
+from utils.tracking.store import LINEAGE
 from utils.training.checkpoint import load_model, model_files
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import Progress, State
@@ -90,19 +90,18 @@ def _make_files() -> dict[str, Reader]:
     lineage = (Stage("gpt", "python train.py", {"data.csv": "ab" * 32}, "a"),)
     out = Path(LOGS)
     out.mkdir()
-    (out / links.FILE).write_text(json.dumps(provenance.content(lineage)))
-    log = journal.Journal(out, "a")
+    (out / LINEAGE).write_text(provenance.to_json(lineage))
+    log = sync.EventLog(out, "a")
     for entry in (
         {"status": "RUNNING"},
-        {"lineage": provenance.content(lineage)},
+        {"lineage": lineage},
         {"picture": "pictures/a.png", "key": "a", "step": 1},
         {"folder": "best", "name": "checkpoints/best"},
         {"model": "best", "values": {"m": 1}, "step": 1, "register": "", "lower": True},
     ):
-        log.note(**entry)
+        log.append(**entry)
     for step in range(5):
-        line = {"step": step, "time": time.time(), "run_id": "a", "val/mse": 1 / (step + 1)}
-        metrics_log.append(out, line)
+        sync.append_metrics(out, sync.Metrics(time.time(), "a", step, {"val/mse": 1 / (step + 1)}))
 
     def read_model(folder: str, kind: type, config: type) -> Any:
         model = load_model(folder, kind, config).model
@@ -119,7 +118,7 @@ def _make_files() -> dict[str, Reader]:
         }
 
     def read_logs() -> Any:
-        found = journal.read(out), metrics_log.read(out)
+        found = sync.read_events(out), sync.read_metrics(out)
         build(report.write, out)
         (out / report.FILE).unlink()
         return found

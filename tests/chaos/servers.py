@@ -16,7 +16,8 @@ from typing import Any
 from tests.chaos.harness import Result
 from tests.conftest import FIRST_START, environment
 from tests.test_tracking_server import SERVER
-from utils.tracking import gateway, replay, store
+from utils.addresses import open_client
+from utils.tracking import store, sync
 
 # A training that only logs: numbers, now and then a picture, at the end a table and a file. It
 # prints its run id, how long the slowest call took, and how long the end.
@@ -24,9 +25,10 @@ LOGS = """
 import sys, time
 from pathlib import Path
 from PIL import Image
-from utils.tracking import outbox
-from utils.tracking import Run
-outbox.RETRY_SECONDS = 0.5
+from utils import cli
+from utils.tracking import Run, sync
+cli.configure_process()
+sync.RETRY_SECONDS = 0.5
 name, count, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 picture = Image.new("RGB", (64, 64), (200, 0, 0))
 run = Run(Path(name), stage="gpt", experiment="chaos", config={"name": name})
@@ -211,7 +213,7 @@ def _black_hole(count: int) -> Part:
             timeout=PATIENCE,
         )
         seconds = time.monotonic() - started
-    bad["start not refused"] = "no MLflow server answers" not in refused.stderr or seconds > 30
+    bad["start not refused"] = "cannot use MLflow" not in refused.stderr or seconds > 30
     with _server() as server:
         training = Training("run", count, 3 / count, server.address)
         time.sleep(1)
@@ -226,9 +228,9 @@ def _black_hole(count: int) -> Part:
 def _check(address: str, training: Training) -> Counter[str]:
     """What MLflow lost or has twice of a run after a replay, of which a second sends nothing."""
     os.environ["MLFLOW_TRACKING_URI"] = address
-    client = gateway.open_client()
-    replay.replay(client, Path(training.name))
-    again = replay.replay(client, Path(training.name))
+    client = open_client()
+    sync.replay(client, Path(training.name))
+    again = sync.replay(client, Path(training.name))
     bad = Counter({"sent again": again.total()})
     run_id, steps = training.run_id, list(range(training.count))
     for key in ("train/loss", "train/rate"):
@@ -238,13 +240,12 @@ def _check(address: str, training: Training) -> Counter[str]:
         bad["doubled"] += found.total() - len(found)
         wrong = [m for m in history if key == "train/loss" and m.value != m.step / 7]
         bad["of another value"] += len(wrong)
-    pictures = store.pictures(client, run_id)
-    wanted = {("pictures/samples", step) for step in steps[::50]}
-    bad["lost"] += len(wanted - {which[:2] for which in pictures})
-    files = [len(names) for names in pictures.values()]
-    bad["doubled"] += sum(max(0, number - store.PICTURE_FILES) for number in files)
-    bad["doubled"] += len(pictures) - len({which[:2] for which in pictures})
-    bad["lost"] += sum(number < store.PICTURE_FILES for number in files)
+    pictures = {Path(file.path).name for file in client.list_artifacts(run_id, "images")}
+    logged = [event for event in sync.read_events(Path(training.name)) if event.picture]
+    bad["lost"] += len(set(steps[::50]) - {event.step for event in logged})
+    wanted = {n for x in logged for n in store.image_names(x.key, x.step, x.milliseconds)}
+    bad["lost"] += len(wanted - pictures)
+    bad["doubled"] += len(pictures - wanted)
     names = {Path(file.path).name for file in client.list_artifacts(run_id)}
     bad["lost"] += not {"config.json", "tables", "images"} <= names
     run = client.get_run(run_id)

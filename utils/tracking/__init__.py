@@ -1,8 +1,7 @@
-"""The laboratory notebook: what scripts do with MLflow, which is imported nowhere else, and late.
+"""Experiment tracking: what scripts log to, first in the output folder, then in MLflow.
 
-`run.py` is what scripts use, and `gateway.py` alone imports MLflow. Behind it `store.py` and
-`registry.py` say what goes where; all else either keeps what is logged in the output folder or
-passes it on.
+`run.py` is what scripts use; `store.py` holds all calls of MLflow; `sync.py` keeps the logs on disk
+and sends them.
 """
 
 from utils.addresses import OUTPUT_TAG, fetch

@@ -12,9 +12,10 @@ from string import Template
 
 from utils import provenance
 from utils.provenance import Lineage
-from utils.tracking import metrics_log
+from utils.tracking.store import LINEAGE
+from utils.tracking.sync import read_metrics
 
-FILE, METRICS, LINEAGE = "report.html", "metrics.jsonl", "lineage.json"
+FILE = "report.html"
 MOST_STEPS, MOST_POINTS = 24, 240  # of a slider, of a curve
 BASELINES = ("unigram_", "bigram_")
 COLOURS = ("val", "train", "unigram", "bigram")  # sections of the figures, see the style
@@ -87,8 +88,8 @@ def write(home: Path) -> Path:
         UserError: the lineage is damaged.
         ValueError: a command in the lineage is none of a shell.
     """
-    metrics = read_metrics(home)
-    lineage = provenance.of_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
+    metrics = series_of(home)
+    lineage = provenance.from_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
     config = _text(home / "config.json")
     facts = [lineage[-1].name, f"run {lineage[-1].run_id}"] if lineage else []
     parts = [
@@ -113,17 +114,17 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def read_metrics(home: Path) -> dict[str, Series]:
+def series_of(home: Path) -> dict[str, Series]:
     """name -> section -> points of a metrics.jsonl; baselines are sections of what they are of."""
     found: dict[str, Series] = defaultdict(lambda: defaultdict(list))
-    for line in metrics_log.read(home):
-        for key, value in metrics_log.numbers(line).items():
+    for line in read_metrics(home):
+        for key, value in line.values.items():
             part, _, name = key.partition("/")
             for baseline in BASELINES:
                 if name.startswith(baseline):
                     part, name = baseline.strip("_"), name.removeprefix(baseline)
             if math.isfinite(value):
-                found[name][part].append((line["step"], value))
+                found[name][part].append((line.step, value))
     return found
 
 

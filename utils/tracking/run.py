@@ -1,11 +1,15 @@
-"""Runs: what a script does with MLflow.
+"""Run: what a script logs to.
 
-Everything is first written to the output folder (metrics.jsonl, pictures/, tables/). A thread of
-its own then passes it on, so that a slow or dead MLflow server neither stops nor slows a training.
+Everything is first written to the output folder (metrics.jsonl, pictures/, tables/). Two threads
+then pass it on to MLflow, metrics and status apart from uploads, so that a slow or dead server
+neither stops nor slows a training.
 """
 
+import contextlib
+import csv
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,27 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from PIL import Image
+import psutil
+import torch
+from PIL.Image import Image
 
-from utils import provenance
-from utils.addresses import OUTPUT_TAG, START_OR_UNSET, store_errors
-from utils.cli import Stopped, UserError, one_line
+from utils import addresses, provenance
+from utils.addresses import OUTPUT_TAG, START_OR_UNSET, find_run, store_errors
+from utils.cli import Stopped, UserError, command_line, one_line
 from utils.provenance import Lineage, Stage
-from utils.tracking import (
-    gateway,
-    journal,
-    links,
-    metrics_log,
-    picture_table,
-    registry,
-    report,
-    store,
-)
-from utils.tracking.gateway import Point
-from utils.tracking.journal import Journal
-from utils.tracking.outbox import Outbox
-from utils.tracking.store import experiment_of
-from utils.tracking.system_metrics import SystemMetrics
+from utils.tracking import report, store, sync
+from utils.tracking.store import LINEAGE, PARENTS, TABLES, Point
+from utils.tracking.sync import AsyncQueue, EventLog, Metrics
+
+MAX_PARAMS = 10  # MLflow prints all of them on every image
+SYSTEM_SECONDS = 10  # between samples of the machine
 
 
 def continue_run(
@@ -47,51 +44,49 @@ def continue_run(
     inputs: dict[str, str] | None = None,
     upstream: Lineage = (),
 ) -> "Run":
-    """Open the run that the user names, else the default one if this MLflow store has it.
+    """Open the run of `--run_id`, else the model's run if this MLflow store has it.
 
     Args:
-        output_dir: where pictures and numbers go.
-        run_id: given by `--run_id`, or None.
-        default_run_id: of the model that is used, or "".
-        stage: indices, samples or images; "" for what no later stage reads.
-        part: what the stage writes in `output_dir`, see `Run`.
-        homes: stages to whose runs it belongs; default: `store.HOMES`.
-        inputs, upstream: of that stage, see `Run`.
+        output_dir: the folder that pictures and metrics are written to.
+        run_id: the value of `--run_id`, or None.
+        default_run_id: the run of the model, or "".
+        stage: indices, samples or images; "" for output that no later stage reads.
+        homes: the stages whose runs are accepted; default: `store.PARENTS`.
+        part, inputs, upstream: see `Run`.
 
     Raises:
-        UserError: the user named a run that does not exist, or one of another stage.
+        UserError: the run of `--run_id` does not exist, or is of another stage.
     """
-    what = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
+    options = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
     if run_id is not None:
-        store.check_home(run_id, homes or store.HOMES.get(stage, ()))
-    elif not experiment_of(default_run_id):
+        store.check_stage(run_id, homes or PARENTS.get(stage, ()))
+    elif not store.experiment_of(default_run_id):
         print("not logged to MLflow: the model's run is not in this store; --run_id names another")
-        return Run(output_dir, enabled=False, **what)
-    return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **what)
+        return Run(output_dir, enabled=False, **options)
+    return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **options)
 
 
 def home_of(run_id: str) -> Path | None:
-    """The output folder of a training, by its run; None where either is not to be found here."""
-    if not experiment_of(run_id):
+    """The output folder of a training's run; None if either is missing, or it was reused."""
+    if not store.experiment_of(run_id):
         return None
-    home = Path(store.tag_of(run_id, OUTPUT_TAG))
+    home = addresses.output_dir_of(run_id)
     try:
-        lineage = provenance.of_json((home / links.FILE).read_text(encoding="utf-8"), str(home))
+        lineage = provenance.from_json((home / LINEAGE).read_text(encoding="utf-8"), str(home))
     except (OSError, ValueError, UserError):
         return None
-    if not lineage or lineage[-1].run_id != run_id:  # another training is in the folder now
+    if not lineage or lineage[-1].run_id != run_id:  # of another training by now
         return None
-    here = Path.cwd()
-    return home.relative_to(here) if home.is_relative_to(here) else home
+    return home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
 
 
 class Run:
-    """One MLflow run and its output folder; a context manager that also says how it ended.
+    """One MLflow run and its output folder; a context manager that also records how it ended.
 
     Attributes:
-        run_id: the MLflow run's id.
-        output_dir: where everything is written first.
-        lineage: the commands up to this one; () for what no later stage reads.
+        run_id: the id of the MLflow run.
+        output_dir: the folder that everything is written to first.
+        lineage: the commands up to this one; () for output that no later stage reads.
     """
 
     def __init__(
@@ -115,188 +110,165 @@ class Run:
         """Open a new run, or with `run_id` an existing one.
 
         Args:
-            output_dir: is made where it is missing.
-            stage: tokenizer or gpt, or what is logged to a run of them, see `store.HOMES`.
-            part: the folder in `output_dir` that the stage writes, if it is not all of it: journal
-                and pictures lie beside it, by its name.
+            output_dir: is created if it does not exist.
+            stage: tokenizer or gpt, or a stage that logs to the run of one, see `store.PARENTS`.
+            part: the folder in `output_dir` that the stage writes if that is not all of it: event
+                log and pictures lie beside it, with its name as a prefix.
             run_id: of an existing run.
             experiment, run_name: of a new run; the experiment is by default named after the data.
             config: all settings, for config.json.
-            params: at most 10 of them, since MLflow prints all of them on every picture.
+            params: at most 10 settings to compare runs by.
             tags: further tags of a new run.
             inputs: the SHA-256 of what the stage reads, by path as given; its data first.
-            upstream: the lineage of what it reads.
-            continued: the existing run goes on training: it counts as running until closed. If it
-                is gone, a new one takes its place.
-            logged: bytes of metrics.jsonl behind which a training goes on; what came after them
-                will come again, and MLflow gets no number twice. None: all of them.
+            upstream: the lineage of what the stage reads.
+            continued: the existing run goes on training and counts as running until it is closed.
+                If it does not exist any more, a new one takes its place.
+            logged: `metrics_size` at the checkpoint from which a training resumes: what it logged
+                later will be logged again, and MLflow gets no value twice.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
-            UserError: no such run, or a tracking server that does not answer.
+            UserError: there is no such run, or MLflow cannot be used.
         """
-        self.output_dir = output_dir
-        self.run_id = run_id or ""
-        self._outbox: Outbox | None = None
-        self._experiment_id: str | None = None
-        self._owned = continued or run_id is None
-        self._system_metrics: SystemMetrics | None = None
-        self._model_id = ""
-        inputs = inputs or {}
-        if not enabled:
-            self.lineage = self._describe(stage, inputs, upstream)
-            return
-        output_dir.mkdir(parents=True, exist_ok=True)
-        self._client = gateway.open_client()
-        with store_errors("cannot open a run in MLflow", START_OR_UNSET):
-            if run_id is not None and not (continued and self._gone(run_id)):
-                run = gateway.existing_run(self._client, run_id)
-                if continued:
-                    self._client.update_run(run_id, status="RUNNING")
-                else:
-                    self._model_id = registry.newest_model(run)
-            else:
-                first = {links.NOTE: links.first_note(output_dir)}
-                run = store.create_run(
+        inputs, params = inputs or {}, params or {}
+        if len(params) > MAX_PARAMS:
+            raise ValueError(f"at most {MAX_PARAMS} params, got {len(params)}: see config.json")
+        self.output_dir, self.run_id = output_dir, run_id or ""
+        self._is_training = continued or run_id is None
+        self._queue: AsyncQueue | None = None  # of metrics and the status; None: closed
+        self._uploads: AsyncQueue | None = None  # of everything else
+        self._system: SystemMetrics | None = None
+        self._sent: set[tuple[str, int]] = set()  # values that MLflow has from before a crash
+        self._warned = threading.Lock()  # taken by the first failure
+        if enabled:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            self._client = addresses.open_client()
+            with store_errors("cannot open a run in MLflow", START_OR_UNSET):
+                self._run = self._reopen(run_id, continued) or store.create_run(
                     self._client,
                     stage,
                     experiment or provenance.data_set_name(next(iter(inputs), "images")),
                     run_name or output_dir.name,
-                    params or {},
-                    {**first, OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})},
+                    params,
+                    self._first_tags() | (tags or {}),
                 )
-        self.run_id = run.info.run_id
-        self._start = run.info.start_time / 1000  # of the machine's figures, also when it goes on
-        if config is not None:
-            (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self._journal = Journal(output_dir, self.run_id, part)
-        self._journal.note(**({"status": "RUNNING"} if self._owned else {}))
-        self._experiment_id = run.info.experiment_id
-        self._outbox = Outbox(complain=self._complain, is_final=gateway.is_refusal)
-        self._points: set[tuple[str, int]] = set()  # numbers that MLflow has from before a crash
-        if logged is not None:
-            metrics_log.rewind(output_dir, logged)
+            self.run_id = self._run.info.run_id
+        self.lineage = (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
+        self._events = EventLog(output_dir, self.run_id, part)
+        if enabled:
+            self._model_id = None if self._is_training else store.newest_model(self._run) or None
+            self._queue, self._uploads = (
+                AsyncQueue(on_error=self._warn_once, is_final=store.is_refusal) for _ in range(2)
+            )
+            self._events.append(**({"status": "RUNNING"} if self._is_training else {}))
+            if logged is not None:
+                sync.rewind_metrics(output_dir, logged)
+            if continued:
+                self._catch_up(self._queue)
+            if config is not None:
+                (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+                self.file(output_dir / "config.json")
+            if self._is_training:
+                self._start_training()
+
+    def _first_tags(self) -> dict[str, str]:
+        note = f"```\n{command_line()}\n```\n\nOutput folder: `{self.output_dir}`"
+        return {store.NOTE: note, OUTPUT_TAG: str(self.output_dir.resolve())}
+
+    def _reopen(self, run_id: str | None, continued: bool) -> Any:
+        """The existing run, or None where a new one is to be created."""
+        if run_id is None:
+            return None
+        try:
+            run = find_run(run_id, self._client)
+        except UserError as error:
+            if not continued:
+                raise
+            print(f"warning: {error}; a new run takes its place", file=sys.stderr)
+            return None
         if continued:
-            self._catch_up(metrics_log.read(output_dir))
-        self.lineage = self._describe(stage, inputs, upstream)
-        if config is not None:
-            self.file(output_dir / "config.json")
-        if self._owned:
-            self._open_training()
+            self._client.update_run(run_id, status="RUNNING")
+        return run
 
-    def _describe(self, stage: str, inputs: dict[str, str], upstream: Lineage) -> Lineage:
-        return (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
-
-    def _open_training(self) -> None:
-        """What only the run of a training has: a lineage of its own, and figures of the machine."""
+    def _start_training(self) -> None:
+        """Log what only a training has: a lineage in its folder, and metrics of the machine."""
         if self.lineage:
-            text = json.dumps(provenance.content(self.lineage), indent=2) + "\n"
-            staging = self.output_dir / f"{links.FILE}.tmp"  # a crash leaves no half of it
-            staging.write_text(text)
-            staging.replace(self.output_dir / links.FILE)
-            self._link()
-        self._system_metrics = SystemMetrics(
-            lambda values: self.metrics("system", values, round(time.time() - self._start))
+            staging = self.output_dir / f"{LINEAGE}.tmp"  # a crash leaves no half of the file
+            staging.write_text(provenance.to_json(self.lineage, indent=2) + "\n")
+            staging.replace(self.output_dir / LINEAGE)
+            self._log(lineage=self.lineage)
+        start = self._run.info.start_time / 1000  # also when a run is continued
+        self._system = SystemMetrics(
+            lambda values: self.metrics("system", values, round(time.time() - start))
         )
 
-    def _link(self) -> None:
-        """Say what the stage read, and link it with those before."""
-        self._note(lineage=provenance.content(self.lineage))
-        if self._owned:
-            self._put(lambda: registry.log_inputs(self._client, self.lineage))
-        self._put(lambda: links.link(self._client, self.lineage))
+    def _catch_up(self, queue: AsyncQueue) -> None:
+        """Send the metrics that a crash kept from MLflow."""
 
-    def _gone(self, run_id: str) -> bool:
-        """Whether a run that is to go on is not in this store, which is said."""
-        try:
-            gateway.existing_run(self._client, run_id)
-        except UserError as error:
-            print(f"warning: {error}; a new run takes its place", file=sys.stderr)
-            return True
-        return False
+        def ask() -> None:
+            self._sent = store.logged_steps(self._client, self.run_id)
+
+        queue.put(ask)
+        for line in sync.read_metrics(self.output_dir):
+            queue.put(partial(self._send_metrics, line))
 
     @property
     def ui_hint(self) -> str:
-        """The lines that tell the user how to see the run."""
-        if self._experiment_id is None:
-            return "not logged to MLflow"
-        return links.ui_hint(self._experiment_id, self.run_id)
+        """The lines for the terminal that state how to open the run in MLflow's UI."""
+        return store.ui_hint(self._run) if hasattr(self, "_run") else "not logged to MLflow"
 
     how_to_look = ui_hint  # the former name, until its last caller is gone
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
-        """Log numbers as section/name: to metrics.jsonl at once, to MLflow soon."""
-        if self._outbox is None:
-            return
-        line = self._keep({f"{section}/{name}": value for name, value in values.items()}, step)
-        self._put(partial(self._send, line))
+        """Log metrics as section/name: to metrics.jsonl at once, to MLflow soon."""
+        if self._queue is not None:
+            values = {f"{section}/{name}": value for name, value in values.items()}
+            line = Metrics(time.time(), self.run_id, step, values)
+            sync.append_metrics(self.output_dir, line)
+            self._queue.put(partial(self._send_metrics, line))
 
-    def _keep(self, values: dict[str, float], step: int) -> dict[str, Any]:
-        """Write numbers to metrics.jsonl; the line of it."""
-        line = {"step": step, "time": time.time(), "run_id": self.run_id, **values}
-        metrics_log.append(self.output_dir, line)
-        return line
+    def _send_metrics(self, line: Metrics) -> None:
+        points = [
+            Point(name, value, line.milliseconds, line.step, self._model_id)
+            for name, value in line.values.items()
+            if (name, line.step) not in self._sent
+        ]
+        store.log_points(self._client, self.run_id, points)
 
-    def _send(self, line: dict[str, Any]) -> None:
-        """Send what MLflow lacks of a line of metrics.jsonl."""
-        step, seconds = line["step"], line["time"]
-        values = {
-            name: value
-            for name, value in metrics_log.numbers(line).items()
-            if (name, step) not in self._points
-        }
-        if values:
-            when, model_id = int(seconds * 1000), self._model_id or None
-            points = [Point(name, x, when, step, model_id) for name, x in values.items()]
-            gateway.send_points(self._client, self.run_id, points)
+    def metrics_size(self) -> int:
+        """The bytes of metrics.jsonl, all on disk: for `logged` of a training that resumes here."""
+        return sync.metrics_size(self.output_dir)
 
-    def _catch_up(self, lines: list[dict[str, Any]]) -> None:
-        """Send what a crash kept from MLflow."""
+    def _log(self, **fields: Any) -> sync.Event | None:
+        """Write an event to the event log at once, and send it to MLflow soon."""
+        if self._uploads is None:
+            return None
+        event = self._events.append(**fields)
+        self._uploads.put(partial(sync.send, self._client, self.output_dir, event))
+        return event
 
-        def ask() -> None:
-            self._points = store.logged_points(self._client, self.run_id)
-
-        self._put(ask)
-        for line in lines:
-            self._put(partial(self._send, line))
-
-    def picture(self, key: str, image: Image.Image, step: int) -> Path:
-        """Log a picture: a PNG file under pictures/ at once, to MLflow soon."""
-        name = f"{key.replace('/', '-')}-{step:08}.png"
-        if self._outbox is None:
-            return self.output_dir / journal.PICTURES / name
-        path = self._journal.pictures / name
-        path.parent.mkdir(exist_ok=True)
-        image.save(path)
-        now, outbox = time.time(), self._outbox
-        self._journal.note(now, picture=self._journal.place(path), key=key, step=step)
-        where = self._client, self.run_id, path, key, step, int(now * 1000)
-        self._put(lambda: store.send_picture(*where, check=outbox.troubled))
+    def picture(self, key: str, image: Image, step: int) -> Path:
+        """Log an image: a PNG file under pictures/ at once, to MLflow soon."""
+        path = self._events.pictures / f"{key.replace('/', '-')}-{step:08}.png"
+        if self._uploads is not None:
+            path.parent.mkdir(exist_ok=True)
+            image.save(path)
+            self._log(picture=self._events.relative(path), key=key, step=step)
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """Log a table, whose columns may hold pictures: under tables/ at once, to MLflow soon.
-
-        It takes the place of a table of that name.
-        """
-        if self._outbox is not None:
-            picture_table.write(self.output_dir, name, columns)
-            self._note(table=name)
-            self._put(lambda: store.send_table(self._client, self.run_id, self.output_dir, name))
+        """Log a table, whose cells may be images; it replaces an earlier table of that name."""
+        if self._uploads is not None:
+            write_table(self.output_dir / TABLES, name, columns)
+            self._log(table=name)
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        if self._outbox is None:
-            return
-        self._note(folder=self._journal.place(path), name=name)
-        self._put(lambda: self._client.log_artifacts(self.run_id, str(path), name))
+        self._log(folder=self._events.relative(path), name=name)
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
-        if self._outbox is None:
-            return
-        self._note(file=self._journal.place(path), name=name)
-        self._put(lambda: self._client.log_artifact(self.run_id, str(path), name or None))
+        self._log(file=self._events.relative(path), name=name)
 
     def model(
         self,
@@ -307,42 +279,36 @@ class Run:
         register: str = "",
         lower_is_better: bool = True,
     ) -> None:
-        """Log the model folder that a training ends with, as artifacts and as a logged model.
+        """Log the final model of a training, as artifacts and as a logged model.
 
         Args:
             folder: the model folder.
-            values: figures of its quality, by full name.
+            values: metrics of its quality, by full name.
             step: of the training.
-            register: also a name in the registry, whose champion it becomes if its first figure
-                beats that of the champion so far.
-            lower_is_better: for that figure.
+            register: the name of a registered model to add it to; it becomes the champion if its
+                first metric is the best so far.
+            lower_is_better: for that metric.
         """
-        if self._outbox is None:
-            return
         self.folder(folder, f"checkpoints/{folder.name}")
-        where, now = (self._client, self.run_id), self._keep(values, step)["time"]
-        entry = {"values": values, "step": step, "register": register, "lower": lower_is_better}
-        self._note(model=self._journal.place(folder), **entry)
-        self._put(lambda: registry.log_model(*where, folder, values, now, step))
-        if register:
-            criterion = registry.Criterion(next(iter(values)), lower_is_better)
-            self._put(lambda: print(registry.register(*where, register, criterion)))
-
-    def _note(self, **entry: object) -> None:
-        if self._outbox is not None:
-            self._journal.note(**entry)
-
-    def _put(self, call: Callable[[], object]) -> None:
-        if self._outbox is not None:
-            self._outbox.put(call)
-
-    def _complain(self, error: Exception) -> None:
-        print(
-            f"warning: MLflow does not take what is logged ({one_line(error)}); all of it "
-            f"is in {self.output_dir}, and MLflow gets what it can take if it comes back before "
-            f"the end; python -m utils.tracking --replay {self.output_dir} sends the rest later",
-            file=sys.stderr,
+        event = self._log(
+            model=self._events.relative(folder),
+            values=values,
+            step=step,
+            register=register,
+            lower=lower_is_better,
         )
+        if event is not None:
+            sync.append_metrics(self.output_dir, Metrics(event.time, self.run_id, step, values))
+
+    def _warn_once(self, error: Exception) -> None:
+        if self._warned.acquire(blocking=False):
+            text = addresses.without_credentials(one_line(error))
+            print(
+                f"warning: MLflow does not accept what is logged ({text}); everything is in "
+                f"{self.output_dir}, and what MLflow accepts before the end is sent again; "
+                f"python -m utils.tracking --replay {self.output_dir} sends the rest later",
+                file=sys.stderr,
+            )
 
     def __enter__(self) -> "Run":
         return self
@@ -353,41 +319,108 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        status = "FINISHED"
-        if error is not None:
-            stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
-            status = "KILLED" if stopped else "FAILED"
-        self.close(status)
+        stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
+        self.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
 
     def close(self, status: str = "FINISHED") -> None:
-        """Send what is left, and tell MLflow how a run that was opened here ended."""
-        if self._outbox is None:
+        """Send what is left, and set the status of a training's run."""
+        if self._queue is None or self._uploads is None:
             return
-        if self._system_metrics is not None:
-            self._system_metrics.close()
+        if self._system is not None:
+            self._system.close()
         try:
-            if self.lineage and not self._owned and status == "FINISHED":
-                self._link()
-            self._report()
-            if self._owned:
+            if self.lineage and not self._is_training and status == "FINISHED":
+                self._log(lineage=self.lineage)
+            self._write_report()
+            if self._is_training:
                 self.note_status(status)
-        finally:  # also on a full disk MLflow gets what it can
-            if self._owned:
-                self._put(lambda: self._client.set_terminated(self.run_id, status))
-            self._outbox.close()
-            self._outbox = None
+        finally:  # MLflow gets what it can on a full disk as well
+            if self._is_training:
+                self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
+            for queue in (self._queue, self._uploads):
+                queue.close()
+            for queue in (self._queue, self._uploads):
+                queue.join()
+            self._queue = self._uploads = None
 
     def note_status(self, status: str) -> None:
-        """Keep how the run ended, for a replay to tell MLflow."""
-        self._note(status=status)
+        """Write to the event log how the run ended, for a replay."""
+        if self._uploads is not None:
+            self._events.append(status=status)
 
-    def _report(self) -> None:
-        """Write report.html anew: of this training, or of the one whose folder this stage is in."""
-        folders = [self.output_dir, *self.output_dir.parents[:2]]  # as evaluation/<name>
-        home = next((one for one in folders if (one / links.FILE).is_file()), None)
-        if home is None:
-            return
+    def _write_report(self) -> None:
+        """Write report.html of this training, or of the one that `output_dir` lies in."""
+        folders = [self.output_dir, *self.output_dir.parents[:2]]  # as in evaluation/<name>
+        home = next((one for one in folders if (one / LINEAGE).is_file()), None)
         try:
-            self.file(report.write(home))
-        except Exception as error:  # of whatever is in that folder: what was computed counts more
+            if home is not None:
+                self.file(report.write(home))
+        except Exception as error:  # the results count more than whatever is in that folder
             print(f"warning: no report of {home}: {one_line(error)}", file=sys.stderr)
+
+
+def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
+    """Write `name`.csv, the same as MLflow's JSON, and the images among the cells to `name`/."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    rows, data = [], []
+    for number, row in enumerate(zip(*columns.values(), strict=True)):
+        cells, entries = dict(zip(columns, row, strict=True)), list(row)
+        for place, (key, cell) in enumerate(cells.items()):
+            if isinstance(cell, Image):
+                cells[key] = f"{name}/{key}-{number:05}.png"
+                cell.save(folder / cells[key])
+                path = f"{TABLES}/{cells[key]}"  # among the artifacts
+                # MLflow's type; its lists show the second path, which may be a thumbnail.
+                entries[place] = {"type": "image", "filepath": path, "compressed_filepath": path}
+        rows.append(cells)
+        data.append(entries)
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    content = {"columns": list(columns), "data": data}
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
+class SystemMetrics:
+    """Samples the machine in a thread, until `close` or the end of the process."""
+
+    def __init__(self, log: Callable[[dict[str, float]], object]) -> None:
+        """Start; `log` gets each sample, and must not wait for a server."""
+        self._log = log
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop; no sample follows."""
+        self._closing.set()
+        self._thread.join()
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
+            while not self._closing.wait(SYSTEM_SECONDS):
+                self._log(sample_system())
+
+
+def sample_system() -> dict[str, float]:
+    """Load and memory of CPU and GPUs, disk and network, by MLflow's names."""
+    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+    values = {
+        "cpu_utilization_percentage": psutil.cpu_percent(),  # since the previous sample
+        "system_memory_usage_percentage": memory.percent,
+        "system_memory_usage_megabytes": memory.used / 1e6,
+        "process_memory_usage_megabytes": psutil.Process().memory_info().rss / 1e6,
+        "disk_usage_percentage": disk.percent,
+        "disk_available_megabytes": disk.free / 1e6,
+    }
+    if network := psutil.net_io_counters():  # None on a machine without a network
+        values["network_receive_megabytes"] = network.bytes_recv / 1e6
+        values["network_transmit_megabytes"] = network.bytes_sent / 1e6
+    for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+        used = torch.cuda.memory_reserved(gpu)
+        with contextlib.suppress(ImportError, RuntimeError):  # without nvidia-ml-py
+            values[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization(gpu)
+            used = torch.cuda.device_memory_used(gpu)
+        values[f"gpu_{gpu}_memory_usage_megabytes"] = used / 1e6
+    return values

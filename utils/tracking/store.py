@@ -1,93 +1,79 @@
-"""What is in the MLflow store: runs, and their tables and pictures."""
+"""Calls of MLflow in plain types: runs, metrics, images, tables, links between runs, models.
+
+Each call may be repeated: metrics aside, logging something twice has the effect of once.
+"""
 
 import json
+import math
 import re
+import shutil
 import sys
+import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
+from PIL import Image
+
+from utils.addresses import find_run, open_client, tracking_uri
 from utils.cli import UserError
-from utils.data.decoding import open_image
-from utils.tracking import gateway, picture_table
+from utils.provenance import Lineage, to_json
 
 COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
-HOMES = {  # of the stages that are logged to the run of another
+PARENTS = {  # the stages whose runs a later stage logs to
     "indices": ("tokenizer",),
     "samples": ("gpt",),
     "images": ("gpt", "tokenizer"),
 }
-PICTURE_FILES = 2  # of a picture: itself, and a small one for lists
+NOTE = "mlflow.note.content"
+LINEAGE = "lineage.json"
+TABLES = "tables"  # a folder of the output folder and of the artifacts
+MAX_METRICS = 1000  # that MLflow accepts in one call
+MAX_DIGEST = 36  # characters of a data set's digest that MLflow accepts
+THUMBNAIL = 256  # pixels of the longer side of the images in MLflow's lists
+CHAMPION = "champion"
 
 
-def tag_of(run_id: str, key: str) -> str:
-    """A tag of an MLflow run, "" where it has none.
+class Point(NamedTuple):
+    """One value of a metric.
 
-    Raises:
-        UserError: there is no such run.
+    Attributes:
+        key: name of the metric.
+        value: may be NaN or infinite.
+        time: milliseconds since 1970.
+        step: of the training.
+        model_id: the logged model that the value belongs to, if any.
+        dataset_name, dataset_digest: the data that the model was measured on, if known.
     """
-    return gateway.existing_run(gateway.open_client(), run_id).data.tags.get(key, "")
+
+    key: str
+    value: float
+    time: int
+    step: int
+    model_id: str | None = None
+    dataset_name: str | None = None
+    dataset_digest: str | None = None
 
 
-def logged_points(client: Any, run_id: str) -> set[tuple[str, int]]:
-    """The names and steps of all numbers that an MLflow run has."""
-    names = client.get_run(run_id).data.metrics
-    return {
-        (name, point.step) for name in names for point in client.get_metric_history(run_id, name)
-    }
-
-
-def experiment_of(run_id: str) -> str:
-    """The name of the experiment that a run belongs to; "" for no run, or one that is gone."""
-    if not run_id:
-        return ""
-    client = gateway.open_client()
-    try:
-        run = gateway.existing_run(client, run_id)
-    except UserError:
-        return ""
-    return client.get_experiment(run.info.experiment_id).name
-
-
-def check_home(run_id: str, homes: tuple[str, ...]) -> None:
-    """Refuse a run that is of none of the stages `homes`, where there are any.
-
-    Raises:
-        UserError: it is of another, or there is no such run.
-    """
-    found = tag_of(run_id, "stage")
-    if homes and found not in homes:
-        raise UserError(
-            f"the MLflow run {run_id} is that of a {found or 'stage that is not known'}, but this "
-            f"belongs to the run of a {' or '.join(homes)}; name that one as --run_id, or omit it"
-        )
+# --- runs ---
 
 
 def create_run(
-    client: Any,
-    stage: str,
-    experiment: str,
-    name: str,
-    params: dict[str, Any],
-    tags: dict[str, str],
+    client: Any, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict
 ) -> Any:
-    """A new MLflow run in an experiment, which is made where it is missing.
+    """A new MLflow run in an experiment, which is created if it does not exist."""
+    from mlflow.entities import Param
+    from mlflow.exceptions import MlflowException
 
-    Raises:
-        ValueError: too many params.
-    """
-    if len(params) > 10:
-        raise ValueError(f"at most 10 params, got {len(params)}; the rest is in config.json")
     found = client.get_experiment_by_name(experiment)
     if found is None:
         try:
-            experiment_id = client.create_experiment(experiment)
-        except Exception:  # another process was first
-            found = client.get_experiment_by_name(experiment)
-            if found is None:
+            client.create_experiment(experiment)
+        except MlflowException as error:  # another process may have created it meanwhile
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-    if found is not None:
-        experiment_id = found.experiment_id
+        found = client.get_experiment_by_name(experiment)
     tags = {
         "stage": stage,
         "mlflow.source.name": Path(sys.argv[0]).name,
@@ -95,53 +81,278 @@ def create_run(
         "mlflow.runColor": COLOURS[stage],
         **tags,
     }
-    run = client.create_run(experiment_id, run_name=name, tags=tags)
-    gateway.send_params(client, run.info.run_id, params)
+    run = client.create_run(found.experiment_id, run_name=name, tags=tags)
+    params = [Param(key, str(value)) for key, value in params.items()]
+    client.log_batch(run.info.run_id, params=params)
     return run
 
 
-def send_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
-    """Log a table of `picture_table.write`; MLflow's own call would append to one before it."""
-    folder = picture_table.FOLDER
-    client.log_artifacts(run_id, str(output_dir / folder / name), f"{folder}/{name}")
-    client.log_artifact(run_id, str(output_dir / folder / f"{name}.json"), folder)
-    # The page of MLflow that compares tables asks this tag which there are.
+def experiment_of(run_id: str) -> str:
+    """The name of the experiment of a run; "" if there is no such run."""
+    try:
+        run = find_run(run_id) if run_id else None
+    except UserError:
+        return ""
+    return open_client().get_experiment(run.info.experiment_id).name if run else ""
+
+
+def check_stage(run_id: str, stages: tuple[str, ...]) -> None:
+    """Refuse a run of another stage than `stages`, unless that is empty.
+
+    Raises:
+        UserError: it is the run of another stage, or does not exist.
+    """
+    found = find_run(run_id).data.tags.get("stage", "")
+    if stages and found not in stages:
+        raise UserError(
+            f"the MLflow run {run_id} is that of a {found or 'stage that is not known'}, but this "
+            f"belongs to the run of a {' or '.join(stages)}; name that one as --run_id, or omit it"
+        )
+
+
+def page(run: Any) -> str:
+    """The address of a run in MLflow's UI, relative to the server."""
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
+def ui_hint(run: Any) -> str:
+    """The lines for the terminal that state how to open a run in MLflow's UI."""
+    server, start = tracking_uri().rstrip("/"), ""
+    if not server.startswith("http"):
+        start = f"\n  mlflow ui --backend-store-uri {tracking_uri()}"
+        server = "http://127.0.0.1:5000"
+    return f"\nbrowse:{start}\n  {server}/{page(run)}/model-metrics?workflowType=machine_learning"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether MLflow refuses a call for good, as after the run was deleted."""
+    status = getattr(error, "get_http_status_code", lambda: 0)()
+    return 400 <= status < 500 and status not in (408, 429)  # those two mean: try again
+
+
+# --- metrics, images, tables ---
+
+
+def log_points(client: Any, run_id: str, points: Iterable[Point]) -> None:
+    """Log any number of values of metrics."""
+    from mlflow.entities import Metric
+
+    metrics = [Metric(*point) for point in points]
+    for start in range(0, len(metrics), MAX_METRICS):
+        client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+
+def logged_steps(client: Any, run_id: str) -> set[tuple[str, int]]:
+    """Name and step of every value that a run has in MLflow."""
+    names = client.get_run(run_id).data.metrics
+    return {(n, point.step) for n in names for point in client.get_metric_history(run_id, n)}
+
+
+def image_names(key: str, step: int, time: int) -> tuple[str, str]:
+    """The names of the two artifacts of an image: in full, and for lists.
+
+    MLflow's `log_image` gives them random ids; with one of its content a repeated upload replaces
+    the first, also after a server failed between the two files.
+    """
+    name = f"{key.replace('/', '~')}+step+{step}+timestamp+{time}"
+    name += f"+{uuid.uuid5(uuid.NAMESPACE_OID, name)}"
+    return f"{name}.png", f"{name}+compressed.webp"
+
+
+def log_image(client: Any, run_id: str, path: Path, key: str, step: int, time: int) -> None:
+    """Log a PNG file as an image that MLflow shows with a slider over the steps."""
+    full, small = image_names(key, step, time)
+    with TemporaryDirectory() as folder, Image.open(path, formats=["PNG"]) as image:
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        image.save(Path(folder, small))
+        shutil.copy(path, Path(folder, full))
+        client.log_artifacts(run_id, folder, "images")
+    client.set_tag(run_id, "mlflow.loggedImages", True)
+
+
+def log_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
+    """Log a table of the output folder; MLflow's own call would append to an existing one."""
+    client.log_artifacts(run_id, str(output_dir / TABLES / name), f"{TABLES}/{name}")
+    client.log_artifact(run_id, str(output_dir / TABLES / f"{name}.json"), TABLES)
+    # MLflow's page that compares tables lists those in this tag.
     tag = "mlflow.loggedArtifacts"
     known = json.loads(client.get_run(run_id).data.tags.get(tag, "[]"))
-    entry = {"path": f"{folder}/{name}.json", "type": "table"}
+    entry = {"path": f"{TABLES}/{name}.json", "type": "table"}
     if entry not in known:
         client.set_tag(run_id, tag, json.dumps([*known, entry]))
 
 
-def pictures(client: Any, run_id: str) -> dict[tuple[str, int, int], list[str]]:
-    """The artifacts of each picture of a run, by its key, step and time in milliseconds."""
-    found: dict[tuple[str, int, int], list[str]] = {}
-    for file in client.list_artifacts(run_id, "images"):
-        # MLflow's names, of this version or an earlier one: key+step+3+timestamp+1700+id.png
-        parts = re.split("[+%]", Path(file.path).name)
-        if len(parts) >= 6 and parts[2].isdecimal() and parts[4].isdecimal():
-            which = re.sub("[~#]", "/", parts[0]), int(parts[2]), int(parts[4])
-            found.setdefault(which, []).append(file.path)
-    return found
+# --- links between the runs of a lineage ---
 
 
-def send_picture(
-    client: Any, run_id: str, path: Path, key: str, step: int, when: int, *, check: bool
+def link(client: Any, lineage: Lineage) -> None:
+    """Link the run of the last stage with those of the stages before, and log its inputs.
+
+    The notes of both runs name each other; a tag `gpt_run_id` or `tokenizer_run_id` holds the
+    newest run of that stage. Each run gets the lineage as an artifact. Runs that are missing from
+    this store are skipped.
+    """
+    runs = {stage.run_id: _run_or_none(client, stage.run_id) for stage in lineage}
+    last = lineage[-1]
+    own = runs.get(last.run_id)
+    if own is not None and own.data.tags.get("stage") == last.name:
+        _log_inputs(client, lineage)
+    elif own is not None:  # logged to the run of an earlier stage, whose note has another command
+        _add_note(client, own, f"{last.name.capitalize()}:\n```\n{last.command}\n```")
+    for run_id, other in runs.items():
+        if own is not None and other is not None and run_id != last.run_id:
+            stage = other.data.tags.get("stage", "upstream")
+            # Samples and images are logged to the run of a GPT, which then is downstream.
+            if (own_stage := own.data.tags.get("stage", last.name)) != stage:
+                client.set_tag(run_id, f"{own_stage}_run_id", last.run_id)
+            client.set_tag(last.run_id, f"{stage}_run_id", run_id)
+            _add_note(client, other, f"Downstream: {last.name}, {_link_to(own)}")
+            _add_note(client, own, f"Upstream: {stage}, {_link_to(other)}")
+    for run_id, run in runs.items():
+        if run is not None:
+            client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
+
+
+def is_linked(client: Any, lineage: Lineage) -> bool:
+    """Whether `link` was called with this lineage before, or has nothing to do."""
+    own = _run_or_none(client, lineage[-1].run_id)
+    if own is None:
+        return True
+    files = {file.path for file in client.list_artifacts(own.info.run_id)}
+    return LINEAGE in files and lineage[-1].command in own.data.tags.get(NOTE, "")
+
+
+def _run_or_none(client: Any, run_id: str) -> Any:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id) if run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def _log_inputs(client: Any, lineage: Lineage) -> None:
+    """Log what the last stage reads: data sets with their digests, and models."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelInput
+
+    *upstream, stage = lineage
+    makers = {one.sha256: one for one in upstream if one.name in ("tokenizer", "gpt")}
+    tags = [InputTag("mlflow.data.context", "training")]
+    data_sets, models = [], []
+    for path, sha256 in stage.inputs.items():
+        if sha256 not in makers:
+            data_set = Dataset(Path(path).name, sha256[:MAX_DIGEST], "local", path)
+            data_sets.append(DatasetInput(data_set, tags))
+        elif model_id := newest_model(_run_or_none(client, makers[sha256].run_id)):
+            models.append(LoggedModelInput(model_id))
+    client.log_inputs(stage.run_id, data_sets, models)
+
+
+def _link_to(run: Any) -> str:
+    return f"[{run.info.run_name}]({page(run)})"
+
+
+def _add_note(client: Any, run: Any, line: str) -> None:
+    """Append a paragraph to the note of a run, once."""
+    note = client.get_run(run.info.run_id).data.tags.get(NOTE, "")
+    if line not in note:
+        client.set_tag(run.info.run_id, NOTE, f"{note}\n\n{line}")
+
+
+# --- models ---
+
+
+def newest_model(run: Any) -> str:
+    """The id of the newest model that a run logged; "" for none, or without a run."""
+    outputs = run.outputs.model_outputs if run is not None and run.outputs else []
+    return max(outputs, key=lambda output: output.step).model_id if outputs else ""
+
+
+def log_model(
+    client: Any, run_id: str, folder: Path, values: dict[str, float], time: int, step: int
 ) -> None:
-    """Log the picture in a file, taken at a time in milliseconds since 1970.
+    """Log a model folder as the final model of a run, with its metrics; continue a killed attempt.
 
     Args:
-        check: whether it may be there already, as when a server died before it answered.
+        client: an MLflow client.
+        run_id: the run of the training.
+        folder: the model folder.
+        values: metrics of the model, by full name.
+        time: of the metrics, in milliseconds since 1970.
+        step: of the training.
     """
-    there = pictures(client, run_id).get((key, step, when), []) if check else []
-    with open_image(path) as image:
-        if not there:
-            client.log_image(run_id, image, key=key, step=step, timestamp=when)
-        elif len(there) < PICTURE_FILES:
-            name = there[0].removesuffix(".png")
-            with TemporaryDirectory() as folder:
-                small = Path(folder) / f"{Path(name).name}{name[-37]}compressed.webp"
-                gateway.small_copy(image).save(small)
-                client.log_artifact(run_id, str(small), "images")
-    if check:
-        client.set_tag(run_id, "mlflow.loggedImages", True)
+    from mlflow.entities import LoggedModelOutput
+
+    run = client.get_run(run_id)
+    experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
+    outputs = run.outputs.model_outputs if run.outputs else []
+    of_step = {one.model_id for one in outputs if one.step == step}
+    found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    if any(one.status == "READY" and one.model_id in of_step for one in found):
+        return
+    model = next((one for one in found if one.status == "PENDING"), None)
+    if model is None:
+        name = re.sub(r"[/:.%\"']+", "-", run.info.run_name)  # forbidden in names of models
+        params = run.data.params
+        tags = {"stage": stage}
+        model = client.create_logged_model(experiment_id, name, run_id, tags, params, stage)
+    client.log_model_artifacts(model.model_id, str(folder))
+    if model.model_id not in of_step:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    data = [(x.dataset.name, x.dataset.digest) for x in run.inputs.dataset_inputs][:1]
+    data_set = data[0] if data else ()
+    missing = [
+        Point(key, value, time, step, model.model_id, *data_set)
+        for key, value in values.items()
+        if all(one.step != step for one in client.get_metric_history(run_id, key))
+    ]
+    log_points(client, run_id, missing)
+    client.finalize_logged_model(model.model_id, "READY")
+
+
+def is_better(value: float, best: float, lower_is_better: bool) -> bool:
+    """Whether a metric is better than the best so far; any number is better than NaN."""
+    if math.isnan(best):
+        return not math.isnan(value)
+    return value < best if lower_is_better else value > best
+
+
+def register(client: Any, run_id: str, name: str, metric: str, lower_is_better: bool) -> str:
+    """Make a run's model a version of a registered model, and its champion if it is the best.
+
+    Args:
+        client: an MLflow client.
+        run_id: the run of the training.
+        name: the registered model, which is created if it does not exist.
+        metric: of the runs, which decides which version is the best.
+        lower_is_better: for that metric.
+
+    Returns:
+        A line for the user.
+    """
+    if not client.search_registered_models(f"name = '{name}'"):
+        client.create_registered_model(name)
+    run = client.get_run(run_id)
+    value, model_id = run.data.metrics[metric], newest_model(run)
+    source = f"models:/{model_id}"  # some stores list versions without their model_id
+    versions = client.search_model_versions(f"name = '{name}'")
+    version = next((one for one in versions if one.source == source), None)
+    if version is None:
+        version = client.create_model_version(
+            name, source, run_id, description=f"{metric} {value:.6g}", model_id=model_id
+        )
+    done = f"registered as version {version.version} of {name}"
+    aliases = client.get_registered_model(name).aliases
+    if CHAMPION in aliases and aliases[CHAMPION] != version.version:
+        champion = client.get_model_version(name, aliases[CHAMPION])
+        best = client.get_run(champion.run_id).data.metrics.get(metric)
+        named = f"the champion, version {champion.version},"
+        if best is None:
+            return f"{done}; {named} has no {metric} to compare with, and stays"
+        if not is_better(value, best, lower_is_better):
+            return f"{done}; {named} stays: its {metric} is {best:.6g}, this one's {value:.6g}"
+        done += f"; {metric} {value:.6g} beats {best:.6g} of {named}"
+    client.set_registered_model_alias(name, CHAMPION, version.version)
+    return f"{done}; champion: models:/{name}@{CHAMPION}"

@@ -13,7 +13,7 @@ from typing import Any
 from utils.cli import Stopped, UserError, one_line, unused
 from utils.distributed import Distributed
 from utils.files import TEMPORARY, is_intact, write_folder, write_new_folder
-from utils.tracking import Run, journal, metrics_log
+from utils.tracking import Run
 from utils.training.checkpoints import ARTIFACTS, FOLDER, checkpoints_in, step_of
 from utils.training.resume import State
 
@@ -99,7 +99,7 @@ class Checkpoints(AbstractContextManager):
         progress = self._state.progress
         self._saved_at = time.monotonic()
         if self._group.is_main:
-            progress.logged = metrics_log.mark(self._run.output_dir)
+            progress.logged = self._run.metrics_size()
         files = files | self._state.files()
         if not self._group.is_main:
             return
@@ -180,8 +180,8 @@ class Checkpoints(AbstractContextManager):
             self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
         if (output_dir / "best").is_dir():
             self._run.folder(output_dir / "best", f"{ARTIFACTS}/best")
-        if (output_dir / journal.METRICS).is_file():
-            self._run.file(output_dir / journal.METRICS, ARTIFACTS)
+        if (output_dir / "metrics.jsonl").is_file():
+            self._run.file(output_dir / "metrics.jsonl", ARTIFACTS)
 
 
 def _discard(folder: Path) -> None:

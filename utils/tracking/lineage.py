@@ -1,0 +1,200 @@
+"""From a run, model, indices or image back to the commands that produced it; run them again.
+
+python -m utils.tracking.lineage RUN_ID | FOLDER | IMAGE.png [--rerun NEW_FOLDER]
+"""
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from utils import cli
+from utils.addresses import MLFLOW, fetch, find_run
+from utils.cli import UserError
+from utils.data import indices
+from utils.files import sha256
+from utils.provenance import ROOT, Lineage, Stage, finished, from_json, git_commit, of_picture
+from utils.tracking.store import LINEAGE
+from utils.training import checkpoint
+
+# Flags of a command that a rerun drops: where it wrote, and to which run.
+DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
+
+# What a rerun starts, and nothing else: a lineage may come from an image that somebody sent.
+SCRIPTS = (
+    *("train_vqvae.py", "quantize_dataset.py", "train.py", "transformer_generation.py"),
+    *("vqvae/images_from_indexes.py", "vqvae/convert.py", "transformer/convert.py"),
+)
+
+
+def find(what: str) -> Lineage:
+    """The lineage of a run (its id), of a model, an indices folder, a folder of images, or a PNG.
+
+    Raises:
+        UserError: there is no such thing, or it has no lineage.
+    """
+    if what.startswith(MLFLOW) or Path(what).exists():
+        lineage = of_path(fetch(what))
+    elif not re.fullmatch("[0-9a-f]{32}", what):
+        raise UserError(f"{what} is no file, no folder, and no id of an MLflow run")
+    else:
+        find_run(what)
+        lineage = from_json(fetch(f"runs:/{what}/{LINEAGE}").read_text(), what)
+    if not lineage:
+        raise UserError(f"{what} has no lineage: it does not state which commands produced it")
+    return lineage
+
+
+def of_path(path: Path) -> Lineage:
+    """The lineage of a file or folder that a stage wrote."""
+    if path.is_file():
+        return of_picture(path)
+    if (path / indices.META).is_file():
+        return indices.lineage_of(path)
+    if (path / "grid.png").is_file():
+        return of_picture(path / "grid.png")
+    folder = checkpoint.find_model_folder(path)
+    return finished(checkpoint.read_provenance(folder).lineage, sha256(folder / checkpoint.WEIGHTS))
+
+
+def producer(digest: str, before: Lineage) -> int | None:
+    """The number of the stage, among those before, whose output has this SHA-256."""
+    return next((n for n, stage in enumerate(before) if stage.sha256 == digest), None)
+
+
+def show(lineage: Lineage) -> None:
+    """Print the stages in order: their inputs and outputs, commands and code."""
+    for number, stage in enumerate(lineage):
+        print(f"\n{number + 1}  {stage.name}" + f"  run {stage.run_id}" * bool(stage.run_id))
+        print(f"   $ {stage.command}")
+        for path, digest in stage.inputs.items():
+            made = producer(digest, lineage[:number])
+            source = "" if made is None else f"  (of {made + 1})"
+            print(f"   read   {digest[:12]}  {path}{source}")
+        print(f"   wrote  {stage.sha256[:12]}" if stage.sha256 else "   wrote  pictures")
+        code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
+        threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"
+        several = f", {stage.processes} processes" if stage.processes > 1 else ""
+        print(f"   by     {code}, PyTorch {stage.torch}, {threads}{several}")
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 that a stage records for a path.
+
+    Raises:
+        UserError: nothing is there, or nothing that a stage reads.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is not there; run this where the commands were run")
+    if path.is_file() or (path / indices.META).is_file():
+        return indices.digest(path)
+    return sha256(checkpoint.find_model_folder(path) / checkpoint.WEIGHTS)
+
+
+def check_inputs(lineage: Lineage) -> None:
+    """Refuse a rerun if the data that the lineage starts from have changed.
+
+    Raises:
+        UserError: a file has another digest.
+    """
+    for number, stage in enumerate(lineage):
+        for path, digest in stage.inputs.items():
+            if producer(digest, lineage[:number]) is not None:
+                continue
+            if (now := digest_of(fetch(path))) != digest:
+                raise UserError(
+                    f"{path} is not what the {stage.name} was made of: its SHA-256 was "
+                    f"{digest[:12]} and is {now[:12]}; bring the old one back"
+                )
+
+
+def rerun_command(stage: Stage, before: Lineage, folder: Path) -> list[str]:
+    """The words of a command that reads the outputs of the rerun before it, and writes below it.
+
+    Raises:
+        UserError: it is not a command of this repository.
+    """
+    try:
+        program, *words = shlex.split(stage.command)[1:] or [""]
+    except ValueError as error:
+        raise UserError(f"{stage.command[:100]!r} is not a command: {error}") from error
+    script = next((one for one in SCRIPTS if f"/{program}".endswith(f"/{one}")), None)
+    if script is None:
+        raise UserError(f"{stage.command[:100]!r} is not run: it is no script of this project")
+    kept, dropping = [str(ROOT / script)], False
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag in DROPPED:
+            dropping = not equals
+        elif dropping:
+            dropping = False
+        else:
+            kept += [flag, value] if equals and flag.startswith("--") else [word]
+    made = {path: producer(digest, before) for path, digest in stage.inputs.items()}
+    outputs = {p: str(output_of(before, folder, n)) for p, n in made.items() if n is not None}
+    output_dir = output_of((*before, stage), folder, len(before))
+    return [*(outputs.get(word, word) for word in kept), "--output_dir", str(output_dir)]
+
+
+def output_of(lineage: Lineage, folder: Path, number: int) -> Path:
+    """The folder that a stage writes in a rerun."""
+    return folder / f"{number + 1}-{lineage[number].name}"
+
+
+def rerun(lineage: Lineage, folder: Path) -> bool:
+    """Run all stages again, into a new folder, and print for each whether the output is the same.
+
+    Returns:
+        Whether all outputs are bitwise identical.
+
+    Raises:
+        UserError: an input has changed, the folder exists, or a stage failed.
+    """
+    check_inputs(lineage)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; name a new folder")
+    commits = {stage.commit for stage in lineage}
+    if commits != {git_commit()}:
+        print(f"note: made by commit {', '.join(map(str, commits))}; this is {git_commit()}")
+    all_same = True
+    for number, stage in enumerate(lineage):
+        words = rerun_command(stage, lineage[:number], folder)
+        print(f"\n$ python {shlex.join(words)}", flush=True)
+        starter = [sys.executable]
+        if stage.processes > 1:
+            count = f"--nproc_per_node={stage.processes}"
+            starter += ["-m", "torch.distributed.run", "--standalone", count]
+        threads = {name: str(stage.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+        done = subprocess.run([*starter, *words], env={**os.environ, **threads}, check=False)
+        if done.returncode:
+            raise UserError(f"the command above failed with exit code {done.returncode}")
+        if stage.sha256:
+            same = digest_of(output_of(lineage, folder, number)) == stage.sha256
+            print(f"{stage.name}: {'the same bits as before' if same else 'NOT the same bits'}")
+            all_same &= same
+    return all_same
+
+
+def main(arguments: argparse.Namespace) -> None:
+    lineage = find(arguments.what)
+    show(lineage)
+    if arguments.rerun and not rerun(lineage, Path(arguments.rerun)):
+        sys.exit(1)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, prog="python -m utils.tracking.lineage")
+    parser.add_argument(
+        "what",
+        help="id of an MLflow run, a folder that a stage wrote, or an image of "
+        "images_from_indexes.py",
+    )
+    parser.add_argument("--rerun", metavar="FOLDER", help="run all stages again, in a new folder")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
