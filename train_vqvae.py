@@ -20,7 +20,6 @@ from utils.training import checkpoint, resume
 from utils.training.averages import Averages
 from utils.training.averaging import WeightAverage
 from utils.training.checkpoints import find_checkpoint
-from utils.training.codes import CodeWatch
 from utils.training.guard import Guard
 from utils.training.optimizers import make_optimizer
 from utils.training.resume import Progress
@@ -29,14 +28,14 @@ from utils.training.schedule import Schedule, TrainingConfig, find_output_dir, s
 from utils.training.stopping import StopRequest
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
+from vqvae.config import all_options, training_only
 from vqvae.inspect import Reconstructions, inspect_codebook, reconstruct
 from vqvae.losses import LossConfig, ReconstructionLoss
+from vqvae.quantizers.codebook import CollapseMonitor
 from vqvae.train_step import compile_model, forward_backward
 
 BEST_METRICS = (*metrics.IMAGE_METRICS, "psnr", *metrics.CODE_METRICS)  # for --best_metric
 PICTURES = 32  # validation images that are shown
-# Settings of a tokenizer that make no difference to its weights and to what they mean.
-TRAINING_ONLY = ("dropout", "commitment_cost", "gradient", "entropy_weight", "revive_below")
 
 
 @dataclass(frozen=True)
@@ -95,19 +94,10 @@ def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: i
         run.picture(f"pictures/{name}", picture, step)
 
 
-def read_network(flags: cli.Flags) -> VQVAEConfig:
-    """The tokenizer that the flags describe.
-
-    What a preset says of the codes goes with its own quantizer, and gives way to another.
-    """
-    left_open: dict[str, None] = {}
-    preset = PRESETS.get(flags.preset, {})
-    if flags.quantizer != preset.get("quantizer", flags.quantizer):
-        left_open["codebook_dim"] = None
-    if "levels" in flags.given:
-        left_open |= {"codebook_dim": None, "codebook_size": None}
-    left_open = {name: value for name, value in left_open.items() if name not in flags.given}
-    return cli.read_flags(VQVAEConfig, flags, **left_open)
+def given_settings(flags: cli.Flags) -> dict[str, Any]:
+    """The tokenizer's settings on the command line, as `VQVAEConfig.create` takes them."""
+    names = {field.name for field in (*fields(VQVAEConfig), *fields(all_options()))}
+    return {name: getattr(flags, name) for name in names & flags.given}
 
 
 def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
@@ -116,40 +106,21 @@ def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQ
     Raises:
         UserError: no such tokenizer, or flags that contradict it.
     """
+    given = given_settings(flags)
     if not init_from:
-        return None, read_network(flags)
+        preset = flags.preset or "vqvae-small"
+        return None, cli.build(VQVAEConfig.from_preset, preset, **given)
     if flags.preset:
-        raise cli.UserError(
-            "--preset cannot go with --init_from, whose network it is; leave it out"
-        )
+        raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
     start = checkpoint.load_model(addresses.fetch(init_from), VQVAE)
-    given = {field.name for field in fields(VQVAEConfig)} & flags.given
-    free = given & {"image_size", *TRAINING_ONLY}
-    for name in sorted(given - free):
-        wanted, found = getattr(flags, name), getattr(start.model.config, name)
-        if wanted != found:
+    settings = start.model.config.to_dict()
+    for name in sorted(given.keys() & settings.keys() - {"image_size", *training_only()}):
+        if given[name] != settings[name]:
             raise cli.UserError(
-                f"--{name} {wanted} contradicts {init_from}, where it is {found}; leave it out"
+                f"--{name} {given[name]} contradicts {init_from}, where it is {settings[name]}; "
+                "leave it out"
             )
-    changes = {name: getattr(flags, name) for name in free}
-    return start, cli.build(replace, start.model.config, **changes)
-
-
-def check_quantizer(config: VQVAEConfig, rescue: bool, flags: cli.Flags) -> None:
-    """Refuse flags that make no difference to the quantizer.
-
-    Raises:
-        UserError: there is one.
-    """
-    quantizer = QUANTIZERS[config.quantizer]
-    idle = [name for name in quantizer.IDLE if name in flags.given]
-    if rescue and not quantizer.RESTARTS:
-        idle.append("reset_codebook_on_collapse")
-    if idle:
-        raise cli.UserError(
-            f"--{idle[0]} makes no difference to the quantizer {config.quantizer}; leave it out "
-            f"(if few of its codes are in use, {quantizer.CURE})"
-        )
+    return start, cli.build(VQVAEConfig.create, **settings | given)
 
 
 def open_run(
@@ -223,7 +194,12 @@ def main(arguments: argparse.Namespace) -> None:
     autocast = partial(distributed.autocast, group.device, precision)
 
     start, model_config = read_start(beginning.init_from, arguments)
-    check_quantizer(model_config, beginning.reset_codebook_on_collapse, arguments)
+    resets = beginning.reset_codebook_on_collapse
+    if resets and not QUANTIZERS[model_config.quantizer].supports_reset:
+        raise cli.UserError(
+            "--reset_codebook_on_collapse has no effect with the quantizer "
+            f"{model_config.quantizer}; leave it out"
+        )
     losses = cli.build(ReconstructionLoss, loss_config).to(group.device)
     dataset, train_rows, val_rows = read_images(
         data,
@@ -245,8 +221,7 @@ def main(arguments: argparse.Namespace) -> None:
     average = WeightAverage(model, config.ema_decay)
     progress, averages = Progress(), Averages()
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
-    rescue = model.quantizer.restart if beginning.reset_codebook_on_collapse else None
-    watch = CodeWatch(model.config.num_codes, model.quantizer.CURE, rescue, group)
+    monitor = CollapseMonitor(model.quantizer, group.device, reset=resets)
     disc_optimizer = None
     adversary = None
     if adversarial_config.disc_weight > 0:
@@ -254,12 +229,12 @@ def main(arguments: argparse.Namespace) -> None:
             AdversarialLoss, adversarial_config, *found.values(), schedule.total_steps
         ).to(group.device, memory_format=torch.channels_last)
         disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
-    settings = asdict(config) | asdict(data) | asdict(model.config)
+    settings = asdict(config) | asdict(data) | model.config.to_dict()
     settings |= asdict(beginning) | asdict(loss_config) | asdict(adversarial_config)
     settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
     parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
     parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
-    parts |= {"seen": watch.seen, "rescues": watch.rescues}
+    parts |= {"collapse_monitor": monitor}
     state = resume.State(group, model, settings, progress=progress, **parts)
     state.restore(resumed)
     if config.compile:
@@ -340,7 +315,7 @@ def main(arguments: argparse.Namespace) -> None:
                 averages.add({**values, "learning_rate": learning_rate})
                 chosen = model.quantizer.count(indices)
                 counts += chosen
-                watch.seen += chosen
+                monitor.update(chosen)
 
             evaluates = schedule.evaluates(progress.step)
             if disc_schedule is not None:
@@ -358,7 +333,8 @@ def main(arguments: argparse.Namespace) -> None:
                     best, progress.bad_evaluations = True, 0
                 if best:
                     checkpoints.save_best(checkpoint.model_files(average.model, origin))
-                watch.look(ends=progress.step == schedule.total_steps)
+                for line in monitor.check(final=progress.step == schedule.total_steps):
+                    group.print(line)
                 save()
                 averages.restart()
             elif checkpoints.due():
@@ -390,6 +366,7 @@ def make_parser() -> argparse.ArgumentParser:
     cli.add_flags(parser, DataConfig, "images")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, VQVAEConfig, "tokenizer")
+    cli.add_flags(parser, all_options(), "quantizer")
     cli.add_flags(parser, StartConfig, "start")
     cli.add_flags(parser, LossConfig, "reconstruction losses")
     cli.add_flags(parser, AdversarialConfig, "adversarial loss")

@@ -73,8 +73,8 @@ def main(flags: argparse.Namespace) -> None:
         f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
     )
     results = {}
-    for name, settings in PRESETS.items():
-        config = VQVAEConfig(**settings, image_size=(flags.image_size,) * 2, in_channels=3)
+    for name in PRESETS:
+        config = VQVAEConfig.from_preset(name, image_size=(flags.image_size,) * 2, in_channels=3)
         with torch.device("meta"):
             parameters = sum(p.numel() for p in VQVAE(config).parameters())
         tokens = config.latent_dim[0] * config.latent_dim[1] * config.depth

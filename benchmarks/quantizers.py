@@ -77,7 +77,7 @@ def main(flags: argparse.Namespace) -> None:
     results = {}
     for name in flags.quantizers:
         torch.manual_seed(SEED)
-        config = VQVAEConfig(
+        config = VQVAEConfig.create(
             **CASES[name],
             image_size=dataset.size,
             in_channels=dataset.channels,

@@ -36,7 +36,7 @@ def make_step(
     """One training step as train_vqvae.py makes it, past the ramp of the adversarial loss."""
     torch.manual_seed(0)
     size = (flags.image_size, flags.image_size)
-    config = VQVAEConfig(**PRESETS[flags.preset], image_size=size, in_channels=3)
+    config = VQVAEConfig.from_preset(flags.preset, image_size=size, in_channels=3)
     model = VQVAE(config).to(device, memory_format=torch.channels_last)
     losses = ReconstructionLoss(LossConfig(l1_weight=1.0))
     if "perceptual_weight" in settings:

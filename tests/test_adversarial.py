@@ -27,7 +27,7 @@ CPU = partial(autocast, torch.device("cpu"), "fp32")
 
 def make_model() -> VQVAE:
     torch.manual_seed(0)
-    config = VQVAEConfig(image_size=(16, 16), in_channels=1, channels=32, codebook_size=16)
+    config = VQVAEConfig.create(image_size=(16, 16), in_channels=1, channels=32, codebook_size=16)
     return VQVAE(config)
 
 

@@ -34,7 +34,7 @@ def tokenizer(own_folder: Path) -> Path:
 
 
 def make_tokenizer(folder: Path, codebook_size: int = 16) -> Path:
-    config = VQVAEConfig(
+    config = VQVAEConfig.create(
         image_size=(24, 40),
         in_channels=3,
         channels=8,

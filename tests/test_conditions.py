@@ -34,7 +34,7 @@ def make_tokenizer(folder: Path, size: tuple[int, int], channels: int, **options
     """A tokenizer that was never trained."""
     torch.manual_seed(sum(size))
     shape = {"channels": 8, "codebook_size": 16, "codebook_dim": 4} | options
-    model = VQVAE(VQVAEConfig(image_size=size, in_channels=channels, **shape))
+    model = VQVAE(VQVAEConfig.create(image_size=size, in_channels=channels, **shape))
     write_folder(folder, checkpoint.model_files(model, Provenance()))
     return folder
 

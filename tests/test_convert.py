@@ -157,7 +157,11 @@ def test_averages_of_the_codes_come_along(tmp_path: Path) -> None:
         "quantize.embedding.embed_avg": sums,
     }
     model, ignored = from_other("taming", state, IMAGE)
-    assert (model.config.quantizer, model.config.commitment_cost, ignored) == ("ema", 0.25, [])
+    assert (model.config.quantizer, model.config.quantizer_options.commitment_cost, ignored) == (
+        "ema",
+        0.25,
+        [],
+    )
     assert torch.equal(model.quantizer.counts, counts)
     assert torch.equal(model.quantizer.sums, sums)
     back = to_other("taming", model)
@@ -215,7 +219,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
 
 
 def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
-    config = VQVAEConfig(
+    config = VQVAEConfig.create(
         image_size=(16, 24),
         in_channels=3,
         patch_size=1,
@@ -278,8 +282,10 @@ def test_widths_that_a_project_cannot_build_are_refused(project: str, other: dic
         "attention_levels": (0,),
     }
     with torch.device("meta"):
-        to_other(project, VQVAE(VQVAEConfig(**settings, quantizer=other.get("quantizer", "vq"))))
-        model = VQVAE(VQVAEConfig(**settings | other))
+        to_other(
+            project, VQVAE(VQVAEConfig.create(**settings, quantizer=other.get("quantizer", "vq")))
+        )
+        model = VQVAE(VQVAEConfig.create(**settings | other))
         with pytest.raises(ValueError, match=f"{project} has no tokenizer with"):
             to_other(project, model)
 
@@ -287,7 +293,7 @@ def test_widths_that_a_project_cannot_build_are_refused(project: str, other: dic
 @pytest.mark.parametrize("project", LAYOUTS)
 def test_a_network_that_a_project_does_not_have_is_refused(project: str) -> None:
     with pytest.raises(ValueError, match=project):
-        to_other(project, VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=3)))
+        to_other(project, VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=3)))
 
 
 # --- config files ------------------------------------------------------------------------------
@@ -316,7 +322,10 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
     gumbel = TAMING_YAML.replace("n_embed: 40", "n_embed: 40\n    kl_weight: 1.0e-08")
     (tmp_path / "project.yaml").write_text(gumbel)
     run("source", "taming", tmp_path / "gumbel.ckpt", tmp_path / "g", config=config_file)
-    assert checkpoint.load_model(tmp_path / "g", VQVAE).model.config.entropy_weight == 1e-8
+    assert (
+        checkpoint.load_model(tmp_path / "g", VQVAE).model.config.quantizer_options.entropy_weight
+        == 1e-8
+    )
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def tokenizer(own_folder: Path) -> VQVAE:
     """An untrained tokenizer in tokenizer/, and images in data/data.csv."""
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": 16, "codebook_dim": 4}
-    model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes)).eval()
+    model = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, **sizes)).eval()
     files = checkpoint.model_files(model, Provenance())
     write_folder(own_folder / "tokenizer", files)
     write_images(own_folder / "data", COUNT)

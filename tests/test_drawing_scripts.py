@@ -34,7 +34,7 @@ def write_tokenizer(folder: Path, depth: int = 1) -> str:
     sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4}
     if depth > 1:
         sizes |= {"quantizer": "residual", "depth": depth}
-    tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, **sizes))
+    tokenizer = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, **sizes))
     write_folder(folder, checkpoint.model_files(tokenizer, Provenance()))
     return sha256(folder / "model.safetensors")
 

@@ -53,7 +53,7 @@ def tokenizer(own_folder: Path) -> Path:
     """A tokenizer of digits that nobody trained."""
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4, "patch_size": 2}
-    model = VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=1, **sizes))
+    model = VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=1, **sizes))
     files = checkpoint.model_files(model, Provenance())
     write_folder(own_folder / "tokenizer", files)
     return own_folder / "tokenizer"

@@ -101,7 +101,7 @@ def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
     """Codes that are averages change in the forward pass, before any loss is known."""
     torch.manual_seed(0)
     model = VQVAE(
-        VQVAEConfig(
+        VQVAEConfig.create(
             quantizer="ema",
             codebook_size=8,
             codebook_dim=4,

@@ -13,13 +13,13 @@ EVERY = pytest.mark.parametrize("name", QUANTIZERS)
 def make_model(name: str) -> VQVAE:
     torch.manual_seed(0)
     sizes = {"image_size": (8, 16), "in_channels": 3, "channels": 8, "dropout": 0.5}
-    return VQVAE(VQVAEConfig(name, 64, **sizes))
+    return VQVAE(VQVAEConfig.create(quantizer=name, codebook_size=64, **sizes))
 
 
 @EVERY
 def test_codes_are_what_embed_adds_up(name: str) -> None:
     quantizer = make_model(name).quantizer
-    config = quantizer.config
+    config = quantizer.options
     codes = quantizer.codes(torch.arange(config.num_codes))
     assert codes.shape == (config.num_codes, config.codebook_dim)
     indices = torch.randint(config.codebook_size, (2, 3, 5, config.depth))

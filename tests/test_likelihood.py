@@ -38,7 +38,7 @@ def batches(images: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
 
 
 def fit_tokenizer(images: Tensor) -> VQVAE:
-    config = VQVAEConfig(
+    config = VQVAEConfig.create(
         image_size=(8, 8),
         in_channels=1,
         channels=16,

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vqvae.quantizers import QuantizerConfig, make_quantizer
-from vqvae.quantizers.entropy import codebook_entropy_loss, entropy
-from vqvae.quantizers.estimators import rotation, straight_through
+from tests.test_quantizers import make
+from vqvae import QUANTIZERS
+from vqvae.quantizers.base import entropy, straight_through
+from vqvae.quantizers.codebook import codebook_entropy_loss
+from vqvae.quantizers.vector import rotation
 
 
 def test_straight_through_hands_the_gradient_on_unchanged() -> None:
@@ -41,12 +43,14 @@ def test_rotation_hands_on_the_gradient_turned_and_scaled() -> None:
         assert torch.allclose(z_e.grad[row], matrix.T @ grad[row])
 
 
-@pytest.mark.parametrize("name", ["vq", "ema", "cosine", "residual"])
+@pytest.mark.parametrize(
+    "name", [name for name, q in QUANTIZERS.items() if hasattr(q.Options, "gradient")]
+)
 def test_rotation_is_an_option_that_leaves_the_decoded_codes(name: str) -> None:
     made = []
     for gradient in ("straight_through", "rotation"):
         torch.manual_seed(0)
-        quantizer = make_quantizer(QuantizerConfig(name, 16, gradient=gradient)).eval()
+        quantizer = make(name, codebook_size=16, gradient=gradient).eval()
         z_e = torch.randn(2, 8, 3, 3, requires_grad=True)
         quantizer(z_e).z_q.sin().sum().backward()
         made.append((quantizer(z_e).z_q.detach(), z_e.grad))
@@ -56,7 +60,7 @@ def test_rotation_is_an_option_that_leaves_the_decoded_codes(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["vq", "cosine"])
 def test_losses_move_codes_and_encoder_apart(name: str) -> None:
-    quantizer = make_quantizer(QuantizerConfig(name, 16, commitment_cost=0.5)).eval()
+    quantizer = make(name, codebook_size=16, commitment_cost=0.5).eval()
     z_e = torch.randn(2, 8, 3, 3, requires_grad=True)
     losses = quantizer(z_e).losses
     losses["codebook"].backward(retain_graph=True)
@@ -71,7 +75,7 @@ def test_losses_move_codes_and_encoder_apart(name: str) -> None:
 
 def test_index_backpropagation_is_the_gradient_of_the_softened_index() -> None:
     torch.manual_seed(0)
-    quantizer = make_quantizer(QuantizerConfig("ibq", 16))
+    quantizer = make("ibq", codebook_size=16)
     quantizer.initialised.fill_(True)
     vectors, grad = torch.randn(2, 9, 8)
     vectors.requires_grad_()
@@ -93,7 +97,7 @@ def test_index_backpropagation_is_the_gradient_of_the_softened_index() -> None:
 
 def test_gumbel_is_the_straight_through_gumbel_softmax() -> None:
     torch.manual_seed(0)
-    quantizer = make_quantizer(QuantizerConfig("gumbel", 16))
+    quantizer = make("gumbel", codebook_size=16)
     vectors, grad = torch.randn(2, 9, 8)
     vectors.requires_grad_()
     torch.manual_seed(7)
@@ -111,7 +115,7 @@ def test_gumbel_is_the_straight_through_gumbel_softmax() -> None:
 
 
 def test_fsq_gradient_is_that_of_the_bound_without_the_rounding() -> None:
-    quantizer = make_quantizer(QuantizerConfig("fsq", levels=(8, 5)))
+    quantizer = make("fsq", levels=(8, 5))
     vectors = torch.randn(9, 2, requires_grad=True)
     quantizer.quantize(vectors)[0].sum().backward()
     levels, halves = torch.tensor([8.0, 5.0]), torch.tensor([4.0, 2.0])
@@ -152,7 +156,7 @@ def test_codebook_entropy_is_that_of_the_softmax_of_distances() -> None:
 @pytest.mark.parametrize("bits", [4, 12])
 def test_lfq_entropy_is_exact_for_one_group_and_a_bound_for_more(bits: int) -> None:
     torch.manual_seed(0)
-    quantizer = make_quantizer(QuantizerConfig("lfq", 2**bits))
+    quantizer = make("lfq", codebook_size=2**bits)
     vectors = torch.randn(30, bits)
     corners = quantizer.lookup(torch.arange(2**bits))
     logits = -(vectors[:, None] - corners).square().sum(dim=2)

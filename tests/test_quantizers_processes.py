@@ -1,4 +1,4 @@
-"""Codebooks in several processes: what one process would do with their joined batch."""
+"""Codebooks in several processes: what one process would do with their global batch."""
 
 from pathlib import Path
 
@@ -8,24 +8,25 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from vqvae.quantizers import QuantizerConfig, make_quantizer
+from tests.test_quantizers import make
+from vqvae import QUANTIZERS
 
-NAMES = ("vq", "ema", "cosine", "ibq", "gumbel", "residual")
+NAMES = [name for name, q in QUANTIZERS.items() if hasattr(q.Options, "dead_code_threshold")]
 STEPS = 4
+# With so high a threshold codes die in every step.
+HIGH_THRESHOLD = {"codebook_size": 8, "codebook_dim": 4, "dead_code_threshold": 0.999}
 
 
 def batches(rank: int) -> list[Tensor]:
-    """Of a process: clusters that wander, so that codes die and are revived."""
+    """Of a process: clusters that wander, so that codes die and are reset."""
     random = torch.Generator().manual_seed(rank)
     return [torch.randn(2, 4, 5, 5, generator=random) * 0.1 + 3 * step for step in range(STEPS)]
 
 
 def train(name: str, steps: list[Tensor]) -> dict[str, Tensor]:
     """The state of a codebook after a forward pass on each batch; nothing else moves it."""
-    torch.manual_seed(0)
-    # With so high a bar codes die in every step.
-    quantizer = make_quantizer(QuantizerConfig(name, 8, 4, revive_below=0.999))
-    torch.manual_seed(len(steps[0]))  # what else is drawn must make no difference
+    quantizer = make(name, **HIGH_THRESHOLD)
+    torch.manual_seed(len(steps[0]))  # other random numbers have no effect
     for batch in steps:
         quantizer(batch)
     return quantizer.state_dict()
@@ -48,22 +49,22 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_do_what_one_does_with_the_joined_batch(name: str, states: list) -> None:
+def test_two_processes_do_what_one_does_with_the_together_batch(name: str, states: list) -> None:
     first, second = (state[name] for state in states)
-    joined = [torch.cat(pair) for pair in zip(batches(0), batches(1), strict=True)]
-    alone = train(name, joined)
+    together = [torch.cat(pair) for pair in zip(batches(0), batches(1), strict=True)]
+    alone = train(name, together)
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
         assert torch.allclose(first[key], value, atol=1e-5), key
-    draws = [value for key, value in alone.items() if key.endswith("draws")]
-    assert min(draws) > 1  # codes started and were revived
+    offsets = [value for key, value in alone.items() if key.endswith("rng_offset")]
+    assert min(offsets) > 1  # codes were initialised and reset
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_codes_draw_is_reproducible_and_goes_on_after_a_checkpoint(name: str) -> None:
+def test_sampled_codes_are_reproducible_and_continue_after_a_checkpoint(name: str) -> None:
     steps = batches(0)
     whole = train(name, steps)
-    quantizer = make_quantizer(QuantizerConfig(name, 8, 4, revive_below=0.999))
+    quantizer = make(name, **HIGH_THRESHOLD)
     quantizer.load_state_dict(train(name, steps[:2]))
     torch.manual_seed(99)
     for batch in steps[2:]:
@@ -72,7 +73,7 @@ def test_what_codes_draw_is_reproducible_and_goes_on_after_a_checkpoint(name: st
 
 
 def test_ema_codes_are_the_moving_averages_of_their_vectors() -> None:
-    quantizer = make_quantizer(QuantizerConfig("ema", 4, 2, revive_below=0.0))
+    quantizer = make("ema", codebook_size=4, codebook_dim=2, dead_code_threshold=0.0)
     vectors = torch.randn(40, 2)
     quantizer.quantize(vectors)  # the codes start
     counts, sums = quantizer.counts.clone(), quantizer.sums.clone()
@@ -85,13 +86,13 @@ def test_ema_codes_are_the_moving_averages_of_their_vectors() -> None:
         torch.testing.assert_close(quantizer.sums[code], 0.99 * sums[code] + 0.01 * mine.sum(0))
 
 
-def test_a_dead_code_is_put_on_a_vector_and_lives() -> None:
-    quantizer = make_quantizer(QuantizerConfig("vq", 4, 2))
+def test_a_dead_code_is_reset_to_a_vector() -> None:
+    quantizer = make("vq", codebook_size=4, codebook_dim=2)
     quantizer.initialised.fill_(True)
     with torch.no_grad():
         quantizer.embedding.weight[:] = torch.tensor([[0.0, 0], [1, 0], [0, 1], [50, 50]])
-    quantizer.share[3] = 0.0
+    quantizer.usage_ema[3] = 0.0
     vectors = torch.randn(40, 2)
     quantizer.quantize(vectors)
     assert (quantizer.codebook[3] == vectors).all(dim=1).any()
-    assert quantizer.share[3] == 0.25
+    assert quantizer.usage_ema[3] == 0.25

@@ -22,12 +22,13 @@ from utils.data.images import ImageDataset
 from utils.data.table import split_rows
 from utils.files import read_tensors, write_folder
 from utils.provenance import Provenance
-from utils.training import checkpoint, codes
+from utils.training import checkpoint
 from utils.training.checkpoints import find_checkpoint
 from utils.training.resume import STATE
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, convert
 from vqvae.adversarial import AdversarialLoss
 from vqvae.inspect import reconstruct
+from vqvae.quantizers.codebook import CollapseMonitor
 
 Train = Callable[..., list[dict]]
 SMALL_BATCHES = ("--batch_size", "4", "--num_workers", "0")
@@ -62,7 +63,11 @@ def column(logged: list[dict], name: str) -> dict[int, float]:
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_pictures_of_every_quantizer(name: str) -> None:
     torch.manual_seed(0)
-    model = VQVAE(VQVAEConfig(name, 64, image_size=(8, 8), in_channels=1, channels=8))
+    model = VQVAE(
+        VQVAEConfig.create(
+            quantizer=name, codebook_size=64, image_size=(8, 8), in_channels=1, channels=8
+        )
+    )
     pictures: dict[str, Image.Image] = {}
     run = argparse.Namespace(picture=lambda key, image, step: pictures.update({key: image}))
     seen = reconstruct(model, torch.rand(5, 1, 8, 8).split(2), train_vqvae.measure, keep=4)
@@ -95,8 +100,8 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
     start = checkpoint.load_model("own", VQVAE).model
     tuned = checkpoint.load_model("out", VQVAE).model
-    expected_config = replace(start.config, image_size=(24, 40), dropout=0.1, commitment_cost=0.5)
-    assert tuned.config == expected_config
+    changes = {"image_size": (24, 40), "dropout": 0.1, "commitment_cost": 0.5}
+    assert tuned.config.to_dict() == start.config.to_dict() | changes
     weights = tuned.state_dict()
     assert not torch.equal(weights["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
 
@@ -112,7 +117,7 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
 def test_what_is_no_whole_tokenizer_is_no_start(
     error_of: Callable[..., str], data: Path, own_folder: Path
 ) -> None:
-    model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8))
+    model = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, channels=8))
     files = checkpoint.model_files(model, Provenance())
     del files["model.safetensors"]["decoder.conv_in.weight"]
     write_folder(own_folder / "part", files)
@@ -130,15 +135,17 @@ def test_what_is_no_whole_tokenizer_is_no_start(
     [
         (("--codebook_size", 17), "--codebook_size 17 contradicts start, where it is 16"),
         (("--no-mid_attention", "--channels", 4), "--channels 4 contradicts start, where it is 8"),
-        (("--image_size", 30), "image_size 30,30 is not a multiple .* use --image_size 32,32"),
-        (("--preset", "vqgan-f8"), "--preset cannot go with --init_from"),
+        (("--image_size", 30), "image_size 30,30 is not a multiple .* use image_size 32,32"),
+        (("--preset", "vqgan-f8"), "--preset cannot be combined with --init_from"),
     ],
 )
 def test_flags_that_contradict_the_start_are_refused(
     error_of: Callable[..., str], data: Path, own_folder: Path, flags: tuple, complaint: str
 ) -> None:
     """They were ignored, and a size that does not divide was a traceback."""
-    model = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16))
+    model = VQVAE(
+        VQVAEConfig.create(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16)
+    )
     write_folder(own_folder / "start", checkpoint.model_files(model, Provenance()))
     words = ("--path_to_data", data, *SMALL_BATCHES, "--init_from", "start", *flags)
     assert re.search(complaint, error_of("train_vqvae", *words))
@@ -154,7 +161,7 @@ def test_every_preset_takes_every_quantizer(preset: str, name: str) -> None:
     """Those of large codes refused fsq and lfq, whose dimension follows from their number."""
     words = ["--path_to_data", "x", "--preset", preset, "--quantizer", name]
     flags = train_vqvae.make_parser().parse_args([*words, "--channels", "4"])
-    config = train_vqvae.read_network(flags)
+    _, config = train_vqvae.read_start("", flags)
     with torch.device("meta"):
         VQVAE(replace(config, image_size=(32, 32), in_channels=1))
     assert config.codebook_size == PRESETS[preset].get("codebook_size", 512)
@@ -164,7 +171,7 @@ def test_every_preset_takes_every_quantizer(preset: str, name: str) -> None:
 
 def test_levels_override_the_codebook_of_a_preset() -> None:
     words = "--path_to_data x --preset vqgan-f16 --quantizer fsq --levels 8,5,5,5"
-    config = train_vqvae.read_network(train_vqvae.make_parser().parse_args(words.split()))
+    _, config = train_vqvae.read_start("", train_vqvae.make_parser().parse_args(words.split()))
     assert (config.codebook_size, config.codebook_dim) == (1000, 4)
 
 
@@ -178,9 +185,15 @@ def test_levels_override_the_codebook_of_a_preset() -> None:
             "needs --disc_adaptive_schedule, else",
         ),
         ("--lpips_network alex", "--lpips_network needs --perceptual_weight above 0"),
-        ("--quantizer fsq --commitment_cost 1", "no difference to the quantizer fsq"),
-        ("--quantizer lfq --revive_below 0.1", "no difference to the quantizer lfq"),
-        ("--quantizer gumbel --reset_codebook_on_collapse", r"gumbel.*a higher --entropy_weight"),
+        (
+            "--quantizer fsq --commitment_cost 1",
+            "commitment_cost has no effect with the quantizer fsq",
+        ),
+        ("--quantizer lfq --dead_code_threshold 0.1", "has no effect with the quantizer lfq"),
+        (
+            "--quantizer gumbel --reset_codebook_on_collapse",
+            "has no effect with the quantizer gumbel",
+        ),
         ("--l2_weight nan", "l2_weight must be a number of 0 or more, got nan"),
         ("--disc_weight inf", "disc_weight must be a number"),
         ("--learning_rate inf", "learning_rate must be a number above 0"),
@@ -195,66 +208,31 @@ def test_flags_without_effect_or_meaning_are_refused(
     assert not Path("outputs").exists()
 
 
-# --- codes that nobody uses ---------------------------------------------------------------------
+# --- codes out of use ----------------------------------------------------------------------------
 
 
-def test_how_many_codes_are_in_use_is_said_where_enough_were_seen() -> None:
-    """The last step alone decided, in which few codes of many can occur."""
-    seen = torch.zeros(100)
-    seen[:10] = 39
-    assert codes.share_in_use(seen) is None
-    seen[:10] = 40
-    assert codes.share_in_use(seen) == pytest.approx(10)
-
-
-def test_codes_in_use_are_counted_from_evaluation_to_evaluation_and_across_a_resume(
-    train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_collapse_is_reported_and_the_codes_are_reset_also_across_a_resume(
+    train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, reset: bool
 ) -> None:
-    monkeypatch.setattr(codes, "LOW_USAGE", 101)
-    monkeypatch.setattr(codes, "ENOUGH", 40)  # 640 of 16 codes; a step has 240
-    judged: list[float] = []
-
-    def judge(seen: torch.Tensor) -> float | None:
-        judged.append(float(seen.sum()))
-        return share_in_use(seen)
-
-    share_in_use = codes.share_in_use
-    monkeypatch.setattr(codes, "share_in_use", judge)
-    flags = ("--evaluate_every", 2, "--reset_codebook_on_collapse")
+    monkeypatch.setattr(CollapseMonitor, "LOW_USAGE", 101.0)
+    monkeypatch.setattr(CollapseMonitor, "INDICES_PER_CODE", 40)  # 640 of 16 codes; a step has 240
+    usages: list[float | None] = []
+    usage = CollapseMonitor.usage
+    monkeypatch.setattr(
+        CollapseMonitor, "usage", lambda self: usages.append(usage(self)) or usages[-1]
+    )
+    flags = ("--evaluate_every", 2, *(["--reset_codebook_on_collapse"] if reset else []))
     train(*flags, "--max_steps", 6)
-    assert judged == [480, 960, 480]
     train(*flags, "--max_steps", 10, "--resume", "out")
-    assert judged == [480, 960, 480, 960, 480]
+    assert [one is None for one in usages] == [True, False, True, False, True]
     printed = capsys.readouterr().out
-    assert "codebook rescue 1 of 3" in printed
-    assert "codebook rescue 2 of 3" in printed
-
-
-@pytest.mark.parametrize("rescue", [False, True])
-def test_few_codes_in_use_are_warned_of_and_restarted(
-    train: Train, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, rescue: bool
-) -> None:
-    monkeypatch.setattr(codes, "LOW_USAGE", 101)
-    flags = ("--max_steps", 10, "--evaluate_every", 2)
-    restarts: list[int] = []
-    original = train_vqvae.VQVAE.__init__
-
-    def watched(model: VQVAE, config: VQVAEConfig) -> None:
-        original(model, config)
-        restart = model.quantizer.restart
-        model.quantizer.restart = lambda: restarts.append(1) or restart()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_vqvae.VQVAE, "__init__", watched)
-        train(*flags, *(["--reset_codebook_on_collapse"] if rescue else []))
-    printed = capsys.readouterr().out
-    assert printed.count("% of the codes are in use") == 5
-    assert "--reset_codebook_on_collapse" in printed
-    assert printed.count("all codes start anew") == 3 * rescue
-    assert len(restarts) == 3 * rescue  # however often it would be asked for
+    assert printed.count("% of the codes are in use") == 2
+    assert printed.count("codebook reset 1 of 3") == reset
+    assert printed.count("codebook reset 2 of 3") == reset
     for folder in (Path("out/best"), find_checkpoint("out", "")):
         tensors = read_tensors(folder / "model.safetensors")
-        assert tensors["quantizer.initialised"]  # else a fine-tuning would forget the codes
+        assert tensors["quantizer.initialised"]  # otherwise fine-tuning would discard the codes
 
 
 # --- the adversary ------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """Architecture and presets of the tokenizer."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 import train_vqvae
-from vqvae import PRESETS, VQVAE, VQVAEConfig
-from vqvae.blocks import Attention
+from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
+from vqvae.layers import Attention
 
 SMALL = {"image_size": (16, 32), "in_channels": 3, "channels": 32}
 SHAPES = pytest.mark.parametrize(
@@ -22,7 +25,7 @@ SHAPES = pytest.mark.parametrize(
 
 @SHAPES
 def test_a_decoded_image_has_the_shape_of_the_encoded(settings: dict) -> None:
-    model = VQVAE(VQVAEConfig(**SMALL, **settings)).eval()
+    model = VQVAE(VQVAEConfig.create(**SMALL, **settings)).eval()
     images = torch.rand(2, 3, 16, 32) * 2 - 1
     indices = model.encode(images)
     config = model.config
@@ -52,7 +55,7 @@ def test_attention_is_softmax_over_all_cells() -> None:
     [(name, int(name.split("-")[1][1:])) for name in PRESETS if "-f" in name],
 )
 def test_presets_are_buildable_and_downsample_by_their_name(preset: str, factor: int) -> None:
-    config = VQVAEConfig(**PRESETS[preset], image_size=(256, 256), in_channels=3)
+    config = VQVAEConfig.from_preset(preset, image_size=(256, 256), in_channels=3)
     assert config.downsampling == factor
     with torch.device("meta"):
         VQVAE(config)
@@ -60,12 +63,12 @@ def test_presets_are_buildable_and_downsample_by_their_name(preset: str, factor:
 
 def test_flags_override_a_preset_wherever_they_stand() -> None:
     words = "--path_to_data x --codebook_size 99 --preset vqgan-f16 --no-mid_attention"
-    flags = train_vqvae.make_parser().parse_args(words.split())
-    assert flags.codebook_size == 99
-    assert not flags.mid_attention
-    assert flags.channel_multipliers == (1, 1, 2, 2, 4)
+    _, config = train_vqvae.read_start("", train_vqvae.make_parser().parse_args(words.split()))
+    assert (config.codebook_size, config.codebook_dim) == (99, 256)
+    assert not config.mid_attention
+    assert config.channel_multipliers == (1, 1, 2, 2, 4)
     plain = train_vqvae.make_parser().parse_args(["--path_to_data", "x"])
-    assert plain.channels == VQVAEConfig().channels
+    assert train_vqvae.read_start("", plain)[1] == VQVAEConfig()
 
 
 @pytest.mark.parametrize(
@@ -75,8 +78,56 @@ def test_flags_override_a_preset_wherever_they_stand() -> None:
         ({"image_size": (30, 32)}, "multiple"),
         ({"mid_blocks": 0}, "mid_blocks"),
         ({"z_channels": -1}, "z_channels"),
+        ({"channels": "64"}, "channels must be int, got '64'"),
+        ({"attention_levels": [True]}, "attention_levels must be tuple"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        VQVAEConfig(**settings)
+        VQVAEConfig.create(**settings)
+
+
+# --- model folders --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_a_model_folder_holds_the_whole_model(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"quantizer": name, "codebook_size": 64, "channel_multipliers": (1, 2)}
+    model = VQVAE(VQVAEConfig.create(**SMALL, **settings))
+    model(torch.rand(2, 3, 16, 32))  # the codes are initialised
+    model.save_pretrained(tmp_path)
+    loaded = VQVAE.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert not loaded.training
+    images = torch.rand(2, 3, 16, 32) * 2 - 1
+    indices = model.eval().encode(images)
+    assert torch.equal(loaded.encode(images), indices)
+    assert torch.equal(loaded.decode(indices), model.decode(indices))
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model": "GPT"}, "holds a GPT, but a VQVAE is needed"),
+        ({"format_version": 99}, r"format_version is 99, but .* reads up to 1; update"),
+        ({"format_version": None}, "format_version is None"),
+        ({"channels": 64}, "does not fit config.json"),
+        ({"channels": 1 << 40}, "does not fit config.json"),  # of which no memory is taken
+        ({"quantizer": "ema"}, "quantizer.counts is None"),
+        ({"colour": "red"}, "config.json: 'colour' is unknown"),
+        ({"levels": [8, 8, 8]}, "levels has no effect with the quantizer vq"),
+    ],
+)
+def test_a_damaged_or_newer_model_folder_is_refused(
+    change: dict, complaint: str, tmp_path: Path
+) -> None:
+    VQVAE(VQVAEConfig.create(**SMALL)).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=complaint):
+        VQVAE.from_pretrained(tmp_path)
+    for text in ("[]", "{", '{"a":' * 100_000):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"config\.json"):
+            VQVAE.from_pretrained(tmp_path)

@@ -1,15 +1,7 @@
 """Image tokenizer: an encoder, a learned codebook and a decoder, in PyTorch alone."""
 
-from vqvae.model import VQVAE, VQVAEConfig, VQVAEOutput
-from vqvae.presets import PRESETS
-from vqvae.quantizers import QUANTIZERS, Quantized, QuantizerConfig
+from vqvae.config import PRESETS, VQVAEConfig
+from vqvae.model import VQVAE, VQVAEOutput
+from vqvae.quantizers import QUANTIZERS, Quantized
 
-__all__ = [
-    "PRESETS",
-    "QUANTIZERS",
-    "VQVAE",
-    "Quantized",
-    "QuantizerConfig",
-    "VQVAEConfig",
-    "VQVAEOutput",
-]
+__all__ = ["PRESETS", "QUANTIZERS", "VQVAE", "Quantized", "VQVAEConfig", "VQVAEOutput"]

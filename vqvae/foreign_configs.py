@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vqvae.model import VQVAEConfig
+from vqvae import VQVAEConfig
 
 # What every VQModel that can be read has.
 DIFFUSERS = {
@@ -134,7 +134,7 @@ def write_taming(config: VQVAEConfig) -> dict[str, Any]:
     }
     params: dict[str, Any] = {"embed_dim": config.codebook_dim, "n_embed": config.codebook_size}
     if config.quantizer == "gumbel":
-        params["kl_weight"] = config.entropy_weight
+        params["kl_weight"] = config.quantizer_options.entropy_weight
         params["temperature_scheduler_config"] = GUMBEL_TEMPERATURE
     names = {"gumbel": "GumbelVQ", "ema": "EMAVQ"}
     name = names.get(config.quantizer, "VQModel")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vqvae.model import VQVAE, VQVAEConfig
+from vqvae import VQVAE, VQVAEConfig
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Layout:
         elif self.averages and self.averages[0] in state:
             quantizer = "ema"
         codes = state["quantize.embed.weight" if quantizer == "gumbel" else EMBEDDING]
-        return VQVAEConfig(
+        beta = 0.25 if quantizer == "ema" else self.commitment_cost
+        unused = quantizer == "gumbel"  # it has no such term
+        return VQVAEConfig.create(
             image_size=image_size,
             in_channels=in_channels,
             patch_size=1,
@@ -134,7 +136,7 @@ class Layout:
             quantizer=quantizer,
             codebook_size=len(codes),
             codebook_dim=codes.shape[1],
-            commitment_cost=0.25 if quantizer == "ema" else self.commitment_cost,
+            **({} if unused else {"commitment_cost": beta}),
         )
 
 
@@ -226,11 +228,11 @@ def from_other(
     except KeyError as error:
         raise ValueError(f"it is no tokenizer of {name}: it has no {error}") from error
     for setting, value in settings.items():
-        told = getattr(config, setting)
+        told = config.to_dict().get(setting)
         if setting not in UNTOLD and value != told:
             raise ValueError(f"{setting} is {told} by its weights, but {value} by its config")
     untold = {setting: settings[setting] for setting in UNTOLD if setting in settings}
-    config = replace(config, **untold)
+    config = VQVAEConfig.create(**config.to_dict() | untold)
     keys = layout.keys(config)
     ignored = [key for key in state if key.startswith(layout.ignored)] if layout.ignored else []
     missing = sorted(set(keys.values()) - set(state))

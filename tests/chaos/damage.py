@@ -71,7 +71,9 @@ def run(count: int) -> Result:
 
 def _make_files() -> dict[str, Reader]:
     """Folders of every kind, and what reads each."""
-    vqvae = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16))
+    vqvae = VQVAE(
+        VQVAEConfig.create(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16)
+    )
     write_folder(Path("tokenizer"), model_files(vqvae, Provenance()))
     gpt = GPT(GPTConfig(codebook_size=16, num_classes=2, latent_dim=GRID, dim=16, num_heads=2))
     words = Vocabulary(16, GRID, ("a", "b"))

@@ -86,7 +86,7 @@ def _disguises(payload: object) -> Iterator[tuple[str, bytes]]:
 
 def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     """Everything that reads a file: which one, and how."""
-    config = VQVAEConfig(
+    config = VQVAEConfig.create(
         image_size=(8, 8), in_channels=3, channels=8, codebook_size=16, codebook_dim=4
     )
     words = vocabulary.Vocabulary(16, GRID)

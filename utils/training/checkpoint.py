@@ -16,8 +16,11 @@ PROVENANCE = "provenance.json"
 
 
 def model_files(model: nn.Module, provenance: Provenance) -> dict[str, dict[str, Any]]:
-    """The files of a model folder, for `write_folder`; `model.config` is a dataclass."""
-    config = {"model": type(model).__name__, **asdict(model.config)}
+    """The files of a model folder, for `write_folder`."""
+    if hasattr(model, "pretrained_config"):
+        config = model.pretrained_config()
+    else:
+        config = {"model": type(model).__name__, **asdict(model.config)}
     return {CONFIG: config, WEIGHTS: model.state_dict(), PROVENANCE: asdict(provenance)}
 
 
@@ -57,6 +60,13 @@ def load_model(
     for path in (folder / CONFIG, folder / PROVENANCE):
         verify(path)
     values = read_json(folder / CONFIG)
+    if hasattr(model_class, "from_pretrained"):
+        verify(folder / WEIGHTS)
+        try:
+            model = model_class.from_pretrained(folder, device)
+        except (ValueError, OSError) as error:
+            raise UserError(f"cannot read {folder}: {one_line(error, 300)}") from error
+        return LoadedModel(model, sha256(folder / WEIGHTS), folder, read_provenance(folder))
     kind = values.pop("model", None)
     if kind != model_class.__name__:
         raise UserError(f"{folder} holds a {kind}, but a {model_class.__name__} is needed here")

@@ -1,127 +1,274 @@
-"""Codebooks that are learned by gradient: `vq` and `cosine`."""
+"""Learned codebooks: lookup, k-means initialisation, usage, dead-code reset, collapse.
 
-from __future__ import annotations
+The statistics are those of the global batch: this is the one file of vqvae with collectives.
+"""
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqvae.quantizers import health
-from vqvae.quantizers.contract import Quantizer
-from vqvae.quantizers.entropy import codebook_entropy_loss
-from vqvae.quantizers.estimators import GRADIENTS
-from vqvae.quantizers.search import nearest_codes
+from vqvae.quantizers.base import Quantizer, QuantizerOptions, entropy, entropy_weight, option
 
-if TYPE_CHECKING:
-    from vqvae.quantizers.config import QuantizerConfig
+# The lookup computes at most this many distances at once (64 MiB in float32).
+CHUNK = 1 << 24
+KMEANS_STEPS = 10
+DECAY = 0.99  # of moving averages over batches
+ENTROPY_TEMPERATURE = 0.01  # of soft assignments, relative to the codes' mean squared length
 
 
-class VectorQuantizer(Quantizer):
-    """The codebook of VQ-VAE, learned by gradient (arXiv 1711.00937, equation 3).
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
-    The codes start as the k-means centres of the first batch it is trained on. A code whose
-    share of the assignments (a moving average) falls below `revive_below / codebook_size` is
-    dead: it is put where the current batch is represented worst. Both give in several processes
-    what one gives on their joined batch.
+
+def all_gather(rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks; each has equally many."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)
+
+
+def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """Codebook lookup: the index of the nearest row of `codebook` (K, D) to each of `vectors`
+    (N, D), as (N,). Ties go to the lowest index.
+    """
+    # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 does not change which code is nearest.
+    return argmin_distance(vectors, codebook, codebook.square().sum(dim=1) / 2)
+
+
+def argmin_distance(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
+    """argmin over k of offsets[k] - v . codebook[k] for each vector v of (N, D), as (N,).
+
+    Its memory does not grow with N x K. codebook: (K, D); offsets: (K,).
+    """
+    rows = max(1, CHUNK // len(codebook))
+    return torch.cat(
+        [
+            torch.addmm(offsets, chunk, codebook.T, alpha=-1).argmin(dim=1)
+            for chunk in vectors.split(rows)
+        ]
+    )
+
+
+def codebook_entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
+    """The entropy loss of vectors (N, D) softly assigned to codes (K, D) by squared distance.
+
+    Its memory grows with N x K.
+    """
+    half_norms = codebook.square().sum(dim=1) / 2
+    # Codes of a deeper residual layer are all 0 where the layer before it leaves no residual.
+    norm = codebook.detach().square().sum(dim=1).mean()
+    scale = 2 / (ENTROPY_TEMPERATURE * norm).clamp_min(1e-12)
+    # The vectors' own squared length is the same for all codes and drops out of the softmax.
+    one, mean = entropy((vectors @ codebook.T - half_norms) * scale)
+    return one - mean
+
+
+def next_generator(rng_offset: Tensor) -> torch.Generator:
+    """A generator seeded with the number of earlier calls, which it counts in place.
+
+    All processes therefore sample the same, and so does a resumed training.
+    """
+    generator = torch.Generator().manual_seed(int(rng_offset))
+    rng_offset.add_(1)
+    return generator
+
+
+def kmeans(
+    vectors: Tensor, size: int, rng_offset: Tensor, project: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """`size` centres of the vectors (N, D) of all processes, (size, D).
+
+    Args:
+        vectors: this process's part.
+        size: number of centres.
+        rng_offset: the counter for `next_generator`.
+        project: maps a mean to a valid code, for example onto the unit sphere.
+    """
+    vectors = all_gather(vectors)
+    order = torch.randperm(max(len(vectors), size), generator=next_generator(rng_offset))
+    centres = vectors[order[:size].to(vectors.device) % len(vectors)].clone()
+    for _ in range(KMEANS_STEPS):
+        nearest = nearest_codes(vectors, centres)
+        counts = torch.bincount(nearest, minlength=size)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+        occupied = counts > 0  # an unassigned centre stays where it is
+        centres[occupied] = project(sums[occupied] / counts[occupied, None])
+    return centres
+
+
+def update_usage(usage_ema: Tensor, indices: Tensor, dead_code_threshold: float) -> Tensor:
+    """Update the moving average of each code's usage (K,) by the indices (N,) of this process.
+
+    Returns:
+        The dead codes (n,): those used less than `dead_code_threshold` of 1/K.
+    """
+    counts = all_reduce_sum(torch.bincount(indices, minlength=len(usage_ema)).float())
+    usage_ema.lerp_(counts / counts.sum(), 1 - DECAY)
+    return (usage_ema < dead_code_threshold / len(usage_ema)).nonzero().flatten()
+
+
+def sample_by_error(vectors: Tensor, errors: Tensor, number: int, rng_offset: Tensor) -> Tensor:
+    """`number` of the vectors (N, D) of all processes, sampled in proportion to `errors` (N,).
+
+    With squared errors this is how k-means++ samples its centres.
+    """
+    # A batch that is not finite has no largest error; the training reports it elsewhere.
+    weights = all_gather(errors).cpu().double().nan_to_num(0, 0) + 1e-12
+    generator = next_generator(rng_offset)
+    sampled = torch.multinomial(weights, number, replacement=True, generator=generator)
+    return all_gather(vectors)[sampled.to(vectors.device)]
+
+
+@dataclass(frozen=True)
+class CodebookOptions(QuantizerOptions):
+    """Options of quantizers whose codes are learned."""
+
+    entropy_weight: float = entropy_weight(0.0)
+    dead_code_threshold: float = option(
+        0.03,
+        "reset codes used less than this share of 1/K; 0: never",
+        training_only=True,
+    )
+
+
+class CodebookQuantizer(Quantizer):
+    """A learned codebook (K, D) that is initialised from data and whose dead codes are reset.
+
+    The codes start as the k-means centres of the first training batch. A code whose usage (a
+    moving average) falls below `dead_code_threshold / codebook_size` is dead: it is reset to a
+    vector of the current batch, sampled by its squared error. Several processes do both as one
+    process does on the global batch.
     """
 
-    ENTROPY_WEIGHT = 0.0
-    GRADIENTS = tuple(GRADIENTS)
-    CURE = (
-        "use --reset_codebook_on_collapse, a higher --revive_below or --entropy_weight, or a "
-        "smaller --codebook_size or --learning_rate"
+    options: CodebookOptions
+    Options = CodebookOptions
+    supports_reset = True
+    usage_hint: ClassVar[str] = (
+        "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
+        "learning_rate"
     )
-    RESTARTS = True
 
-    def __init__(self, config: QuantizerConfig) -> None:
-        super().__init__(config)
-        size, dim = config.codebook_size, config.codebook_dim
+    def __init__(self, options: CodebookOptions) -> None:
+        super().__init__(options)
+        size, dim = options.codebook_size, options.codebook_dim
         self.embedding = nn.Embedding(size, dim)
         nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.register_buffer("share", torch.full((size,), 1 / size))
+        self.register_buffer("usage_ema", torch.full((size,), 1 / size))
         self.register_buffer("initialised", torch.tensor(False))
-        self.register_buffer("draws", torch.tensor(0))
+        self.register_buffer("rng_offset", torch.tensor(0))
 
-    def place(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., D) as they are compared: here, as they are."""
+    def project(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., D) in the space in which they are compared; here unchanged."""
         return vectors
 
     @property
     def codebook(self) -> Tensor:
         """The codes (K, D) as they are compared and decoded."""
-        return self.place(self.embedding.weight.float())
+        return self.project(self.embedding.weight.float())
 
     def assign(self, vectors: Tensor) -> Tensor:
         """Vectors (N, D) -> indices (N,)."""
-        return nearest_codes(self.place(vectors), self.codebook)
+        return nearest_codes(self.project(vectors), self.codebook)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (N,) -> codes (N, D)."""
         return self.codebook[indices]
 
-    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
-        indices = self.choose(vectors.detach())
-        vectors, codes = self.place(vectors), self.lookup(indices)
-        z_q = GRADIENTS[self.config.gradient](vectors, codes)
-        return z_q, indices, self.losses(vectors, codes)
-
-    def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """What is learned from placed vectors and their codes, (N, D) each."""
-        losses = {
-            "codebook": F.mse_loss(codes, vectors.detach()),
-            # beta belongs to this term, which moves the encoder (equation 3).
-            "commitment": self.config.commitment_cost * F.mse_loss(vectors, codes.detach()),
-        }
-        if self.config.entropy_weight > 0:
-            entropy_loss = codebook_entropy_loss(vectors, self.codebook)
-            losses["entropy"] = self.config.entropy_weight * entropy_loss
-        return losses
-
     @torch.compiler.disable
     @torch.no_grad()
-    def choose(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,); in training also sees to the health of the codes."""
+    def assign_and_update(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> indices (N,); in training also initialises and resets codes."""
         if not self.training:
             return self.assign(vectors)
         if not self.initialised:
-            size = self.config.codebook_size
-            centres = health.kmeans(self.place(vectors), size, self.draws, self.place)
-            self.move(torch.arange(size, device=vectors.device), centres)
+            size = self.options.codebook_size
+            centres = kmeans(self.project(vectors), size, self.rng_offset, self.project)
+            self.set_codes(torch.arange(size, device=vectors.device), centres)
             self.initialised.fill_(True)
         indices = self.assign(vectors)
-        if self.config.revive_below > 0 and self._revive(self.place(vectors), indices):
-            indices = self.assign(vectors)
+        if self.options.dead_code_threshold > 0:
+            dead = update_usage(self.usage_ema, indices, self.options.dead_code_threshold)
+            if len(dead) > 0:
+                self._reset_codes(dead, self.project(vectors), indices)
+                indices = self.assign(vectors)
         return indices
 
-    def restart(self) -> None:
-        """Let the codes start anew from the next batch."""
-        self.initialised.fill_(False)
-        self.share.fill_(1 / self.config.codebook_size)
-
-    def move(self, codes: Tensor, vectors: Tensor) -> None:
-        """Put the codes of the given numbers (n,) on vectors (n, D)."""
-        self.embedding.weight[codes] = vectors
-
-    def _revive(self, vectors: Tensor, indices: Tensor) -> bool:
-        """Follow each code's share; move the dead to badly represented vectors. Were there any?"""
-        dead = health.follow(self.share, indices, self.config.revive_below)
-        if len(dead) == 0:
-            return False
+    def _reset_codes(self, dead: Tensor, vectors: Tensor, indices: Tensor) -> None:
         errors = (vectors - self.lookup(indices)).square().sum(dim=1)
-        self.move(dead, health.badly_represented(vectors, errors, len(dead), self.draws))
-        self.share[dead] = 1 / self.config.codebook_size
-        return True
+        self.set_codes(dead, sample_by_error(vectors, errors, len(dead), self.rng_offset))
+        self.usage_ema[dead] = 1 / self.options.codebook_size
+
+    def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
+        """Set the codes of the given numbers (n,) to vectors (n, D)."""
+        self.embedding.weight[numbers] = vectors
+
+    def reset_codebook(self) -> None:
+        """Reinitialise the codes from the next training batch."""
+        self.initialised.fill_(False)
+        self.usage_ema.fill_(1 / self.options.codebook_size)
 
 
-class CosineQuantizer(VectorQuantizer):
-    """Codes and encodings on the unit sphere, compared by angle (arXiv 2110.04627, section 3.2).
+class CollapseMonitor:
+    """Measures codebook usage between evaluations, warns of a collapse and may reset the codes.
 
-    With few dimensions (8, say) nearly every code is used.
+    Part of the training state. All processes call each method, except `update`, together.
     """
 
-    def place(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., D) as they are compared: at unit length."""
-        return F.normalize(vectors, dim=-1)
+    LOW_USAGE = 20.0  # percent
+    INDICES_PER_CODE = 4  # fewer do not suffice to measure the usage
+    MAX_RESETS = 3
+
+    def __init__(self, quantizer: Quantizer, device: torch.device, *, reset: bool) -> None:
+        """Begin to count; `reset`: reinitialise the codes on collapse."""
+        self.quantizer, self.reset, self.num_resets = quantizer, reset, 0
+        self.counts = torch.zeros(quantizer.options.num_codes, device=device)  # of this process
+
+    def update(self, counts: Tensor) -> None:
+        """Add how often a batch used each code, (num_codes,)."""
+        self.counts += counts
+
+    def usage(self) -> float | None:
+        """Percent of codes in use since the last measurement; None: too few indices so far."""
+        counts = all_reduce_sum(self.counts.clone())
+        if counts.sum() < self.INDICES_PER_CODE * len(counts):
+            return None
+        self.counts.zero_()
+        return 100 * float((counts > 0).float().mean())
+
+    def check(self, *, final: bool) -> list[str]:
+        """Lines to print, if few codes are in use; `final`: training ends here, without a reset."""
+        usage = self.usage()
+        if usage is None or usage >= self.LOW_USAGE:
+            return []
+        lines = [
+            f"warning: only {usage:.1f} % of the codes are in use, so the images will lack detail; "
+            f"{self.quantizer.usage_hint}"
+        ]
+        if self.reset and not final and self.num_resets < self.MAX_RESETS:
+            self.quantizer.reset_codebook()
+            self.num_resets += 1
+            lines.append(
+                f"codebook reset {self.num_resets} of {self.MAX_RESETS}: all codes are "
+                "reinitialised from the next batch"
+            )
+        return lines
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts of all processes, and the number of resets."""
+        counts = all_reduce_sum(self.counts.clone())
+        return {"counts": counts, "num_resets": torch.tensor(self.num_resets)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue: the first process takes the counts of all."""
+        first = not dist.is_initialized() or dist.get_rank() == 0
+        self.counts.copy_(state["counts"] if first else torch.zeros_like(self.counts))
+        self.num_resets = int(state["num_resets"])

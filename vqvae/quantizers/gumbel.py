@@ -1,51 +1,57 @@
-"""`gumbel`: the encoder names its code, and is taught by relaxed samples."""
-
-from __future__ import annotations
+"""`gumbel`: the encoder scores all codes; training samples one of them."""
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vqvae.quantizers import health
-from vqvae.quantizers.contract import Quantizer
-from vqvae.quantizers.entropy import entropy
-from vqvae.quantizers.search import lowest
+from vqvae.quantizers.base import Quantizer, entropy, entropy_weight
+from vqvae.quantizers.codebook import (
+    CodebookOptions,
+    argmin_distance,
+    next_generator,
+    update_usage,
+)
 
-if TYPE_CHECKING:
-    from vqvae.quantizers.config import QuantizerConfig
+
+@dataclass(frozen=True)
+class GumbelOptions(CodebookOptions):
+    """Options of `gumbel`."""
+
+    entropy_weight: float = entropy_weight(5e-4)
 
 
 class GumbelQuantizer(Quantizer):
-    """Scores of all codes for each vector; in training a sample of them (arXiv 1611.01144).
+    """Logits of all codes for each vector, in training with Gumbel noise (arXiv 1611.01144).
 
-    The decoder always sees one whole code. The gradient is that of the softmax of the scores and
-    the same noise (straight-through Gumbel-softmax, section 2.2). The entropy term is the
-    divergence of the scores from uniform, in nats, which keeps codes in play
-    (arXiv 2102.12092, section 2.1). Training makes N x K scores: for codebooks of moderate size.
+    The decoder always gets one whole code. The gradient is that of the softmax of logits and noise
+    (straight-through Gumbel-softmax, section 2.2). The entropy term is the divergence of the
+    softmax from uniform, in nats, which keeps codes in use (arXiv 2102.12092, section 2.1).
+    Training computes N x K logits: for codebooks of moderate size.
 
-    Codes and encodings live in different spaces, so that there is no start from the data. A code
-    that hardly ever scores highest splits one that often does: both take its code and its scores,
-    less the logarithm of their number. So the decoder sees what it saw, until they learn apart.
+    Codes and encodings are in different spaces, so the codes cannot be initialised from data. A
+    dead code, which rarely has the highest logit, splits a frequent one: both get its code and its
+    logits minus the logarithm of their number, which does not change the expected output.
     """
 
-    ENTROPY_WEIGHT = 5e-4
-    IDLE = ("commitment_cost",)
-    CURE = "use a higher --entropy_weight, or a smaller --codebook_size or --learning_rate"
+    options: GumbelOptions
+    Options = GumbelOptions
+    usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
     TEMPERATURE = 1.0
 
-    def __init__(self, config: QuantizerConfig) -> None:
-        super().__init__(config)
-        self.proj = nn.Linear(config.codebook_dim, config.codebook_size)
-        self.embedding = nn.Embedding(config.codebook_size, config.codebook_dim)
-        nn.init.normal_(self.embedding.weight, std=config.codebook_dim**-0.5)
-        self.register_buffer("share", torch.full((config.codebook_size,), 1 / config.codebook_size))
-        self.register_buffer("draws", torch.tensor(0))
+    def __init__(self, options: GumbelOptions) -> None:
+        super().__init__(options)
+        size, dim = options.codebook_size, options.codebook_dim
+        self.proj = nn.Linear(dim, size)
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+        self.register_buffer("usage_ema", torch.full((size,), 1 / size))
+        self.register_buffer("rng_offset", torch.tensor(0))
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> the codes of highest score (N,)."""
-        return lowest(vectors, self.proj.weight, -self.proj.bias)
+        """Vectors (N, D) -> the codes with the highest logits (N,)."""
+        return argmin_distance(vectors, self.proj.weight, -self.proj.bias)
 
     def lookup(self, indices: Tensor) -> Tensor:
         """Indices (N,) -> codes (N, D)."""
@@ -54,35 +60,36 @@ class GumbelQuantizer(Quantizer):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
         if not torch.is_grad_enabled() and not self.training:
-            indices = self.assign(vectors)  # without N x K scores
+            indices = self.assign(vectors)  # without N x K logits
             return self.lookup(indices), indices, {}
-        if self.training and self.config.revive_below > 0:
-            self._revive(vectors.detach())
+        if self.training and self.options.dead_code_threshold > 0:
+            self._split_codes(vectors.detach())
         logits = self.proj(vectors)  # (N, K)
         noisy = logits
         if self.training:
             noisy = logits - torch.empty_like(logits).exponential_().log()
         indices = noisy.argmax(dim=1)
         soft = (noisy / self.TEMPERATURE).softmax(dim=1) @ self.embedding.weight.detach()
-        # The chosen code learns by itself; the scores by how the softened code would move.
+        # The chosen code gets the decoder's gradient, the logits that of the soft code.
         z_q = self.lookup(indices) + (soft - soft.detach())
         uncertainty, _ = entropy(logits)
-        divergence = math.log(self.config.codebook_size) - uncertainty
-        return z_q, indices, {"entropy": self.config.entropy_weight * divergence}
+        divergence = math.log(self.options.codebook_size) - uncertainty
+        return z_q, indices, {"entropy": self.options.entropy_weight * divergence}
 
     @torch.compiler.disable
     @torch.no_grad()
-    def _revive(self, vectors: Tensor) -> None:
-        """Follow which codes score highest on vectors (N, D), and let the dead split others."""
-        dead = health.follow(self.share, self.assign(vectors), self.config.revive_below)
+    def _split_codes(self, vectors: Tensor) -> None:
+        """Update the usage by vectors (N, D), and let dead codes split frequent ones."""
+        threshold = self.options.dead_code_threshold
+        dead = update_usage(self.usage_ema, self.assign(vectors), threshold)
         if len(dead) == 0:
             return
-        weights = self.share.index_fill(0, dead, 0.0).cpu().double() + 1e-12
-        generator = health.generator(self.draws)
-        chosen = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
-        parents = chosen.to(dead.device)
-        families = torch.bincount(parents, minlength=len(self.share)) + 1.0
-        self.proj.bias -= families.log()
-        self.share /= families
-        for numbers in (self.proj.weight, self.proj.bias, self.embedding.weight, self.share):
-            numbers[dead] = numbers[parents]
+        weights = self.usage_ema.index_fill(0, dead, 0.0).cpu().double() + 1e-12
+        generator = next_generator(self.rng_offset)
+        sampled = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
+        parents = sampled.to(dead.device)
+        copies = torch.bincount(parents, minlength=len(self.usage_ema)) + 1.0
+        self.proj.bias -= copies.log()
+        self.usage_ema /= copies
+        for values in (self.proj.weight, self.proj.bias, self.embedding.weight, self.usage_ema):
+            values[dead] = values[parents]

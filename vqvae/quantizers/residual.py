@@ -1,19 +1,19 @@
-"""`residual`: several codes a cell, each for what those before it left over."""
+"""`residual`: several codes per latent position, each for the residual of those before it."""
 
-from __future__ import annotations
-
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
-from vqvae.quantizers.contract import Quantizer
-from vqvae.quantizers.ema import EMAQuantizer
-from vqvae.quantizers.estimators import GRADIENTS
+from vqvae.quantizers.base import Quantizer, option
+from vqvae.quantizers.vector import GRADIENTS, EMAQuantizer, VQOptions
 
-if TYPE_CHECKING:
-    from vqvae.quantizers.config import QuantizerConfig
+
+@dataclass(frozen=True)
+class ResidualOptions(VQOptions):
+    """Options of `residual`: those of `ema`, for the codebook of each depth, and their number."""
+
+    depth: int = option(4, "codes per latent position")
 
 
 class ResidualQuantizer(Quantizer):
@@ -22,20 +22,15 @@ class ResidualQuantizer(Quantizer):
     Its indices have an axis of length depth, coarse first; z_q is the sum of the codes.
     """
 
-    ENTROPY_WEIGHT = 0.0  # of the term of each depth
-    GRADIENTS = tuple(GRADIENTS)
-    CURE = EMAQuantizer.CURE
-    RESTARTS = True
+    options: ResidualOptions
+    Options = ResidualOptions
+    supports_reset = True
+    usage_hint = EMAQuantizer.usage_hint
 
-    def __init__(self, config: QuantizerConfig) -> None:
-        super().__init__(config)
-        one = replace(config, quantizer="ema", depth=1)
-        self.layers = nn.ModuleList(EMAQuantizer(one) for _ in range(config.depth))
-
-    @classmethod
-    def settle(cls, config: QuantizerConfig) -> dict[str, object]:
-        """4 codes a cell where nothing else is said."""
-        return super().settle(config) | {"depth": config.depth or 4}
+    def __init__(self, options: ResidualOptions) -> None:
+        super().__init__(options)
+        one = VQOptions(**{field.name: getattr(options, field.name) for field in fields(VQOptions)})
+        self.layers = nn.ModuleList(EMAQuantizer(one) for _ in range(options.depth))
 
     def assign(self, vectors: Tensor) -> Tensor:
         """Vectors (N, D) -> indices (N, depth)."""
@@ -53,21 +48,21 @@ class ResidualQuantizer(Quantizer):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> z_q (N, D), indices (N, depth), losses."""
         indices, losses = [], {}
-        rest = vectors
+        residual = vectors
         for layer in self.layers:
-            _, chosen, terms = layer.quantize(rest)
+            _, chosen, terms = layer.quantize(residual)
             indices.append(chosen)
-            # Each depth draws the vectors towards the sum so far, a constant.
-            rest = rest - layer.lookup(chosen).detach()
+            # Each depth moves the encoder towards the sum of codes so far, a constant.
+            residual = residual - layer.lookup(chosen).detach()
             losses = {name: losses.get(name, 0.0) + term for name, term in terms.items()}
         stacked = torch.stack(indices, dim=1)
         codes = self.lookup(stacked)
-        return GRADIENTS[self.config.gradient](vectors, codes), stacked, losses
+        return GRADIENTS[self.options.gradient](vectors, codes), stacked, losses
 
-    def restart(self) -> None:
-        """Let the codes of all depths start anew from the next batch."""
+    def reset_codebook(self) -> None:
+        """Reinitialise the codes of all depths from the next training batch."""
         for layer in self.layers:
-            layer.restart()
+            layer.reset_codebook()
 
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes of all depths, those of the first before those of the second: (n, D)."""
@@ -75,6 +70,6 @@ class ResidualQuantizer(Quantizer):
 
     def count(self, indices: Tensor) -> Tensor:
         """How often each code of each depth occurs in (..., depth): (depth*codebook_size,)."""
-        size, depth = self.config.codebook_size, self.config.depth
+        size, depth = self.options.codebook_size, self.options.depth
         shifted = indices + size * torch.arange(depth, device=indices.device)
         return torch.bincount(shifted.flatten(), minlength=size * depth)

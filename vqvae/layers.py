@@ -1,4 +1,7 @@
-"""What the encoder and the decoder are both built from."""
+"""Layers of the encoder and the decoder: residual block, attention, down- and upsampling.
+
+From VQGAN (arXiv 2012.09841, appendix A).
+"""
 
 from itertools import pairwise
 from math import gcd
@@ -13,10 +16,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions, each after GroupNorm and SiLU, added to the input.
-
-    (B, in_channels, h, w) -> (B, out_channels, h, w). The block of VQGAN (arXiv 2012.09841).
-    """
+    """(B, in_channels, h, w) -> (B, out_channels, h, w): twice GroupNorm, SiLU, 3x3 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -36,10 +36,7 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention of all cells over each other, one head, after GroupNorm, added to the input.
-
-    (B, channels, h, w) -> the same. From VQGAN (arXiv 2012.09841).
-    """
+    """(B, channels, h, w) -> the same: GroupNorm, self-attention of all positions with one head."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,11 +58,13 @@ class Attention(nn.Module):
 
 
 def middle(channels: int, num_blocks: int, attention: bool, dropout: float) -> nn.Sequential:
-    """What is done at the lowest resolution: residual blocks, attention after the first."""
-    parts: list[nn.Module] = [ResidualBlock(channels, channels, dropout) for _ in range(num_blocks)]
+    """Layers at the lowest resolution: residual blocks, attention after the first."""
+    layers: list[nn.Module] = [
+        ResidualBlock(channels, channels, dropout) for _ in range(num_blocks)
+    ]
     if attention:
-        parts.insert(1, Attention(channels))
-    return nn.Sequential(*parts)
+        layers.insert(1, Attention(channels))
+    return nn.Sequential(*layers)
 
 
 class Downsample(nn.Module):
@@ -77,7 +76,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h/2, w/2)."""
-        # One pixel on the right and at the bottom: even sides halve exactly.
+        # One pixel of padding on the right and at the bottom: even sides halve exactly.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -94,9 +93,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks at one resolution, with attention after each where it is asked for,
-    then the change to the next resolution, if any.
-    """
+    """Residual blocks at one resolution, each with attention or not, then resampling, if any."""
 
     def __init__(
         self,
@@ -118,7 +115,7 @@ class Level(nn.Module):
         self.resample = resample if resample is not None else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_channels, h, w) -> (B, out_channels, h', w'), h' as the resampling makes it."""
+        """(B, in_channels, h, w) -> (B, out_channels, h', w')."""
         for block, attn in zip(self.block, self.attn, strict=True):
             x = attn(block(x))
         return self.resample(x)

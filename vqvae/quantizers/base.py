@@ -1,0 +1,233 @@
+"""The contract of all quantizers: options, the grid around the vectors, and what several share."""
+
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from math import inf
+from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+MAX_CODES = 1 << 24  # over all depths; every code is counted
+
+
+def option(default: Any, description: str, **metadata: Any) -> Any:
+    """A field of an options dataclass.
+
+    Args:
+        default: its value where none is given.
+        description: one line for the user.
+        metadata: `choices`; `training_only=True` where the value changes neither the weights'
+            shapes nor what a trained model computes.
+    """
+    return field(default=default, metadata={"help": description, **metadata})
+
+
+def commitment_cost() -> Any:
+    """The option `commitment_cost`."""
+    return option(0.25, "beta, the weight of the encoder's term", training_only=True)
+
+
+def entropy_weight(default: float) -> Any:
+    """The option `entropy_weight`."""
+    description = "weight of the entropy term: confident assignments, evenly used codes"
+    return option(default, description, training_only=True)
+
+
+@dataclass(frozen=True)
+class QuantizerOptions:
+    """What all quantizers have; a quantizer adds its own fields in a subclass.
+
+    Numbers with a fraction are weights and thresholds: finite and not negative.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    codebook_size: int = option(512, "number of codes K")
+    codebook_dim: int = option(8, "dimension D of a code")
+
+    def __post_init__(self) -> None:
+        for name, least in (("codebook_size", 2), ("codebook_dim", 1), ("depth", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for each in fields(self):
+            value, choices = getattr(self, each.name), each.metadata.get("choices")
+            if isinstance(value, float) and not 0 <= value < inf:
+                raise ValueError(f"{each.name} must be a number of 0 or more, got {value}")
+            if choices and value not in choices:
+                raise ValueError(f"{each.name} must be one of {choices}, got {value!r}")
+        if self.num_codes > MAX_CODES:
+            raise ValueError(
+                f"codebook_size (over all depths) must be at most {MAX_CODES:,}, as every code is "
+                f"counted; got {self.num_codes:,}"
+            )
+
+    @property
+    def depth(self) -> int:
+        """Codes per latent position."""
+        return 1
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of all depths together."""
+        return self.codebook_size * self.depth
+
+    @classmethod
+    def resolve_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """Given values with those that follow from them; overridden where values depend on others.
+
+        Raises:
+            ValueError: the values contradict each other.
+        """
+        return values
+
+
+def check_types(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values from a JSON file as the types of a dataclass's fields; lists become tuples.
+
+    Raises:
+        ValueError: a value has another type.
+    """
+    hints, checked = get_type_hints(cls), {}
+    for name, value in values.items():
+        try:
+            checked[name] = _convert(value, hints[name])
+        except TypeError as error:
+            kind = getattr(hints[name], "__name__", hints[name])
+            raise ValueError(f"{name} must be {kind}, got {value!r:.80}") from error
+    return checked
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    arguments = get_args(kind)
+    if isinstance(kind, types.UnionType):  # X | None
+        return None if value is None else _convert(value, arguments[0])
+    if get_origin(kind) is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        if len(kinds) != len(value):
+            raise TypeError
+        return tuple(map(_convert, value, kinds))
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if type(value) is not kind or (kind is int and abs(value) >= 1 << 63):
+        raise TypeError
+    return value
+
+
+class Quantized(NamedTuple):
+    """Output of a quantizer for an encoding z_e.
+
+    Attributes:
+        z_q: (B, D, h, w), bitwise what `embed(indices)` returns; its gradient reaches z_e.
+        indices: (B, h, w), int64 in [0, codebook_size); (B, h, w, depth) where depth > 1.
+        losses: scalars by name, already weighted; the training loss adds them up.
+    """
+
+    z_q: Tensor
+    indices: Tensor
+    losses: dict[str, Tensor]
+
+
+class Quantizer(nn.Module):
+    """The grid around the vectors (N, D) that a subclass quantizes, in float32 under autocast, too.
+
+    A subclass names its `Options`, takes one of them in its constructor and defines
+
+        quantize(vectors) -> z_q (N, D) with its gradient, indices (N,), losses
+        assign(vectors)   -> indices (N,), without noise and without side effects
+        lookup(indices)   -> z_q (N, D)
+
+    where indices are (N, depth) for a depth above 1.
+
+    Attributes:
+        Options: the dataclass of its settings.
+        usage_hint: what to change when few of its codes are in use.
+        supports_reset: whether `reset_codebook()` reinitialises the codes from the next batch.
+    """
+
+    Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions
+    usage_hint: ClassVar[str] = "use a smaller codebook_size or learning_rate"
+    supports_reset: ClassVar[bool] = False
+
+    def __init__(self, options: QuantizerOptions) -> None:
+        super().__init__()
+        self.options = options
+
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
+        raise NotImplementedError
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> indices (N,)."""
+        raise NotImplementedError
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (N,) -> codes (N, D)."""
+        raise NotImplementedError
+
+    def reset_codebook(self) -> None:
+        """Reinitialise the codes from the next training batch, where `supports_reset`."""
+        raise NotImplementedError
+
+    def forward(self, z_e: Tensor) -> Quantized:
+        """Encodings (B, D, h, w) -> `Quantized`."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            z_q, indices, losses = self.quantize(to_vectors(z_e))
+        return Quantized(to_grid(z_q, z_e), unflatten_indices(indices, z_e), losses)
+
+    def nearest(self, z_e: Tensor) -> Tensor:
+        """Encodings (B, D, h, w) -> indices (B, h, w), or (B, h, w, depth)."""
+        with torch.autocast(z_e.device.type, enabled=False):
+            return unflatten_indices(self.assign(to_vectors(z_e)), z_e)
+
+    def embed(self, indices: Tensor) -> Tensor:
+        """Indices (B, h, w), or (B, h, w, depth) -> z_q (B, D, h, w)."""
+        with torch.autocast(indices.device.type, enabled=False):
+            z_q = self.lookup(indices.flatten(0, 2))
+        return z_q.unflatten(0, indices.shape[:3]).permute(0, 3, 1, 2).contiguous()
+
+    def codes(self, numbers: Tensor) -> Tensor:
+        """The codes at the given entries of `count`: (n,) -> (n, D)."""
+        return self.lookup(numbers)
+
+    def count(self, indices: Tensor) -> Tensor:
+        """How often each code occurs in indices of any shape: (num_codes,), int64."""
+        return torch.bincount(indices.flatten(), minlength=self.options.codebook_size)
+
+
+def to_vectors(z_e: Tensor) -> Tensor:
+    """(B, D, h, w) of any float type -> (B*h*w, D) in float32."""
+    return z_e.float().permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def to_grid(vectors: Tensor, z_e: Tensor) -> Tensor:
+    """(B*h*w, D) -> (B, D, h, w), the shape of z_e."""
+    batch, _, height, width = z_e.shape
+    return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
+
+
+def unflatten_indices(indices: Tensor, z_e: Tensor) -> Tensor:
+    """(B*h*w,) -> (B, h, w); (B*h*w, depth) -> (B, h, w, depth)."""
+    batch, _, height, width = z_e.shape
+    return indices.view(batch, height, width, *indices.shape[1:])
+
+
+def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
+    """z_q, bitwise, with the gradient of z_e (arXiv 1711.00937, section 3.2)."""
+    return z_q.detach() + (z_e - z_e.detach())
+
+
+def entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean entropy of assignments given by logits (N, K), and entropy of their mean, in nats.
+
+    Confident, evenly used codes have a low first and a high second value: the loss is their
+    difference (arXiv 2310.05737, equation 6).
+    """
+    log_probs = logits.log_softmax(dim=1)
+    probs = log_probs.exp()
+    mean = probs.mean(dim=0)
+    # The mean probability of a code far from all vectors underflows to 0, where log has no slope.
+    log_mean = mean.clamp_min(1e-20).log()
+    return -(probs * log_probs).sum(dim=1).mean(), -(mean * log_mean).sum()

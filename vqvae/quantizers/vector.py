@@ -1,0 +1,184 @@
+"""Vector quantizers, one code per latent position: `vq`, `ema`, `cosine` and `ibq`."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vqvae.quantizers.base import commitment_cost, entropy, entropy_weight, option, straight_through
+from vqvae.quantizers.codebook import (
+    DECAY,
+    CodebookOptions,
+    CodebookQuantizer,
+    all_reduce_sum,
+    argmin_distance,
+    codebook_entropy_loss,
+)
+
+
+def rotation(z_e: Tensor, z_q: Tensor) -> Tensor:
+    """z_q, bitwise, with the gradient of the rotation and scaling that maps z_e to it.
+
+    The rotation trick (arXiv 2410.06424, section 4.2): z_q = s R z_e, where R rotates z_e's
+    direction into z_q's in the plane of both, and s is the ratio of their lengths; s and R count
+    as constants. All vectors are (N, D).
+    """
+    z_q = z_q.detach()
+    before, after = F.normalize(z_e.detach(), dim=1), F.normalize(z_q, dim=1)
+    middle = F.normalize(before + after, dim=1)
+    scale = z_q.norm(dim=1, keepdim=True) / z_e.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
+    # R = I - 2 m m' + 2 a b', never written out as a matrix.
+    rotated = z_e - 2 * middle * _dot(middle, z_e) + 2 * after * _dot(before, z_e)
+    return straight_through(scale * rotated, z_q)
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Row by row, as (N, 1)."""
+    return (left * right).sum(dim=1, keepdim=True)
+
+
+GRADIENTS = {"straight_through": straight_through, "rotation": rotation}
+
+
+@dataclass(frozen=True)
+class VQOptions(CodebookOptions):
+    """Options of `vq`, `ema` and `cosine`."""
+
+    commitment_cost: float = commitment_cost()
+    gradient: str = option(
+        "straight_through",
+        "gradient estimator: `straight_through` copies gradients past the quantizer; `rotation` "
+        "rotates and scales them (rotation trick)",
+        choices=tuple(GRADIENTS),
+        training_only=True,
+    )
+
+
+class VectorQuantizer(CodebookQuantizer):
+    """The codebook of VQ-VAE, learned by gradient (arXiv 1711.00937, equation 3)."""
+
+    options: VQOptions
+    Options = VQOptions
+
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
+        indices = self.assign_and_update(vectors.detach())
+        vectors, codes = self.project(vectors), self.lookup(indices)
+        z_q = GRADIENTS[self.options.gradient](vectors, codes)
+        return z_q, indices, self.losses(vectors, codes)
+
+    def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """Losses of projected vectors and their codes, (N, D) each."""
+        losses = {
+            "codebook": F.mse_loss(codes, vectors.detach()),
+            # beta belongs to this term, which moves the encoder (equation 3).
+            "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
+        }
+        if self.options.entropy_weight > 0:
+            entropy_loss = codebook_entropy_loss(vectors, self.codebook)
+            losses["entropy"] = self.options.entropy_weight * entropy_loss
+        return losses
+
+
+class EMAQuantizer(VectorQuantizer):
+    """Codes are moving averages of their vectors: online k-means (arXiv 1711.00937, appendix A.1).
+
+    A batch moves the codes only just before the next one is quantized, so that `lookup` of a
+    batch's indices returns the codes it was quantized with.
+    """
+
+    MIN_COUNT = 1e-5  # vectors; below, a moving average has no information left
+
+    def __init__(self, options: VQOptions) -> None:
+        super().__init__(options)
+        self.embedding.weight.requires_grad_(False)
+        self.register_buffer("counts", torch.ones(options.codebook_size))
+        self.register_buffer("sums", self.embedding.weight.detach().clone())
+
+    def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
+        """The encoder's terms; the codes have no loss."""
+        losses = super().losses(vectors, codes)
+        del losses["codebook"]
+        return losses
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def assign_and_update(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> indices (N,); in training also moves the codes by the last batch."""
+        if not self.training:
+            return super().assign_and_update(vectors)
+        alive = self.counts > self.MIN_COUNT
+        self.embedding.weight[alive] = self.sums[alive] / self.counts[alive, None]
+        indices = super().assign_and_update(vectors)
+        counts = torch.bincount(indices, minlength=len(self.counts)).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
+        # An unused code stays where it is, while both of its averages decay.
+        self.counts.lerp_(all_reduce_sum(counts), 1 - DECAY)
+        self.sums.lerp_(all_reduce_sum(sums), 1 - DECAY)
+        return indices
+
+    def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
+        """Set the codes of the given numbers (n,) to vectors (n, D), each counted once."""
+        super().set_codes(numbers, vectors)
+        self.sums[numbers] = vectors
+        self.counts[numbers] = 1.0
+
+
+class CosineQuantizer(VectorQuantizer):
+    """Codes and encodings on the unit sphere, compared by angle (arXiv 2110.04627, section 3.2).
+
+    With few dimensions (8, for example) nearly every code is used.
+    """
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Vectors (..., D) -> the same at unit length."""
+        return F.normalize(vectors, dim=-1)
+
+
+@dataclass(frozen=True)
+class IBQOptions(CodebookOptions):
+    """Options of `ibq`."""
+
+    commitment_cost: float = commitment_cost()
+    # 0.05 in the paper, with batches in which most codes occur.
+    entropy_weight: float = entropy_weight(0.2)
+
+
+class IndexBackpropagationQuantizer(CodebookQuantizer):
+    """Index backpropagation (arXiv 2412.02692, section 3.2): argmax forward, softmax backward.
+
+    A vector's code is the one with the largest inner product. All codes get a gradient in every
+    step. Training computes N x K logits.
+    """
+
+    options: IBQOptions
+    Options = IBQOptions
+    ENTROPY_TEMPERATURE = 0.01  # section 4.1 of the paper
+
+    def assign(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> indices (N,)."""
+        codebook = self.codebook
+        return argmin_distance(vectors, codebook, codebook.new_zeros(len(codebook)))
+
+    def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
+        indices = self.assign_and_update(vectors.detach())
+        z_q = codes = self.lookup(indices)
+        learns = torch.is_grad_enabled()  # otherwise the N x K logits are not needed
+        if learns:
+            logits = vectors @ self.codebook.T
+            soft = logits.softmax(dim=1) @ self.codebook.detach()
+            z_q = codes + (soft - soft.detach())  # one-hot + softmax - its value, times the codes
+        losses = {
+            # Double quantization loss (equation 5): also through the indices. Beta weights the
+            # encoder's term, as everywhere here. The paper's weight of 1 there, and a term of beta
+            # for the assigned code alone, were no better on MNIST at this entropy weight; at the
+            # paper's entropy weight most codes died.
+            "codebook": F.mse_loss(z_q, vectors),
+            "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
+        }
+        if self.options.entropy_weight > 0 and learns:
+            one, mean = entropy(logits / self.ENTROPY_TEMPERATURE)
+            losses["entropy"] = self.options.entropy_weight * (one - mean)
+        return z_q, indices, losses
