@@ -1,23 +1,21 @@
 """A GPT over grids of codebook indices: model, attention with a 2-D window, sampling."""
 
-from transformer.completion import complete, later_known_mask
-from transformer.distribution import Guidance, SamplingParams
-from transformer.flex import flex_attend_on
-from transformer.gpt import GPT, GPTConfig
-from transformer.order import random_order_probability, sample_permutations
-from transformer.positions import PositionExtension
+from transformer.attention import FlexAttention
+from transformer.config import GPTConfig
+from transformer.gpt import GPT
 from transformer.prefix import drop_conditioning, make_prefix, null_prefix
-from transformer.sampling import generate
+from transformer.rope import PositionExtension, random_order_probability, sample_permutations
+from transformer.sampling import Guidance, SamplingParams, complete, generate, later_known_mask
 
 __all__ = [
     "GPT",
+    "FlexAttention",
     "GPTConfig",
     "Guidance",
     "PositionExtension",
     "SamplingParams",
     "complete",
     "drop_conditioning",
-    "flex_attend_on",
     "generate",
     "later_known_mask",
     "make_prefix",

@@ -1,61 +1,45 @@
-"""Causal attention over a prefix and a grid of cells in raster order, with a 2-D window.
+"""Causal attention over a prefix and a grid in raster order, with a 2-D window.
 
-The sequence is `prefix` tokens (conditioning; no grid cells) and then the h*w cells of the
-grid, row by row. A prefix token sees the prefix up to itself. Cell (i, j) sees the whole
-prefix, itself, and the earlier cells (i', j') with i - i' < window and |j - j'| < window;
-with window 0 all earlier cells. A cell of `depth` tokens has them one after the other: each sees
-all tokens of the cells that its cell sees, and of its own cell those up to itself.
+A sequence is P tokens of prefix (conditioning) and then the latent grid row by row, `depth` tokens
+per latent position. A prefix token attends to the prefix up to itself. A token at (i, j) attends
+to the whole prefix, and to itself and the earlier tokens at (i', j') with i - i' < window and
+|j - j'| < window; with window 0 to all earlier tokens. `attend` computes this tile by tile on
+any device, `FlexAttention` in one fused kernel on CUDA.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Sides of a tile in cells: large enough for efficient matrix products, small beside the window.
+# Sides of a tile in latent positions: large enough for efficient matrix products, small beside
+# the window.
 TILE_ROWS, TILE_COLUMNS = 8, 16
-# A grid of so few cells is one tile: a second call would cost more than the mask saves.
-CELLS_IN_ONE_TILE = 512
-# Cells in one call: what is copied for a call, with margins, is small beside a large grid.
-CELLS_A_CALL = 4096
-
-
-def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
-    """PyTorch's own, in float32 on a CPU.
-
-    There the backward pass in bfloat16 takes four times as long on short sequences (64 x 4 heads
-    of 50 x 32: 18 ms against 4 ms) and is hardly faster on long ones.
-    """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-    with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=attn_mask, is_causal=is_causal
-        )
-    return y.type_as(q)
+# A grid of so few tokens is one tile: a second call would cost more than the mask saves.
+TOKENS_IN_ONE_TILE = 512
+# Tokens per call: what is copied for a call, with margins, is small beside a large grid.
+TOKENS_PER_CALL = 4096
 
 
 def window_is_full(window: int, grid: tuple[int, int]) -> bool:
-    """Whether the window hides no earlier cell of the grid (h, w), so that none is needed."""
+    """Whether the window includes every earlier position of a grid (h, w)."""
     return window == 0 or window >= max(grid)
 
 
-def window_mask(
+def visible_mask(
     queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
 ) -> Tensor:
-    """Who sees whom: True at [q, k] where sequence position queries[q] sees keys[k].
+    """The definition above as a mask: True at [q, k] where token queries[q] attends to keys[k].
 
     Args:
-        queries: (Q,) positions in the sequence; 0 .. prefix - 1 are the prefix.
-        keys: (S,) positions in the sequence.
-        width: cells in a row of the grid.
-        window: extent of the window in cells; 0 for none.
+        queries: (Q,) places in the sequence; 0 .. prefix - 1 are the prefix.
+        keys: (S,) places in the sequence.
+        width: columns of the grid.
+        window: extent of the window in latent positions; 0 for none.
         prefix: number of prefix tokens.
-        depth: tokens in a cell.
+        depth: tokens per latent position.
 
     Returns:
         (Q, S), bool.
@@ -64,17 +48,17 @@ def window_mask(
     causal = k <= q
     if window == 0:
         return causal
-    cell_q, cell_k = (q - prefix) // depth, (k - prefix) // depth
-    row_q, column_q = cell_q // width, cell_q % width
-    row_k, column_k = cell_k // width, cell_k % width
+    latent_q, latent_k = (q - prefix) // depth, (k - prefix) // depth
+    row_q, column_q = latent_q // width, latent_q % width
+    row_k, column_k = latent_k // width, latent_k % width
     near = (row_q - row_k < window) & ((column_q - column_k).abs() < window)
     return causal & (near | (k < prefix))
 
 
 class _Tiling(NamedTuple):
-    """How a grid is cut: tiles of queries, and the margins around each that its cells also see.
+    """How a grid is cut: tiles of queries, and the margins of keys around each tile.
 
-    Columns are counted in tokens here, `depth` of them in a cell; the window in cells.
+    Columns are counted in tokens, `depth` per latent position; the window in latent positions.
     """
 
     grid: tuple[int, int]
@@ -83,8 +67,8 @@ class _Tiling(NamedTuple):
     prefix: int
     rows: int  # of a tile
     columns: int
-    halo: int  # rows above a tile that its cells see
-    side: int  # columns to its left, and to its right
+    halo: int  # rows of keys above a tile
+    side: int  # columns of keys to its left, and to its right
 
     @property
     def across(self) -> int:
@@ -98,9 +82,9 @@ def _tile(grid: tuple[int, int], depth: int, window: int, prefix: int) -> _Tilin
     halo, side = min(window, height) - 1, min(window, width) - 1
     width, side = width * depth, side * depth
     grid = height, width
-    if height * width <= CELLS_IN_ONE_TILE:
+    if height * width <= TOKENS_IN_ONE_TILE:
         return _Tiling(grid, depth, window, prefix, height, width, halo, 0)
-    columns = max(-(-TILE_COLUMNS // depth) * depth, side)  # whole cells
+    columns = max(-(-TILE_COLUMNS // depth) * depth, side)  # whole latent positions
     if columns + 2 * side >= width:
         columns, side = width, 0
     rows = max(TILE_ROWS * TILE_COLUMNS // columns, halo, 1)
@@ -109,7 +93,7 @@ def _tile(grid: tuple[int, int], depth: int, window: int, prefix: int) -> _Tilin
 
 @lru_cache(maxsize=32)
 def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
-    """Who sees whom in the tiles of one band: (across, rows*columns, prefix + keys), bool.
+    """`visible_mask` in the tiles of one band: (across, rows*columns, prefix + keys), bool.
 
     Args:
         halo: rows of keys above the tiles; 0 for the first band, `tiling.halo` for all others.
@@ -131,8 +115,8 @@ def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
     earlier = (down > 0) | ((down == 0) & before)
     near = (down < tiling.window) & (beside.abs() < tiling.window)
     inside = ((column_k >= 0) & (column_k < width))[:, None, None, None, :]
-    cells = (earlier & near & inside).flatten(3).flatten(1, 2)
-    return F.pad(cells, (tiling.prefix, 0), value=True)
+    visible = (earlier & near & inside).flatten(3).flatten(1, 2)
+    return F.pad(visible, (tiling.prefix, 0), value=True)
 
 
 def attend(
@@ -145,18 +129,18 @@ def attend(
     prefix: int = 1,
     depth: int = 1,
 ) -> Tensor:
-    """Causal attention over `prefix` tokens and the cells of `grid`, exact for every window.
+    """Causal attention over `prefix` tokens and a grid, exact for every window.
 
-    Without a window this is one causal call. With one, the grid is cut into tiles: a tile, the
-    rows above it and the columns beside it that the window reaches hold all that its cells see.
-    Time and memory grow with the number of cells; no mask over all pairs of them ever exists.
+    Without a window this is one causal call. With one, the grid is cut into tiles: the keys of a
+    tile are the tile itself, and the rows above it and columns beside it that the window reaches.
+    Time and memory grow with the number of tokens; a mask over all pairs of them never exists.
 
     Args:
         q, k, v: (B, heads, prefix + h*w*depth, head_dim).
         grid: rows and columns (h, w).
-        window: extent of the window in cells; 0 for none.
+        window: extent of the window in latent positions; 0 for none.
         prefix: number of prefix tokens, at least 1.
-        depth: tokens in a cell.
+        depth: tokens per latent position.
 
     Returns:
         (B, heads, prefix + h*w*depth, head_dim).
@@ -171,12 +155,12 @@ def attend(
             f"tokens, got {q.shape[2]}"
         )
     if window_is_full(window, grid):
-        return scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
     before = [x[:, :, :prefix] for x in (q, k, v)]
-    outputs = [scaled_dot_product_attention(*before, is_causal=True)]
+    outputs = [F.scaled_dot_product_attention(*before, is_causal=True)]
     # The first band of tiles has no rows above it; of the others many go into one call.
-    bands = max(1, CELLS_A_CALL // (tiling.rows * width))
+    bands = max(1, TOKENS_PER_CALL // (tiling.rows * width))
     sizes = [min(tiling.rows, height)]
     while sum(sizes) < height:
         sizes.append(min(bands * tiling.rows, height - sum(sizes)))
@@ -199,7 +183,7 @@ def attend(
 def _attend_rows(
     q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, tiling: _Tiling
 ) -> Tensor:
-    """Attention of some rows of cells to the prefix, to themselves and to the rows above them.
+    """Attention of some rows of the grid to the prefix, to themselves and to the rows above.
 
     Args:
         q: (B, heads, rows, w, d).
@@ -215,19 +199,19 @@ def _attend_rows(
     bands = -(-height // rows)
 
     def cut(x: Tensor, above: int, beside: int) -> Tensor:
-        """Rows of cells -> (B, heads, bands, across, cells of a tile and its margins, d)."""
+        """Rows of the grid -> (B, heads, bands, across, tokens of a tile and its margins, d)."""
         missing_rows, missing_columns = bands * rows - height, across * columns - width
         x = F.pad(x, (0, 0, beside, beside + missing_columns, 0, missing_rows))
         x = x.unfold(2, above + rows, rows).unfold(3, columns + 2 * beside, columns)
         return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
 
     def keyed(x: Tensor, x_prefix: Tensor) -> Tensor:
-        """What each tile sees: (B*heads*bands, across, prefix + keys, d)."""
-        cells = cut(x, halo, side)
-        before = x_prefix[:, :, None, None].expand(*cells.shape[:4], -1, -1)
-        return torch.cat([before, cells], dim=4).flatten(0, 2)
+        """Prefix and keys of each tile: (B*heads*bands, across, prefix + keys, d)."""
+        tiles = cut(x, halo, side)
+        before = x_prefix[:, :, None, None].expand(*tiles.shape[:4], -1, -1)
+        return torch.cat([before, tiles], dim=4).flatten(0, 2)
 
-    y = scaled_dot_product_attention(
+    y = F.scaled_dot_product_attention(
         cut(q, 0, 0).flatten(0, 2),
         keyed(k, k_prefix),
         keyed(v, v_prefix),
@@ -236,3 +220,53 @@ def _attend_rows(
     y = y.view(batch, heads, bands, across, rows, columns, dim).transpose(3, 4)
     y = y.reshape(batch, heads, bands * rows, across * columns, dim)
     return y[:, :, :height, :width].flatten(2, 3)
+
+
+@lru_cache(maxsize=8)
+def block_mask(
+    grid: tuple[int, int], window: int, prefix: int, depth: int, device: torch.device
+) -> Any:
+    """`visible_mask` as a FlexAttention `BlockMask`, whose empty blocks are skipped."""
+    from torch.nn.attention.flex_attention import create_block_mask  # takes half a second
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        shape = {"width": grid[1], "window": window, "prefix": prefix, "depth": depth}
+        return visible_mask(query[None], key[None], **shape)[0, 0]
+
+    length = prefix + grid[0] * grid[1] * depth
+    # Compiled, the mask of all pairs is never materialised.
+    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    # A mask first made under inference mode must serve a later training step as well.
+    with torch.inference_mode(False), torch.no_grad():
+        return make(visible, None, None, length, length, device=device)
+
+
+class FlexAttention:
+    """`attend` as one fused kernel (arXiv 2412.05496); it has a backward pass on CUDA only.
+
+    The mask of one grid is made at construction: inside a compiled model, which bypasses the cache
+    of masks, it would otherwise be made again in every pass.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        grid: tuple[int, int],
+        window: int,
+        prefix: int = 1,
+        depth: int = 1,
+    ) -> None:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        self.kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
+        self.shape = {"grid": tuple(grid), "window": window, "prefix": prefix, "depth": depth}
+        self.mask = (
+            None if window_is_full(window, grid) else block_mask(**self.shape, device=device)
+        )
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **shape: Any) -> Tensor:
+        """Like `attend`; a grid of another shape is left to `attend`."""
+        if self.mask is None or shape != self.shape:
+            return attend(q, k, v, **shape)
+        return self.kernel(q, k, v, block_mask=self.mask)

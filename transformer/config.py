@@ -1,7 +1,7 @@
-"""What a GPT is made of: its flags, and the named sizes."""
+"""Configuration of a GPT: its flags, and the named sizes."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 # num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
 SIZES = {
@@ -11,25 +11,25 @@ SIZES = {
     "L": (24, 16, 1024, 2816),
     "XL": (36, 20, 1280, 3584),
 }
-MOST_LAYERS = 1000  # above, a config file has been tampered with
+MAX_LAYERS = 1000  # above, a config file has been tampered with
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that is needed to build a `GPT`; each field with help is a flag.
+    """Everything that a `GPT` is built from; each field with help is a flag.
 
     Raises:
         ValueError: a value is out of its range.
     """
 
     codebook_size: int  # number of codebook indices K
-    depth: int = 1  # indices a cell
-    num_classes: int = 0  # classes; the prefix "no class" comes on top
-    condition_codebook_size: int = 0  # of a grid that stands before the image's; 0: there is none
+    depth: int = 1  # indices per latent position (residual quantization)
+    num_classes: int = 0  # without "no class", which has an embedding as well
+    condition_codebook_size: int = 0  # of a conditioning grid before the image's; 0: none
     condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
     latent_dim: tuple[int, int] | None = field(
         default=None,
-        metadata={"help": "side, or H,W, of the latent grid; default: what the indices have"},
+        metadata={"help": "side, or H,W, of the latent grid; default: that of the indices"},
     )
     size: str = field(
         default="tiny",
@@ -53,60 +53,58 @@ class GPTConfig:
         default="rotary",
         metadata={
             "help": "rotary: rotate queries and keys by row and column; "
-            "learned: add an embedding for each cell",
+            "learned: add an embedding of each position",
             "choices": ("rotary", "learned"),
         },
     )
     window_size: int = field(
         default=0,
         metadata={
-            "help": "each cell attends to the cells less than this many rows above and columns "
-            "beside it; 0: to all earlier ones"
+            "help": "each latent position attends to those less than this many rows above and "
+            "columns beside it; 0: to all earlier ones"
         },
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout after each layer"})
     class_dropout: float = field(
         default=0.1,
-        metadata={"help": "share of the training images whose class is shown as 'no class'"},
+        metadata={"help": "fraction of training images whose class is replaced by 'no class'"},
     )
     condition_dropout: float = field(
         default=0.1,
-        metadata={"help": "share of the training images whose condition, if any, is hidden"},
+        metadata={"help": "fraction of training images whose condition, if any, is dropped"},
     )
     order_anneal: tuple[float, float] | None = field(
         default=None,
         metadata={
-            "help": "shares of the training, as 0.5,0.75: cells in random order up to the first, "
-            "in raster order from the second on (RAR); default: in raster order throughout",
+            "help": "fractions of the training, as 0.5,0.75: random orders up to the first, raster "
+            "order from the second on, a falling mix between (RAR); default: raster order",
             "metavar": "START,END",
         },
     )
 
     qk_norm: bool = True  # LlamaGen has neither this
-    blank_prefix: bool = False  # nor a prefix that queries can tell from a key of zeros
+    blank_prefix: bool = False  # nor a class token with a rotary angle: its keys are zeros
 
     def __post_init__(self) -> None:
-        self._fill_in()
+        num_layers, num_heads, num_kv_heads, dim, hidden_dim = self._shape()
         if self.codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
         if self.latent_dim is not None and min(self.latent_dim) < 1:
             raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
-        if min(self.num_layers, self.num_heads, self.num_kv_heads, self.dim, self.hidden_dim) < 1:
+        if min(num_layers, num_heads, num_kv_heads, dim, hidden_dim) < 1:
             raise ValueError(
                 "num_layers, num_heads, num_kv_heads, dim and hidden_dim must be at least 1"
             )
-        if self.num_layers > MOST_LAYERS:
-            raise ValueError(f"num_layers must be at most {MOST_LAYERS}, got {self.num_layers}")
-        if self.num_heads % self.num_kv_heads:
+        if num_layers > MAX_LAYERS:
+            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {num_layers}")
+        if num_heads % num_kv_heads:
             raise ValueError(
-                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+                f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
             )
         if self.num_classes < 0 or self.window_size < 0:
             raise ValueError("num_classes and window_size must not be negative")
-        if self.dim % (4 * self.num_heads):
-            raise ValueError(
-                f"dim {self.dim} must be a multiple of 4 * num_heads = {4 * self.num_heads}"
-            )
+        if dim % (4 * num_heads):
+            raise ValueError(f"dim {dim} must be a multiple of 4 * num_heads = {4 * num_heads}")
         if self.depth < 1:
             raise ValueError(f"depth must be at least 1, got {self.depth}")
         if bool(self.condition_codebook_size) != (self.condition_latent_dim is not None):
@@ -125,18 +123,27 @@ class GPTConfig:
         if self.positions not in ("rotary", "learned"):
             raise ValueError(f"positions must be rotary or learned, got {self.positions}")
 
-    def _fill_in(self) -> None:
-        """Give the dimensions that are 0 their values."""
+    def _shape(self) -> tuple[int, int, int, int, int]:
+        """num_layers, num_heads, num_kv_heads, dim and hidden_dim, each 0 replaced by its value."""
         if self.size not in SIZES:
             raise ValueError(f"size must be one of {tuple(SIZES)}, got {self.size}")
-        *shape, hidden_dim = SIZES[self.size]
-        for name, value in zip(("num_layers", "num_heads", "dim"), shape, strict=True):
-            object.__setattr__(self, name, getattr(self, name) or value)
-        if self.dim != SIZES[self.size][2]:
+        num_layers, num_heads, dim, hidden_dim = SIZES[self.size]
+        if self.dim not in (0, dim):
             # About as many weights as a plain layer of width 4 * dim, in whole 64s.
             hidden_dim = -(-8 * self.dim // (3 * 64)) * 64
-        object.__setattr__(self, "hidden_dim", self.hidden_dim or hidden_dim)
-        object.__setattr__(self, "num_kv_heads", self.num_kv_heads or self.num_heads)
+        num_heads = self.num_heads or num_heads
+        return (
+            self.num_layers or num_layers,
+            num_heads,
+            self.num_kv_heads or num_heads,
+            self.dim or dim,
+            self.hidden_dim or hidden_dim,
+        )
+
+    def resolve_defaults(self) -> "GPTConfig":
+        """This config with the dimensions that are 0 replaced by those of `size`."""
+        names = ("num_layers", "num_heads", "num_kv_heads", "dim", "hidden_dim")
+        return replace(self, **dict(zip(names, self._shape(), strict=True)))
 
     @property
     def no_class(self) -> int:
@@ -145,24 +152,19 @@ class GPTConfig:
 
     @property
     def no_condition(self) -> int:
-        """What stands in all cells of a condition that is not known."""
+        """The index at every position of a condition that is not given."""
         return self.condition_codebook_size
 
     @property
     def prefix_length(self) -> int:
-        """Tokens before the grid: the class and the cells of the condition."""
+        """P, tokens before the grid: the class and the indices of the condition."""
         return 1 + math.prod(self.condition_latent_dim or (0,))
 
     @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.dim // self.num_heads
-
-    @property
     def has_absolute_positions(self) -> bool:
-        """Whether cells have embeddings of their own: there are none for grids of other sizes."""
+        """Whether some embedding table has one row per latent position of the trained grid."""
         return self.positions == "learned" or self.order_anneal is not None
 
     def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
-        """Of the indices of a grid of `size`: (h, w), or (h, w, depth) for a depth above 1."""
+        """Shape of the indices of a grid of `size`: (h, w), or (h, w, depth) if depth > 1."""
         return size if self.depth == 1 else (*size, self.depth)

@@ -1,50 +1,211 @@
-"""The GPT: a decoder-only transformer over a prefix and a grid of codebook indices."""
+"""The GPT: a decoder-only transformer over a prefix and a grid of codebook indices.
 
+One forward serves training, prefill and decoding. A sequence is the prefix, P tokens, and then the
+grid, `depth` tokens per latent position. The prefix is (B,) where a model takes only a class, else
+(B, 1 + hc * wc): the class, and the indices of a conditioning grid in raster order (arXiv
+2012.09841, section 3.2). Both have embeddings of their own, each with one more for "not given".
+"""
+
+import json
+import math
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from transformer.attention import attend
-from transformer.blocks import Attend, Block, RMSNorm
-from transformer.cache import KVCache
+from transformer import attention
 from transformer.config import GPTConfig
-from transformer.head import Head
-from transformer.positions import PositionExtension
-from transformer.sequence import Sequence
+from transformer.kv_cache import KVCache
+from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, rotate
+
+EPSILON = 1e-5  # of all norms, as in LlamaGen
+MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
+FORMAT_VERSION = 1  # of config.json
+
+Rotary = tuple[Tensor, Tensor]  # cos and sin
+# Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class GPT(nn.Module):
-    """p(indices | prefix) = product over the tokens, in raster order, of p(token | those before).
+def normalize(x: Tensor) -> Tensor:
+    """x over its root mean square, along the last dimension (RMSNorm, arXiv 1910.07467)."""
+    return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
 
-    The sequence is the prefix (a class and perhaps a condition, see transformer/prefix.py) and
-    the cells of the grid, row by row, each of them `config.depth` tokens. The token at each
-    position predicts the one that comes next (arXiv 2012.09841, section 3.2).
+
+class RMSNorm(nn.RMSNorm):
+    """`torch.nn.RMSNorm` that keeps the type of its input."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, eps=EPSILON)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> the same shape and type."""
+        return (normalize(x) * self.weight).type_as(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention with normalised queries and keys (QK-norm, arXiv 2302.05442).
+
+    With fewer heads of keys and values than of queries, these share them in equal groups
+    (grouped-query attention, arXiv 2305.13245), and the cache shrinks accordingly.
     """
-
-    attend = staticmethod(attend)  # or of transformer/flex.py
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
+        self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
+        self.head_dim = config.dim // config.num_heads
+        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)
+        # of queries, of keys
+        self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim)) if config.qk_norm else None
+        self.out = nn.Linear(config.dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        """States (B, T, dim) -> (B, T, dim).
+
+        Args:
+            x: of T tokens.
+            rotary: cos and sin, (T, head_dim / 2) each or (B, 1, T, head_dim / 2).
+            attend: attention over the tokens that are visible.
+        """
+        queries, keys, values = self.heads
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        qk, v = qkv.split([queries + keys, values], dim=1)  # (B, heads + kv_heads, T, d), ...
+        if self.gain is not None:
+            of_queries, of_keys = self.gain.flatten(1)
+            gain = [of_queries.expand(queries, 1, -1), of_keys.expand(keys, 1, -1)]
+            qk = normalize(qk) * torch.cat(gain)
+        if rotary is not None:
+            qk = rotate(qk, *rotary)
+        q, k = qk.split([queries, keys], dim=1)
+        return self.out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward layer (arXiv 2002.05202)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_and_value = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
+        self.out = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States (..., dim) -> (..., dim)."""
+        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then the feed-forward layer, each added to x."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.norm_attention = RMSNorm(config.dim)
+        self.attention = SelfAttention(config)
+        self.norm_feed_forward = RMSNorm(config.dim)
+        self.feed_forward = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
+        """States (B, T, dim) -> (B, T, dim); see `SelfAttention` for the arguments."""
+        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, attend))
+        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
+
+
+class Head(nn.Linear):
+    """Hidden states to logits, one linear map per depth, or to the loss in chunks."""
+
+    def __init__(self, dim: int, codebook_size: int, depth: int = 1) -> None:
+        super().__init__(dim, depth * codebook_size, bias=False)
+        self.codebook_size, self.depth = codebook_size, depth
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, *, depth: int | None = None
+    ) -> Tensor:
+        """Logits, or the cross-entropy of `targets`.
+
+        Args:
+            hidden: (B, n, dim), states that predict all depths of n / depth positions in turn.
+            targets: (B, n) indices; their loss is computed in chunks where the logits are large.
+            depth: the depth that all `hidden` (..., dim) predict instead.
+
+        Returns:
+            (B, n, codebook_size) or (..., codebook_size); with `targets` (B, n), nats, float32.
+        """
+        weights = self.weight.chunk(self.depth)  # (K, dim) each
+        if depth is not None:
+            return F.linear(hidden, weights[depth])
+        if self.depth == 1:
+            return (
+                F.linear(hidden, self.weight)
+                if targets is None
+                else self._loss(hidden, self.weight, targets)
+            )
+        by_depth = hidden.unflatten(1, (-1, self.depth)).unbind(2)
+        if targets is None:
+            parts = [F.linear(*x) for x in zip(by_depth, weights, strict=True)]
+        else:
+            indices = targets.unflatten(1, (-1, self.depth)).unbind(2)
+            parts = [self._loss(*x) for x in zip(by_depth, weights, indices, strict=True)]
+        return torch.stack(parts, dim=2).flatten(1, 2)
+
+    @staticmethod
+    def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy (B, t) of hidden states (B, t, dim), one depth's weight, and targets."""
+
+        def nats(hidden: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+
+        hidden, indices = hidden.flatten(0, 1), targets.flatten()
+        chunks = math.ceil(len(hidden) * len(weight) / MAX_LOGITS)
+        if chunks <= 1:
+            return nats(hidden, indices).view(targets.shape)
+        # The backward pass computes the logits of each chunk again.
+        losses = [
+            checkpoint(nats, *chunk, use_reentrant=False, preserve_rng_state=False)
+            for chunk in zip(hidden.chunk(chunks), indices.chunk(chunks), strict=True)
+        ]
+        return torch.cat(losses).view(targets.shape)
+
+
+class GPT(nn.Module):
+    """p(indices | prefix) = product over the tokens of p(token | prefix and the tokens before it).
+
+    Each element of the sequence predicts the token that comes next: the last one of the prefix
+    predicts the first token.
+    """
+
+    def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attention.attend) -> None:
+        """Build the layers and initialise them.
+
+        Args:
+            config: with a latent_dim.
+            attend: `attention.attend` or an `attention.FlexAttention`.
+        """
+        super().__init__()
         if config.latent_dim is None:
             raise ValueError("a GPT needs latent_dim")
-        self.config, self.sequence = config, Sequence(config)
-        height, width = config.latent_dim
+        self.config, self.attend = config.resolve_defaults(), attend
+        config, self.prefix_length = self.config, config.prefix_length
+        self.grid = GridPositions(config.latent_dim, config.latent_dim, config.depth)
+        positions = math.prod(config.latent_dim)
         self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         if config.condition_latent_dim is not None:
             self.condition_embedding = nn.Embedding(config.condition_codebook_size + 1, config.dim)
-        # The codes of each depth are words of their own.
+        # Each depth has embeddings of its own.
         self.token_embedding = nn.Embedding(config.depth * config.codebook_size, config.dim)
         if config.positions == "learned":
-            length = config.prefix_length + height * width
-            self.position_embedding = nn.Parameter(torch.zeros(length, config.dim))
-        else:
-            cos, sin = self.sequence.turn(self.sequence.places(config.latent_dim))
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+            self.position_embedding = nn.Parameter(
+                torch.zeros(self.prefix_length + positions, config.dim)
+            )
         if config.order_anneal is not None:
-            self.target_embedding = nn.Embedding(height * width, config.dim)
+            self.target_embedding = nn.Embedding(positions, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
@@ -65,233 +226,247 @@ class GPT(nn.Module):
 
     def forward(
         self,
-        prefix: Tensor,
-        indices: Tensor,
-        order: Tensor | None = None,
+        tokens: Tensor,
+        positions: Tensor,
         *,
-        position_extension: PositionExtension | None = None,
-        loss: bool = False,
+        prefix: Tensor | None = None,
+        next_positions: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
-        """Logits of every token given the prefix and the tokens before it.
+        """Hidden states from which `head` predicts.
+
+        With a prefix a sequence begins: the tokens attend to the prefix and to each other, and are
+        written to the cache, if there is one. Without, they attend to what the cache holds.
 
         Args:
-            prefix: (B,) class of each image, or `config.no_class`; with a condition
-                (B, 1 + hc*wc), see `make_prefix`.
-            indices: (B, h, w) of `config.latent_dim`, in [0, codebook_size); with a depth above 1
-                (B, h, w, depth).
-            order: (B, h*w), permutations of the cells to predict them in, of a model with
-                `order_anneal`; default: raster order.
-            position_extension: EXTRAPOLATE or INTERPOLATE accept any (h, w), with rotary positions.
-            loss: return the cross-entropy of `indices` instead; a large one is taken in parts,
-                so that the logits never stand whole.
+            tokens: (B, T) indices. In a window's model that begins, whole rows in raster order.
+            positions: (T, 3), or (B, T, 3) for an order per image: row, column and depth of each.
+            prefix: (B,) or (B, P), see `make_prefix`.
+            next_positions: what each element predicts, of the shape of `positions` but, with a
+                prefix, one longer; default: the token after it, by raster order after the last.
+                Only a model with `order_anneal` reads it.
+            cache: of `make_cache`, `prepare`d for the last of the tokens.
 
         Returns:
-            (B, n, codebook_size), n = h*w*depth: at [b, t] the logits of token t in raster order,
-            depth innermost, or in `order`; with `loss` (B, n), in nats, float32.
-
-        Raises:
-            ValueError: a grid of another size than the trained one, without
-                `position_extension`; an order
-                that the model was not made for.
+            (B, T, dim), states of the tokens; with a prefix (B, 1 + T, dim), the first one is that
+            of the prefix, which predicts the first token.
         """
-        config, grid = self.config, tuple(indices.shape[1:3])
-        turn = self._turn_in(grid, position_extension)  # (p + n, head_dim / 2) each
-        tokens = indices.flatten(1)  # (B, n)
-        x = self._embed_all(prefix, tokens)  # (B, p + n, dim)
-        if order is not None:
-            x, tokens, turn = self.sequence.reorder(order, x, tokens, turn)
+        config, begins = self.config, prefix is not None
+        grid = self.grid if cache is None else cache.grid
+        # Each depth has embeddings of its own.
+        x = tokens if config.depth == 1 else tokens + positions[..., 2] * config.codebook_size
+        x = self.token_embedding(x)
+        if prefix is not None:
+            x = torch.cat([self._embed_prefix(prefix), x], dim=1)  # (B, P + T, dim)
+        if config.positions == "learned":
+            x = x + self._absolute_positions(grid, positions, begins)
         if config.order_anneal is not None:
-            x = x + self._targets(order)
+            if next_positions is None:
+                following = positions if begins else positions[..., 1:, :]
+                last = (
+                    self.grid.raster(x.device)[:1]
+                    if positions.shape[-2] == 0
+                    else grid.next(positions[..., -1:, :])
+                )
+                next_positions = torch.cat([following, last], dim=-2)
+            target = self.target_embedding(grid.embedding_rows(next_positions))
+            x = x + F.pad(target, (0, 0, x.shape[1] - target.shape[-2], 0))
 
-        attend = self._attend_in(grid)
-        x = self.run_blocks(x, turn, lambda layer: attend)
-        x = x[:, config.prefix_length - 1 : -1]  # (B, n, dim); the last token predicts nothing
-        return self.head.loss(x, tokens) if loss else self.head(x)
-
-    def step(self, tokens: Tensor, position: int, cache: KVCache) -> Tensor:
-        """Logits of the next token, from new ones and what the cache holds of the others.
-
-        Args:
-            tokens: the whole prefix, as in `forward`, if `position` is 0; else (B,) one index.
-            position: where `tokens` begin in the sequence; all before are in the cache.
-            cache: of `make_cache`, which takes the tokens in.
-
-        Returns:
-            (B, codebook_size), the logits of the token that comes next.
-        """
-        config = self.config
-        token = position - config.prefix_length  # below 0: the prefix
-        after = max(token + 1, 0)  # the token that comes next
-        x = self._embed(tokens[:, None], token) if position else self._embed_prefix(tokens)
-        new, turn = x.shape[1], None
+        rotary = None
         if config.positions == "rotary":
-            turn = self._turn_of(position, new, cache)
-        elif position:
-            x = x + self.position_embedding[config.prefix_length + self._inside(token, cache)]
-        else:
-            x = x + self.position_embedding[:new]
-        if config.order_anneal is not None:
-            target = self.target_embedding.weight[self._inside(after, cache)]
-            x = torch.cat([x[:, :-1], x[:, -1:] + target], dim=1)
-        cache.move_to(position)
-        mask = cache.mask(position)
-
-        def attention_of(layer: int) -> Attend:
-            return lambda q, k, v: cache.attend(layer, q, k, v, position, mask)
-
-        return self.head.at(after % config.depth, self.run_blocks(x, turn, attention_of)[:, -1])
-
-    def prefill(self, prefix: Tensor, given: Tensor, cache: KVCache) -> Tensor:
-        """`step` of the prefix and of the first rows of a grid in one pass.
-
-        Args:
-            prefix: as in `forward`.
-            given: (B, r, w) or (B, r, w, depth), fewer rows than the grid has.
-            cache: of `make_cache` for the trained size, which takes them in.
-
-        Returns:
-            (B, codebook_size), the logits of the first token behind these rows.
-        """
-        tokens = given.flatten(1)
-        x = self._embed_all(prefix, tokens)
-        new, turn = x.shape[1], None
-        if self.config.positions == "rotary":
-            turn = self.cos[:new], self.sin[:new]
-        if self.config.order_anneal is not None:
-            x = x + self._targets(None)[:new]
-        attend = self._attend_in(tuple(given.shape[1:3]))
-
-        def attention_of(layer: int) -> Attend:
-            def attend_and_keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                cache.fill(layer, k, v)
-                return attend(q, k, v)
-
-            return attend_and_keep
-
-        return self.head.at(0, self.run_blocks(x, turn, attention_of)[:, -1])
-
-    def run_blocks(
-        self,
-        x: Tensor,
-        turn: tuple[Tensor, Tensor] | None,
-        attention_of: Callable[[int], Attend],
-    ) -> Tensor:
-        """Embeddings (B, T, dim) -> their final states (B, T, dim).
-
-        Args:
-            x: of T tokens.
-            turn: cos and sin, see `SelfAttention`.
-            attention_of: number of a layer -> its attention.
-        """
+            rotary = self._rotary(grid, positions, begins)
+        attend_in = self._attention(grid, positions, cache, begins)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
-            x = block(x, turn, attention_of(layer))
-        return self.norm(x)
+            x = block(x, rotary, partial(attend_in, layer))
+        x = self.norm(x)
+        return x[:, self.prefix_length - 1 :] if begins else x
+
+    def flatten(self, indices: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A grid as the arguments of `forward`.
+
+        Args:
+            indices: (B, h, w) or (B, h, w, depth), of `config.latent_dim`.
+            order: (B, h * w), a permutation of the latent positions for each image; needs a model
+                with `order_anneal`. Default: raster order.
+
+        Returns:
+            tokens: (B, n), n = h * w * depth, depth innermost.
+            positions: (n, 3), with an order (B, n, 3).
+
+        Raises:
+            ValueError: a grid of another size, or an order that the model was not trained for.
+        """
+        if tuple(indices.shape[1:3]) != self.grid.size:
+            raise ValueError(
+                f"this GPT has a grid of {self.grid.size}, got {tuple(indices.shape[1:3])}"
+            )
+        tokens, positions = indices.flatten(1), self.grid.raster(indices.device)
+        if order is None:
+            return tokens, positions
+        if self.config.order_anneal is None:
+            raise ValueError("only a GPT trained with order_anneal takes other orders than raster")
+        depths = torch.arange(self.config.depth, device=order.device)
+        order = (order[:, :, None] * self.config.depth + depths).flatten(1)  # of tokens
+        return tokens.gather(1, order), positions[order]
+
+    def logits(self, prefix: Tensor, indices: Tensor, order: Tensor | None = None) -> Tensor:
+        """Logits (B, n, codebook_size) of all tokens in order; arguments as of `flatten`."""
+        tokens, positions = self.flatten(indices, order)
+        return self.head(self(tokens, positions, prefix=prefix)[:, :-1])
+
+    def loss(self, prefix: Tensor, indices: Tensor, order: Tensor | None = None) -> Tensor:
+        """Cross-entropy (B, n) of all tokens in order, nats, float32; see `flatten`, `Head`."""
+        tokens, positions = self.flatten(indices, order)
+        return self.head(self(tokens, positions, prefix=prefix)[:, :-1], tokens)
+
+    def grid_positions(
+        self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
+    ) -> GridPositions:
+        """Positions of a grid of `size`.
+
+        Raises:
+            ValueError: another size than the trained one, with a condition, which covers that; or
+                with absolute positions, which can only slide.
+        """
+        config = self.config
+        if size != config.latent_dim and config.condition_latent_dim is not None:
+            raise ValueError(
+                f"a GPT with conditions takes grids of its own size {config.latent_dim}, got {size}"
+            )
+        slides = extension == PositionExtension.SLIDE
+        if size != config.latent_dim and config.has_absolute_positions and not slides:
+            raise ValueError(
+                "learned positions (also those of order_anneal) can neither be extrapolated nor "
+                "interpolated"
+            )
+        return GridPositions(size, config.latent_dim, config.depth, extension)
 
     def make_cache(
         self,
         batch_size: int,
         size: tuple[int, int] | None = None,
-        position_extension: PositionExtension = PositionExtension.SLIDE,
+        extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
-        """An empty cache for `batch_size` grids of `size` (default: the trained one).
-
-        Raises:
-            ValueError: see `Sequence.places`.
-        """
+        """An empty cache for grids of `size`, see `grid_positions`; default: the trained size."""
         config, weight = self.config, self.token_embedding.weight
         return KVCache(
             num_layers=config.num_layers,
             batch_size=batch_size,
             kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            places=self.sequence.places(size or config.latent_dim, position_extension),
+            head_dim=config.dim // config.num_heads,
+            grid=self.grid_positions(size or config.latent_dim, extension),
             window=config.window_size,
-            prefix=config.prefix_length,
-            depth=config.depth,
+            prefix=self.prefix_length,
             device=weight.device,
             dtype=weight.dtype,
         )
 
-    def cast(self, dtype: torch.dtype) -> "GPT":
-        """This model with weights of `dtype`, to draw with; positions keep their precision."""
-        for parameter in self.parameters():
-            parameter.data = parameter.data.to(dtype)
-        return self
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors.
 
-    def _embed_all(self, prefix: Tensor, tokens: Tensor) -> Tensor:
-        """The prefix and the first n tokens of the grid (B, n) -> (B, p + n, dim)."""
-        x = torch.cat([self._embed_prefix(prefix), self._embed(tokens)], dim=1)
-        if self.config.positions == "learned":
-            x = x + self.sequence.by_token(self.position_embedding)[: x.shape[1]]
-        return x
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        save_file(
+            {name: x.contiguous() for name, x in self.state_dict().items()},
+            folder / "model.safetensors",
+        )
 
-    def _attend_in(self, grid: tuple[int, int]) -> Attend:
-        """Attention over the prefix and all cells of a grid."""
-        config = self.config
-        shape = {"window": config.window_size, "prefix": config.prefix_length}
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "GPT":
+        """Read a model folder; the model is in eval mode, on the CPU.
 
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if k.shape[1] < q.shape[1]:
-                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-            return self.attend(q, k, v, grid=grid, depth=config.depth, **shape)
-
-        return attend
+        Raises:
+            OSError: a file is missing.
+            ValueError: another kind of model, a newer format, or weights that do not fit.
+        """
+        folder = Path(folder)
+        values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, version = values.pop("model", None), values.pop("format_version", FORMAT_VERSION)
+        if kind != "GPT":
+            raise ValueError(f"{folder} holds a {kind}, but a GPT is needed here")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"{folder} has format_version {version}, but this version reads up to "
+                f"{FORMAT_VERSION}; update this project"
+            )
+        values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        try:
+            model = cls(GPTConfig(**values))
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"{folder}: config and weights do not fit together: {error}"
+            ) from error
+        return model.eval()
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
-        """The prefix (B,) or (B, p) -> (B, p, dim)."""
+        """The prefix (B,) or (B, P) -> (B, P, dim)."""
         classes, conditions = prefix.reshape(len(prefix), -1).tensor_split([1], dim=1)
-        if 1 + conditions.shape[1] != self.config.prefix_length:
+        if 1 + conditions.shape[1] != self.prefix_length:
             raise ValueError(
-                f"this GPT takes a class and {self.config.prefix_length - 1} cells of a condition, "
-                f"got {conditions.shape[1]} cells"
+                f"this GPT takes a class and {self.prefix_length - 1} indices of a condition, "
+                f"got {conditions.shape[1]} indices"
             )
         x = self.prefix_embedding(classes)
         if self.config.condition_latent_dim is None:
             return x
         return torch.cat([x, self.condition_embedding(conditions)], dim=1)
 
-    def _embed(self, indices: Tensor, first: int = 0) -> Tensor:
-        """Indices (B, n) of the tokens from `first` on -> (B, n, dim)."""
-        if self.config.depth > 1:
-            depths = torch.arange(first, first + indices.shape[1], device=indices.device)
-            indices = indices + depths % self.config.depth * self.config.codebook_size
-        return self.token_embedding(indices)
+    def _absolute_positions(self, grid: GridPositions, positions: Tensor, begins: bool) -> Tensor:
+        """Learned embeddings of positions (T, 3) or (B, T, 3), with those of the prefix if any."""
+        x = self.position_embedding[self.prefix_length + grid.embedding_rows(positions)]
+        if not begins:
+            return x
+        prefix = self.position_embedding[: self.prefix_length]
+        return torch.cat([prefix.expand(*x.shape[:-2], -1, -1), x], dim=-2)
 
-    def _targets(self, order: Tensor | None) -> Tensor:
-        """Which cell each position predicts, embedded: (p + n, dim), or (B, p + n, dim)."""
-        cells = self.target_embedding.weight if order is None else self.target_embedding(order)
-        tokens = cells.repeat_interleave(self.config.depth, dim=-2)
-        return F.pad(tokens, (0, 0, self.config.prefix_length - 1, 1))
+    def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
+        """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.
 
-    def _inside(self, token: int, cache: KVCache) -> int:
-        """The cell of the trained grid that a token's cell takes the place of, in raster order."""
-        row, column = cache.places.inside(*divmod(token // self.config.depth, cache.width))
-        return row * self.config.latent_dim[1] + column
+        The class is not rotated. The condition is laid over the grid, so that its distance to the
+        position at the same place of the picture is 0.
+        """
+        config, coordinates = self.config, grid.coordinates(positions)
+        if begins:
+            prefix = [coordinates.new_zeros(1, 2)]
+            if config.condition_latent_dim is not None:
+                prefix.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
+            prefix = torch.cat(prefix).expand(*coordinates.shape[:-2], -1, -1)
+            coordinates = torch.cat([prefix, coordinates], dim=-2)
+        cos, sin = rotary_cos_sin(coordinates, config.dim // config.num_heads)
+        if begins and config.blank_prefix:
+            cos = torch.cat([torch.zeros_like(cos[..., :1, :]), cos[..., 1:, :]], dim=-2)
+        return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])
 
-    def _turn_in(
-        self, grid: tuple[int, int], position_extension: PositionExtension | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """cos and sin of the whole sequence, for rotary positions."""
-        if grid != self.config.latent_dim:
-            if position_extension is None:
-                raise ValueError(
-                    f"this GPT was made for a grid of {self.config.latent_dim}, got {grid}"
-                )
-            if position_extension == PositionExtension.SLIDE:
-                raise ValueError("sliding positions exist only where cells are drawn one by one")
-            turn = self.sequence.turn(self.sequence.places(grid, position_extension))
-            return tuple(angle.to(self.head.weight.device) for angle in turn)
-        return (self.cos, self.sin) if self.config.positions == "rotary" else None
+    def _attention(
+        self, grid: GridPositions, positions: Tensor, cache: KVCache | None, begins: bool
+    ) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """Attention of each layer, called with its number, q, k and v."""
+        if not begins:
+            if cache is None:
+                raise ValueError("without a prefix, tokens need the cache of those before them")
+            numbers = grid.numbers(positions)
+            return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
+        width = grid.size[1]
+        shape = {
+            "grid": (positions.shape[-2] // (width * grid.depth), width),
+            "window": self.config.window_size,
+            "prefix": self.prefix_length,
+            "depth": grid.depth,
+        }
 
-    def _turn_of(self, position: int, new: int, cache: KVCache) -> tuple[Tensor, Tensor]:
-        """cos and sin of `new` tokens from a position on, (new, head_dim / 2) each."""
-        if position < self.config.prefix_length or cache.places.size == self.config.latent_dim:
-            here = slice(position, position + new)
-            return self.cos[here], self.sin[here]
-        row, column = cache.cell(position)
-        if cache.row != row:  # a row at a time: grids may be tall
-            cache.row = row
-            cache.turns = tuple(x.to(self.cos) for x in cache.places.cells(row))
-        cos, sin = cache.turns
-        return cos[column : column + 1], sin[column : column + 1]
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if cache is not None:
+                cache.write_first(layer, k, v)
+            groups = q.shape[1] // k.shape[1]
+            if groups > 1:
+                k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
+            return self.attend(q, k, v, **shape)
+
+        return attend

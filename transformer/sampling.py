@@ -1,66 +1,440 @@
-"""The loops that draw: a batch row by row, and any number of grids batch by batch."""
+"""Sampling: guidance, logit filters, counter-based random numbers, and the loop over tokens."""
 
+import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from transformer import noise
 from transformer.gpt import GPT
-from transformer.graph import make_step
-from transformer.step import Step
+from transformer.kv_cache import KVCache
+from transformer.prefix import null_prefix
+from transformer.rope import PositionExtension
+
+WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
+CACHE_PARTS = 4  # a captured step reads as many of them as are written; one graph for each
+SCHEDULES = ("constant", "linear", "cosine")
+# To divide by less than this is to divide by zero, in float32.
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
+
+    Attributes:
+        scale: 1 for none; c are the logits with class and condition, u those without.
+        schedule: "constant", or how the scale rises from 1 at the first token to `scale` at the
+            last: "linear" or "cosine".
+
+    Raises:
+        ValueError: a scale that is negative or not finite, or an unknown schedule.
+    """
+
+    scale: float = 1.0
+    schedule: str = "constant"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"guidance_scale must be 0 or more and finite, got {self.scale}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"guidance_schedule must be one of {SCHEDULES}, got {self.schedule}")
+
+    def at(self, token: int, tokens: int) -> float:
+        """The scale for token number `token` of `tokens`."""
+        progress = token / max(1, tokens - 1)
+        if self.schedule == "constant":
+            progress = 1.0
+        elif self.schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return 1 + (self.scale - 1) * progress
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the distribution of the model is filtered before sampling, in this order.
+
+    Attributes:
+        temperature: divides the logits; 0 keeps only the most likely index.
+        top_k: keep the k most likely indices; 0 keeps all.
+        top_p: of these keep the most likely ones that reach this probability together
+            (nucleus sampling, arXiv 1904.09751); the most likely one always stays.
+        min_p: of these keep those with at least this fraction of the highest probability
+            (arXiv 2407.01082); 0 keeps all.
+
+    Raises:
+        ValueError: a temperature that is negative or not finite, top_k < 0, top_p outside (0, 1],
+            or min_p outside [0, 1].
+    """
+
+    temperature: float = field(
+        default=1.0, metadata={"help": "below 1: safer, less varied samples; 0: the most likely"}
+    )
+    top_k: int = field(
+        default=0, metadata={"help": "sample from the k most likely indices; 0: from all"}
+    )
+    top_p: float = field(
+        default=1.0,
+        metadata={"help": "nucleus sampling: the most likely indices whose probabilities sum to p"},
+    )
+    min_p: float = field(
+        default=0.0,
+        metadata={"help": "sample from indices with this fraction of the highest probability"},
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be in [0, 1], got {self.min_p}")
+
+
+NO_GUIDANCE, DEFAULT_PARAMS = Guidance(), SamplingParams()
+
+
+def probabilities(logits: Tensor, params: SamplingParams = DEFAULT_PARAMS) -> Tensor:
+    """The distribution to sample from.
+
+    Args:
+        logits: (..., K).
+        params: the filters.
+
+    Returns:
+        (..., K), float32, each summing to 1.
+    """
+    logits, size = logits.float(), logits.shape[-1]
+    if params.temperature < SMALLEST_TEMPERATURE:
+        return F.one_hot(logits.argmax(dim=-1), size).float()
+    # The most likely one at 0, so that no temperature takes it out of range.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
+    top_k = params.top_k if params.top_k < size else 0
+    if not top_k and params.top_p == 1:
+        return _apply_min_p(logits.softmax(dim=-1), params.min_p)
+    if top_k:
+        ordered, order = logits.topk(top_k, dim=-1)
+    else:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered = ordered.softmax(dim=-1)
+    if params.top_p < 1:
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all more likely indices
+        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    ordered = _apply_min_p(ordered, params.min_p)
+    return torch.zeros_like(logits).scatter(-1, order, ordered)
+
+
+def _apply_min_p(distribution: Tensor, min_p: float) -> Tensor:
+    """Keep what has this fraction of the highest probability, and renormalise."""
+    if min_p == 0:
+        return distribution
+    bar = distribution.amax(dim=-1, keepdim=True) * min_p
+    kept = distribution.masked_fill(distribution < bar, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def sample_from_probs(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """One index from each distribution, by inversion of its cumulative distribution.
+
+    Args:
+        distribution: (B, K), each row summing to 1; indices of probability 0 are never sampled.
+        uniform: (B,) in [0, 1).
+
+    Returns:
+        (B,), int64.
+    """
+    cumulative = distribution.cumsum(dim=-1)
+    # Rounding may leave the total a little off 1: the number is scaled, and kept below it.
+    target = torch.minimum(
+        uniform.to(cumulative) * cumulative[:, -1],
+        torch.nextafter(cumulative[:, -1], torch.zeros_like(uniform).to(cumulative)),
+    )
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def guide_and_sample(
+    logits: Tensor, uniform: Tensor, params: SamplingParams, scale: Tensor | None
+) -> Tensor:
+    """Sampled indices, (B,), int64.
+
+    Args:
+        logits: (B, K); with a scale (2B, K), first conditional, then unconditional.
+        uniform: (B,) in [0, 1).
+        params: see `probabilities`.
+        scale: (), of the guidance, see `Guidance.at`; None for none.
+    """
+    logits = logits.float()
+    if scale is not None:
+        cond, uncond = logits.chunk(2)
+        logits = torch.lerp(uncond, cond, scale)
+    return sample_from_probs(probabilities(logits, params), uniform)
+
+
+def _signed(value: int) -> int:
+    """The same 64 bits as a signed number."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+GOLDEN_RATIO = _signed(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio
+ROUNDS = ((30, _signed(0xBF58476D1CE4E5B9)), (27, _signed(0x94D049BB133111EB)))
+
+
+def random_keys(seed: int, images: Tensor) -> Tensor:
+    """One key of the random numbers per image, (B,), int64.
+
+    Args:
+        seed: any integer.
+        images: (B,), int64, number of each image.
+    """
+    return _mix(images * GOLDEN_RATIO + _signed(seed))
+
+
+def uniform(keys: Tensor, token: Tensor | int) -> Tensor:
+    """A number in [0, 1) for one token of each image, (B,), float32.
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a hash of seed, image and token, so that a
+    sample depends on nothing else: not on the batch, nor on the tokens before.
+
+    Args:
+        keys: (B,), of `random_keys`.
+        token: number of the token in the image; (1,) or one for each.
+    """
+    steps = (torch.as_tensor(token, device=keys.device) + 1) * GOLDEN_RATIO  # modulo 2^64
+    return (_mix(keys + steps) >> 40 & (1 << 24) - 1).float() / (1 << 24)
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in ROUNDS:
+        x = (x ^ _shifted(x, shift)) * factor
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right; that of signed numbers is arithmetic."""
+    return x >> bits & (1 << 64 - bits) - 1
+
+
+Outputs = tuple[Tensor, Tensor]
+
+
+def decode(
+    model: GPT,
+    cache: KVCache,
+    tokens: Tensor,
+    token: Tensor,
+    keys: Tensor,
+    scale: Tensor | None,
+    *,
+    depth: int,
+    params: SamplingParams,
+) -> Outputs:
+    """One step: from a token to the next, with all that differs between steps in tensors.
+
+    Args:
+        model: in eval mode.
+        cache: prepared for `tokens`.
+        tokens: (B, 1), the previous token of each grid.
+        token: (1,), raster number of the token to sample, at least 1.
+        keys: (B,), see `random_keys`.
+        scale: (), of the guidance; None for none.
+        depth: of the token to sample.
+        params: of `probabilities`.
+
+    Returns:
+        logits: (B, K), conditional.
+        sampled: (B,), int64.
+    """
+    rows = tokens if scale is None else tokens.repeat(2, 1)
+    hidden = model(rows, cache.grid.at(token - 1), cache=cache)[:, -1]
+    logits = model.head(hidden, depth=depth)
+    sampled = guide_and_sample(logits, uniform(keys, token), params, scale)
+    return logits[: len(tokens)], sampled
+
+
+@lru_cache(maxsize=1)
+def _compiled_decode() -> Callable[..., Outputs]:
+    return torch.compile(decode)
+
+
+class CUDAGraphCapture:
+    """Captures functions as CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], Outputs]) -> Callable[[], Outputs]:
+        """`function` as a graph; the tensors that it returns are overwritten by each replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function()
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+class DecodeStep:
+    """Samples batches of grids token by token, with one cache for all batches.
+
+    Attributes:
+        cache: keys and values of the batch; with guidance of both halves of a doubled one.
+        batch_size: B, grids in a batch.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        batch_size: int,
+        *,
+        size: tuple[int, int],
+        position_extension: PositionExtension = PositionExtension.SLIDE,
+        guidance: Guidance = NO_GUIDANCE,
+        params: SamplingParams = DEFAULT_PARAMS,
+        capture: Callable[[Callable[[], Outputs]], Callable[[], Outputs]] | None = None,
+        decode: Callable[..., Outputs] = decode,
+    ) -> None:
+        """Allocate the cache, and the tensors that captured graphs read.
+
+        Args:
+            model: in eval mode.
+            batch_size: grids in a batch.
+            size: (h, w) of the grids.
+            position_extension: positions in a grid that is larger than the trained one.
+            guidance: conditional and unconditional pass in one doubled batch.
+            params: logit filters.
+            capture: makes a graph of a function without arguments, such as `CUDAGraphCapture()`;
+                default: every step runs eagerly.
+            decode: `decode`, or its compiled form.
+        """
+        self.model, self.guidance, self.params = model, guidance, params
+        self.batch_size, guided = batch_size, guidance.scale != 1
+        self.cache = model.make_cache(batch_size * (1 + guided), size, position_extension)
+        self._capture, self._decode = capture, decode
+        self._graphs: dict[tuple[int, int], Callable[[], Outputs]] = {}  # by slots and depth
+        device = self.cache.device
+        self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        self._token = torch.zeros(1, dtype=torch.long, device=device)
+        self._keys = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self._scale = torch.ones((), device=device) if guided else None
+
+    def begin(self, prefix: Tensor, keys: Tensor, known: Tensor | None = None) -> Outputs:
+        """Begin a batch and sample its first token, or the one after the known tokens.
+
+        Args:
+            prefix: (B,) or (B, P), see `make_prefix`.
+            keys: (B,), see `random_keys`.
+            known: (B, n), the tokens of whole rows at the top.
+
+        Returns:
+            As `decode`.
+        """
+        self._keys.copy_(keys)
+        self.cache.reset()
+        if known is None:
+            known = keys.new_zeros(len(keys), 0)
+        token = known.shape[1]
+        if self._scale is not None:
+            prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
+            known = torch.cat([known, known])
+            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
+        positions = self.cache.grid.at(torch.arange(token, device=keys.device))
+        hidden = self.model(known, positions, prefix=prefix, cache=self.cache)[:, -1]
+        logits = self.model.head(hidden, depth=0)
+        sampled = guide_and_sample(logits, uniform(keys, token), self.params, self._scale)
+        return logits[: self.batch_size], sampled
+
+    def __call__(self, tokens: Tensor, token: int) -> Outputs:
+        """Sample the token with raster number `token` after `tokens` (B,), the one before it."""
+        self._tokens.copy_(tokens[:, None])
+        self._token.fill_(token)
+        if self._scale is not None:
+            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
+        depth = token % self.model.config.depth
+        step = partial(
+            self._decode,
+            *(self.model, self.cache, self._tokens, self._token, self._keys, self._scale),
+            depth=depth,
+            params=self.params,
+        )
+        if self._capture is None:
+            self.cache.prepare(token - 1)
+            return step()
+        key = self.cache.prepare(token - 1, CACHE_PARTS), depth
+        if key not in self._graphs:
+            self._graphs[key] = self._capture(step)
+        return self._graphs[key]()
+
+
+def make_step(model: GPT, batch_size: int, *, compiled: bool = False, **options: Any) -> DecodeStep:
+    """A `DecodeStep`: eager, or `compiled`, on a GPU, as compiled CUDA graphs."""
+    if compiled and model.head.weight.device.type == "cuda":
+        options |= {"capture": CUDAGraphCapture(), "decode": _compiled_decode()}
+    return DecodeStep(model, batch_size, **options)
 
 
 @torch.no_grad()
 def generate_rows(
-    step: Step,
+    step: DecodeStep,
     prefix: Tensor,
     keys: Tensor,
     *,
-    given: Tensor | None = None,
-    keep: Tensor | None = None,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
     scores: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Draw one batch of grids row by row; a window bounds the memory, however tall they are.
+    """Sample one batch of grids row by row; a window bounds the memory for any height.
 
     Args:
         step: of the model, for this batch size and size of grid.
-        prefix: (B,) class of each image, or `model.config.no_class`, with a condition (B, p), see
+        prefix: (B,) class of each image, or `model.config.no_class`; with a condition (B, P), see
             `make_prefix`; on the model's device.
-        keys: (B,), what the choices of each image follow from, see `noise.keys`; there, too.
-        given: (B, h, w), indices that are taken over where `keep` says so; with a depth above 1
-            (B, h, w, depth).
-        keep: (h, w), bool.
-        scores: (B,), float32, to which the log-probabilities of the kept cells are added that
-            come behind a drawn one, as the model has them: without guidance and params.
+        keys: (B,), see `random_keys`; on the model's device.
+        known: (B, h, w) or (B, h, w, depth), indices that are kept where `known_mask` is True.
+        known_mask: (h, w), bool.
+        scores: (B,), float32, to which the log-probabilities of the known tokens behind a sampled
+            one are added, without guidance and filters.
 
     Yields:
         (B, w) or (B, w, depth), int64, from the top row to the bottom row.
     """
-    height, width = step.cache.places.size
-    config = step.model.config
-    kept = [False] * (height * width) if keep is None else keep.flatten().tolist()
-    start = kept.index(False) if False in kept else height * width  # the first drawn cell
-    # Given rows at the top come in at once; in grids of other sizes the prefix moves with the cell.
+    (height, width), config = step.cache.grid.size, step.model.config
+    is_known = [False] * (height * width) if known_mask is None else known_mask.flatten().tolist()
+    start = is_known.index(False) if False in is_known else height * width  # first to be sampled
+    # Known rows at the top are one prefill; in grids of other sizes the prefix moves with the row.
     top = start // width
     if (height, width) != config.latent_dim and top < height:
         top = 0
     if top:
-        yield from given[:, :top].long().unbind(dim=1)
-    step.begin(keys)
-    tokens, first = prefix, top * width * config.depth
+        yield from known[:, :top].long().unbind(dim=1)
+    row_length = width * config.depth
+    first = top * row_length
+    known_tokens = None if known is None else known.flatten(1).long()
     for number in range(top, height):
-        row = prefix.new_empty(len(prefix), width * config.depth)
-        for place in range(width * config.depth):
-            token = number * width * config.depth + place
-            stays = kept[token // config.depth]
-            if token == first and top:
-                logits, tokens = step.prefill(prefix, given[:, :top], draws=not stays)
+        row = keys.new_empty(len(prefix), row_length)
+        for place in range(row_length):
+            token = number * row_length + place
+            if token == first:
+                before = None if known_tokens is None else known_tokens[:, :first]
+                logits, tokens = step.begin(prefix, keys, before)
             else:
-                logits, tokens = step(tokens, token, draws=not stays)
-            if stays:
-                tokens = given.flatten(1)[:, token]
+                logits, tokens = step(tokens, token)
+            if is_known[token // config.depth]:
+                tokens = known_tokens[:, token]
                 if scores is not None and token // config.depth > start:
                     chosen = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])
                     scores += chosen[:, 0]
@@ -76,58 +450,103 @@ def generate(
     seed: int = 0,
     batch_size: int = 64,
     size: tuple[int, int] | None = None,
-    given: Tensor | None = None,
-    keep: Tensor | None = None,
+    known: Tensor | None = None,
+    known_mask: Tensor | None = None,
     out: Tensor | None = None,
     scores: Tensor | None = None,
     progress: Callable[[int], object] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Draw one grid of indices for each prefix.
+    """Sample one grid of indices for each prefix, a function of seed, image and token alone.
 
     Args:
         model: in eval mode.
-        prefix: (N,) class of each image, or `model.config.no_class`; with a condition (N, p), see
+        prefix: (N,) class of each image, or `model.config.no_class`; with a condition (N, P), see
             `make_prefix`.
-        seed: of all choices, which are a function of it, the image's number and the token.
-        batch_size: images drawn at once.
-        size: (h, w) of the grids; default: what the model was trained on.
-        given: (N, h, w[, depth]) and
-        keep: (h, w), bool: indices that are taken over, and where.
-        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: with a window the
-            memory then does not depend on the height, if it lies on a disk.
-        scores: (N,), float32, on the CPU, takes in how likely the
-            given cells are, see `generate_rows`.
+        seed: of all random numbers.
+        batch_size: images sampled at once.
+        size: (h, w) of the grids; default: the trained size.
+        known: (N, h, w[, depth]), indices that are kept where
+        known_mask: (h, w), bool, is True.
+        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: as a memory map,
+            it makes the memory independent of the height, if there is a window.
+        scores: (N,), float32, on the CPU, see `generate_rows`.
         progress: called with the number of images after each batch.
-        options: position_extension, guidance and params of `Step`; compiled of `make_step`.
+        options: position_extension, guidance and params of `DecodeStep`; compiled of `make_step`.
 
     Returns:
         `out`; without it (N, h, w) or (N, h, w, depth), int64, on the CPU.
     """
-    config = model.config
-    size = size or config.latent_dim
-    device = model.head.weight.device
+    size, device = size or model.config.latent_dim, model.head.weight.device
     if out is None:
-        out = torch.empty(len(prefix), *config.grid_shape(size), dtype=torch.long)
-    keys = noise.keys(seed, torch.arange(len(prefix), device=device))
-    step: Step | None = None
+        out = torch.empty(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
+    keys = random_keys(seed, torch.arange(len(prefix), device=device))
+    step: DecodeStep | None = None
     for start in range(0, len(prefix), batch_size):
-        part = slice(start, start + batch_size)
-        count = len(prefix[part])
+        batch = slice(start, start + batch_size)
+        count = len(prefix[batch])
         if step is None or step.batch_size != count:
             step = None  # first, so that there are never two caches
             step = make_step(model, count, size=size, **options)
         sums = torch.zeros(count, device=device)
         rows = generate_rows(
-            *(step, prefix[part].to(device), keys[part]),
-            given=None if given is None else given[part].to(device),
-            keep=keep,
+            *(step, prefix[batch].to(device), keys[batch]),
+            known=None if known is None else known[batch].to(device),
+            known_mask=known_mask,
             scores=None if scores is None else sums,
         )
         for number, row in enumerate(rows):
-            out[part, number] = row.to("cpu", out.dtype)
+            out[batch, number] = row.to("cpu", out.dtype)
         if scores is not None:
-            scores[part] = sums.cpu()
+            scores[batch] = sums.cpu()
         if progress is not None:
             progress(count)
     return out
+
+
+def later_known_mask(known_mask: Tensor) -> Tensor:
+    """The known positions that come after a sampled one, (h, w), bool."""
+    sampled_before = (~known_mask).flatten().cumsum(dim=0).view(known_mask.shape) > 0
+    return known_mask & sampled_before
+
+
+def complete(
+    model: GPT,
+    prefix: Tensor,
+    known: Tensor,
+    known_mask: Tensor,
+    *,
+    candidates: int = 1,
+    **options: Any,
+) -> Tensor:
+    """Sample the positions that are not known.
+
+    In raster order a position is sampled without regard to the known ones behind it. So several
+    candidates are sampled, and that one is kept under which the known tokens behind sampled ones
+    are most likely, without guidance and filters: the mode of self-normalised importance sampling
+    with the samples as proposals.
+
+    Args:
+        model: in eval mode.
+        prefix: (N,) or (N, P), see `generate`.
+        known: (N, h, w) or (N, h, w, depth); indices that are sampled may have any value.
+        known_mask: (h, w), bool.
+        candidates: samples per image; no effect where all known positions come first.
+        options: see `generate`.
+
+    Returns:
+        Like `known`, int64, on the CPU.
+    """
+    candidates = candidates if later_known_mask(known_mask).any() else 1
+    prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, known))
+    scores = torch.zeros(len(prefixes))
+    sampled = generate(
+        *(model, prefixes),
+        known=grids,
+        known_mask=known_mask,
+        size=tuple(known_mask.shape),
+        scores=scores,
+        **options,
+    )
+    best = scores.view(-1, candidates).argmax(dim=1)
+    return sampled[best + torch.arange(len(prefix)) * candidates]

@@ -1,0 +1,168 @@
+"""Positions in the latent grid: 2-D rotary embeddings, and grids larger than the trained one."""
+
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+
+class PositionExtension(StrEnum):
+    """Positions in grids that are larger than the trained one."""
+
+    SLIDE = "slide"  # the prefix is rotated as for a crop of the trained size around the position
+    EXTRAPOLATE = "extrapolate"  # positions continue beyond the trained range
+    INTERPOLATE = "interpolate"  # positions are compressed into the trained range
+
+
+def rotary_cos_sin(
+    coordinates: Tensor, head_dim: int, base: float = 10000.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of a 2-D rotary embedding (RoPE, arXiv 2104.09864).
+
+    The first half of the angles depends on the row, the second half on the column.
+
+    Args:
+        coordinates: (..., 2), row and column; 0, 0 is not rotated.
+        head_dim: a multiple of 4.
+
+    Returns:
+        Two tensors (..., head_dim / 2), float32.
+    """
+    quarter = head_dim // 4
+    frequencies = base ** (-torch.arange(quarter, device=coordinates.device) / quarter)
+    angles = (coordinates[..., None] * frequencies).flatten(-2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x[..., i], x[..., i + head_dim / 2]) by its angle.
+
+    Args:
+        x: (..., T, head_dim).
+        cos, sin: (T, head_dim / 2), or of a shape that broadcasts to half of x.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class GridPositions:
+    """Positions (row, column, depth) of a grid, and their meaning to a model trained on another.
+
+    Attributes:
+        size: rows and columns (h, w) of the grid.
+        trained: rows and columns that the model was trained on.
+        depth: tokens per latent position.
+        extension: how positions are mapped where `size` is larger than `trained`.
+    """
+
+    def __init__(
+        self,
+        size: tuple[int, int],
+        trained: tuple[int, int],
+        depth: int = 1,
+        extension: PositionExtension = PositionExtension.SLIDE,
+    ) -> None:
+        self.size, self.trained, self.depth, self.extension = size, trained, depth, extension
+        compress = extension == PositionExtension.INTERPOLATE
+        self.scale = tuple(
+            t / s if compress and s > t else 1.0 for s, t in zip(size, trained, strict=True)
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """h * w * depth."""
+        return self.size[0] * self.size[1] * self.depth
+
+    def at(self, tokens: Tensor) -> Tensor:
+        """Raster numbers of tokens (...), depth innermost -> their positions (..., 3), int64."""
+        latent, width = tokens // self.depth, self.size[1]
+        return torch.stack([latent // width, latent % width, tokens % self.depth], dim=-1)
+
+    def raster(self, device: torch.device | None = None) -> Tensor:
+        """Positions of all tokens in raster order, (h * w * depth, 3)."""
+        return self.at(torch.arange(self.num_tokens, device=device))
+
+    def numbers(self, positions: Tensor) -> Tensor:
+        """The inverse of `at`: (..., 3) -> (...)."""
+        row, column, depth = positions.unbind(dim=-1)
+        return (row * self.size[1] + column) * self.depth + depth
+
+    def next(self, positions: Tensor) -> Tensor:
+        """Positions (..., 3) of the tokens that follow in raster order, (..., 3)."""
+        return self.at(self.numbers(positions) + 1)
+
+    def coordinates(self, positions: Tensor) -> Tensor:
+        """Rotary coordinates of positions (..., 3): (..., 2), float32.
+
+        They count from 1; the class is at (0, 0). A compressed position keeps its centre.
+        """
+        row, column = positions[..., 0], positions[..., 1]
+        vertical, horizontal = self.scale
+        return torch.stack(
+            [(row + 0.5) * vertical + 0.5, (column + 0.5) * horizontal + 0.5], dim=-1
+        )
+
+    def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
+        """Rotary coordinates of another grid laid over this one, (its h * w, 2), float32.
+
+        The same place of the picture has the same coordinates in both, whatever their sizes.
+        """
+        rows, columns = (
+            (torch.arange(count, device=device) + 0.5) * (own / count) + 0.5
+            for count, own in zip(size, self.size, strict=True)
+        )
+        return torch.cartesian_prod(rows, columns)
+
+    def trained_positions(self, positions: Tensor) -> Tensor:
+        """Rows and columns (..., 2) in the trained grid that positions (..., 2 or 3) stand for.
+
+        A crop of the trained size slides along the grid, centred on the position as far as the
+        borders allow; the result is the position within that crop.
+        """
+        inside = [
+            x
+            if size <= trained
+            else torch.where(x < trained // 2, x, (x + (trained - size)).clamp(min=trained // 2))
+            for x, size, trained in zip(
+                positions[..., :2].unbind(dim=-1), self.size, self.trained, strict=True
+            )
+        ]
+        return torch.stack(inside, dim=-1)
+
+    def embedding_rows(self, positions: Tensor) -> Tensor:
+        """Rows (...) of a table with one embedding per position of the trained grid."""
+        row, column = self.trained_positions(positions).unbind(dim=-1)
+        # Beyond the last token nothing follows; any row will do.
+        return (row * self.trained[1] + column).clamp(max=self.trained[0] * self.trained[1] - 1)
+
+    def offsets(self, positions: Tensor) -> Tensor:
+        """Distances (..., 2) of positions from the ones in the trained grid that they stand for.
+
+        A prefix rotated by this distance looks to a position as it did in training, because the
+        product of a rotated query and a rotated key depends on their distance alone.
+        """
+        return positions[..., :2] - self.trained_positions(positions)
+
+
+def random_order_probability(anneal: tuple[float, float], progress: float) -> float:
+    """Probability of a random order after a fraction `progress` of the training (RAR, 2411.00776).
+
+    1 up to the first number of `anneal`, 0 from the second on, linear in between (section 3.2).
+    """
+    start, end = anneal
+    if progress < start:
+        return 1.0
+    return max(0.0, (end - progress) / (end - start)) if end > start else 0.0
+
+
+def sample_permutations(
+    indices: Tensor, probability: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Orders (B, h * w) for grids (B, h, w[, depth]): each random with this probability, or raster.
+
+    An order permutes latent positions; the tokens of a position stay together.
+    """
+    count, positions = len(indices), indices.shape[1] * indices.shape[2]
+    shuffled = torch.rand(count, positions, generator=generator).argsort(dim=1)
+    is_random = torch.rand(count, 1, generator=generator) < probability
+    return torch.where(is_random, shuffled, torch.arange(positions)).to(indices.device)
