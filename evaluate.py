@@ -244,7 +244,7 @@ def evaluate_likelihood(flags: argparse.Namespace) -> None:
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
 
     def nats_per_token(given: Tensor, images: Tensor) -> Tensor:
-        return gpt.model(given, tokenizer.model.encode(images), loss=True)
+        return gpt.model.loss(given, tokenizer.model.encode(images))
 
     def evaluate() -> Record:
         bits = report.bits_of_images(nats_per_token, dataset, prefix, device, flags.batch_size)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from transformer import (
     GPT,
+    FlexAttention,
     GPTConfig,
     drop_conditioning,
-    flex_attend_on,
     generate,
     make_prefix,
     random_order_probability,
@@ -50,13 +50,14 @@ NO_BETTER_WARNING = (
 
 
 def train_step(
-    forward: nn.Module, batch: Sequence[Tensor], precision: str, accumulate: int
+    model: GPT, forward: nn.Module, batch: Sequence[Tensor], precision: str, accumulate: int
 ) -> Tensor:
-    """Add the gradients of one batch, which `GPT.forward` takes: its bits per token."""
+    """Add the gradients of one batch, (prefix, indices and perhaps orders): its bits per token."""
     bits = torch.zeros((), device=batch[0].device)
-    for part in zip(*(x.chunk(accumulate) for x in batch), strict=True):
+    for prefix, indices, *order in zip(*(x.chunk(accumulate) for x in batch), strict=True):
+        tokens, positions = model.flatten(indices, *order)
         with distributed.autocast(bits.device, precision):
-            loss = forward(*part, loss=True).mean()
+            loss = model.head(forward(tokens, positions, prefix=prefix)[:, :-1], tokens).mean()
         (loss / accumulate).backward()
         bits += loss.detach() / accumulate / math.log(2)
     return bits
@@ -76,7 +77,7 @@ def evaluate(
     total = torch.zeros(height * width * model.config.depth + 1, dtype=torch.float64)
     for prefix, indices in batches:
         with distributed.autocast(indices.device, precision):
-            nats = model(prefix, indices, loss=True)
+            nats = model.loss(prefix, indices)
         total[:-1] += nats.sum(dim=0).cpu()
         total[-1] += len(indices)
     model.train()
@@ -199,17 +200,18 @@ def main(arguments: argparse.Namespace) -> None:
         )
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
-    model = GPT(model_config).to(group.device)
+    model_config, attention = model_config.resolve_defaults(), {}
     if arguments.flex_attention:
         if group.device.type != "cuda":
             raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
-        model.attend = flex_attend_on(
+        attention["attend"] = FlexAttention(
             group.device,
             grid=model_config.latent_dim,
             window=model_config.window_size,
             prefix=model_config.prefix_length,
             depth=model_config.depth,
         )
+    model = GPT(model_config, **attention).to(group.device)
     for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     average = WeightAverage(model, config.ema_decay)
@@ -221,6 +223,7 @@ def main(arguments: argparse.Namespace) -> None:
     state.restore(resumed)
     if config.compile:
         model.compile()
+        model.head.compile()
     forward = group.wrap(model)
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
@@ -274,11 +277,11 @@ def main(arguments: argparse.Namespace) -> None:
             averages.restart()
         for prefix, grid in schedule.batches(data.train_rows, progress, group, load):
             # Now and then an image is shown without what is known of it, for drawing without.
-            batch = [drop_conditioning(prefix, model_config), grid]
+            batch = [drop_conditioning(prefix, model_config, torch.default_generator), grid]
             if model_config.order_anneal is not None:
-                batch.append(sample_permutations(grid, shuffled_share()))
+                batch.append(sample_permutations(grid, shuffled_share(), torch.default_generator))
             learning_rate = schedule.learning_rate(progress.step)
-            bits = train_step(forward, batch, precision, config.accumulate)
+            bits = train_step(model, forward, batch, precision, config.accumulate)
             values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
             progress.step += 1
             if guard.step(optimizers, values, learning_rate, schedule.rows):

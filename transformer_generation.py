@@ -18,10 +18,10 @@ from transformer import (
     SamplingParams,
     complete,
     generate,
+    later_known_mask,
     make_prefix,
 )
-from transformer.completion import later_known_mask
-from transformer.distribution import SCHEDULES
+from transformer.sampling import SCHEDULES
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.conditions import Condition, take_conditions, write_conditions
 from utils.data.given import Given, read_given
@@ -162,7 +162,7 @@ def main(arguments: argparse.Namespace) -> None:
     params = cli.read_flags(SamplingParams, arguments)
     gpt = checkpoint.load_model(addresses.fetch(arguments.model_path), GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
-        gpt.model.cast(torch.bfloat16)
+        gpt.model.to(torch.bfloat16)
     vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(gpt.model.config, gpt.folder)
     check_guidance(arguments, gpt.model.config)
@@ -189,7 +189,7 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         labels, size = given.labels, tuple(given.keep.shape)
     cli.build(
-        gpt.model.sequence.places, size, PositionExtension(arguments.position_extension)
+        gpt.model.grid_positions, size, PositionExtension(arguments.position_extension)
     )  # or it cannot be drawn
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
@@ -240,7 +240,7 @@ def main(arguments: argparse.Namespace) -> None:
                 draw(size=size, out=indices)
             else:
                 completed = draw(
-                    given=given.grids, keep=given.keep, candidates=arguments.candidates
+                    known=given.grids, known_mask=given.keep, candidates=arguments.candidates
                 )
                 indices.copy_(completed)
                 if tokenizer is not None:

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from transformer.attention import attend, window_mask
-from transformer.flex import flex_attend
+from transformer.attention import FlexAttention, attend, visible_mask
 from utils import cli
 
 HEAD_DIM = 64
@@ -36,8 +35,9 @@ def measure(way: str, side: int, flags: argparse.Namespace) -> dict[str, float]:
     def run(side: int, mask: torch.Tensor | None) -> None:
         x = [x[:, :, : 1 + side * side] for x in (q, k, v)]
         if way in ("window", "flex"):
-            windowed = attend if way == "window" else flex_attend
-            y = windowed(*x, grid=(side, side), window=flags.window, prefix=1)
+            shape = {"grid": (side, side), "window": flags.window, "prefix": 1, "depth": 1}
+            windowed = attend if way == "window" else FlexAttention(device, **shape)
+            y = windowed(*x, **shape)
         else:
             y = F.scaled_dot_product_attention(*x, attn_mask=mask, is_causal=mask is None)
         y.backward(weights[:, :, : y.shape[2]])
@@ -76,7 +76,7 @@ def dense_mask(side: int, window: int, device: torch.device) -> torch.Tensor:
     positions = torch.arange(1 + side * side, device=device)
     mask = torch.empty(len(positions), len(positions), dtype=torch.bool, device=device)
     for rows, part in zip(mask.split(512), positions.split(512), strict=True):
-        rows[:] = window_mask(part, positions, width=side, window=window, prefix=1)
+        rows[:] = visible_mask(part, positions, width=side, window=window, prefix=1)
     return mask
 
 

@@ -1,4 +1,4 @@
-"""The GPT beside its peers: drawing against a loop without a cache, training against GPT-2.
+"""The GPT beside its peers: sampling against a loop without a cache, training against GPT-2.
 
 Rounds of all ways alternate, so that a busy machine slows all of them alike.
 """
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import record
-from transformer import GPT, GPTConfig, generate, noise
-from transformer.distribution import draw, probabilities
+from transformer import GPT, GPTConfig, generate
+from transformer.sampling import probabilities, random_keys, sample_from_probs, uniform
 from utils import cli, distributed
 
 GRID, CODES = (7, 7), 512  # as on MNIST
@@ -35,17 +35,16 @@ def medians(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
 
 
 @torch.no_grad()
-def draw_without_cache(model: GPT, prefix: Tensor) -> Tensor:
-    """Every cell by a whole pass over all tokens before it, as minGPT's `generate` does."""
-    attend = partial(F.scaled_dot_product_attention, is_causal=True)
-    keys = noise.keys(0, torch.arange(len(prefix)))
-    x, drawn = model.prefix_embedding(prefix)[:, None], []
-    for cell in range(TOKENS):
-        turn = model.cos[: cell + 1], model.sin[: cell + 1]
-        logits = model.head.at(0, model.run_blocks(x, turn, lambda layer: attend)[:, -1])
-        drawn.append(draw(probabilities(logits), noise.uniform(keys, cell)))
-        x = torch.cat([x, model.token_embedding(drawn[-1])[:, None]], dim=1)
-    return torch.stack(drawn, dim=1).view(-1, *GRID)
+def sample_without_cache(model: GPT, prefix: Tensor) -> Tensor:
+    """Every token by a forward over all tokens before it, as minGPT's `generate` does."""
+    keys, positions = random_keys(0, torch.arange(len(prefix))), model.grid.raster()
+    tokens = torch.empty(len(prefix), 0, dtype=torch.long)
+    for number in range(TOKENS):
+        hidden = model(tokens, positions[:number], prefix=prefix)[:, -1]
+        probs = probabilities(model.head(hidden))
+        sampled = sample_from_probs(probs, uniform(keys, number))
+        tokens = torch.cat([tokens, sampled[:, None]], dim=1)
+    return tokens.view(-1, *GRID)
 
 
 def make_gpt() -> GPT:
@@ -77,9 +76,9 @@ def make_gpt2(config: GPTConfig) -> nn.Module:
     return GPT2LMHeadModel(shape)
 
 
-def our_loss(model: nn.Module, prefix: Tensor, indices: Tensor) -> Tensor:
+def our_loss(model: GPT, prefix: Tensor, indices: Tensor) -> Tensor:
     """Mean cross-entropy of all indices."""
-    return model(prefix, indices, loss=True).mean()
+    return model.loss(prefix, indices).mean()
 
 
 def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -114,16 +113,16 @@ def cache_memory(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
 
 
 def sampling(flags: argparse.Namespace) -> dict[str, float]:
-    """Seconds of drawing one batch, with the cache and without one."""
+    """Seconds of sampling one batch, with the cache and without one."""
     model, count = make_gpt().eval(), flags.batch_size
     prefix = torch.arange(count) % 10
     cached = generate(model, prefix, batch_size=count)
-    same = float((cached == draw_without_cache(model, prefix)).all(dim=(1, 2)).float().mean())
+    same = float((cached == sample_without_cache(model, prefix)).all(dim=(1, 2)).float().mean())
     ways = {
         "with the cache": lambda: generate(model, prefix, batch_size=count),
-        "without a cache": lambda: draw_without_cache(model, prefix),
+        "without a cache": lambda: sample_without_cache(model, prefix),
     }
-    print(f"\ndrawing {count} grids of 7x7 ({100 * same:.1f} % of the grids are the same)\n")
+    print(f"\nsampling {count} grids of 7x7 ({100 * same:.1f} % of the grids are the same)\n")
     return table(medians(ways, flags.rounds), count)
 
 
@@ -136,19 +135,21 @@ def training(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
     tokens = torch.cat([prefix[:, None] + CODES, indices.flatten(1)], dim=1)
     optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in (ours, theirs)]
     sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs)]
-    models = {"ours": ours, "GPT-2 of transformers": theirs}
+    ways = {
+        "ours": (our_loss, ours, prefix, indices),
+        "GPT-2 of transformers": (gpt2_loss, theirs, tokens),
+    }
     if flags.compile:
-        models |= {f"{name}, compiled": torch.compile(model) for name, model in models.items()}
+        ways |= {f"{name}, compiled": (torch.compile(x[0]), *x[1:]) for name, x in ways.items()}
     results = {}
     for precision in flags.precisions:
-        ways = {}
-        for number, (name, model) in enumerate(models.items()):
-            losses = (partial(our_loss, model, prefix, indices), partial(gpt2_loss, model, tokens))
-            which = number % 2
-            ways[name] = partial(train_step, optimizers[which], losses[which], precision)
+        steps = {
+            name: partial(train_step, optimizers[number % 2], partial(*loss), precision)
+            for number, (name, loss) in enumerate(ways.items())
+        }
         weights = " and ".join(f"{size:.2f}" for size in sizes)
         print(f"\ntraining in {precision}, batches of {count}, {weights} M weights\n")
-        results[precision] = table(medians(ways, flags.rounds), count)
+        results[precision] = table(medians(steps, flags.rounds), count)
     return results
 
 

@@ -65,6 +65,7 @@ def training(flags: argparse.Namespace) -> dict[str, float]:
     tokens = torch.cat([prefix[:, None] + flags.codebook_size, indices.flatten(1)], dim=1)
     if flags.compile:
         ours.compile()
+        ours.head.compile()
         theirs.compile()
 
     def speed(model: torch.nn.Module, loss: Callable[[], Tensor]) -> float:
@@ -73,7 +74,7 @@ def training(flags: argparse.Namespace) -> dict[str, float]:
         return count * side * side / step
 
     results = {
-        "tokens_per_second": speed(ours, lambda: ours(prefix, indices, loss=True).mean()),
+        "tokens_per_second": speed(ours, lambda: ours.loss(prefix, indices).mean()),
         "gpt2_tokens_per_second": speed(theirs, lambda: gpt2_loss(theirs, tokens)),
     }
     own = results["tokens_per_second"]
@@ -89,7 +90,7 @@ def drawing(flags: argparse.Namespace, side: int, count: int, scale: float) -> d
     What a step must read: all weights but the embeddings, and keys and values of the cells before.
     All that `generate` does counts: the step and its draw, which are one graph if compiled.
     """
-    model = GPT(make_config(flags, side)).to(flags.device).cast(torch.bfloat16).eval()
+    model = GPT(make_config(flags, side)).to(flags.device).to(torch.bfloat16).eval()
     prefix = torch.arange(count) % CLASSES
     options = {"batch_size": count, "guidance": Guidance(scale), "compiled": flags.compile}
     step = seconds_of(lambda: generate(model, prefix, **options), flags) / side**2

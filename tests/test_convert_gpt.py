@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
+from tests.test_kv_cache import step_by_step
 from transformer import GPT, convert
 from transformer.convert import from_llamagen
 from utils import cli
@@ -113,14 +114,11 @@ def test_llamagen_logits_are_the_same(
     indices = torch.randint(CODES, (3, *grid), generator=torch.Generator().manual_seed(1))
     classes = torch.tensor([0, 3, CLASSES])
     with torch.no_grad():
-        logits = model(classes, indices)
-        cache, tokens, steps = model.make_cache(3), classes, []
-        for cell in range(16):
-            steps.append(model.step(tokens, cell, cache))
-            tokens = indices.flatten(1)[:, cell]
+        logits = model.logits(classes, indices)
+    steps = step_by_step(model, classes, indices, model.make_cache(3))
     expected = reference(weights, classes, indices, kv_heads)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(torch.stack(steps, dim=1), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(steps, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_llamagen_weights_that_do_not_fit_are_refused() -> None:

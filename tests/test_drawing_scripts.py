@@ -231,9 +231,10 @@ def test_bfloat16_draws_with_positions_of_full_precision(models: Path) -> None:
     )
     assert drawn(Path("coarse")).shape == (2, *GRID)
     model = GPT(GPTConfig(CODES, latent_dim=GRID, num_layers=1, num_heads=2, dim=16))
-    angles = model.cos.clone()
-    assert model.cast(torch.bfloat16).head.weight.dtype == torch.bfloat16
-    assert torch.equal(model.cos, angles)
+    model.to(torch.bfloat16)
+    positions = model.grid.coordinates(model.grid.raster())
+    cos, _ = model._rotary(model.grid, model.grid.raster(), begins=False)
+    assert positions.dtype == cos.dtype == torch.float32
     assert model.make_cache(1).keys[0].dtype == torch.bfloat16
 
 
@@ -291,12 +292,12 @@ def test_likelihood_ranks_all_images(models: Path) -> None:
 
 
 def test_named_sizes_fill_in_what_is_not_given() -> None:
-    config = GPTConfig(codebook_size=8, size="L")
+    config = GPTConfig(codebook_size=8, size="L").resolve_defaults()
     shape = (config.num_layers, config.dim, config.num_heads, config.hidden_dim)
     assert shape == (24, 1024, 16, 2816)
-    assert GPTConfig(codebook_size=8, size="B", num_layers=2).num_layers == 2
-    assert GPTConfig(**asdict(config)) == config
-    assert GPTConfig(codebook_size=8, dim=128).hidden_dim == 384
-    assert GPTConfig(codebook_size=8, num_kv_heads=2).num_kv_heads == 2
+    few = GPTConfig(codebook_size=8, size="B", num_layers=2, num_kv_heads=2).resolve_defaults()
+    assert (few.num_layers, few.num_kv_heads, few.dim) == (2, 2, 768)
+    assert GPTConfig(**asdict(config)) == config == config.resolve_defaults()
+    assert GPTConfig(codebook_size=8, dim=128).resolve_defaults().hidden_dim == 384
     with pytest.raises(ValueError, match="num_kv_heads"):
         GPTConfig(codebook_size=8, num_kv_heads=3)

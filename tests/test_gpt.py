@@ -1,13 +1,33 @@
 """The GPT: causality, the window through one layer, the cache, initialisation, learning."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer import GPT, GPTConfig
-from transformer.positions import Places, PositionExtension, rotate
+from tests.test_kv_cache import CODES, CONDITIONS, make_model, some_input, step_by_step
+from tests.test_sampling import log_likelihood
+from transformer import (
+    GPT,
+    GPTConfig,
+    Guidance,
+    PositionExtension,
+    SamplingParams,
+    complete,
+    drop_conditioning,
+    generate,
+    later_known_mask,
+    make_prefix,
+    null_prefix,
+    random_order_probability,
+    sample_permutations,
+)
+from transformer.rope import GridPositions, rotary_cos_sin, rotate
+from utils.data.given import keep_side
 
 GRID = (6, 7)
 VARIANTS = [
@@ -42,10 +62,10 @@ def some_indices(batch: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
 def test_the_future_changes_nothing(variant: dict) -> None:
     model = make_gpt(**variant)
     prefix, indices = some_indices()
-    before = model(prefix, indices)
+    before = model.logits(prefix, indices)
     cell = 20
     indices.flatten(1)[:, cell] = (indices.flatten(1)[:, cell] + 1) % 11
-    after = model(prefix, indices)
+    after = model.logits(prefix, indices)
     torch.testing.assert_close(after[:, : cell + 1], before[:, : cell + 1])
     assert (after[:, cell + 1] != before[:, cell + 1]).any()
 
@@ -54,23 +74,23 @@ def test_one_layer_sees_its_window_and_the_prefix() -> None:
     window = 2
     model = make_gpt(num_layers=1, window_size=window)
     prefix, indices = some_indices()
-    before = model(prefix, indices)
+    before = model.logits(prefix, indices)
     row, column = 2, 3
     indices[:, row, column] = (indices[:, row, column] + 1) % 11
-    changed = (model(prefix, indices) - before).abs().amax(dim=(0, 2)) > 1e-5
+    changed = (model.logits(prefix, indices) - before).abs().amax(dim=(0, 2)) > 1e-5
     expected = torch.zeros(GRID, dtype=torch.bool).flatten()
     for i in range(row, row + window):
         for j in range(column - window + 1, column + window):
             if (i, j) >= (row, column):
                 expected[i * GRID[1] + j + 1] = True  # what a cell sees shows in the next one
     assert changed.equal(expected)
-    assert ((model((prefix + 1) % 4, indices) - before).abs().amax(dim=(0, 2)) > 1e-5).all()
+    assert ((model.logits((prefix + 1) % 4, indices) - before).abs().amax(dim=(0, 2)) > 1e-5).all()
 
 
 def test_the_first_loss_is_that_of_a_guess() -> None:
     model = GPT(GPTConfig(codebook_size=11, latent_dim=GRID, dim=32))
     prefix, indices = some_indices()
-    loss = F.cross_entropy(model(prefix * 0, indices).flatten(0, 1), indices.flatten())
+    loss = F.cross_entropy(model.logits(prefix * 0, indices).flatten(0, 1), indices.flatten())
     assert loss.item() == pytest.approx(math.log(11), rel=1e-6)
 
 
@@ -84,21 +104,19 @@ def test_residual_branches_start_smaller_in_deeper_models() -> None:
 
 
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
-    """<R_a q, R_b k> is a function of the difference of the two cells, in rows and columns."""
-    height, width, dim = 6, 8, 16
-    cos, sin = Places((height, width), (height, width), dim, PositionExtension.SLIDE).cells(
-        0, height
-    )
-    q, k = torch.randn(2, dim)
+    """<R_a q, R_b k> is a function of the difference of two positions, in rows and columns."""
+    q, k = torch.randn(2, 16)
 
     def score(a: tuple[int, int], b: tuple[int, int]) -> float:
-        x, y = a[0] * width + a[1], b[0] * width + b[1]
-        return float(rotate(q, cos[x], sin[x]) @ rotate(k, cos[y], sin[y]))
+        cos, sin = rotary_cos_sin(
+            GridPositions((6, 8), (6, 8)).coordinates(torch.tensor([a, b])), 16
+        )
+        return float(rotate(q, cos[0], sin[0]) @ rotate(k, cos[1], sin[1]))
 
     assert score((1, 2), (3, 5)) == pytest.approx(score((2, 4), (4, 7)), abs=1e-4)
     assert score((1, 2), (3, 5)) != pytest.approx(score((1, 2), (5, 3)), abs=1e-2)
-    model = make_gpt()
-    assert rotate(q, model.cos[0, :1], model.sin[0, :1]).equal(q)  # the prefix is nowhere
+    cos, sin = rotary_cos_sin(torch.zeros(1, 2), 16)  # of the class
+    assert rotate(q, cos[0], sin[0]).equal(q)
 
 
 def test_it_learns_a_rule_of_rows_and_columns() -> None:
@@ -111,7 +129,7 @@ def test_it_learns_a_rule_of_rows_and_columns() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(150):
         indices = torch.randint(0, 8, (32, 1, 4)).expand(-1, *grid)
-        logits = model(torch.zeros(32, dtype=torch.long), indices)
+        logits = model.logits(torch.zeros(32, dtype=torch.long), indices)
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -137,4 +155,315 @@ def test_values_out_of_range_are_refused(wrong: dict) -> None:
 
 def test_another_grid_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(6, 7\), got \(7, 6\)"):
-        make_gpt()(torch.zeros(1, dtype=torch.long), torch.zeros(1, 7, 6, dtype=torch.long))
+        make_gpt().logits(torch.zeros(1, dtype=torch.long), torch.zeros(1, 7, 6, dtype=torch.long))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most numbers that any tensor made under it holds."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, Tensor):
+                self.numbers = max(self.numbers, value.numel())
+        return result
+
+
+def test_the_loss_in_parts_is_the_whole_one_and_logits_never_stand_whole() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(16_384, latent_dim=(16, 16), num_layers=1, num_heads=1, dim=16))
+    model.eval()
+    torch.nn.init.normal_(model.head.weight, std=0.1)
+    prefix = torch.zeros(24, dtype=torch.long)
+    indices = torch.randint(16_384, (24, 16, 16))
+    logits = model.logits(prefix, indices)
+    expected = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
+    weights = torch.rand_like(expected)
+    wanted = torch.autograd.grad((expected * weights).sum(), list(model.parameters()))
+    with Largest() as largest:
+        nats = model.loss(prefix, indices)
+        gradients = torch.autograd.grad((nats.flatten() * weights).sum(), list(model.parameters()))
+    torch.testing.assert_close(nats.flatten(), expected)
+    torch.testing.assert_close(gradients, wanted, rtol=1e-4, atol=1e-4)
+    assert largest.numbers < 0.6 * logits.numel()
+
+
+# --- conditions ----------------------------------------------------------------------------------
+
+
+def test_a_prefix_is_the_class_and_the_cells_of_the_condition() -> None:
+    conditions = torch.arange(8, dtype=torch.uint8).view(2, 2, 2)
+    assert make_prefix(torch.tensor([1, 3]), conditions).tolist() == [
+        [1, 0, 1, 2, 3],
+        [3, 4, 5, 6, 7],
+    ]
+    model = make_model(prefix=5)
+    assert (
+        null_prefix(torch.ones(2, 5, dtype=torch.long), model.config).tolist()
+        == [[3, 7, 7, 7, 7]] * 2
+    )
+    assert null_prefix(torch.ones(2, dtype=torch.long), model.config).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="a class and 4 indices of a condition, got 0"):
+        model.logits(torch.tensor([0]), torch.zeros(1, 4, 4, dtype=torch.long))
+
+
+def test_every_cell_of_the_condition_changes_every_logit() -> None:
+    model = make_model(prefix=5, window=1)
+    prefix, indices = some_input(model)
+    before = model.logits(prefix, indices)
+    for cell in range(1, 5):
+        other = prefix.clone()
+        other[:, cell] = (other[:, cell] + 1) % CONDITIONS
+        assert (model.logits(other, indices) != before).any(dim=2).all()
+
+
+def test_a_condition_lies_over_the_image() -> None:
+    """A cell of it and the image's cell at the same place are turned alike, at any two sizes."""
+    same = GridPositions((4, 6), (4, 6))
+    image = same.coordinates(same.raster())
+    torch.testing.assert_close(same.aligned_positions((4, 6), image.device), image)
+    wide = GridPositions((3, 9), (3, 9))
+    image = wide.coordinates(wide.raster()).view(3, 9, 2)
+    # The middle row; the middle of every three columns.
+    torch.testing.assert_close(wide.aligned_positions((1, 3), image.device), image[1, 1::3])
+
+
+@pytest.mark.parametrize(
+    ("shares", "together"),
+    [
+        ((0.1, 0.1), 0.05),
+        ((0.2, 0.1), 0.05),  # the condition was never hidden alone
+        ((0.1, 0.5), 0.05),
+        ((0.1, 0.0), 0.0),
+        ((0.5, 0.9), 0.4),  # as much as there is too much
+    ],
+    ids=str,
+)
+def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) -> None:
+    config = make_model(prefix=5).config
+    config = replace(config, class_dropout=shares[0], condition_dropout=shares[1])
+    prefix = torch.ones(40_000, 5, dtype=torch.long)
+    torch.manual_seed(0)
+    hidden = drop_conditioning(prefix, config) != 1
+    no_class, no_condition = hidden[:, 0], hidden[:, 1:]
+    assert torch.equal(no_condition.any(dim=1), no_condition.all(dim=1))
+    for share, expected in (
+        (no_class, shares[0]),
+        (no_condition[:, 0], shares[1]),
+        (no_class & no_condition[:, 0], together),
+    ):
+        assert float(share.float().mean()) == pytest.approx(expected, abs=0.01)
+
+
+def test_guidance_of_0_is_the_model_that_was_told_nothing() -> None:
+    model = make_model(prefix=5)
+    prefix, _ = some_input(model)
+    nothing = generate(model, null_prefix(prefix, model.config))
+    assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), nothing)
+    assert not torch.equal(generate(model, prefix), nothing)
+
+
+def test_a_condition_is_bound_to_the_size_of_the_image() -> None:
+    model = make_model(prefix=5)
+    with pytest.raises(ValueError, match=r"own size \(4, 4\), got \(4, 8\)"):
+        generate(model, some_input(model)[0], size=(4, 8))
+
+
+def test_it_learns_what_the_condition_tells() -> None:
+    """Random grids that the condition names cell by cell in other words: all is known with it."""
+    torch.manual_seed(0)
+    grid, codes = (2, 3), 4
+    grids = {"latent_dim": grid, "condition_latent_dim": grid, "condition_codebook_size": codes}
+    shape = {"dim": 48, "num_heads": 2, "num_layers": 2, "dropout": 0.0}
+    model = GPT(GPTConfig(codebook_size=codes, **grids, **shape))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(150):
+        indices = torch.randint(codes, (64, *grid))
+        prefix = make_prefix(torch.zeros(64, dtype=torch.long), codes - 1 - indices)
+        loss = model.loss(drop_conditioning(prefix, model.config), indices).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    told = model.loss(prefix, indices).mean()
+    not_told = model.loss(null_prefix(prefix, model.config), indices).mean()
+    assert told.item() < 0.7 * math.log(codes)
+    assert not_told.item() == pytest.approx(math.log(codes), rel=0.15)
+
+
+# --- residual codes ------------------------------------------------------------------------------
+
+
+def test_a_code_changes_only_what_comes_after_it() -> None:
+    """Within a cell the earlier depths are known, the later ones are not."""
+    model = make_model((3, 4), depth=3)
+    prefix, indices = some_input(model)
+    before = model.logits(prefix, indices)
+    assert before.shape == (3, 36, CODES)
+    for token in (0, 7, 17, 34):
+        other = indices.clone().flatten(1)
+        other[:, token] = (other[:, token] + 1) % CODES
+        changed = (model.logits(prefix, other.view_as(indices)) != before).any(dim=2)
+        assert not changed[:, : token + 1].any()
+        assert changed[:, token + 1 :].all()
+
+
+def test_the_window_counts_cells() -> None:
+    grid, depth, window = (5, 6), 2, 2
+    model = make_model(grid, depth=depth, window=window, num_layers=1)
+    prefix, indices = some_input(model)
+    before = model.logits(prefix, indices)
+    row, column = 2, 3
+    indices[:, row, column, 1] = (indices[:, row, column, 1] + 1) % CODES
+    changed = ((model.logits(prefix, indices) - before).abs() > 1e-9).any(dim=2).any(dim=0)
+    expected = torch.zeros(1 + 60, dtype=torch.bool)
+    for i in range(row, row + window):
+        for j in range(column - window + 1, column + window):
+            for d in range(depth):
+                if (i, j, d) >= (row, column, 1):
+                    expected[(i * 6 + j) * depth + d + 1] = True  # shows in the next token
+    assert changed.equal(expected[:-1])
+
+
+def test_each_depth_has_words_of_its_own() -> None:
+    """Codes of one depth are never mixed up with those of another, in and out."""
+    model = make_model((2, 2), depth=2)
+    prefix, indices = some_input(model)
+    before = model.logits(prefix, indices)
+    with torch.no_grad():
+        model.head.weight[CODES:] += 1
+    changed = (model.logits(prefix, indices) != before).any(dim=2)
+    assert changed.tolist() == [[False, True] * 4] * 3
+    with torch.no_grad():
+        model.token_embedding.weight[:CODES] += 1
+    assert (model.logits(prefix, indices)[:, 0] == before[:, 0]).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_loss_is_the_cross_entropy_also_in_parts(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model((3, 4), depth=depth)
+    prefix, indices = some_input(model)
+    logits = model.logits(prefix, indices)
+    expected = F.cross_entropy(logits.flatten(0, 1), indices.flatten(), reduction="none")
+    for most in (1 << 26, 100):
+        monkeypatch.setattr("transformer.gpt.MAX_LOGITS", most)
+        loss = model.loss(prefix, indices)
+        # the loss is taken in float32
+        torch.testing.assert_close(loss.flatten().double(), expected, rtol=1e-5, atol=1e-5)
+        gradient = torch.autograd.grad(loss.sum(), model.head.weight)[0]
+        wanted = torch.autograd.grad(expected.sum(), model.head.weight, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_completion_of_residual_codes_with_conditions() -> None:
+    model = make_model((4, 4), depth=2, prefix=5)
+    prefix, given = some_input(model, 4)
+    keep = keep_side("left:0.5", (4, 4))
+    one = complete(model, prefix, given, keep)
+    many = complete(model, prefix, given, keep, candidates=6, batch_size=5)
+    for drawn in (one, many):
+        assert drawn.shape == given.shape
+        assert torch.equal(drawn[:, keep], given[:, keep])
+    scores = [
+        log_likelihood(model, prefix, drawn, later_known_mask(keep)).sum() for drawn in (one, many)
+    ]
+    assert scores[1] > scores[0]
+
+
+# --- random order --------------------------------------------------------------------------------
+
+
+def test_the_share_of_random_orders_falls_from_1_to_0() -> None:
+    shares = [random_order_probability((0.5, 0.75), progress / 8) for progress in range(9)]
+    assert shares == [1, 1, 1, 1, 1, 0.5, 0, 0, 0]
+    assert [random_order_probability((0.0, 1.0), x) for x in (0.0, 0.25, 1.0)] == [1, 0.75, 0]
+    assert [random_order_probability((0.5, 0.5), x) for x in (0.4, 0.5)] == [1, 0]
+
+
+def test_orders_are_permutations_of_which_a_share_is_random() -> None:
+    torch.manual_seed(0)
+    orders = sample_permutations(torch.zeros(2000, 3, 3), 0.3)
+    raster = torch.arange(9)
+    assert torch.equal(orders.sort(dim=1).values, raster.expand(2000, -1))
+    assert float((orders != raster).any(dim=1).float().mean()) == pytest.approx(0.3, abs=0.04)
+    assert torch.equal(sample_permutations(torch.zeros(5, 3, 3, 2), 0.0), raster.expand(5, -1))
+    first = torch.bincount(sample_permutations(torch.zeros(9000, 3, 3), 1.0)[:, 0], minlength=9)
+    assert first.min() > 850
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: str) -> None:
+    """Logits of cell pi(t) depend on the cells pi(< t), on all of them, and on no other."""
+    model = make_model((3, 3), depth=depth, prefix=5, positions=positions, order_anneal=(0.5, 0.75))
+    prefix, indices = some_input(model)
+    torch.manual_seed(4)
+    order = sample_permutations(indices, 1.0)
+    before = model.logits(prefix, indices, order)
+    for cell in range(9):
+        other = indices.clone().flatten(1, 2)
+        other[:, cell] = (other[:, cell] + 1) % CODES
+        after = model.logits(prefix, other.view_as(indices), order)
+        changed = (after != before).any(dim=2).view(3, 9, depth)
+        for row in range(3):
+            place = order[row].tolist().index(cell)
+            assert not changed[row, :place].any()
+            assert not changed[row, place, 0]
+            assert changed[row, place + 1 :].all()
+
+
+def test_a_permuted_loss_is_that_of_the_permuted_cells() -> None:
+    model = make_model((3, 3), depth=2, order_anneal=(0.5, 0.75))
+    prefix, indices = some_input(model)
+    order = sample_permutations(indices, 1.0)
+    logits = model.logits(prefix, indices, order)
+    targets = torch.stack(
+        [grid.flatten(0, 1)[turn] for grid, turn in zip(indices, order, strict=True)]
+    )
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    loss = model.loss(prefix, indices, order)
+    torch.testing.assert_close(loss.flatten().double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_position_and_target_are_told_in_any_order() -> None:
+    """Without the target, who has seen the same cells could not know which one is asked for."""
+    model = make_model((2, 2), order_anneal=(0.5, 0.75))
+    prefix, indices = some_input(model, 1)
+    orders = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3]])
+    one, two = model.logits(prefix.repeat(2), indices.repeat(2, 1, 1), order=orders)
+    torch.testing.assert_close(one[0], two[0])
+    assert (one[1] - two[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_in_raster_order_it_draws_as_it_was_trained(depth: int, positions: str) -> None:
+    model = make_model((3, 4), depth=depth, prefix=5, positions=positions, order_anneal=(0.5, 0.75))
+    prefix, indices = some_input(model)
+    with torch.inference_mode():
+        whole = model.logits(prefix, indices)
+        raster = model.logits(prefix, indices, order=torch.arange(12).expand(3, -1))
+    torch.testing.assert_close(raster, whole)
+    cached = step_by_step(model, prefix, indices, model.make_cache(3))
+    torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
+    drawn = generate(model, prefix, params=SamplingParams(0))
+    assert torch.equal(model.logits(prefix, drawn).argmax(dim=2), drawn.flatten(1))
+
+
+def test_what_random_orders_do_not_go_with() -> None:
+    with pytest.raises(ValueError, match="order_anneal needs window_size 0, got 3"):
+        GPTConfig(8, window_size=3, order_anneal=(0.5, 0.75))
+    for wrong in ((0.8, 0.5), (-0.1, 0.5), (0.5, 1.1)):
+        with pytest.raises(ValueError, match="order_anneal must rise"):
+            GPTConfig(8, order_anneal=wrong)
+    model = make_model()
+    prefix, indices = some_input(model)
+    with pytest.raises(ValueError, match="only a GPT trained with order_anneal"):
+        model.logits(prefix, indices, order=sample_permutations(indices, 1.0))
+    model = make_model(order_anneal=(0.5, 0.75))
+    with pytest.raises(ValueError, match="neither be extrapolated"):
+        model.grid_positions((5, 5), PositionExtension.EXTRAPOLATE)

@@ -61,7 +61,7 @@ def fit_gpt(indices: Tensor) -> GPT:
     model = GPT(config)
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=4e-3), (0.9, 0.95))
     for batch in batches(indices, 200, 1):
-        model(torch.zeros(len(batch), dtype=torch.long), batch, loss=True).mean().backward()
+        model.loss(torch.zeros(len(batch), dtype=torch.long), batch).mean().backward()
         optimizer_step(optimizer, 4e-3, 1.0)
     return model.eval()
 
@@ -69,7 +69,7 @@ def fit_gpt(indices: Tensor) -> GPT:
 @torch.inference_mode()
 def bits(tokenizer: VQVAE, gpt: GPT, images: Tensor) -> Tensor:
     prefix = torch.full((len(images),), gpt.config.no_class)
-    return gpt(prefix, tokenizer.encode(images), loss=True).mean(dim=1)
+    return gpt.loss(prefix, tokenizer.encode(images)).mean(dim=1)
 
 
 def test_noise_and_inverted_images_are_found() -> None:

@@ -69,7 +69,7 @@ def test_it_learns_a_rule_of_rows() -> None:
     optimizer = make_optimizer(model, config, (0.9, 0.95), matrices(model))
     for _ in range(80):
         indices = torch.randint(0, 8, (32, 1, 4)).expand(-1, 5, 4)
-        logits = model(torch.zeros(32, dtype=torch.long), indices)
+        logits = model.logits(torch.zeros(32, dtype=torch.long), indices)
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())
         loss.backward()
         optimizer_step(optimizer, 1e-2, max_grad_norm=1.0)

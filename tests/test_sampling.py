@@ -1,14 +1,50 @@
-"""What is drawn: the distribution against a plain reference, and the same seed, the same images."""
+"""Sampling: filters, random numbers, the loop over tokens, known positions, captured graphs."""
 
+import gc
 import math
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
 from scipy import stats
+from torch import Tensor
 
-from tests.test_gpt import GRID, make_gpt
-from transformer import generate
-from transformer.distribution import Guidance, SamplingParams, draw, probabilities
+from tests import test_kv_cache
+from tests.test_kv_cache import at_once
+from transformer import (
+    GPT,
+    Guidance,
+    PositionExtension,
+    SamplingParams,
+    complete,
+    generate,
+    later_known_mask,
+    sampling,
+)
+from transformer.sampling import (
+    DecodeStep,
+    decode,
+    generate_rows,
+    make_step,
+    probabilities,
+    random_keys,
+    sample_from_probs,
+    uniform,
+)
+from utils.data.given import keep_side
+
+
+def make_model(grid: tuple[int, int] = (4, 6), window: int = 0, **options: object) -> GPT:
+    return test_kv_cache.make_model(grid, window=window, **options)
+
+
+def some_indices(grid: tuple[int, int], count: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.arange(count) % 4, torch.randint(11, (count, *grid), generator=generator)
+
+
+# --- filters ------------------------------------------------------------------------------------
 
 SETTINGS = [
     {},
@@ -57,7 +93,7 @@ def test_draws_follow_the_distribution(settings: dict) -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
     distribution = probabilities(logits, SamplingParams(**settings))
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(4))
-    drawn = draw(distribution.expand(50_000, -1), uniform)
+    drawn = sample_from_probs(distribution.expand(50_000, -1), uniform)
     counts = torch.bincount(drawn, minlength=12)
     possible = distribution > 0
     assert counts[~possible].sum() == 0
@@ -70,7 +106,9 @@ def test_draws_follow_the_distribution(settings: dict) -> None:
 def test_the_ends_of_the_unit_interval() -> None:
     distribution = torch.tensor([[0.0, 0.3, 0.0, 0.7, 0.0]]).expand(2, -1)
     nearly_one = torch.nextafter(torch.tensor(1.0), torch.tensor(0.0))
-    assert draw(distribution, torch.stack([torch.tensor(0.0), nearly_one])).tolist() == [1, 3]
+    assert sample_from_probs(
+        distribution, torch.stack([torch.tensor(0.0), nearly_one])
+    ).tolist() == [1, 3]
 
 
 @pytest.mark.parametrize(
@@ -111,19 +149,351 @@ def test_min_p_comes_last() -> None:
     torch.testing.assert_close(kept, expected / expected.sum())
 
 
+def test_min_p_keeps_what_is_likely_enough() -> None:
+    logits = torch.tensor([0.5, 0.25, 0.2, 0.05]).log()
+    kept = probabilities(logits, SamplingParams(min_p=0.45))
+    torch.testing.assert_close(kept, torch.tensor([2 / 3, 1 / 3, 0, 0]))
+    torch.testing.assert_close(probabilities(logits, SamplingParams(min_p=0.0)), logits.exp())
+    assert torch.equal(
+        probabilities(logits, SamplingParams(min_p=1.0)), torch.tensor([1.0, 0, 0, 0])
+    )
+    with pytest.raises(ValueError, match="min_p"):
+        probabilities(logits, SamplingParams(min_p=1.1))
+
+
+# --- random numbers -----------------------------------------------------------------------------
+
+IMAGES = torch.arange(2000)
+
+
+def noise(seed: int, images: Tensor, token: Tensor | int) -> Tensor:
+    return uniform(random_keys(seed, images), token)
+
+
+def numbers(seed: int = 0, tokens: int = 25) -> torch.Tensor:
+    return torch.stack([noise(seed, IMAGES, token) for token in range(tokens)], dim=1)
+
+
+def test_they_are_uniform_in_the_unit_interval() -> None:
+    for seed in (0, 1, -1, 12345, 2**64 - 1):
+        drawn = numbers(seed)
+        assert drawn.dtype == torch.float32
+        assert 0 <= drawn.min() < 1e-3
+        assert 1 - 1e-3 < drawn.max() < 1
+        assert stats.kstest(drawn.flatten().double(), "uniform").pvalue > 1e-3
+
+
+def test_neighbours_know_nothing_of_each_other() -> None:
+    """Tokens, images and seeds that lie side by side; 50,000 pairs have |r| < 0.02 by chance."""
+    drawn = numbers()
+    for one, other in (
+        (drawn[:, :-1], drawn[:, 1:]),
+        (drawn[:-1], drawn[1:]),
+        (drawn, numbers(seed=1)),
+        (drawn[:-1], numbers(seed=1)[1:]),
+    ):
+        pair = torch.stack([one.flatten(), other.flatten()])
+        assert abs(torch.corrcoef(pair)[0, 1]) < 0.02
+        assert (one == other).float().mean() < 1e-4
+
+
+def test_they_do_not_depend_on_what_is_drawn_beside_them() -> None:
+    chosen = torch.tensor([1999, 3, 77])
+    assert torch.equal(noise(5, chosen, 11), noise(5, IMAGES, 11)[chosen])
+    assert torch.equal(noise(5, chosen, 10**9), noise(5, chosen, 10**9))
+    assert not torch.equal(noise(5, chosen, 10**9), noise(5, chosen, 10**9 + 1))
+
+
+def test_a_token_in_a_tensor_is_the_same() -> None:
+    for token in (0, 11, 10**9):
+        number = torch.tensor([token])
+        assert torch.equal(noise(5, IMAGES, number), noise(5, IMAGES, token))
+
+
+def test_they_are_what_they_were() -> None:
+    """The same seed draws the same images in every version."""
+    first = uniform(random_keys(1, torch.arange(3)), 2)
+    assert first.tolist() == [0.43828386068344116, 0.045256972312927246, 0.04596984386444092]
+
+
+# --- grids --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("window", [0, 2])
 def test_same_seed_same_images_at_any_batch_size(window: int) -> None:
-    model = make_gpt(window_size=window)
+    model = make_model(window=window)
     prefix = torch.arange(10) % 4
     whole = generate(model, prefix, seed=5, batch_size=10)
-    assert whole.shape == (10, *GRID)
+    assert whole.shape == (10, 4, 6)
     assert generate(model, prefix, seed=5, batch_size=3).equal(whole)
     assert not generate(model, prefix, seed=6, batch_size=10).equal(whole)
 
 
 def test_greedy_images_are_the_models_own_choice() -> None:
     """At temperature 0 every index is the uncached model's likeliest, given those before."""
-    model = make_gpt(window_size=3)
+    model = make_model(window=3)
     prefix = torch.tensor([0, 1, 2, 3])
     indices = generate(model, prefix, params=SamplingParams(temperature=0))
-    assert model(prefix, indices).argmax(dim=-1).equal(indices.flatten(1))
+    assert model.logits(prefix, indices).argmax(dim=-1).equal(indices.flatten(1))
+
+
+def test_guidance() -> None:
+    model, prefix = make_model(), torch.arange(4)
+    plain = generate(model, prefix)
+    assert torch.equal(generate(model, prefix, guidance=Guidance(1.0, "linear")), plain)
+    # A scale of 0 is the model without classes, and 1 + 1e-9 goes through both passes.
+    none = generate(model, torch.full_like(prefix, model.config.no_class))
+    assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), none)
+    assert torch.equal(generate(model, prefix, guidance=Guidance(1 + 1e-9)), plain)
+    assert not torch.equal(generate(model, prefix, guidance=Guidance(3.0)), plain)
+
+
+def test_guidance_schedules_begin_at_1_and_end_at_the_scale() -> None:
+    for schedule in ("linear", "cosine"):
+        scales = [Guidance(5.0, schedule).at(cell, 9) for cell in range(9)]
+        assert scales == sorted(scales)
+        assert scales[0] == pytest.approx(1)
+        assert scales[4] == pytest.approx(3)
+        assert scales[8] == pytest.approx(5)
+    assert Guidance(5.0).at(0, 9) == 5
+    with pytest.raises(ValueError, match="guidance_schedule"):
+        Guidance(2.0, "square")
+
+
+def test_known_tokens_stay_and_the_rest_is_drawn() -> None:
+    model = make_model()
+    prefix, given = some_indices((4, 6))
+    keep = torch.zeros(4, 6, dtype=torch.bool)
+    keep[:2] = True
+    drawn = generate(model, prefix, known=given, known_mask=keep)
+    assert torch.equal(drawn[:, :2], given[:, :2])
+    assert not torch.equal(drawn[:, 2:], given[:, 2:])
+    everything = generate(model, prefix, known=given, known_mask=torch.ones_like(keep))
+    assert torch.equal(everything, given)
+
+
+def test_rows_come_one_by_one() -> None:
+    model = make_model((4, 6), window=3)
+    step = DecodeStep(model, 2, size=(1000, 5))
+    rows = generate_rows(step, torch.zeros(2, dtype=torch.long), random_keys(0, torch.arange(2)))
+    assert next(rows).shape == (2, 5)
+
+
+# --- known positions ----------------------------------------------------------------------------
+
+
+def test_sides() -> None:
+    assert keep_side("top:0.5", (4, 3)).tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert keep_side("right:0.34", (2, 3)).tolist() == [[False, False, True]] * 2
+    assert keep_side("left:0.5", (2, 2)).tolist() == [[True, False]] * 2
+    assert keep_side("bottom:0.25", (4, 1)).flatten().tolist() == [False, False, False, True]
+    for text in ("top", "top:2", "middle:0.5", "left:1", "left:x", "left:nan"):
+        with pytest.raises(ValueError, match=r"expected|nothing to draw"):
+            keep_side(text, (4, 4))
+
+
+def test_later_known_positions_come_after_a_sampled_one() -> None:
+    assert not later_known_mask(keep_side("top:0.5", (4, 4))).any()
+    assert later_known_mask(keep_side("left:0.5", (2, 2))).tolist() == [
+        [False, False],
+        [True, False],
+    ]
+
+
+def log_likelihood(
+    model: GPT,
+    prefix: Tensor,
+    indices: Tensor,
+    counted: Tensor,
+    extension: PositionExtension = PositionExtension.EXTRAPOLATE,
+) -> Tensor:
+    """Sum over `counted` (h, w) of log p(token | tokens before it), (N,), by one forward."""
+    with torch.no_grad():
+        cache = model.make_cache(len(prefix), tuple(counted.shape), extension)
+        logs = at_once(model, prefix, indices, cache).log_softmax(dim=-1)
+        logs = logs.gather(2, indices.flatten(1)[:, :, None])[:, :, 0]
+    return (logs * counted.flatten().repeat_interleave(model.config.depth)).sum(dim=1).float()
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("side", ["left:0.5", "bottom:0.25", "right:0.34"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guidance) -> None:
+    """Without guidance and params, which are no part of how likely the model finds a cell."""
+    model = make_model(depth=depth)
+    prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
+    keep, scores = keep_side(side, (4, 6)), torch.zeros(5)
+    options = {
+        "guidance": Guidance(guidance),
+        "params": SamplingParams(0.5, top_k=3),
+        "batch_size": 2,
+    }
+    drawn = generate(model, prefix, known=given, known_mask=keep, scores=scores, **options)
+    expected = log_likelihood(model, prefix, drawn, later_known_mask(keep))
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with() -> None:
+    """They were ranked by other positions, which learned ones do not even have."""
+    model = make_model(window=3)
+    prefix, given = some_indices((6, 9))
+    keep, scores = keep_side("left:0.34", (6, 9)), torch.zeros(3)
+    options = {
+        "known": given,
+        "known_mask": keep,
+        "size": (6, 9),
+        "position_extension": PositionExtension.INTERPOLATE,
+    }
+    drawn = generate(model, prefix, scores=scores, **options)
+    expected = log_likelihood(
+        model, prefix, drawn, later_known_mask(keep), PositionExtension.INTERPOLATE
+    )
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
+    learned = make_model(positions="learned", window=3)
+    assert complete(learned, prefix, given, keep, candidates=2).shape == (3, 6, 9)
+
+
+@pytest.mark.parametrize("side", ["top:0.5", "left:0.5", "right:0.5"])
+def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) -> None:
+    model = make_model()
+    prefix, given = some_indices((4, 6), 8)
+    keep = keep_side(side, (4, 6))
+    one = complete(model, prefix, given, keep)
+    many = complete(model, prefix, given, keep, candidates=8, batch_size=5)
+    for drawn in (one, many):
+        assert torch.equal(drawn[:, keep], given[:, keep])
+    if side == "top:0.5":  # nothing to rank by
+        assert torch.equal(one, many)
+        return
+    later = later_known_mask(keep)
+    scores = [log_likelihood(model, prefix, drawn, later).sum() for drawn in (one, many)]
+    assert scores[1] > scores[0]
+
+
+def test_what_follows_a_kept_cell_is_drawn_given_it() -> None:
+    model = make_model()
+    prefix, given = some_indices((4, 6), 2)
+    keep = keep_side("top:0.25", (4, 6))
+    one, two = complete(model, prefix, given, keep), generate(model, prefix)
+    assert not torch.equal(one[:, 1:], two[:, 1:])
+
+
+# --- captured graphs ----------------------------------------------------------------------------
+
+
+def uncaptured(function: Callable[[], tuple]) -> Callable[[], tuple]:
+    """In place of a graph: the function that would be captured."""
+    return function
+
+
+@pytest.fixture
+def as_graphs(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
+    """`generate` runs what a GPU would capture; the steps that it made."""
+    steps = []
+
+    def make(model: GPT, batch_size: int, **options: object) -> DecodeStep:
+        steps.append(DecodeStep(model, batch_size, capture=uncaptured, **options))
+        return steps[-1]
+
+    monkeypatch.setattr(sampling, "make_step", make)
+    return steps
+
+
+@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0, "cosine")], ids=str)
+@pytest.mark.parametrize(
+    ("size", "window", "options"),
+    [
+        ((4, 6), 0, {}),
+        ((4, 6), 2, {"num_kv_heads": 2}),
+        ((9, 8), 0, {"positions": "learned"}),
+        ((9, 8), 2, {}),
+        ((4, 6), 2, {"depth": 2}),
+        ((4, 6), 0, {"order_anneal": (0.5, 0.75)}),
+    ],
+    ids=str,
+)
+def test_captured_steps_sample_what_eager_ones_sample(
+    size, window, options, guidance, request: pytest.FixtureRequest
+) -> None:
+    """With guidance and filters; with known positions, and batches of two sizes."""
+    model = make_model((4, 6), window, **options)
+    prefix, known = some_indices(size, 5)
+    if model.config.depth == 2:
+        known = torch.stack([known, known], dim=-1)
+    known = {"known": known, "known_mask": keep_side("left:0.34", size)}
+    params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01)
+    options = {"size": size, "batch_size": 2, "guidance": guidance, "params": params}
+    eager, scores = generate(model, prefix, **options), torch.zeros(2, 5)
+    completed = generate(model, prefix, scores=scores[0], **known, **options)
+    steps = request.getfixturevalue("as_graphs")
+    assert torch.equal(generate(model, prefix, **options), eager)
+    again = generate(model, prefix, scores=scores[1], **known, **options)
+    assert torch.equal(again, completed)
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-5, atol=1e-5)
+    assert [step.batch_size for step in steps] == [2, 1, 2, 1]
+
+
+def test_a_graph_reads_the_part_of_the_cache_that_is_written() -> None:
+    cache = make_model((4, 6)).make_cache(2)
+    assert [cache.prepare(token, 4) for token in (0, 5, 6, 11, 17, 18, 22)] == [
+        *(6, 6, 12, 12, 18, 24, 24)
+    ]
+    assert cache.prepare(6) == 7
+    ring = make_model((4, 6), window=2).make_cache(2, (40, 6))
+    assert [ring.prepare(token, 4) for token in (0, 2, 3, 11, 12, 199)] == [3, 3, 6, 12, 12, 12]
+
+
+def test_batches_of_one_size_share_a_cache_and_graphs(as_graphs: list[DecodeStep]) -> None:
+    """Each batch had a cache and graphs of its own, beside those of the batch before."""
+    generate(make_model(), torch.arange(6) % 4, batch_size=3)
+    assert len(as_graphs) == 1
+    assert len(as_graphs[0]._graphs) == 4
+
+
+def test_nothing_of_a_generation_survives_it() -> None:
+    """A cache of steps held the last model, and its cache, for as long as the process ran."""
+    model = make_model()
+    step = make_step(model, 2, compiled=True, size=(4, 6))
+    assert step._capture is None  # on a CPU
+    rows = list(generate_rows(step, torch.zeros(2, dtype=torch.long), torch.arange(2)))
+    assert len(rows) == 4
+    left = weakref.ref(model), weakref.ref(step.cache), weakref.ref(step)
+    del model, step
+    gc.collect()
+    assert [one() for one in left] == [None] * 3
+
+
+@pytest.mark.parametrize("size", [(4, 6), (7, 6)], ids=str)
+def test_decoding_compiles_to_one_graph_without_breaks(size: tuple[int, int]) -> None:
+    model, counted = make_model((4, 6), num_layers=1, window=3), []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]):
+        counted.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    options = {"size": size, "guidance": Guidance(2.0), "params": SamplingParams(top_k=5)}
+    step = DecodeStep(model, 2, decode=compiled, capture=uncaptured, **options)
+    prefix, keys = torch.arange(2), torch.arange(2)
+    sampled = [
+        torch.cat(list(generate_rows(one, prefix, keys)))
+        for one in (step, step, DecodeStep(model, 2, **options))
+    ]
+    assert torch.equal(sampled[0], sampled[2])
+    assert torch.equal(sampled[1], sampled[2])
+    assert len(counted) <= 2  # of one length of the cache, and of any
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("options", [{}, {"depth": 2}, {"positions": "learned"}], ids=str)
+@pytest.mark.parametrize("window", [0, 2])
+def test_graphs_sample_what_eager_steps_sample_on_a_gpu(window: int, options: dict) -> None:
+    model = make_model(window=window, dtype=torch.float32, **options)
+    prefix = torch.arange(5) % 4
+    values = {"size": (7, 6), "params": SamplingParams(temperature=0), "batch_size": 3}
+    expected = generate(model, prefix, **values)
+    model = model.cuda()
+    assert make_step(model, 2, compiled=True, size=(7, 6))._capture is not None
+    assert torch.equal(generate(model, prefix, compiled=True, **values), expected)

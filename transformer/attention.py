@@ -154,7 +154,7 @@ def attend(
             f"expected {max(prefix, 1)} + {height}*{width} = {max(prefix, 1) + height * width} "
             f"tokens, got {q.shape[2]}"
         )
-    if window_is_full(window, grid):
+    if height == 0 or window_is_full(window, grid):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
     before = [x[:, :, :prefix] for x in (q, k, v)]
@@ -259,6 +259,7 @@ class FlexAttention:
     ) -> None:
         from torch.nn.attention.flex_attention import flex_attention
 
+        # Only the compiled kernel is fast.
         self.kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
         self.shape = {"grid": tuple(grid), "window": window, "prefix": prefix, "depth": depth}
         self.mask = (

@@ -161,6 +161,11 @@ class GPTConfig:
         return 1 + math.prod(self.condition_latent_dim or (0,))
 
     @property
+    def head_dim(self) -> int:
+        """Width of one attention head, of a config whose defaults are resolved."""
+        return self.dim // self.num_heads
+
+    @property
     def has_absolute_positions(self) -> bool:
         """Whether some embedding table has one row per latent position of the trained grid."""
         return self.positions == "learned" or self.order_anneal is not None

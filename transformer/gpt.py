@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        self.head_dim = config.dim // config.num_heads
+        self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)
         # of queries, of keys
         self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim)) if config.qk_norm else None
@@ -354,7 +354,7 @@ class GPT(nn.Module):
             num_layers=config.num_layers,
             batch_size=batch_size,
             kv_heads=config.num_kv_heads,
-            head_dim=config.dim // config.num_heads,
+            head_dim=config.head_dim,
             grid=self.grid_positions(size or config.latent_dim, extension),
             window=config.window_size,
             prefix=self.prefix_length,
@@ -453,6 +453,9 @@ class GPT(nn.Module):
                 raise ValueError("without a prefix, tokens need the cache of those before them")
             numbers = grid.numbers(positions)
             return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
+        slides = grid.extension == PositionExtension.SLIDE and grid.size != grid.trained
+        if slides and positions.shape[-2]:
+            raise ValueError("with sliding positions a larger grid is sampled token by token")
         width = grid.size[1]
         shape = {
             "grid": (positions.shape[-2] // (width * grid.depth), width),

@@ -109,7 +109,7 @@ class KVCache:
         return F.pad(visible, (self.prefix, 0), value=True)
 
     def write_first(self, layer: int, k: Tensor, v: Tensor) -> None:
-        """Store the keys and values (B, kv_heads, prefix + n, head_dim) of a sequence that begins."""
+        """Store k and v (B, kv_heads, prefix + n, head_dim) of a sequence that begins."""
         count = k.shape[2] - self.prefix
         first = max(0, count - self.ring)  # no later token attends to those before
         slots = torch.arange(first, count, device=k.device) % self.ring + self.prefix

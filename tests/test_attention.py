@@ -1,16 +1,18 @@
-"""Windowed attention against the definition, written out pair by pair."""
+"""Windowed attention, in tiles and by FlexAttention, against the definition pair by pair."""
 
+import copy
 from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 
-from transformer import attention
-from transformer.attention import attend, window_mask
+from tests.test_kv_cache import make_model, some_input
+from transformer import GPT, FlexAttention, attention
+from transformer.attention import attend, block_mask, visible_mask
 
-# grid and tokens a cell
-CELLS = {
+# grid and tokens per position
+GRIDS = {
     "square": ((6, 6), 1),
     "wide": ((3, 40), 1),
     "tall": ((23, 4), 1),
@@ -48,7 +50,7 @@ def brute_force(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("prefix", [1, 5])
 @pytest.mark.parametrize("window", [0, 1, 3, 9, 50])
-@pytest.mark.parametrize(("grid", "depth"), CELLS.values(), ids=CELLS)
+@pytest.mark.parametrize(("grid", "depth"), GRIDS.values(), ids=GRIDS)
 def test_forward_and_gradients_are_those_of_the_definition(
     grid: tuple[int, int],
     depth: int,
@@ -58,7 +60,7 @@ def test_forward_and_gradients_are_those_of_the_definition(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 64)
+    monkeypatch.setattr(attention, "TOKENS_IN_ONE_TILE", 64)
     length = prefix + grid[0] * grid[1] * depth
     one = [torch.randn(2, 3, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
     two = [x.detach().double().requires_grad_() for x in one]
@@ -83,8 +85,8 @@ def test_tiles_of_any_size_give_the_same(
     for rows, columns in ((1, 1), (2, 4), (4, 16)):
         monkeypatch.setattr(attention, "TILE_ROWS", rows)
         monkeypatch.setattr(attention, "TILE_COLUMNS", columns)
-        monkeypatch.setattr(attention, "CELLS_A_CALL", 60)
-        monkeypatch.setattr(attention, "CELLS_IN_ONE_TILE", 0)
+        monkeypatch.setattr(attention, "TOKENS_PER_CALL", 60)
+        monkeypatch.setattr(attention, "TOKENS_IN_ONE_TILE", 0)
         y = attend(*x, grid=grid, window=window, prefix=2, depth=depth)
         torch.testing.assert_close(y, brute_force(*x, mask), rtol=0, atol=1e-12)
 
@@ -95,7 +97,7 @@ def test_the_mask_of_single_queries_is_the_definition(window: int, depth: int) -
     grid, prefix = (5, 6), 3
     positions = torch.arange(prefix + 30 * depth)
     shape = {"width": 6, "window": window, "prefix": prefix, "depth": depth}
-    mask = window_mask(positions, positions, **shape)
+    mask = visible_mask(positions, positions, **shape)
     assert torch.equal(mask, dense_mask(grid, window, prefix, depth))
 
 
@@ -116,7 +118,7 @@ def test_a_change_outside_the_window_changes_nothing() -> None:
     assert where == sees
 
 
-def test_the_prefix_is_seen_from_everywhere_and_is_no_cell() -> None:
+def test_the_prefix_is_seen_from_everywhere_and_has_no_position() -> None:
     grid, window = (20, 30), 2
     q, k, v = torch.randn(3, 1, 1, 601, 4, dtype=torch.float64)
     before = attend(q, k, v, grid=grid, window=window, prefix=1)
@@ -129,3 +131,69 @@ def test_a_wrong_length_is_refused() -> None:
     x = torch.zeros(1, 1, 10, 4)
     with pytest.raises(ValueError, match="3\\*3"):
         attend(x, x, x, grid=(3, 3), prefix=2)
+
+
+@pytest.mark.parametrize("prefix", [1, 5])
+@pytest.mark.parametrize("window", [1, 3, 8])
+@pytest.mark.parametrize("grid", [(13, 17), (3, 50), (40, 5)])
+def test_flex_attention_is_the_window(grid: tuple[int, int], window: int, prefix: int) -> None:
+    length = prefix + grid[0] * grid[1]
+    mask = block_mask(grid, window, prefix, 1, torch.device("cpu"))
+    positions = torch.arange(length)
+    sees = torch.vmap(
+        torch.vmap(lambda q, k: mask.mask_mod(None, None, q, k), (None, 0)), (0, None)
+    )
+    assert torch.equal(sees(positions, positions), dense_mask(grid, window, prefix))
+    q, k, v = torch.randn(3, 2, 2, length, 16)
+    ours = attend(q, k, v, grid=grid, window=window, prefix=prefix)
+    shape = {"grid": grid, "window": window, "prefix": prefix, "depth": 1}
+    theirs = FlexAttention(torch.device("cpu"), **shape)(q, k, v, **shape)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_that_nobody_sees_are_left_out() -> None:
+    mask = block_mask((64, 64), 4, 1, 1, torch.device("cpu"))
+    assert mask.sparsity() > 85
+
+
+def test_the_mask_is_made_once() -> None:
+    one = block_mask((8, 9), 2, 1, 1, torch.device("cpu"))
+    assert block_mask((8, 9), 2, 1, 1, torch.device("cpu")) is one
+
+
+def test_a_mask_that_an_evaluation_made_serves_training() -> None:
+    """Tensors that inference mode made cannot be kept for a backward pass."""
+    block_mask.cache_clear()
+    with torch.inference_mode():
+        mask = block_mask((8, 9), 2, 1, 1, torch.device("cpu"))
+    assert not any(x.is_inference() for x in mask.as_tuple() if isinstance(x, torch.Tensor))
+
+
+def test_a_compiled_model_does_not_make_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler passes by the cache of masks, and made the mask part of every pass."""
+    model = make_model((5, 6), window=2, dtype=torch.float32)
+    prefix, indices = some_input(model)
+    flex = GPT(model.config, FlexAttention(torch.device("cpu"), grid=(5, 6), window=2)).eval()
+    flex.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = model.logits(prefix, indices)
+        monkeypatch.setattr(attention, "block_mask", None)
+        monkeypatch.setattr(attention, "_attend_rows", None)
+        torch._dynamo.reset()
+        flex.compile(backend="eager", fullgraph=True)
+        flex.head.compile(backend="eager", fullgraph=True)
+        torch.testing.assert_close(flex.logits(prefix, indices), expected, rtol=1e-4, atol=1e-4)
+    assert isinstance(copy.deepcopy(flex).attend, FlexAttention)  # as an average of weights does
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_are_ours() -> None:
+    shape = {"grid": (33, 40), "window": 5, "prefix": 1, "depth": 1}
+    one = [torch.randn(1, 2, 1321, 64, device="cuda", requires_grad=True) for _ in range(3)]
+    two = [x.detach().clone().requires_grad_() for x in one]
+    weights = torch.randn(1, 2, 1321, 64, device="cuda")
+    (attend(*one, **shape) * weights).sum().backward()
+    (FlexAttention(torch.device("cuda"), **shape)(*two, **shape) * weights).sum().backward()
+    for x, y in zip(one, two, strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=1e-2, atol=1e-2)

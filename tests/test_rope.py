@@ -1,0 +1,58 @@
+"""Rotary embeddings, positions in grids of another size, and random orders."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from transformer.gpt import RMSNorm, normalize
+from transformer.rope import GridPositions, PositionExtension, rotate
+
+
+def test_norm_is_that_of_the_paper() -> None:
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    expected = x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(normalize(x), expected)
+    module = RMSNorm(8).double()
+    torch.nn.init.normal_(module.weight)
+    torch.testing.assert_close(module(x), expected * module.weight)
+
+
+def test_rotation_and_its_gradient() -> None:
+    angles = torch.randn(5, 4, dtype=torch.float64)
+    rotary = angles.cos(), angles.sin()
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True)
+    y = rotate(x, *rotary)
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.exp(1j * angles)
+    torch.testing.assert_close(torch.complex(*y.chunk(2, dim=-1)), pairs)
+    assert gradcheck(lambda x: rotate(x, *rotary), (x,))
+
+
+def test_bfloat16_is_rotated_in_float32() -> None:
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16, requires_grad=True)
+    rotary = torch.randn(5, 4).cos(), torch.randn(5, 4).sin()
+    y = rotate(x, *rotary)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, rotate(x.float(), *rotary))
+
+
+def test_numbers_and_positions_are_inverse() -> None:
+    grid = GridPositions((3, 5), (3, 5), depth=2)
+    positions = grid.raster()
+    assert positions[13].tolist() == [1, 1, 1]
+    assert grid.numbers(positions).tolist() == list(range(30))
+    assert torch.equal(grid.next(positions)[:-1], positions[1:])
+
+
+def test_a_sliding_crop_goes_from_border_to_border() -> None:
+    grid = GridPositions((4, 12), (4, 6))
+    inside = grid.trained_positions(grid.raster()[:12])[:, 1].tolist()
+    assert inside == [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4, 5]
+    assert (grid.offsets(grid.raster())[:, 0] == 0).all()
+
+
+def test_interpolation_keeps_the_trained_range() -> None:
+    grid = GridPositions((4, 12), (4, 6), extension=PositionExtension.INTERPOLATE)
+    rows, columns = grid.coordinates(grid.raster()).unbind(dim=1)
+    assert rows.unique().tolist() == [1, 2, 3, 4]
+    assert columns.unique()[:3].tolist() == [0.75, 1.25, 1.75]
+    assert columns.max().item() == pytest.approx(6.25)
