@@ -46,13 +46,8 @@ def continue_run(
 ) -> "Run":
     """Open the run of `--run_id`, else the model's run if this MLflow store has it.
 
-    Args:
-        output_dir: the folder that pictures and metrics are written to.
-        run_id: the value of `--run_id`, or None.
-        default_run_id: the run of the model, or "".
-        stage: indices, samples or images; "" for output that no later stage reads.
-        homes: the stages whose runs are accepted; default: `store.PARENTS`.
-        part, inputs, upstream: see `Run`.
+    `default_run_id` is the run of the model, or ""; `homes` are the stages whose runs are accepted,
+    by default `store.PARENTS` of the stage. For the rest see `Run`.
 
     Raises:
         UserError: the run of `--run_id` does not exist, or is of another stage.
@@ -112,13 +107,11 @@ class Run:
         Args:
             output_dir: is created if it does not exist.
             stage: tokenizer or gpt, or a stage that logs to the run of one, see `store.PARENTS`.
-            part: the folder in `output_dir` that the stage writes if that is not all of it: event
-                log and pictures lie beside it, with its name as a prefix.
+            part: the folder in `output_dir` that the stage writes, if that is not all of it.
             run_id: of an existing run.
-            experiment, run_name: of a new run; the experiment is by default named after the data.
+            experiment, run_name, tags: of a new run; the experiment is by default that of its data.
             config: all settings, for config.json.
             params: at most 10 settings to compare runs by.
-            tags: further tags of a new run.
             inputs: the SHA-256 of what the stage reads, by path as given; its data first.
             upstream: the lineage of what the stage reads.
             continued: the existing run goes on training and counts as running until it is closed.
@@ -134,6 +127,7 @@ class Run:
         if len(params) > MAX_PARAMS:
             raise ValueError(f"at most {MAX_PARAMS} params, got {len(params)}: see config.json")
         self.output_dir, self.run_id = output_dir, run_id or ""
+        self._run: Any = None
         self._is_training = continued or run_id is None
         self._queue: AsyncQueue | None = None  # of metrics and the status; None: closed
         self._uploads: AsyncQueue | None = None  # of everything else
@@ -150,7 +144,8 @@ class Run:
                     experiment or provenance.data_set_name(next(iter(inputs), "images")),
                     run_name or output_dir.name,
                     params,
-                    self._first_tags() | (tags or {}),
+                    {OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})},
+                    f"```\n{command_line()}\n```\n\nOutput folder: `{output_dir}`",
                 )
             self.run_id = self._run.info.run_id
         self.lineage = (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
@@ -164,16 +159,12 @@ class Run:
             if logged is not None:
                 sync.rewind_metrics(output_dir, logged)
             if continued:
-                self._catch_up(self._queue)
+                self._queue.put(partial(self._catch_up, sync.read_metrics(output_dir)))
             if config is not None:
                 (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
                 self.file(output_dir / "config.json")
             if self._is_training:
                 self._start_training()
-
-    def _first_tags(self) -> dict[str, str]:
-        note = f"```\n{command_line()}\n```\n\nOutput folder: `{self.output_dir}`"
-        return {store.NOTE: note, OUTPUT_TAG: str(self.output_dir.resolve())}
 
     def _reopen(self, run_id: str | None, continued: bool) -> Any:
         """The existing run, or None where a new one is to be created."""
@@ -202,20 +193,16 @@ class Run:
             lambda values: self.metrics("system", values, round(time.time() - start))
         )
 
-    def _catch_up(self, queue: AsyncQueue) -> None:
+    def _catch_up(self, lines: list[Metrics]) -> None:
         """Send the metrics that a crash kept from MLflow."""
-
-        def ask() -> None:
-            self._sent = store.logged_steps(self._client, self.run_id)
-
-        queue.put(ask)
-        for line in sync.read_metrics(self.output_dir):
-            queue.put(partial(self._send_metrics, line))
+        self._sent = store.logged_steps(self._client, self.run_id)
+        for line in lines:
+            self._send_metrics(line)
 
     @property
     def ui_hint(self) -> str:
         """The lines for the terminal that state how to open the run in MLflow's UI."""
-        return store.ui_hint(self._run) if hasattr(self, "_run") else "not logged to MLflow"
+        return store.ui_hint(self._run) if self._run else "not logged to MLflow"
 
     how_to_look = ui_hint  # the former name, until its last caller is gone
 
@@ -279,24 +266,14 @@ class Run:
         register: str = "",
         lower_is_better: bool = True,
     ) -> None:
-        """Log the final model of a training, as artifacts and as a logged model.
+        """Log the final model of a training with its metrics, as artifacts and as a logged model.
 
-        Args:
-            folder: the model folder.
-            values: metrics of its quality, by full name.
-            step: of the training.
-            register: the name of a registered model to add it to; it becomes the champion if its
-                first metric is the best so far.
-            lower_is_better: for that metric.
+        It also becomes a version of the registered model `register`, if given, and its champion if
+        the first of `values` is the best so far.
         """
         self.folder(folder, f"checkpoints/{folder.name}")
-        event = self._log(
-            model=self._events.relative(folder),
-            values=values,
-            step=step,
-            register=register,
-            lower=lower_is_better,
-        )
+        options = {"values": values, "step": step, "register": register, "lower": lower_is_better}
+        event = self._log(model=self._events.relative(folder), **options)
         if event is not None:
             sync.append_metrics(self.output_dir, Metrics(event.time, self.run_id, step, values))
 
@@ -386,14 +363,13 @@ class SystemMetrics:
     """Samples the machine in a thread, until `close` or the end of the process."""
 
     def __init__(self, log: Callable[[dict[str, float]], object]) -> None:
-        """Start; `log` gets each sample, and must not wait for a server."""
-        self._log = log
+        self._log = log  # must not wait for a server
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop; no sample follows."""
+        """No sample follows."""
         self._closing.set()
         self._thread.join()
 

@@ -36,15 +36,9 @@ CHAMPION = "champion"
 
 
 class Point(NamedTuple):
-    """One value of a metric.
+    """One value of a metric, at a time in milliseconds since 1970.
 
-    Attributes:
-        key: name of the metric.
-        value: may be NaN or infinite.
-        time: milliseconds since 1970.
-        step: of the training.
-        model_id: the logged model that the value belongs to, if any.
-        dataset_name, dataset_digest: the data that the model was measured on, if known.
+    It may belong to a logged model, which was measured on a data set.
     """
 
     key: str
@@ -60,7 +54,13 @@ class Point(NamedTuple):
 
 
 def create_run(
-    client: Any, stage: str, experiment: str, name: str, params: dict[str, Any], tags: dict
+    client: Any,
+    stage: str,
+    experiment: str,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    note: str,
 ) -> Any:
     """A new MLflow run in an experiment, which is created if it does not exist."""
     from mlflow.entities import Param
@@ -79,6 +79,7 @@ def create_run(
         "mlflow.source.name": Path(sys.argv[0]).name,
         "mlflow.source.type": "LOCAL",
         "mlflow.runColor": COLOURS[stage],
+        NOTE: note,
         **tags,
     }
     run = client.create_run(found.experiment_id, run_name=name, tags=tags)
@@ -174,7 +175,11 @@ def log_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
     """Log a table of the output folder; MLflow's own call would append to an existing one."""
     client.log_artifacts(run_id, str(output_dir / TABLES / name), f"{TABLES}/{name}")
     client.log_artifact(run_id, str(output_dir / TABLES / f"{name}.json"), TABLES)
-    # MLflow's page that compares tables lists those in this tag.
+    list_table(client, run_id, name)
+
+
+def list_table(client: Any, run_id: str, name: str) -> None:
+    """Add a table to the tag that MLflow's page for comparing tables reads."""
     tag = "mlflow.loggedArtifacts"
     known = json.loads(client.get_run(run_id).data.tags.get(tag, "[]"))
     entry = {"path": f"{TABLES}/{name}.json", "type": "table"}
@@ -266,29 +271,25 @@ def _add_note(client: Any, run: Any, line: str) -> None:
 
 def newest_model(run: Any) -> str:
     """The id of the newest model that a run logged; "" for none, or without a run."""
-    outputs = run.outputs.model_outputs if run is not None and run.outputs else []
-    return max(outputs, key=lambda output: output.step).model_id if outputs else ""
+    return max(_models_of(run), key=lambda one: one.step).model_id if _models_of(run) else ""
+
+
+def _models_of(run: Any) -> list[Any]:
+    return run.outputs.model_outputs if run is not None and run.outputs else []
 
 
 def log_model(
     client: Any, run_id: str, folder: Path, values: dict[str, float], time: int, step: int
 ) -> None:
-    """Log a model folder as the final model of a run, with its metrics; continue a killed attempt.
+    """Log a model folder as the final model of a run; an attempt that was killed is continued.
 
-    Args:
-        client: an MLflow client.
-        run_id: the run of the training.
-        folder: the model folder.
-        values: metrics of the model, by full name.
-        time: of the metrics, in milliseconds since 1970.
-        step: of the training.
+    `values` are its metrics by full name, taken at `time` (milliseconds since 1970).
     """
     from mlflow.entities import LoggedModelOutput
 
     run = client.get_run(run_id)
     experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
-    outputs = run.outputs.model_outputs if run.outputs else []
-    of_step = {one.model_id for one in outputs if one.step == step}
+    of_step = {one.model_id for one in _models_of(run) if one.step == step}
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     if any(one.status == "READY" and one.model_id in of_step for one in found):
         return
@@ -320,17 +321,9 @@ def is_better(value: float, best: float, lower_is_better: bool) -> bool:
 
 
 def register(client: Any, run_id: str, name: str, metric: str, lower_is_better: bool) -> str:
-    """Make a run's model a version of a registered model, and its champion if it is the best.
+    """Make a run's model a version of a registered model; the best by `metric` is the champion.
 
-    Args:
-        client: an MLflow client.
-        run_id: the run of the training.
-        name: the registered model, which is created if it does not exist.
-        metric: of the runs, which decides which version is the best.
-        lower_is_better: for that metric.
-
-    Returns:
-        A line for the user.
+    The registered model is created if it does not exist. Returns a line for the user.
     """
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)

@@ -112,7 +112,6 @@ class EventLog:
 
 
 def append_metrics(folder: Path, line: Metrics) -> None:
-    """Write a line of metrics.jsonl."""
     content = {"step": line.step, "time": line.time, "run_id": line.run_id, **line.values}
     with (folder / METRICS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(content) + "\n")
@@ -197,12 +196,7 @@ class AsyncQueue:
     def __init__(
         self, *, on_error: Callable[[Exception], object], is_final: Callable[[Exception], bool]
     ) -> None:
-        """Start the thread.
-
-        Args:
-            on_error: called after each failure.
-            is_final: whether to give the call up, as repeating it would not help.
-        """
+        """Start; `on_error` gets each failure, `is_final` decides which calls are given up."""
         self._on_error, self._is_final = on_error, is_final
         self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue()
         self._closing = threading.Event()
@@ -260,14 +254,9 @@ def send(client: Any, home: Path, event: Event) -> None:
 
 
 def replay(client: Any, home: Path) -> Counter[str]:
-    """Send what the runs of an output folder logged and MLflow does not have.
+    """Send what the runs of an output folder logged and MLflow does not have; count it by kind.
 
-    Args:
-        client: an MLflow client.
-        home: the output folder; its training must have ended.
-
-    Returns:
-        How many of each kind were sent.
+    The training of the folder must have ended.
 
     Raises:
         UserError: there is no such folder, or its run is not in this MLflow store.
@@ -297,11 +286,11 @@ def _artifacts(client: Any, run_id: str, folder: str) -> dict[str, int]:
 def _send_missing(
     client: Any, run: Any, home: Path, event: Event, sizes: Callable[[str], dict[str, int]]
 ) -> Counter[str]:
-    """Send an event, or the files of it, that MLflow does not have; how many of which kind.
+    """Send an event, or the files of it, that MLflow does not have; count them by kind.
 
     Files outside of the output folder are not sent: the log may be a stranger's.
     """
-    if event.file or event.folder:
+    if event.file or event.folder or event.table:
         count = 0
         for file, folder in _files(home, event):
             size = file.stat().st_size
@@ -309,16 +298,14 @@ def _send_missing(
                 client.log_artifact(event.run_id, str(file), folder or None)
                 sizes(folder)[file.name] = size  # as MLflow lists it from now on
                 count += 1
-        return Counter(files=count)
+        if event.table and count:
+            store.list_table(client, event.run_id, event.table)
+        return Counter(tables=min(count, 1)) if event.table else Counter(files=count)
     kind, missing = "", False
     if event.picture:
         names = store.image_names(event.key, event.step, event.milliseconds)
         missing = not set(names) <= sizes("images").keys()
         kind, missing = "pictures", missing and _is_inside(home / event.picture, home)
-    elif event.table:
-        top, file, there = home / store.TABLES, f"{event.table}.json", sizes(store.TABLES)
-        missing = file not in there and all(_is_inside(top / x, top) for x in (file, event.table))
-        kind, there[file] = "tables", 0  # a table that was logged twice is sent once
     elif event.lineage:
         kind, missing = "links", not store.is_linked(client, event.lineage)
     elif event.model:
@@ -330,12 +317,14 @@ def _send_missing(
 
 
 def _files(home: Path, event: Event) -> Iterator[tuple[Path, str]]:
-    """Each file of an event that still exists, and its folder among the artifacts."""
-    top = home / (event.folder or event.file)
-    for file in sorted(top.rglob("*")) if event.folder else [top]:
-        if file.is_file():
-            folder = file.parent.relative_to(top) if event.folder else Path()
-            yield file, (Path(event.name) / folder).as_posix().removeprefix(".")
+    """Each existing file of a file, folder or table, and its folder among the artifacts."""
+    table = f"{store.TABLES}/{event.table}"
+    tops = [(home / table, table), (home / f"{table}.json", store.TABLES)]
+    for top, name in tops if event.table else [(home / (event.file or event.folder), event.name)]:
+        for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            if file.is_file():
+                folder = file.parent.relative_to(top) if top.is_dir() else Path()
+                yield file, (Path(name) / folder).as_posix().removeprefix(".")
 
 
 def _is_inside(path: Path, home: Path) -> bool:
