@@ -1,7 +1,9 @@
 """The GPT: causality, the window through one layer, the cache, initialisation, learning."""
 
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -467,3 +469,40 @@ def test_what_random_orders_do_not_go_with() -> None:
     model = make_model(order_anneal=(0.5, 0.75))
     with pytest.raises(ValueError, match="neither be extrapolated"):
         model.grid_positions((5, 5), PositionExtension.EXTRAPOLATE)
+
+
+# --- model folders -------------------------------------------------------------------------------
+
+
+def test_a_model_folder_gives_the_model_back(tmp_path: Path) -> None:
+    model = make_model((3, 4), depth=2, prefix=5, dtype=torch.float32, order_anneal=(0.5, 1))
+    model.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert not again.training
+    torch.testing.assert_close(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": "VQVAE"}, "it holds a VQVAE, but a GPT is needed"),
+        ({"format_version": 2}, "format_version is 2, but this version of the code reads up to 1"),
+        ({"dim": "32"}, "dim is '32': unknown, or of a wrong type"),
+        ({"num_layers": True}, "num_layers is True"),
+        ({"latent_dim": [4]}, r"latent_dim is \[4\]"),
+        ({"colour": "red"}, "colour is 'red': unknown"),
+        ({"dim": 31}, "multiple of"),
+        ({"dim": 64}, r"model\.safetensors does not fit config\.json"),
+        ({"codebook_size": 10**15}, r"model\.safetensors does not fit config\.json"),
+    ],
+    ids=str,
+)
+def test_a_model_folder_that_does_not_fit_is_refused(
+    tmp_path: Path, change: dict, message: str
+) -> None:
+    make_model().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)

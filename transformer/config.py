@@ -1,7 +1,8 @@
 """Configuration of a GPT: its flags, and the named sizes."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, get_args, get_type_hints
 
 # num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
 SIZES = {
@@ -12,6 +13,7 @@ SIZES = {
     "XL": (36, 20, 1280, 3584),
 }
 MAX_LAYERS = 1000  # above, a config file has been tampered with
+FORMAT_VERSION = 1  # of config.json
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,40 @@ class GPTConfig:
         """This config with the dimensions that are 0 replaced by those of `size`."""
         names = ("num_layers", "num_heads", "num_kv_heads", "dim", "hidden_dim")
         return replace(self, **dict(zip(names, self._shape(), strict=True)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: Any) -> "GPTConfig":
+        """The config that the content of a config.json describes.
+
+        Raises:
+            ValueError: another kind of model, a newer format, or a value of a wrong type.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("it is not a JSON object")
+        model, version = values.pop("model", None), values.pop("format_version", 1)
+        if model != "GPT":
+            raise ValueError(f"it holds a {model!s:.80}, but a GPT is needed here")
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"its format_version is {version!r:.80}, but this version of the code reads up to "
+                f"{FORMAT_VERSION}; update the code"
+            )
+        types = get_type_hints(cls)
+        for name, value in values.items():
+            kind = types.get(name)
+            if isinstance(value, list):  # a pair, which is always optional
+                fits = len(value) == 2 and {int, float}.issuperset(map(type, value))
+                fits = fits and type(None) in get_args(kind)
+            else:
+                fits = type(value) in (kind, *get_args(kind)) or (type(value), kind) == (int, float)
+            if not fits:
+                raise ValueError(f"{name:.80} is {value!r:.80}: unknown, or of a wrong type")
+        pairs = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return cls(**pairs)
 
     @property
     def no_class(self) -> int:

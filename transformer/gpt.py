@@ -9,14 +9,14 @@ grid, `depth` tokens per latent position. The prefix is (B,) where a model takes
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,7 +27,6 @@ from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, r
 
 EPSILON = 1e-5  # of all norms, as in LlamaGen
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
-FORMAT_VERSION = 1  # of config.json
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin
 # Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
@@ -362,48 +361,42 @@ class GPT(nn.Module):
             dtype=weight.dtype,
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors.
+    def pretrained_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return self.config.to_json()
 
-        Raises:
-            OSError: the folder cannot be written.
-        """
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model folder: config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        values = {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        save_file(
-            {name: x.contiguous() for name, x in self.state_dict().items()},
-            folder / "model.safetensors",
-        )
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        safetensors.torch.save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "GPT":
-        """Read a model folder; the model is in eval mode, on the CPU.
+    def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
+        """The model of a local model folder, in eval mode.
 
         Raises:
-            OSError: a file is missing.
-            ValueError: another kind of model, a newer format, or weights that do not fit.
+            OSError: a file cannot be read.
+            ValueError: another kind of model, a newer format, or files that do not fit together.
         """
-        folder = Path(folder)
-        values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, version = values.pop("model", None), values.pop("format_version", FORMAT_VERSION)
-        if kind != "GPT":
-            raise ValueError(f"{folder} holds a {kind}, but a GPT is needed here")
-        if version > FORMAT_VERSION:
-            raise ValueError(
-                f"{folder} has format_version {version}, but this version reads up to "
-                f"{FORMAT_VERSION}; update this project"
-            )
-        values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
         try:
-            model = cls(GPTConfig(**values))
-            model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (TypeError, RuntimeError) as error:
-            raise ValueError(
-                f"{folder}: config and weights do not fit together: {error}"
-            ) from error
-        return model.eval()
+            config = GPTConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{path}: {error}") from error
+        try:
+            tensors = safetensors.torch.load_file(weights)
+            with torch.device("meta"):  # a config may describe a network of any size
+                cls(config).load_state_dict(tensors, assign=True)
+            model = cls(config)
+            model.load_state_dict(tensors)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"cannot read {weights}: {error}") from error
+        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"{weights} does not fit {path.name}: {error}") from error
+        return model.eval().to(device)
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
         """The prefix (B,) or (B, P) -> (B, P, dim)."""
