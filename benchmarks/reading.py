@@ -2,7 +2,6 @@
 
 python -m benchmarks.reading                        the budgets, each with its measured value
 python -m benchmarks.reading --list                 every file and the longest functions as well
-python -m benchmarks.reading --picture FILE         a drawing of the packages and their imports
 
 Everything is measured: lines and imports from `git ls-files` and `ast`, the files of a step by
 tracing (`sys.settrace`) a tiny training and a tiny generation as a user would start them.
@@ -30,7 +29,17 @@ SCRIPTS = (
     "transformer_generation.py",
     "evaluate.py",
 )
-LIBRARY = ("vqvae", "transformer", "utils")
+# What a user starts, and so may combine layers. No other file imports one of these.
+ENTRY_POINTS = (
+    *SCRIPTS,
+    "vqvae/images_from_indexes.py",
+    "vqvae/convert.py",
+    "transformer/convert.py",
+    "utils/demo.py",
+    "utils/data/download.py",
+    "utils/tracking/__main__.py",
+    "utils/tracking/lineage.py",
+)
 
 # name: the most that is allowed
 BUDGETS = {
@@ -127,33 +136,34 @@ def import_graph(sources: dict[str, Source]) -> dict[str, set[str]]:
     return {path: imports_of(source, modules) for path, source in sources.items()}
 
 
-def closure(start: str, graph: dict[str, set[str]]) -> set[str]:
-    """Files that are imported when `start` is, with the packages' __init__.py, and itself."""
+def reach(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """What one gets to from `start` over one edge or more."""
     found: set[str] = set()
-    waiting = [start]
+    waiting = [*graph[start]]
     while waiting:
-        path = waiting.pop()
-        if path in found:
-            continue
-        found.add(path)
-        parents = {f"{parent.as_posix()}/__init__.py" for parent in Path(path).parents}
-        waiting += [*graph[path], *(parents & graph.keys())]
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += graph[name]
     return found
 
 
+def closure(start: str, graph: dict[str, set[str]]) -> set[str]:
+    """Files that are imported when `start` is, with the packages' __init__.py, and itself."""
+    with_packages = {
+        path: imported
+        | {f"{parent.as_posix()}/__init__.py" for parent in Path(path).parents} & graph.keys()
+        for path, imported in graph.items()
+    }
+    return {start} | reach(start, with_packages)
+
+
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of files that import each other, directly or through others."""
-    # Explicit imports only: a package's __init__.py, which Python runs by itself, is no edge.
-    reached: dict[str, set[str]] = {}
-    for start in graph:
-        found: set[str] = set()
-        waiting = [*graph[start]]
-        while waiting:
-            path = waiting.pop()
-            if path not in found:
-                found.add(path)
-                waiting += graph[path]
-        reached[start] = found
+    """Groups of files that import each other, directly or through others.
+
+    Only explicit imports count, not that of a package's __init__.py, which Python runs by itself.
+    """
+    reached = {start: reach(start, graph) for start in graph}
     groups = {
         tuple(sorted(other for other in reached[path] if path in reached[other]))
         for path in graph
@@ -338,72 +348,7 @@ def describe(sources: dict[str, Source], steps: dict[str, set[str]]) -> Iterator
         yield f"\nfiles of {name}: {', '.join(sorted(files))}"
 
 
-def draw(file: Path) -> None:
-    """Draw folders with their files, and an arrow for each pair of which one imports the other."""
-    from matplotlib.figure import Figure
-
-    sources = read_sources()
-    graph = import_graph(sources)
-
-    def box_of(path: str) -> str:
-        parts = path.split("/")
-        if len(parts) == 1:
-            return "scripts"
-        if parts[0] != "utils":
-            return parts[0]
-        return f"utils/{parts[1]}" if len(parts) > 2 else "utils"
-
-    rows = (
-        ("scripts",),
-        ("utils/tracking", "utils/training", "vqvae", "transformer"),
-        ("utils/evaluation",),
-        ("utils/data",),
-        ("utils",),
-    )
-    files: dict[str, list[str]] = {name: [] for row in rows for name in row}
-    for path in sorted(sources):
-        if not path.endswith("__init__.py"):
-            files[box_of(path)].append(path)
-    figure = Figure(figsize=(12, 8.5), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(0, 12), ylim=(0, 8.5))
-    axes.axis("off")
-    places = {
-        "scripts": (6, 7.6),
-        "utils/tracking": (1.7, 4.9),
-        "utils/training": (4.4, 5.7),
-        "utils/evaluation": (4.4, 4.1),
-        "utils/data": (4.4, 2.4),
-        "utils": (3.2, 0.7),
-        "vqvae": (7.5, 4.1),
-        "transformer": (10.4, 4.1),
-    }
-    texts = {}
-    for name, (x, y) in places.items():
-        inner = [path.removeprefix(f"{name}/").removesuffix(".py") for path in files[name]]
-        lines = sum(sources[path].lines for path in files[name])
-        width = 5 if name == "scripts" else 2
-        groups = [inner[i : i + width] for i in range(0, len(inner), width)]
-        text = f"{name}  ({lines:,} lines)\n" + "\n".join("  ".join(group) for group in groups)
-        style = {"boxstyle": "round,pad=0.5", "facecolor": "#eef3fa", "edgecolor": "#5577aa"}
-        texts[name] = axes.text(x, y, text, ha="center", va="center", fontsize=8.5, bbox=style)
-    pairs = {(box_of(path), box_of(other)) for path, found in graph.items() for other in found}
-    for start, end in sorted(pairs):
-        if start != end:
-            arrow = {"arrowstyle": "->", "color": "#5577aa", "lw": 1.1, "shrinkA": 4, "shrinkB": 4}
-            arrow |= {
-                "patchA": texts[start].get_bbox_patch(),
-                "patchB": texts[end].get_bbox_patch(),
-            }
-            axes.annotate("", xy=places[end], xytext=places[start], arrowprops=arrow, zorder=0)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
-
-
 def main(arguments: argparse.Namespace) -> None:
-    if arguments.picture:
-        draw(Path(arguments.picture))
-        return
     steps = trace_steps()
     if arguments.list:
         print("\n".join(describe(read_sources(), steps)), end="\n\n")
@@ -418,7 +363,4 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--list", action="store_true", help="every file as well")
-    parser.add_argument(
-        "--picture", metavar="FILE", help="draw the packages to this file, no table"
-    )
     main(parser.parse_args())

@@ -52,6 +52,7 @@ def blocks_of(text: str, name: str) -> Iterator[Block]:
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+ALL_PAGES = [*PAGES, *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY"))]
 BLOCKS = [block for page in PAGES for block in blocks_of(page.read_text(), page.name)]
 
 
@@ -123,3 +124,27 @@ def test_an_unmarked_block_that_does_not_run_is_found(monkeypatch: pytest.Monkey
             words_of(block.commands[0])
     with pytest.raises(AssertionError, match="exit code 2"):
         run(words_of(wrong.commands[0]), monkeypatch)
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=[page.name for page in ALL_PAGES])
+def test_links_lead_somewhere(page: Path) -> None:
+    """Relative links name a file, and where they have an anchor, a heading of it."""
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), target
+        headings = (
+            re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.MULTILINE)
+            if anchor
+            else []
+        )
+        anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+        assert not anchor or anchor in anchors, target
+
+
+def test_the_pages_are_short() -> None:
+    words = {page: len(page.read_text(encoding="utf-8").split()) for page in PAGES}
+    assert words.pop(ROOT / "README.md") <= 1800
+    assert sum(words.values()) <= 5000

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.reading import ROOT, Source, cycles, import_graph, read_sources, tracked
+from benchmarks.reading import (
+    ENTRY_POINTS,
+    ROOT,
+    Source,
+    cycles,
+    import_graph,
+    read_sources,
+    tracked,
+)
 
 SOURCES = read_sources()
 EVERYTHING = SOURCES | {
@@ -16,17 +24,7 @@ EVERYTHING = SOURCES | {
     if path.startswith("benchmarks/")
     for text in [(ROOT / path).read_text(encoding="utf-8")]
 }
-# What a user starts, and so may combine layers. No file imports one of them.
-SCRIPTS = {
-    *(path for path in SOURCES if "/" not in path),
-    "vqvae/images_from_indexes.py",
-    "vqvae/convert.py",
-    "transformer/convert.py",
-    "utils/demo.py",
-    "utils/data/download.py",
-    "utils/tracking/__main__.py",
-    "utils/tracking/lineage.py",
-}
+SCRIPTS = set(ENTRY_POINTS)
 BOTTOM = ("cli", "files", "addresses", "distributed", "provenance", "figures")
 LAYERS = {  # part of utils: the parts that it may import beside itself
     **dict.fromkeys(BOTTOM, BOTTOM),
