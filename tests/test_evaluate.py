@@ -18,7 +18,7 @@ from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row, split_rows
 from utils.datasets import write_digits
-from utils.evaluation import features, records
+from utils.evaluation import distances, features, records
 from utils.evaluation.image_sets import read_real
 from utils.files import sha256, write_folder
 from utils.provenance import Provenance, Split, Stage
@@ -43,9 +43,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def quick_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+def quick(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """A short training of each classifier, once for all tests, and few resamples."""
     monkeypatch.setattr(features, "TRAINING_IMAGES", 4000)
+    monkeypatch.setattr(features, "CACHE", cache)
+    monkeypatch.setattr(distances, "FRECHET_REPLICATES", 10)
 
 
 @pytest.fixture
@@ -134,6 +142,7 @@ def test_indices_are_decoded_and_their_tokens_compared(
     assert Path("found/token_frequencies.png").is_file()
 
 
+@pytest.mark.usefixtures("store")
 def test_reconstructions_are_measured_logged_and_compared(
     evaluate: Call, digits: Path, tokenizer: Path
 ) -> None:
@@ -194,10 +203,9 @@ def drawn(
     return folder
 
 
-def test_the_report_of_the_gpt_shows_the_closest_pairs(
-    evaluate: Call, digits: Path, own_folder: Path
-) -> None:
-    """Beside one another, as in the README, the report of the GPT never saw them."""
+@pytest.mark.usefixtures("store")
+def test_the_report_of_the_gpt_shows_the_closest_pairs(evaluate: Call, digits: Path) -> None:
+    """Also of samples that are evaluated beside each other, as in the README."""
     run = tracking.Run(Path("outputs/gpt"), stage="gpt", run_name="g", inputs={"data.csv": "ab"})
     run.close()
     for name in ("images", "others"):
@@ -357,9 +365,8 @@ def test_labels_where_they_are_needed(error_of: Call, digits: Path) -> None:
     assert "600 of 600 images have no label" in error
 
 
-def test_runs_that_are_unknown_or_of_another_stage(
-    error_of: Call, digits: Path, tokenizer: Path
-) -> None:
+@pytest.mark.usefixtures("store")
+def test_runs_that_are_unknown_or_of_another_stage(error_of: Call, digits: Path) -> None:
     flags = (*samples_flags(digits, "other.csv"), "--run_id")
     assert "no MLflow run 'nothing'" in error_of("evaluate", *flags, "nothing")
     run = tracking.Run(Path("home"), stage="tokenizer", run_name="t")

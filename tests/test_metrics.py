@@ -1,20 +1,73 @@
-"""Numbers against their definitions."""
+"""Metrics and their intervals, against their definitions."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from utils.evaluation.metrics import (
+    POSITIVE,
+    Estimate,
     bigram_bits,
+    code_estimates,
     codebook_metrics,
     entropy,
+    estimate,
+    index_frequencies,
+    mean,
     psnr,
+    resample,
     squared_error,
     ssim,
+    token_divergence,
     unigram_bits,
 )
+from utils.figures import distributions
 from utils.training.averages import Averages
+
+
+def test_the_first_row_is_the_images_themselves() -> None:
+    weights = resample(30, seed=0, replicates=7)
+    assert weights.shape == (8, 30)
+    assert weights[0].tolist() == [1] * 30
+    assert weights.sum(dim=1).tolist() == [30] * 8
+    assert torch.equal(weights, resample(30, seed=0, replicates=7))
+    assert not torch.equal(weights, resample(30, seed=1, replicates=7))
+
+
+def test_the_error_of_a_mean_is_the_textbook_one() -> None:
+    values = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * 3 + 5
+    found = mean(values, resample(2000, seed=0, replicates=400))
+    assert found.value == pytest.approx(float(values.mean()), abs=1e-5)
+    assert found.standard_error == pytest.approx(float(values.std()) / 2000**0.5, rel=0.12)
+
+
+def test_intervals_hold_the_truth_about_95_times_in_100() -> None:
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for trial in range(300):
+        values = torch.rand(100, generator=generator)
+        low, high = mean(values, resample(100, seed=trial)).interval
+        held += low <= 0.5 <= high
+    assert 0.90 <= held / 300 <= 0.99
+
+
+def test_the_value_is_not_moved_by_the_bias_of_the_resamples() -> None:
+    """Resamples of all-different things have fewer kinds: their mean is no estimate."""
+    estimates = torch.tensor([100.0, 63.0, 64.0, 62.0])
+    assert estimate(estimates) == Estimate(100.0, 1.0)
+    assert estimate(estimates).interval == pytest.approx((98.04, 101.96))
+
+
+def test_intervals_end_where_the_metric_does() -> None:
+    """Shares were said to reach above 1, and distances below 0."""
+    right = torch.arange(50) > 0
+    share = mean(right, resample(50, seed=0))
+    assert share.interval[0] < share.value < share.interval[1] == 1
+    assert mean(~right, resample(50, seed=0)).interval[0] == 0
+    assert estimate(torch.tensor([0.1, 0.5, -0.5]), POSITIVE).interval[0] == 0
+    assert estimate(torch.tensor([0.1, 0.5, -0.5])).interval[0] < 0
 
 
 def test_squared_error_is_on_the_scale_0_to_1() -> None:
@@ -124,3 +177,45 @@ def test_bigram_probabilities_sum_to_one() -> None:
         pairs = [torch.tensor([[[first, second]]]) for second in range(7)]
         prices = [2 * bigram_bits(grids, pair, 7) - lone for pair in pairs]
         assert sum(2**-price for price in prices) == pytest.approx(1)
+
+
+def test_frequencies_are_counts_over_their_sum() -> None:
+    grids = torch.randint(0, 7, (40, 3, 4), generator=torch.Generator().manual_seed(0))
+    weights = resample(40, 0)
+    shares = index_frequencies(grids, 9, 1, weights)
+    counts = torch.bincount(grids.flatten(), minlength=9)
+    assert torch.allclose(shares[0], counts / counts.sum().double())
+    drawn = grids[torch.arange(40).repeat_interleave(weights[3].long())]
+    assert torch.allclose(shares[3], torch.bincount(drawn.flatten(), minlength=9).double() / 480)
+    found = code_estimates(shares, tokens_per_pixel=12 / 192)
+    assert found["codebook_usage"].value == pytest.approx(
+        codebook_metrics(counts)["codebook_usage"]
+    )
+    assert found["perplexity"].value == pytest.approx(codebook_metrics(counts)["perplexity"])
+    assert found["entropy_per_pixel"].value == pytest.approx(
+        float(entropy(counts[None] / counts.sum())) * 12 / 192
+    )
+
+
+def test_each_depth_has_codes_of_its_own() -> None:
+    grids = torch.tensor([[[[0, 1]]], [[[0, 2]]]])  # (2, 1, 1, depth 2)
+    assert index_frequencies(grids, 3, 2, resample(2, 0))[0].tolist() == [0.5, 0, 0, 0, 0.25, 0.25]
+
+
+def test_divergence_is_0_for_equal_and_1_for_disjoint_frequencies() -> None:
+    a, b = (torch.tensor([part] * 3, dtype=torch.double) for part in ([0.5, 0.5, 0], [0, 0, 1]))
+    assert token_divergence(a, a).value == pytest.approx(0)
+    assert token_divergence(a, b).value == pytest.approx(1)
+    half = torch.tensor([[0.5, 0, 0.5]] * 3, dtype=torch.double)
+    middle = -(0.5 * math.log2(0.5) + 2 * 0.25 * math.log2(0.25))
+    assert token_divergence(a, half).value == pytest.approx(middle - 1)
+
+
+def test_distributions_stand_up_and_hang_down_in_the_order_of_the_first() -> None:
+    shares, others = torch.tensor([0.0, 1.0, 0.5, 0.25]), torch.tensor([0.0, 0.0, 1.0, 0.0])
+    picture = np.asarray(distributions(shares, others))
+    columns = picture[:, picture.shape[1] // 8 :: picture.shape[1] // 4]
+    lit = (columns > 128).sum(axis=0) / (picture.shape[0] / 2)
+    assert lit == pytest.approx([1, 0.5 + 1, 0.25, 0], abs=0.06)
+    assert columns[0].tolist() == [255, 0, 0, 0]
+    assert columns[-1].tolist() == [0, 255, 0, 0]

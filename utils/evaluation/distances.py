@@ -26,17 +26,11 @@ Weights = tuple[Tensor, Tensor]  # of `metrics.resample`, one for each set
 
 
 class Features(NamedTuple):
-    """A set of N images in a feature network.
+    """A set of N images in a feature network."""
 
-    Attributes:
-        features: (N, D), float32.
-        logits: (N, classes), or None where the network has no classes.
-        pixels: (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side.
-    """
-
-    features: Tensor
-    logits: Tensor | None
-    pixels: Tensor
+    features: Tensor  # (N, D), float32
+    logits: Tensor | None  # (N, classes), or None where the network has no classes
+    pixels: Tensor  # (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side
 
     def select(self, rows: Tensor) -> "Features":
         """Some of the images."""
@@ -70,11 +64,8 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Ten
 def frechet_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
     """Frechet distance of two sets as Gaussians (arXiv 1706.08500): with Inception, the FID.
 
-    It falls with the number of images, also for sets of the same kind: compare equal counts.
-
-    Args:
-        first, second: features (N, D) and (M, D).
-        weights: (R, N) and (R, M), of which the first 51 rows count.
+    Of features (N, D) and (M, D) by the first 51 rows of the weights (R, N) and (R, M). It falls
+    with the number of images, also for sets of the same kind: compare equal counts.
     """
     first, second = first.double(), second.double()
     rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
@@ -86,11 +77,8 @@ def kernel_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate
     """Squared maximum mean discrepancy (arXiv 1801.01401): with Inception, the KID.
 
     The unbiased estimate from all pairs of images, by the kernel (x y / D + 1)^3. Pairs of an
-    image with itself do not count, nor pairs of its repetitions in a resample.
-
-    Args:
-        first, second: features (N, D) and (M, D).
-        weights: (R, N) and (R, M).
+    image with itself do not count, nor pairs of its repetitions in a resample. Features are
+    (N, D) and (M, D), weights (R, N) and (R, M).
     """
     first, second = first.double(), second.double()
     w_1, w_2 = (part.to(first) for part in weights)
@@ -116,9 +104,7 @@ def _kernel_sum(x: Tensor, y: Tensor, w_x: Tensor, w_y: Tensor) -> Tensor:
 def class_score(logits: Tensor, weights: Tensor) -> Estimate:
     """exp of the mean KL(p(y|x) || p(y)) (arXiv 1606.03498): with Inception, the Inception Score.
 
-    Args:
-        logits: (N, classes), of all images at once and not of ten parts.
-        weights: (R, N).
+    Of the logits (N, classes) of all images at once and not of ten parts.
     """
     logs = logits.double().log_softmax(dim=1)
     shares = weights.to(logs) / len(logs)
@@ -151,14 +137,10 @@ def _squared(part: Tensor, others: Tensor, centre: Tensor) -> Tensor:
 
 
 def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
-    """The k nearest references of each query.
+    """The k nearest references (M, D), M at least k, of each query (N, D), of any type.
 
     Matrix products select the neighbours; their distances are then computed again without
     cancellation, so that a copy has a distance of exactly 0.
-
-    Args:
-        queries: (N, D), of any type.
-        references: (M, D), M at least k.
     """
     centre = _centre(references)
     found = []
@@ -184,11 +166,7 @@ def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[st
     share of the samples in a real ball, recall that of real images in a ball of a sample (k = 3,
     arXiv 1904.06991); density the mean number of real balls that contain a sample, over k;
     coverage the share of the real balls that contain a sample (k = 5, arXiv 2002.09797). Images
-    are resampled, the radii are not.
-
-    Args:
-        real, samples: features (N, D) and (M, D), each of more than 5 images.
-        weights: (R, N) and (R, M).
+    are resampled, the radii are not. Features are (N, D) and (M, D), each of more than 5 images.
     """
     real_radii = nearest(real, real, DENSITY_K + 1).distances  # the nearest is the image itself
     radii = nearest(samples, samples, PRECISION_K + 1).distances[:, PRECISION_K]
@@ -216,14 +194,10 @@ def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[st
 
 
 class Closest(NamedTuple):
-    """The nearest training image of each of N images.
+    """The distance and the row of the nearest training image of each image, (N,) each.
 
-    Attributes:
-        distances: (N,).
-        ratios: (N,), of the distance to the mean distance of the 10 nearest training images: 0
-            for a copy. It scales with the neighbourhood, so that plain images, which all lie
-            close together, are not suspected more than others.
-        rows: (N,), of the training images.
+    Its ratio to the mean distance of the 10 nearest is 0 for a copy. It scales with the
+    neighbourhood, so that plain images, which all lie close together, are not suspected.
     """
 
     distances: Tensor
@@ -232,12 +206,7 @@ class Closest(NamedTuple):
 
 
 def closest(images: Tensor, training: Tensor) -> Closest:
-    """Find the nearest training image of each image.
-
-    Args:
-        images: (N, D), pixels or features.
-        training: (M, D), M of 2 or more.
-    """
+    """The nearest of training images (M, D), M of 2 or more; pixels or features (N, D)."""
     found = nearest(images, training, min(NEIGHBOURS, len(training)))
     average = found.distances.mean(dim=1).clamp(min=1e-12)
     return Closest(found.distances[:, 0], found.distances[:, 0] / average, found.rows[:, 0])
@@ -249,13 +218,9 @@ def copy_threshold(new: Closest) -> float:
 
 
 def copy_metrics(found: Closest, space: str, limit: float, weights: Tensor) -> dict[str, Estimate]:
-    """Mean distance to the nearest training image, and the share of copies.
+    """Mean distance to the nearest training image, and the share of copies, in a space.
 
-    Args:
-        found: of `closest`.
-        space: of the distances, for the names: pixels or features.
-        limit: of `copy_threshold`.
-        weights: of `metrics.resample`, (R, N).
+    `limit` is the `copy_threshold`.
     """
     return {
         f"nearest_{space}": mean(found.distances, weights, POSITIVE),
@@ -267,13 +232,9 @@ def copy_metrics(found: Closest, space: str, limit: float, weights: Tensor) -> d
 
 
 def diversity(features: Tensor, labels: Sequence[str], weights: Tensor, seed: int) -> Estimate:
-    """Mean distance of an image to another random image of its label.
+    """Mean distance in features (N, D) of an image to another random image of its label.
 
-    Args:
-        features: (N, D).
-        labels: N of them; an image that is alone with its label counts as 0.
-        weights: (R, N).
-        seed: of the pairs.
+    An image that is alone with its label counts as 0.
     """
     generator = torch.Generator().manual_seed(seed)
     apart = torch.zeros(len(features), device=features.device)
@@ -292,22 +253,14 @@ def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estima
 
 @dataclass
 class Comparison:
-    """A set of images beside a set of real ones, in one feature network.
-
-    Attributes:
-        real, images: of M and N images.
-        weights: of `metrics.resample`, (R, M) and (R, N).
-        labels: of the N images; () where they have none.
-        targets: the class (N,) of each label, or None where the network has no such classes.
-        seed: of random pairs.
-    """
+    """A set of N images beside M real ones, in one feature network."""
 
     real: Features
     images: Features
-    weights: Weights
-    labels: Sequence[str] = ()
-    targets: Tensor | None = None
-    seed: int = 0
+    weights: Weights  # (R, M) and (R, N)
+    labels: Sequence[str] = ()  # of the N images
+    targets: Tensor | None = None  # class (N,) of each label; None where there are no classes
+    seed: int = 0  # of random pairs
 
     @property
     def pair(self) -> tuple[Tensor, Tensor]:

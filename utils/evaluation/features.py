@@ -50,19 +50,12 @@ class Images(Protocol):
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """A network, and what its metrics are named after.
+    """Images (B, C, H, W) in [-1, 1] -> features (B, D) and logits (B, classes) or None."""
 
-    Attributes:
-        name: of `NETWORKS`.
-        network: images (B, C, H, W) in [-1, 1] -> features (B, D) and logits or None.
-        preprocessing: of an image before the network, in words.
-        class_names: of the classifier, in the order of its logits.
-    """
-
-    name: str
+    name: str  # of `NETWORKS`
     network: nn.Module
-    preprocessing: str
-    class_names: tuple[str, ...] = ()
+    preprocessing: str  # of an image before the network, in words
+    class_names: tuple[str, ...] = ()  # of the classifier, in the order of its logits
 
     @property
     def sha256(self) -> str:
@@ -240,14 +233,7 @@ def train_classifier(
 ) -> FeatureNetwork:
     """The classifier of the given rows, from the cache where an earlier call trained it.
 
-    The global random state does not change.
-
-    Args:
-        images: with labels.
-        rows: to train on.
-        what: names the images in errors.
-        device: of the classifier.
-        seed: of its weights and of the order of the images.
+    `what` names the images in errors. The global random state does not change.
 
     Raises:
         UserError: images without a label, or of one class.

@@ -1,14 +1,13 @@
 """The images that an evaluation compares: rows of data sets and samples, read and checked."""
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils import provenance
+from utils import addresses, provenance
 from utils.cli import UserError
 from utils.data.images import ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
@@ -54,44 +53,22 @@ class ImageSet(NamedTuple):
 
 
 class RealImages(NamedTuple):
-    """Real images of a training, real images held out from it, and how the two were split.
-
-    Attributes:
-        split: `held_out`, in words; val_fraction and seed where they decided.
-    """
+    """Real images of a training, and real images held out from it."""
 
     train: ImageSet
     held_out: ImageSet
-    split: dict[str, Any]
-
-
-class Tokens(NamedTuple):
-    """The indices of samples, and the function from images to indices."""
-
-    grids: Tensor
-    encode: Callable[[Tensor], Tensor]
-    codebook_size: int
-    depth: int
+    split: dict[str, Any]  # `held_out`, in words; val_fraction and seed where they decided
 
 
 class Samples(NamedTuple):
-    """Samples and their origin.
-
-    Attributes:
-        images: all of them.
-        place: their file or folder.
-        hashes: SHA-256 of the samples and, where it is known, of the models that generated them.
-        run_id: MLflow's of the GPT that generated them, "" if not known.
-        split: of the training's data, None if not known.
-        tokens: None for pictures.
-    """
+    """Samples and their origin, as far as it is known."""
 
     images: ImageSet
-    place: Path
-    hashes: dict[str, str]
-    run_id: str
-    split: Split | None
-    tokens: Tokens | None = None
+    place: Path  # their file or folder
+    hashes: dict[str, str]  # SHA-256 of the samples and of the models that generated them
+    run_id: str  # MLflow's of the GPT that generated them, or ""
+    split: Split | None  # of the training's data
+    tokenizer: Any = None  # of samples that are `DecodedImages`; None for pictures
 
 
 def read_images(
@@ -131,19 +108,13 @@ def read_real(
     resize: bool = False,
     **options: Any,
 ) -> RealImages:
-    """Real images of a training, and real images held out from it.
+    """Real images of a training (a CSV), and images held out: another CSV, or its validation rows.
 
-    Args:
-        path_to_data: CSV of the first.
-        path_to_test: CSV of the second; without it they are the validation rows of the first.
-        split: of the training, None if it is not known; needed where the CSV has no column split.
-        samples: to compare with.
-        resize: bring the real images to the size of the samples.
-        options: of `ImageDataset`.
+    `split` is that of the training, needed where the CSV has no column split. `resize` brings the
+    real images to the size of the samples.
 
     Raises:
-        UserError: see `ImageDataset`; too few images, or images of another size than the
-            samples; an unknown split.
+        UserError: see `ImageDataset`; too few images, another size, or an unknown split.
     """
     size, channels = samples.size if resize else None, samples.channels
     real = read_images(path_to_data, "--path_to_data", size, channels, SMALLEST, **options)
@@ -179,13 +150,39 @@ def read_real(
     return RealImages(ImageSet(real, train), ImageSet(real, held_out), described)
 
 
-def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> Samples:
-    """Samples as a folder of images_from_indexes.py, or as any CSV of images.
+def read_samples(
+    images: str | None,
+    indexes_path: str | None,
+    tokenizer: LoadedModel | None,
+    size: tuple[int, int] | None,
+    **options: Any,
+) -> Samples:
+    """The samples that the flags name: pictures, or indices with their tokenizer.
 
-    Args:
-        path: of the folder, its images.csv, or another CSV.
-        size: height and width to resize and crop to; None: what all images have.
-        options: of `ImageDataset`.
+    Raises:
+        UserError: neither, both, or flags that cannot be combined; see `read_pictures` and
+            `read_grids`.
+    """
+    if bool(images) == bool(indexes_path):
+        raise UserError("give the samples by either --images or --indexes_path")
+    if images:
+        return read_pictures(Path(images), size, **options)
+    if size:
+        raise UserError(
+            "--image_size cannot be combined with --indexes_path, whose images have the size that "
+            "the tokenizer decodes; leave it out"
+        )
+    if tokenizer is None:
+        raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
+    path = addresses.fetch(str(indexes_path))
+    samples = read_grids(path, tokenizer)
+    if path != Path(str(indexes_path)):  # fetched to a temporary folder
+        samples = samples._replace(place=Path("outputs", *str(indexes_path).split("/")[1:]))
+    return samples
+
+
+def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> Samples:
+    """Samples as a folder of images_from_indexes.py, its images.csv, or any CSV of images.
 
     Raises:
         UserError: see `ImageDataset`; neither of them is there, or too few images.
@@ -233,7 +230,7 @@ def read_grids(path: Path, tokenizer: LoadedModel) -> Samples:
         | {"tokenizer_sha256": tokenizer.sha256},
         indices.meta.gpt_run_id if indices.meta is not None else "",
         Split(origin.val_fraction, origin.seed),
-        Tokens(decoded.grids, model.encode, config.codebook_size, config.depth),
+        model,
     )
 
 

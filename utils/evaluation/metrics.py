@@ -29,9 +29,8 @@ ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 class Estimate(NamedTuple):
     """A metric, and its standard deviation over the bootstrap resamples.
 
-    The interval is `value` plus and minus 1.96 standard errors, cut at the `bounds` of the
-    metric. Quantiles of the resamples are not used: sets that are sampled with replacement have
-    larger distances and fewer codes in use than the original sets.
+    Quantiles of the resamples are not used: sets that are sampled with replacement have larger
+    distances and fewer codes in use than the original sets.
     """
 
     value: float
@@ -40,17 +39,15 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Lower and upper end, 95 %."""
+        """95 %: the value -+ 1.96 standard errors, cut at the bounds of the metric."""
         spread = WIDTH * self.standard_error
-        low, high = self.bounds
-        return max(low, self.value - spread), min(high, self.value + spread)
+        return max(self.bounds[0], self.value - spread), min(self.bounds[1], self.value + spread)
 
 
 def resample(count: int, seed: int, replicates: int = REPLICATES) -> Tensor:
-    """How often each of `count` images occurs in each bootstrap resample (Efron, 1979).
+    """How often each image occurs in each bootstrap resample (Efron, 1979): (R, count), float32.
 
-    Returns:
-        (1 + replicates, count), float32. The first row is ones: the original images.
+    R is 1 + replicates; the first row is ones, the original images.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(1 + replicates, count)
@@ -60,17 +57,14 @@ def resample(count: int, seed: int, replicates: int = REPLICATES) -> Tensor:
 
 
 def estimate(replicates: Tensor, bounds: Bounds = ANY) -> Estimate:
-    """From the value of a metric for each row of `resample`, (1 + replicates,)."""
+    """From the value of a metric for each row of `resample`, (R,)."""
     return Estimate(float(replicates[0]), float(replicates[1:].double().std()), bounds)
 
 
 def mean(values: Tensor, weights: Tensor, bounds: Bounds = ANY) -> Estimate:
-    """The mean of one number per image; the mean of booleans is a share from 0 to 1.
+    """The mean of one number per image (N,), by weights (R, N) of `resample`.
 
-    Args:
-        values: (N,).
-        weights: of `resample`, (R, N).
-        bounds: of each number.
+    The mean of booleans is a share from 0 to 1.
     """
     bounds = SHARE if values.dtype == torch.bool else bounds
     means = weights.double() @ values.to(weights.device, torch.double) / len(values)
@@ -81,14 +75,7 @@ def mean(values: Tensor, weights: Tensor, bounds: Bounds = ANY) -> Estimate:
 
 
 def squared_error(images: Tensor, others: Tensor) -> Tensor:
-    """Mean squared error of each pair of images on the scale [0, 1].
-
-    Args:
-        images, others: (B, C, H, W) in [-1, 1].
-
-    Returns:
-        (B,), float32.
-    """
+    """Mean squared error on the scale [0, 1] of pairs (B, C, H, W) in [-1, 1]: (B,), float32."""
     return (images.float() - others.float()).square().mean(dim=(1, 2, 3)) / 4
 
 
@@ -98,16 +85,10 @@ def psnr(mse: float) -> float:
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity of each pair of images (Wang et al., 2004), on the scale [0, 1].
+    """Structural similarity (Wang et al., 2004) of pairs (B, C, H, W) in [-1, 1]: (B,), float32.
 
-    Gaussian window of 11 pixels and deviation 1.5, inside the image only; for images of fewer
-    than 11 pixels a side, the window has the largest odd side that fits.
-
-    Args:
-        images, others: (B, C, H, W) in [-1, 1].
-
-    Returns:
-        (B,), float32, in [-1, 1]; 1 for equal images.
+    On the scale [0, 1]; 1 for equal images. Gaussian window of 11 pixels and deviation 1.5, inside
+    the image only; for smaller images, the window has the largest odd side that fits.
     """
     side = min(SSIM_WINDOW, *images.shape[2:])
     side -= 1 - side % 2  # odd, so that the window has a middle
@@ -151,13 +132,7 @@ def image_metrics(images: Tensor, others: Tensor) -> dict[str, Tensor]:
 def mean_errors(
     errors: Mapping[str, Tensor], weights: Tensor, table: Mapping[str, ImageMetric] = IMAGE_METRICS
 ) -> dict[str, Estimate]:
-    """The mean of each image metric, and the PSNR of the mean squared error in dB.
-
-    Args:
-        errors: (N,) of each metric.
-        weights: of `resample`, (R, N).
-        table: the metrics.
-    """
+    """The mean of each image metric (N,), and the PSNR of the mean squared error in dB."""
     means = {name: mean(part, weights, table[name].bounds) for name, part in errors.items()}
     mse = (weights.double() @ errors["mse"].double() / len(errors["mse"])).clamp(min=1e-20)
     return {"mse": means.pop("mse"), "psnr": estimate(-10 * mse.log10()), **means}
@@ -186,11 +161,7 @@ def codebook_metrics(counts: Tensor) -> dict[str, float]:
 def index_frequencies(grids: Tensor, codebook_size: int, depth: int, weights: Tensor) -> Tensor:
     """The share of each index in each resample: (R, codebook_size * depth), float64.
 
-    Args:
-        grids: (N, h, w), or (N, h, w, depth), where each depth has its own indices.
-        codebook_size: K.
-        depth: indices per latent position.
-        weights: of `resample`, (R, N).
+    Grids are (N, h, w), or (N, h, w, depth), where each depth has its own indices.
     """
     grids = grids.long().cpu()
     if depth > 1:
@@ -204,12 +175,7 @@ def index_frequencies(grids: Tensor, codebook_size: int, depth: int, weights: Te
 
 
 def code_estimates(shares: Tensor, tokens_per_pixel: float) -> dict[str, Estimate]:
-    """`CODE_METRICS`, and bits per pixel of an ideal code for single indices.
-
-    Args:
-        shares: of `index_frequencies`, (R, K).
-        tokens_per_pixel: indices of a grid over pixels of an image.
-    """
+    """`CODE_METRICS` of `index_frequencies`, and bits per pixel of an ideal code for indices."""
     bounds = {"codebook_usage": (0.0, 100.0), "perplexity": (1.0, float(shares.shape[1]))}
     found = {
         name: estimate(compute(shares), bounds.get(name, ANY))
@@ -236,13 +202,9 @@ def unigram_bits(counts: Tensor, held_out: Tensor) -> float:
 def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
     """Bits per token of held-out grids if each index is predicted from the previous one alone.
 
-    Counts of pairs in raster order, smoothed by the unigram distribution in proportion to the
-    number of distinct successors (Witten and Bell, 1991). The first index has the unigram alone.
-
-    Args:
-        grids: (N, h, w), of which the first 2^25 pairs count.
-        held_out: (M, h, w).
-        codebook_size: K.
+    Counts of the first 2^25 pairs in raster order, smoothed by the unigram distribution in
+    proportion to the number of distinct successors (Witten and Bell, 1991). The first index has
+    the unigram alone. Grids are (N, h, w) and (M, h, w).
     """
     grids, held_out = (x.flatten(1)[: max(1, MAX_PAIRS // x[0].numel())] for x in (grids, held_out))
     counts = torch.bincount(grids.flatten().long(), minlength=codebook_size)
@@ -269,13 +231,8 @@ def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
 def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tuple[float, float]:
     """Unigram and bigram bits per token of validation grids: what a GPT has to improve on.
 
-    The codes of each depth have their own statistics. The unigram baseline does not spend bits
-    on the depth, which is known at each token.
-
-    Args:
-        train, val: (N, h, w), or (N, h, w, depth) for a depth above 1.
-        codebook_size: K.
-        depth: indices per latent position.
+    Grids are (N, h, w), or (N, h, w, depth) for a depth above 1, where each depth has its own
+    statistics. The unigram does not spend bits on the depth, which is known at each token.
     """
     size = codebook_size * depth
     if depth > 1:

@@ -27,9 +27,7 @@ class _Inception(nn.Module):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as fidelity
         except ImportError as error:
-            raise UserError(
-                "--features inception needs the package torch-fidelity: pip install torch-fidelity"
-            ) from error
+            raise _no_package("inception", "torch-fidelity") from error
         url = fidelity.URL_INCEPTION_V3
         try:
             if path:
@@ -39,7 +37,7 @@ class _Inception(nn.Module):
                 with contextlib.redirect_stderr(io.StringIO()):  # where it repeats the address
                     torch.hub.load_state_dict_from_url(url, weights_only=True)
         except Exception as error:  # no network, no such file, or no weights: of many types
-            raise _no_weights("inception", error, f"download {url} and give its path") from error
+            raise _no_weights("inception", error, url) from error
         # torch-fidelity unpickles the file without restrictions. The lines above have read the
         # same file and would have refused one with anything besides tensors in it.
         try:
@@ -47,7 +45,7 @@ class _Inception(nn.Module):
                 "inception", list(INCEPTION), feature_extractor_weights_path=path or None
             )
         except (RuntimeError, TypeError, AttributeError) as error:
-            raise _wrong_weights(path, "inception", url) from error
+            raise _wrong_weights("inception", path, url) from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images[:, :3].expand(-1, 3, -1, -1).add(1).mul(127.5).round()
@@ -65,27 +63,21 @@ class _Dinov2(nn.Module):
         try:
             from transformers import AutoConfig, AutoModel
         except ImportError as error:
-            raise UserError(
-                "--features dinov2 needs the package transformers: pip install transformers"
-            ) from error
-        remedy = f"download the folder {DINOV2} and give its path"
+            raise _no_package("dinov2", "transformers") from error
         if not Path(path or "-").is_dir():
-            raise _no_weights("dinov2", OSError(f"no folder {path}".strip()), remedy)
+            missing = OSError(f"no folder {path}".strip())
+            raise _no_weights("dinov2", missing, f"the folder {DINOV2}")
         try:
-            config = AutoConfig.from_pretrained(path)
-        except (OSError, ValueError, KeyError) as error:  # no folder of transformers at all
-            raise _wrong_weights(path, "dinov2", DINOV2) from error
-        if not config.model_type.startswith("dinov2"):
-            raise _wrong_weights(path, "dinov2", DINOV2)
-        try:
+            if not AutoConfig.from_pretrained(path).model_type.startswith("dinov2"):
+                raise ValueError("another network")
             loaded: Any = AutoModel.from_pretrained(
                 path, use_safetensors=True, output_loading_info=True
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise _no_weights("dinov2", error, remedy) from error
-        self.inner, report = loaded
-        if report["missing_keys"] or report["mismatched_keys"]:
-            raise _wrong_weights(path, "dinov2", DINOV2)
+            self.inner, loading = loaded
+            if loading["missing_keys"] or loading["mismatched_keys"]:
+                raise ValueError("other weights")
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise _wrong_weights("dinov2", path, DINOV2) from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         images = F.interpolate(
@@ -97,12 +89,9 @@ class _Dinov2(nn.Module):
 
 
 def open_network(name: str | None, path: str, device: torch.device) -> FeatureNetwork | None:
-    """Inception or DINOv2; None for another name, which has nothing to open.
+    """Inception or DINOv2; None for another name of --features, which has nothing to open.
 
-    Args:
-        name: of --features.
-        path: the weights file of Inception, the folder of DINOv2; "" downloads that of Inception.
-        device: of the network.
+    `path` is the weights file of Inception ("" downloads it), or the folder of DINOv2.
 
     Raises:
         UserError: its package or its weights are missing, or they are of another network.
@@ -118,14 +107,18 @@ def open_network(name: str | None, path: str, device: torch.device) -> FeatureNe
     return None
 
 
-def _no_weights(name: str, error: Exception, remedy: str) -> UserError:
+def _no_package(name: str, package: str) -> UserError:
+    return UserError(f"--features {name} needs the package {package}: pip install {package}")
+
+
+def _no_weights(name: str, error: Exception, where: str) -> UserError:
     return UserError(
-        f"--features {name} has no weights ({one_line(error, 150)}); {remedy} as "
-        "--feature_weights, or use --features classifier"
+        f"--features {name} has no weights ({one_line(error, 150)}); download {where} and give "
+        "its path as --feature_weights, or use --features classifier"
     )
 
 
-def _wrong_weights(path: str, name: str, right: str) -> UserError:
+def _wrong_weights(name: str, path: str, right: str) -> UserError:
     return UserError(
         f"{path or 'the download'} does not hold the weights of {name}; --feature_weights takes "
         f"those of {right}"

@@ -1,4 +1,4 @@
-"""Records of evaluations: a protocol, metrics and pictures; written, logged, read and compared."""
+"""Records of evaluations: a protocol, metrics and pictures; written, logged, found and compared."""
 
 import argparse
 import contextlib
@@ -10,17 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 
-from utils import cli
+from utils import addresses, cli
 from utils.cli import UserError
 from utils.data.images import ImageDataset
-from utils.distributed import pick_device
 from utils.evaluation.distances import title
-from utils.evaluation.features import FeatureNetwork
 from utils.evaluation.metrics import IMAGE_METRICS, REPLICATES, WIDTH, Estimate
 from utils.files import TABLE_BYTES, check_size, read_json, sha256
 
@@ -38,40 +37,18 @@ COMPARED = (
 PAIRED = {*IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}  # of single images
 
 
-class Log(Protocol):
-    """The part of a tracking run that an evaluation logs to."""
-
-    output_dir: Path
-
-    def file(self, path: Path, name: str = "") -> None: ...
-    def metrics(self, section: str, values: dict[str, float], step: int) -> None: ...
-    def picture(self, key: str, image: Image.Image, step: int) -> Path: ...
-
-
 @dataclass(frozen=True)
 class Record:
-    """The result of an evaluation.
-
-    Attributes:
-        metrics: by their keys.
-        protocol: of `protocol`.
-        rows: columns of the table with a line for each image.
-        pictures: by their names.
-        by_label: metrics of the images of each label.
-    """
+    """The result of an evaluation."""
 
     metrics: Mapping[str, Estimate]
-    protocol: Mapping[str, Any]
-    rows: Mapping[str, Sequence[Any]]
+    protocol: Mapping[str, Any]  # how they were measured
+    rows: Mapping[str, Sequence[Any]]  # columns of the table with a line for each image
     pictures: Mapping[str, Image.Image]
     by_label: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
 
     def write(self, folder: Path, kind: str) -> list[Path]:
-        """Print the metrics; write <kind>.json, <kind>.csv and a PNG file for each picture.
-
-        Returns:
-            the files, the JSON first.
-        """
+        """Print the metrics; write <kind>.json, <kind>.csv and a PNG file for each picture."""
         import pandas
 
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +60,8 @@ class Record:
         }
         files = [folder / f"{kind}.json", folder / f"{kind}.csv"]
         files[0].write_text(json.dumps(content, indent=2) + "\n")
-        pandas.DataFrame(self.rows).to_csv(files[1], index=False, float_format="%.6g", na_rep="nan")
+        table = pandas.DataFrame(self.rows)
+        table.to_csv(files[1], index=False, float_format="%.6g", na_rep="nan")
         for key, picture in self.pictures.items():
             files.append(folder / f"{key}.png")
             picture.save(files[-1])
@@ -94,14 +72,10 @@ class Record:
         print(f"written to {folder}: {', '.join(file.name for file in files)}")
         return files
 
-    def save(self, run: Log, kind: str, name: str, **sets: ImageDataset | None) -> None:
-        """`write` to the output folder of a run, and log all of it under evaluation/<name>.
+    def save(self, run: Any, kind: str, name: str) -> None:
+        """`write` to the output folder of a tracking run, and log all of it to evaluation/<name>.
 
-        Args:
-            run: of the model.
-            kind: of `KINDS`.
-            name: of `name_of`.
-            sets: images by the flags that named them, whose bad files are listed if they have any.
+        `kind` is one of `KINDS`, `name` that of `name_of`.
         """
         section = f"{FOLDER}/{name}"
         for file in self.write(run.output_dir, kind):
@@ -109,9 +83,6 @@ class Record:
         run.metrics(section, {key: metric.value for key, metric in self.metrics.items()}, 0)
         for key, picture in self.pictures.items():
             run.picture(f"{section}/{key}", picture, 0)
-        for flag, images in sets.items():
-            if images is not None:
-                images.write_skipped(run.output_dir, f"skipped-{flag}.csv")
 
 
 def _plain(found: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:
@@ -133,76 +104,56 @@ def name_of(path: Path) -> str:
 
 
 def protocol(
-    arguments: argparse.Namespace,
-    dataset: ImageDataset,
-    network: FeatureNetwork | None = None,
-    **more: Any,
+    flags: argparse.Namespace, dataset: ImageDataset, device: torch.device
 ) -> dict[str, Any]:
-    """How the metrics are measured, except for the number of images.
-
-    Args:
-        arguments: of the script: its CSVs, seed and device.
-        dataset: the real images.
-        network: of the features.
-        more: what only this kind of evaluation has.
-    """
+    """How all metrics of an evaluation are measured; `flags` name its CSVs and the seed."""
     values: dict[str, Any] = {
         "size": list(dataset.size),
         "channels": dataset.channels,
         "preprocessing": "resized to cover the size, cut in the middle, values to [-1, 1]",
     }
     for name in ("path_to_data", "path_to_test", "path_to_train"):
-        path = getattr(arguments, name, None)
+        path = getattr(flags, name, None)
         if path:
             values |= {name: path, f"{name}_sha256": sha256(Path(path))}
-    if network is not None:
-        values |= {
-            "features": network.name,
-            "network_sha256": network.sha256,
-            "network_preprocessing": network.preprocessing,
-        }
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
     return values | {
-        "seed": arguments.seed,
-        "device": pick_device(arguments.device).type,
-        "interval": f"value +- {WIDTH} standard errors of {REPLICATES} bootstrap "
-        "resamples, cut at the bounds of the metric",
+        "seed": flags.seed,
+        "device": device.type,
+        "interval": f"value +- {WIDTH} standard errors of {REPLICATES} bootstrap resamples, cut "
+        "at the bounds of the metric",
         "versions": versions,
-        **more,
     }
 
 
 # --- two records compared -----------------------------------------------------------------------
 
-ImageErrors = list[tuple[str, str, float]]  # image_path, label and a metric, sorted
-
 
 class Evaluation(NamedTuple):
-    """A record that was read from disk.
+    """A record that was read from disk: value and standard error of each metric, and its protocol.
 
-    Attributes:
-        metrics: value and standard error of each.
-        protocol: of the record.
-        by_image: the metrics of single images, by name.
+    `by_image` has the metrics of single images by name: image_path, label and value, sorted.
     """
 
     metrics: dict[str, tuple[float, float]]
     protocol: Mapping[str, Any]
-    by_image: dict[str, ImageErrors]
+    by_image: dict[str, list[tuple[str, str, float]]]
 
 
-def find(path: Path) -> dict[str, Path]:
-    """The records at a path: a JSON file, or those of a folder or of its evaluation/.
+def find(place: str) -> dict[str, Path]:
+    """The records of a JSON file, a folder or its evaluation/, or an MLflow run by its id.
 
-    Returns:
-        the files, by `<name>/<kind>` where each evaluation has its own folder, else by kind.
+    Returns the files by `<name>/<kind>` where each evaluation has its own folder, else by kind.
 
     Raises:
         UserError: there is none.
     """
+    path = Path(place)
+    if not path.exists():
+        path = addresses.fetch(f"runs:/{place}/{FOLDER}")
     if path.suffix == ".json" and path.is_file():
         return {path.stem: path}
     found: dict[str, Path] = {}
@@ -215,7 +166,7 @@ def find(path: Path) -> dict[str, Path]:
                     found.setdefault(str(file.relative_to(home).with_suffix("")), file)
     if not found:
         raise UserError(
-            f"no evaluation at {path}; give a JSON of evaluate.py, its folder, or the id of an "
+            f"no evaluation at {place}; give a JSON of evaluate.py, its folder, or the id of an "
             "evaluated run"
         )
     return found
@@ -230,11 +181,9 @@ def compare_all(first: dict[str, Path], second: dict[str, Path]) -> str:
     common = {name: (first[name], second[name]) for name in first if name in second}
     if not common:
         for kind in KINDS:
-            here, there = (
-                [file for file in part.values() if file.stem == kind] for part in (first, second)
-            )
-            if len(here) == len(there) == 1:
-                common[kind] = here[0], there[0]
+            pair = [[f for f in part.values() if f.stem == kind] for part in (first, second)]
+            if len(pair[0]) == len(pair[1]) == 1:
+                common[kind] = pair[0][0], pair[1][0]
     if not common:
         raise UserError(
             f"nothing to compare: there are {', '.join(first)} here, and {', '.join(second)} there"
@@ -293,43 +242,32 @@ def read(path: Path) -> Evaluation:
     Raises:
         UserError: the files hold something else, or are damaged.
     """
-    record = read_json(path)
+    import pandas
+
+    record, table = read_json(path), path.with_suffix(".csv")
     try:
-        protocol = dict(record["protocol"])
         found = {
             key: (_finite(one["value"]), _finite(one["standard_error"]))
             for key, one in record["metrics"].items()
         }
+        protocol = dict(record["protocol"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a valid evaluation of evaluate.py: {error}") from error
-    return Evaluation(found, protocol, _by_image(path.with_suffix(".csv")))
-
-
-def _by_image(path: Path) -> dict[str, ImageErrors]:
-    """The columns of a record's CSV that hold a metric of `PAIRED`.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    import pandas
-
-    if not path.is_file():
-        return {}
+    if not table.is_file():
+        return Evaluation(found, protocol, {})
     try:
-        check_size(path, TABLE_BYTES)
-        table = pandas.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-        return {
+        check_size(table, TABLE_BYTES)
+        rows = pandas.read_csv(table, dtype=str, keep_default_na=False, index_col=False)
+        by_image = {
             key: sorted(
-                zip(
-                    *(table["image_path"], table["label"], map(_finite, map(float, table[key]))),
-                    strict=True,
-                )
+                (path, label, _finite(float(value)))
+                for path, label, value in rows[["image_path", "label", key]].itertuples(index=False)
             )
-            for key in table.columns
-            if key in PAIRED
+            for key in PAIRED.intersection(rows.columns)
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: {error}; evaluate again") from error
+        raise UserError(f"{table} is damaged: {error}; evaluate again") from error
+    return Evaluation(found, protocol, by_image)
 
 
 def _finite(value: Any) -> float:

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,50 +14,63 @@ from utils.data.images import ImageDataset
 from utils.evaluation import distances, features, metrics
 from utils.evaluation.distances import Comparison, Features
 from utils.evaluation.features import FeatureNetwork
-from utils.evaluation.image_sets import ImageSet, RealImages, Samples, Tokens
+from utils.evaluation.image_sets import ImageSet, RealImages, Samples
 from utils.evaluation.metrics import IMAGE_METRICS, POSITIVE, Estimate, ImageMetric
 from utils.evaluation.records import Record
 from utils.evaluation.samples import DecodedImages
+from utils.files import sha256
 
 PAIRS = 32  # images that are shown beside their reconstruction or nearest training image
 RANKED = 50  # images of the highest likelihood that are shown, and as many of the lowest
 SPACES = ("pixels", "features")  # where nearest training images are searched
 
 
-# --- reconstructions ----------------------------------------------------------------------------
+class Settings(NamedTuple):
+    """Where and in which batches networks run; `seed` of resamples and random choices."""
+
+    device: torch.device
+    batch_size: int
+    seed: int
+
+
+def reconstruction_classifier(
+    dataset: ImageDataset, training: ImageDataset, settings: Settings
+) -> FeatureNetwork:
+    """A classifier for the images whose reconstructions are evaluated.
+
+    If it is trained on these very images, it has no classes, since it has learned their labels.
+    """
+    same = sha256(training.path) == sha256(dataset.path)
+    whole = ImageSet.whole(dataset if same else training)
+    what = str(dataset.path if same else training.path)
+    network = features.train_classifier(*whole, what, settings.device, settings.seed)
+    if not same:
+        return network
+    print(
+        "classifier: trained on these very images, so that their labels are not compared; "
+        "--path_to_train CSV trains it on others"
+    )
+    return replace(network, class_names=())
 
 
 def report_reconstructions(
     tokenizer: Any,
     dataset: ImageDataset,
     network: FeatureNetwork | None,
-    *,
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
-    device: torch.device,
-    batch_size: int,
-    seed: int,
-    protocol: dict[str, Any],
+    settings: Settings,
 ) -> Record:
     """Encode and decode all images of a data set, and compare.
 
-    Args:
-        tokenizer: with encode, decode and config, on `device`.
-        dataset: N images of the tokenizer's size.
-        network: for distances between the sets and, where it has classes, agreement with the
-            labels; it must not have been trained on these images then.
-        lpips: two batches of images -> perceptual distances (B,), or None.
-        device, batch_size: for the networks.
-        seed: of the resamples.
-        protocol: of the record.
+    `tokenizer` has encode, decode and config. `network` is for distances between the sets and,
+    where it has classes, for agreement with the labels: these images must be new to it then.
     """
     table = IMAGE_METRICS | ({} if lpips is None else {"lpips": ImageMetric(lpips)})
-    grids, errors = measure_reconstructions(tokenizer, dataset, device, batch_size, table)
-    weights = metrics.resample(len(dataset), seed)
+    grids, errors = measure_reconstructions(tokenizer, dataset, table, settings)
+    weights = metrics.resample(len(dataset), settings.seed)
     found = metrics.mean_errors(errors, weights, table)
-    config, tokens_per_pixel = (
-        tokenizer.config,
-        math.prod(grids.shape[1:]) / math.prod(dataset.size),
-    )
+    config = tokenizer.config
+    tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
     found["bits_per_pixel"] = Estimate(math.log2(config.codebook_size) * tokens_per_pixel, 0.0)
     shares = metrics.index_frequencies(grids, config.codebook_size, config.depth, weights)
     found |= metrics.code_estimates(shares, tokens_per_pixel)
@@ -65,10 +79,8 @@ def report_reconstructions(
         DecodedImages(grids, dataset.rows, tokenizer.decode, dataset.channels, dataset.size)
     )
     if network is not None:
-        real, made = (
-            features.extract_features(network, *part, device, batch_size, what)
-            for part, what in ((originals, "originals"), (decoded, "reconstructions"))
-        )
+        real = _extract(network, originals, settings, "originals")
+        made = _extract(network, decoded, settings, "reconstructions")
         features.warn_if_few(real, network.name)
         compared = Comparison(real, made, (weights, weights))
         pairs = distances.set_metrics(compared, network.name, distances.RECONSTRUCTION_METRICS)
@@ -86,33 +98,32 @@ def report_reconstructions(
     }
     pictures = {
         name: figures.comparison(
-            *(part.load(order[:PAIRS], device) for part in (originals, decoded))
+            *(part.load(order[:PAIRS], settings.device) for part in (originals, decoded))
         )
         for name, order in orders.items()
     }
-    columns = {"image_path": [row.image_path for row in dataset.rows], "label": originals.labels}
+    labels, by_label = originals.labels, {}
+    columns = {"image_path": [row.image_path for row in dataset.rows], "label": labels}
     columns |= {name: values.tolist() for name, values in errors.items()}
-    by_label = {}
-    for label in sorted(set(originals.labels) - {""}):
-        rows = torch.tensor([row for row, own in enumerate(originals.labels) if own == label])
+    for label in sorted(set(labels) - {""}):
+        rows = torch.tensor([row for row, own in enumerate(labels) if own == label])
         part = {name: values[rows] for name, values in errors.items()}
-        by_label[label] = metrics.mean_errors(part, metrics.resample(len(rows), seed), table)
-    return Record(found, {**protocol, "images": len(dataset)}, columns, pictures, by_label)
+        own_weights = metrics.resample(len(rows), settings.seed)
+        by_label[label] = metrics.mean_errors(part, own_weights, table)
+    protocol = {"images": len(dataset), **_protocol(network)}
+    return Record(found, protocol, columns, pictures, by_label)
 
 
 @torch.inference_mode()
 def measure_reconstructions(
-    tokenizer: Any,
-    dataset: ImageDataset,
-    device: torch.device,
-    batch_size: int,
-    table: Mapping[str, ImageMetric],
+    tokenizer: Any, dataset: ImageDataset, table: Mapping[str, ImageMetric], settings: Settings
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Indices (N, h, w[, depth]), int32, and the metrics (N,) of each image, on the CPU."""
+    batches = torch.arange(len(dataset)).split(settings.batch_size)
     grids: list[Tensor] = []
     errors: dict[str, list[Tensor]] = {name: [] for name in table}
     with tqdm(total=len(dataset), unit=" images", disable=None) as bar:
-        for images in dataset.batches(torch.arange(len(dataset)).split(batch_size), device):
+        for images in dataset.batches(batches, settings.device):
             indices = tokenizer.encode(images)
             decoded = tokenizer.decode(indices)
             grids.append(indices.to("cpu", torch.int32))
@@ -122,40 +133,20 @@ def measure_reconstructions(
     return torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()}
 
 
-# --- samples ------------------------------------------------------------------------------------
-
-
 def report_samples(
-    network: FeatureNetwork,
-    real: RealImages,
-    samples: Samples,
-    *,
-    device: torch.device,
-    batch_size: int,
-    seed: int,
-    protocol: dict[str, Any],
+    network: FeatureNetwork, real: RealImages, samples: Samples, settings: Settings
 ) -> Record:
     """Compare samples, and images held out, with training images, the same number of each.
 
     Only nearest neighbours are searched among all training images.
-
-    Args:
-        network: of the features.
-        real: training images, and images held out.
-        samples: of the same size as the real images.
-        device, batch_size: for the networks.
-        seed: of the choice of images where a set has more than needed, and of the resamples.
-        protocol: of the record.
     """
+    seed, device = settings.seed, settings.device
     whole = real.train, samples.images, real.held_out
     count = min(len(part.row_numbers) for part in whole)
     train, sampled, held_out = (part.sample(count, seed) for part in whole)
-
-    def extract(part: ImageSet, what: str) -> Features:
-        return features.extract_features(network, *part, device, batch_size, what)
-
-    all_train = extract(real.train, "training images")
-    train_features = all_train.select(torch.searchsorted(real.train.row_numbers, train.row_numbers))
+    all_train = _extract(network, real.train, settings, "training images")
+    positions = torch.searchsorted(real.train.row_numbers, train.row_numbers)
+    train_features = all_train.select(positions)
     features.warn_if_few(train_features, network.name)
     weights = [metrics.resample(count, seed + number) for number in range(3)]
     # By the prefix of the names of their metrics.
@@ -163,7 +154,7 @@ def report_samples(
     found: dict[str, dict[str, Estimate]] = {}
     closest: dict[str, dict[str, distances.Closest]] = {}
     for prefix, (part, own_weights) in sets.items():
-        extracted = extract(part, "held out" if prefix else "samples")
+        extracted = _extract(network, part, settings, "held out" if prefix else "samples")
         targets = None
         if network.class_names and all(part.labels):
             what = "the samples or of the images held out"
@@ -182,20 +173,25 @@ def report_samples(
             found[prefix] |= distances.copy_metrics(near, space, limit, own_weights)
     if "label_agreement" in found["real_"]:
         features.print_accuracy(found["real_"]["label_agreement"], count)
+    columns: dict[str, Sequence[Any]] = {
+        "image_path": [row.image_path for row in sampled.rows],
+        "label": sampled.labels,
+    }
     pictures = {}
-    for space, near in closest[""].items():  # the most suspicious samples and what they are near
-        suspects = near.ratios.argsort(stable=True)[:PAIRS]
+    for space, near in closest[""].items():
+        rows = real.train.row_numbers[near.rows.cpu()].tolist()
+        columns[f"nearest_in_{space}"] = [real.train.images.rows[row].image_path for row in rows]
+        columns[f"distance_in_{space}"] = near.distances.tolist()
+        columns[f"ratio_in_{space}"] = near.ratios.tolist()
+        suspects = near.ratios.argsort(stable=True)[:PAIRS]  # the likeliest copies
         pair = sampled.load(suspects, device), real.train.load(near.rows[suspects], device)
         pictures[f"closest_pairs_{space}"] = figures.comparison(*pair)
-    if samples.tokens is not None:
-        tokens = samples.tokens
-        grids = (
-            _encode(tokens, train, device, batch_size),
-            tokens.grids[sampled.row_numbers],
-            _encode(tokens, held_out, device, batch_size),
-        )
+    if samples.tokenizer is not None:
+        encode, config = samples.tokenizer.encode, samples.tokenizer.config
+        sampled_grids = samples.images.images.grids[sampled.row_numbers]
+        grids = _encode(encode, train, settings), sampled_grids, _encode(encode, held_out, settings)
         shares = [
-            metrics.index_frequencies(own, tokens.codebook_size, tokens.depth, own_weights)
+            metrics.index_frequencies(own, config.codebook_size, config.depth, own_weights)
             for own, own_weights in zip(grids, weights, strict=True)
         ]
         for prefix, other in zip(sets, shares[1:], strict=True):
@@ -208,92 +204,69 @@ def report_samples(
         if key in found[prefix]
     }
     counts = {"images": count, "training_images": len(real.train.row_numbers)}
-    rows = _sample_rows(real.train, sampled, closest[""])
-    return Record(ordered, {**protocol, **counts}, rows, pictures)
+    return Record(ordered, {**counts, **_protocol(network)}, columns, pictures)
+
+
+def _extract(network: FeatureNetwork, part: ImageSet, settings: Settings, what: str) -> Features:
+    device, batch_size = settings.device, settings.batch_size
+    return features.extract_features(network, *part, device, batch_size, what)
 
 
 @torch.inference_mode()
-def _encode(tokens: Tokens, part: ImageSet, device: torch.device, batch_size: int) -> Tensor:
+def _encode(encode: Callable[[Tensor], Tensor], part: ImageSet, settings: Settings) -> Tensor:
     """The indices of real images, (N, h, w[, depth])."""
-    batches = part.images.batches(part.row_numbers.split(batch_size), device)
-    return torch.cat([tokens.encode(images).cpu() for images in batches])
+    batches = part.row_numbers.split(settings.batch_size)
+    images = part.images.batches(batches, settings.device)
+    return torch.cat([encode(batch).cpu() for batch in images])
 
 
-def _sample_rows(
-    train: ImageSet, samples: ImageSet, closest: Mapping[str, distances.Closest]
-) -> dict[str, list]:
-    """A line for each sample: its nearest training image in each space, and the distance."""
-    paths = [row.image_path for row in samples.rows]
-    columns: dict[str, list] = {"image_path": paths, "label": samples.labels}
-    for space, found in closest.items():
-        rows = train.row_numbers[found.rows.cpu()].tolist()
-        columns[f"nearest_in_{space}"] = [train.images.rows[row].image_path for row in rows]
-        columns[f"distance_in_{space}"] = found.distances.tolist()
-        columns[f"ratio_in_{space}"] = found.ratios.tolist()
-    return columns
-
-
-# --- likelihood ---------------------------------------------------------------------------------
+def _protocol(network: FeatureNetwork | None) -> dict[str, str]:
+    """Of the features."""
+    if network is None:
+        return {}
+    return {
+        "features": network.name,
+        "network_sha256": network.sha256,
+        "network_preprocessing": network.preprocessing,
+    }
 
 
 @torch.inference_mode()
-def bits_of_images(
+def report_likelihood(
     nats_per_token: Callable[[Tensor, Tensor], Tensor],
     dataset: ImageDataset,
     prefix: Tensor,
-    device: torch.device,
-    batch_size: int,
-) -> Tensor:
-    """Bits per token of the indices of each image, (N,).
+    tokens_per_pixel: float,
+    settings: Settings,
+) -> Record:
+    """The mean bits of all images, ranked from the highest to the lowest likelihood.
 
     Args:
         nats_per_token: prefixes (B, ...) and images (B, C, H, W) -> (B, tokens).
         dataset: N images.
         prefix: the conditioning of each image, (N, ...).
-        device: of the models.
-        batch_size: images at once.
+        tokens_per_pixel: indices of a grid over pixels of an image.
+        settings: of the models and the resamples.
     """
-    batches = torch.arange(len(dataset)).split(batch_size)
-    bits = []
+    device, batches = settings.device, torch.arange(len(dataset)).split(settings.batch_size)
+    parts = []
     with tqdm(total=len(dataset), unit=" images", disable=None) as bar:
         for rows, images in zip(batches, dataset.batches(batches, device), strict=True):
             nats = nats_per_token(prefix[rows].to(device), images)
-            bits.append(nats.double().mean(dim=1).cpu() / math.log(2))
+            parts.append(nats.double().mean(dim=1).cpu() / math.log(2))
             bar.update(len(rows))
-    return torch.cat(bits)
-
-
-def report_likelihood(
-    bits: Tensor,
-    dataset: ImageDataset,
-    tokens_per_pixel: float,
-    *,
-    device: torch.device,
-    seed: int,
-    protocol: dict[str, Any],
-) -> Record:
-    """The mean bits, and all images from the highest to the lowest likelihood.
-
-    Args:
-        bits: of `bits_of_images`, (N,).
-        dataset: the N images.
-        tokens_per_pixel: indices of a grid over pixels of an image.
-        device: where to put pictures together.
-        seed: of the resamples.
-        protocol: of the record.
-    """
-    order = bits.argsort(stable=True)
-    weights = metrics.resample(len(dataset), seed)
+    bits = torch.cat(parts)
+    weights = metrics.resample(len(dataset), settings.seed)
     per_image = {"bits_per_token": bits, "bits_per_pixel": bits * tokens_per_pixel}
     found = {name: metrics.mean(part, weights, POSITIVE) for name, part in per_image.items()}
+    order = bits.argsort(stable=True)
     ends = [order[:RANKED], order[-RANKED:].flip(0)]
-    names = "highest_likelihood", "lowest_likelihood"
     grids = (figures.grid(images) for images in dataset.batches(ends, device))
+    pictures = dict(zip(("highest_likelihood", "lowest_likelihood"), grids, strict=True))
     rows = [dataset.rows[row] for row in order.tolist()]
     columns: dict[str, Sequence[Any]] = {
         "image_path": [row.image_path for row in rows],
         "label": [row.label for row in rows],
         **{name: part[order].tolist() for name, part in per_image.items()},
     }
-    pictures = dict(zip(names, grids, strict=True))
-    return Record(found, {**protocol, "images": len(dataset)}, columns, pictures)
+    return Record(found, {"images": len(dataset)}, columns, pictures)

@@ -25,13 +25,7 @@ METRICS = ("fd_classifier", "fd_classifier_error", "label_agreement")
 
 
 class DecodedImages:
-    """Grids of codebook indices as a source of images, decoded by their tokenizer.
-
-    Attributes:
-        grids: (N, h, w[, depth]), of any integer type.
-        rows: N rows of a table.
-        channels, size: of the images.
-    """
+    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer."""
 
     def __init__(
         self,
@@ -62,9 +56,7 @@ class SampleEvaluator:
     """Compares sampled grids with held-out grids, both decoded by one tokenizer.
 
     What the tokenizer loses is lost on both sides, so that the metrics measure the GPT alone.
-
-    Attributes:
-        rows: the held-out rows to compare with; one sample is compared for the label of each.
+    One sample is compared for the label of each of the held-out `rows`.
     """
 
     def __init__(
@@ -80,14 +72,8 @@ class SampleEvaluator:
     ) -> None:
         """Train a classifier on the decoded training grids, or load it from the cache.
 
-        Args:
-            tokenizer: of the grids.
-            grids: (N, h, w), the data set of indices.
-            rows: N rows of its table.
-            train: row numbers to train the classifier on.
-            held_out: row numbers to compare with.
-            seed: of the classifier.
-            group: the first process does the work.
+        `train` and `held_out` are row numbers of the grids (N, h, w). Only the main process of
+        the group works.
 
         Raises:
             UserError: no tokenizer, images without a label, or fewer than 2 to compare.
@@ -124,8 +110,7 @@ class SampleEvaluator:
     def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
         """FD (classifier), its standard error, and the share of samples of the right class.
 
-        Args:
-            sample: gives a grid for each of `rows`, (n, h, w); called by the first process only.
+        `sample` gives a grid for each of `rows`, (n, h, w); only the main process calls it.
         """
         values = torch.zeros(len(METRICS), device=self._group.device)
         if self._group.is_main:

@@ -1,4 +1,4 @@
-"""What is measured while a training goes on, and which model it keeps."""
+"""What is measured during a training, and which model it keeps."""
 
 import json
 import re
@@ -39,6 +39,7 @@ def curve(folder: str, key: str) -> list[float]:
     return [line[key] for line in lines if key in line]
 
 
+@pytest.mark.usefixtures("store")
 def test_trainings_log_ssim_and_the_distance_of_samples(
     error_of: Call, capsys: pytest.CaptureFixture
 ) -> None:

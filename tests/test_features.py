@@ -1,4 +1,4 @@
-"""The classifier that a data set's own labels teach, and what is seen through it."""
+"""The classifier of a data set, and the features of images in it."""
 
 from pathlib import Path
 
