@@ -109,10 +109,10 @@ def test_class_score_agrees_with_torchmetrics() -> None:
             return images.float().flatten(1) / 40
 
     pixels = torch.randint(0, 256, (300, 1, 1, 10), dtype=torch.uint8)
-    judge = InceptionScore(feature=Given(), splits=1)
-    judge.update(pixels)
+    reference = InceptionScore(feature=Given(), splits=1)
+    reference.update(pixels)
     found = class_score(pixels.flatten(1) / 40, resample(300, 0))
-    assert found.value == pytest.approx(float(judge.compute()[0]), rel=1e-4)
+    assert found.value == pytest.approx(float(reference.compute()[0]), rel=1e-4)
     certain = torch.eye(10).repeat(30, 1) * 1000
     assert class_score(certain, resample(300, 0)).value == pytest.approx(10)
     assert class_score(torch.zeros(300, 10), resample(300, 0)).value == pytest.approx(1)

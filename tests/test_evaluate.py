@@ -149,10 +149,10 @@ def test_reconstructions_are_measured_logged_and_compared(
     run = tracking.Run(Path("home"), stage="tokenizer", run_name="t")
     run.close()
     flags = ("--model_dir", tokenizer, "--path_to_data", digits / "test.csv", "--device", "cpu")
-    taught = ("--features", "classifier", "--path_to_train", digits / "train.csv")
+    trained = ("--features", "classifier", "--path_to_train", digits / "train.csv")
     for folder in ("first", "second"):
         evaluate(
-            *("reconstructions", *flags, *taught, "--output_dir", folder, "--run_id", run.run_id)
+            *("reconstructions", *flags, *trained, "--output_dir", folder, "--run_id", run.run_id)
         )
     record = read("first/reconstructions.json")
     assert 0 < value(record, "mse") < 1
@@ -171,9 +171,9 @@ def test_reconstructions_are_measured_logged_and_compared(
     lines = Path("second/reconstructions.csv").read_text().splitlines()
     better = [lines[0]]
     for line in lines[1:]:
-        cells = line.split(",")
-        cells[2] = str(float(cells[2]) * 0.99)  # a little, but in every image
-        better.append(",".join(cells))
+        fields = line.split(",")
+        fields[2] = str(float(fields[2]) * 0.99)  # a little, but in every image
+        better.append(",".join(fields))
     Path("second/reconstructions.csv").write_text("\n".join(better) + "\n")
     record["metrics"]["mse"]["value"] *= 0.99
     Path("second/reconstructions.json").write_text(json.dumps(record))
@@ -427,8 +427,8 @@ def test_the_flag_that_names_what_is_not_there(
     error = error_of("evaluate", *flags, digits / "other.csv", "--path_to_test", "no.csv")
     assert "no such CSV file: no.csv; --path_to_test takes" in error
     flags = ("reconstructions", "--model_dir", tokenizer, "--path_to_data")
-    taught = ("--features", "classifier", "--path_to_train", "no.csv")
-    error = error_of("evaluate", *flags, digits / "test.csv", *taught)
+    trained = ("--features", "classifier", "--path_to_train", "no.csv")
+    error = error_of("evaluate", *flags, digits / "test.csv", *trained)
     assert "no such CSV file: no.csv; --path_to_train takes" in error
     assert "no.csv; --path_to_data takes" in error_of("evaluate", *flags, "no.csv")
 

@@ -34,7 +34,7 @@ def test_enlarge_by_a_whole_factor(size: tuple[int, int], enlarged: tuple[int, i
     assert np.array_equal(np.asarray(picture), pixels.repeat(factor, 0).repeat(factor, 1))
 
 
-def cells(picture: Image.Image, height: int, width: int) -> list[list[int]]:
+def tiles(picture: Image.Image, height: int, width: int) -> list[list[int]]:
     """The middle of each image of a grid of greys, too large to be enlarged."""
     return np.asarray(picture)[height // 2 :: height + 1, width // 2 :: width + 1].tolist()
 
@@ -45,7 +45,7 @@ def flat(*values: float, size: tuple[int, int] = (600, 300)) -> torch.Tensor:
 
 def test_grid_is_filled_row_by_row() -> None:
     images = flat(-1.0, 1.0, -0.5, 0.5, 1.0)
-    assert cells(grid(images, columns=2), 600, 300) == [[0, 255], [64, 191], [255, 128]]
+    assert tiles(grid(images, columns=2), 600, 300) == [[0, 255], [64, 191], [255, 128]]
 
 
 def test_grid_is_nearly_square() -> None:

@@ -1,4 +1,4 @@
-"""A GPT finds spoilt images by their likelihood: it learns clean digits, then ranks a mixture."""
+"""A GPT finds corrupted images by their likelihood: trained on clean digits, it ranks a mixture."""
 
 from collections.abc import Iterator
 
@@ -73,7 +73,7 @@ def bits(tokenizer: VQVAE, gpt: GPT, images: Tensor) -> Tensor:
 
 
 def test_noise_and_inverted_images_are_found() -> None:
-    """Of the mixture 5 % are spoilt: half of these are noise and nothing else, half inverted."""
+    """Of the mixture 5 % are corrupted: half of these are noise and nothing else, half inverted."""
     torch.manual_seed(0)
     digits = torch.from_numpy(load_digits().images.astype(np.float32))[:, None] / 8 - 1
     train, test = digits[:1400], digits[1400:]
@@ -82,6 +82,6 @@ def test_noise_and_inverted_images_are_found() -> None:
         indices = tokenizer.encode(train)
     gpt = fit_gpt(indices.clone())
     clean, plain = test[20:], test[:20]
-    spoilt = torch.cat([noisy(plain[:10], torch.Generator().manual_seed(1), 1.0), -plain[10:]])
-    assert len(spoilt) / (len(clean) + len(spoilt)) == pytest.approx(0.05, abs=0.005)
-    assert auroc(bits(tokenizer, gpt, clean), bits(tokenizer, gpt, spoilt)) >= 0.99
+    corrupted = torch.cat([noisy(plain[:10], torch.Generator().manual_seed(1), 1.0), -plain[10:]])
+    assert len(corrupted) / (len(clean) + len(corrupted)) == pytest.approx(0.05, abs=0.005)
+    assert auroc(bits(tokenizer, gpt, clean), bits(tokenizer, gpt, corrupted)) >= 0.99

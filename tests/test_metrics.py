@@ -165,7 +165,7 @@ def test_bigrams_foretell_what_unigrams_cannot() -> None:
     """A cycle 0 1 2 3 0 1 ... has 2 bits a token as unigrams, and nearly none as bigrams."""
     grids = (torch.arange(16) + torch.arange(400)[:, None]).remainder(4).view(400, 4, 4)
     bits = bigram_bits(grids[:300], grids[300:], 4)
-    assert bits == pytest.approx(2 / 16, abs=0.01)  # only the first cell is news
+    assert bits == pytest.approx(2 / 16, abs=0.01)  # only the first index is news
 
 
 def test_bigram_probabilities_sum_to_one() -> None:

@@ -35,11 +35,11 @@ def test_inception_sees_what_that_of_torchmetrics_sees(inception: Path) -> None:
 
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (4, 3, 20, 24), dtype=torch.uint8, generator=generator)
-    judge = FrechetInceptionDistance(feature_extractor_weights_path=str(inception))
+    reference = FrechetInceptionDistance(feature_extractor_weights_path=str(inception))
     network = open_network("inception", str(inception), CPU)
     with torch.inference_mode():
         features, logits = network.network(images / 127.5 - 1)
-        assert torch.allclose(features, judge.inception(images), atol=1e-6)
+        assert torch.allclose(features, reference.inception(images), atol=1e-6)
         assert logits.shape == (4, 1008)
         assert network.network(torch.zeros(2, 1, 8, 8))[0].shape == (2, 2048)  # grey images
     assert key("fd", network.name) == "fid"

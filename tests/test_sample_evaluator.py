@@ -52,9 +52,9 @@ def test_trainings_log_ssim_and_the_distance_of_samples(
 
     call("quantize_dataset", "--model_dir", "t", "--path_to_data", data, "--output_dir", "i")
     flags = ("--path_to_data", "i", *TINY_GPT, "--max_epochs", 2)
-    judged = ("--model_dir", "t", "--fd_samples", 10, "--best_metric", "fd_classifier")
+    evaluated = ("--model_dir", "t", "--fd_samples", 10, "--best_metric", "fd_classifier")
     capsys.readouterr()
-    call("train", *flags, *judged, "--output_dir", "g")
+    call("train", *flags, *evaluated, "--output_dir", "g")
     said = capsys.readouterr()
     assert re.search(r"classifier: \d+\.\d % of the labels of 10 held-out images right", said.out)
     assert "warning: the Frechet distance of 10 images" in said.err

@@ -38,9 +38,9 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
     count, channels, height, width = images.shape
     if columns is None:
         columns = min(count, max(1, round(math.sqrt(count * height / width))))
-    cells = torch.zeros(math.ceil(count / columns) * columns, channels, height + GAP, width + GAP)
-    cells[:count, :, :height, :width] = images.float().cpu()
-    rows = cells.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # C, row, y, column, x
+    tiles = torch.zeros(math.ceil(count / columns) * columns, channels, height + GAP, width + GAP)
+    tiles[:count, :, :height, :width] = images.float().cpu()
+    rows = tiles.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4)  # C, row, y, column, x
     return enlarge(to_pil(rows.flatten(3).flatten(1, 2)[:, :-GAP, :-GAP]))
 
 
