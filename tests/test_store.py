@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import open_run
-from utils import addresses, tracking
+from utils import tracking
 from utils.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -44,19 +44,6 @@ def test_a_wrong_run_id(store: Any) -> None:
     assert tracking.experiment_of("") == ""
 
 
-def test_fetch(store: Any) -> None:
-    Path("best").mkdir()
-    Path("best/weights.txt").write_text("w")
-    with open_run() as run:
-        run.folder(Path("best"), "checkpoints/best")
-    fetched = addresses.fetch(f"runs:/{run.run_id}/checkpoints/best")
-    assert (fetched / "weights.txt").read_text() == "w"
-    assert addresses.fetch("some/path") == Path("some/path")
-    for address in (f"runs:/{run.run_id}/none", f"runs:/{'0' * 32}/best", "models:/none@best"):
-        with pytest.raises(UserError, match=f"cannot fetch {address} from MLflow"):
-            addresses.fetch(address)
-
-
 @pytest.mark.parametrize("call", ["create_run", "get_experiment_by_name"])
 def test_a_store_that_dies_while_a_run_is_opened(
     store: Any, monkeypatch: pytest.MonkeyPatch, call: str
@@ -69,25 +56,6 @@ def test_a_store_that_dies_while_a_run_is_opened(
     monkeypatch.setattr(type(store), call, full)
     with pytest.raises(UserError, match=r"cannot open a run .*\(database or disk is full\); start"):
         open_run()
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "runs:/../../etc/passwd",
-        "runs:/0123/../../secret",
-        "runs:/0123//etc",
-        "runs:/0123/..",
-        "runs:/0123/%2e%2e/secret",
-        "models:/a/../b",
-        "runs:/0123/a\0b",
-        "runs:/0123/a?b#c",
-    ],
-)
-def test_addresses_that_lead_elsewhere_are_refused_unasked(address: str) -> None:
-    with pytest.raises(UserError, match="is not the address of an artifact"):
-        addresses.fetch(address)
-    assert not Path("mlflow.db").exists()
 
 
 @contextlib.contextmanager

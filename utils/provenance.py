@@ -8,10 +8,9 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
-from PIL.Image import Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from utils.cli import UserError, command_line, one_line
@@ -129,21 +128,6 @@ class Provenance:
             raise ValueError(f"run_id is {self.run_id!r:.80}, which is not the id of an MLflow run")
         if not 0 <= self.val_fraction <= 1:
             raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
-
-
-class RunLogger(Protocol):
-    """What evaluation and training log to; `utils.tracking.Run` implements it."""
-
-    output_dir: Path
-    run_id: str
-
-    def metrics(self, section: str, values: dict[str, float], step: int) -> None: ...
-    def metrics_size(self) -> int: ...
-    def picture(self, key: str, image: Image, step: int) -> Path: ...
-    def table(self, name: str, columns: dict[str, list[Any]]) -> None: ...
-    def folder(self, path: Path, name: str) -> None: ...
-    def file(self, path: Path, name: str = "") -> None: ...
-    def note_status(self, status: str) -> None: ...
 
 
 class LoadedModel(NamedTuple):
