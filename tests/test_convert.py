@@ -13,8 +13,7 @@ from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weigh
 from utils import cli
 from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig, convert
-from vqvae.foreign_configs import write_diffusers
-from vqvae.layouts import LAYOUTS, from_other, to_other
+from vqvae.convert import FORMATS, export_weights, import_weights, write_diffusers
 
 
 def run(way: str, name: str, source: Path, target: Path, **more: object) -> None:
@@ -136,7 +135,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
 @pytest.mark.parametrize(("kind", "cost"), [("taming", 1.0), ("llamagen", 0.25)])
 def test_the_encoder_is_drawn_to_its_codes_as_where_it_was_trained(kind: str, cost: float) -> None:
     """taming's legacy beta lies on the codebook's term: the encoder's has the weight 1."""
-    model, _ = from_other(kind, reference_weights(kind), IMAGE)
+    model, _ = import_weights(kind, reference_weights(kind), IMAGE)
     codes = model.quantizer.codebook
     z_e = (0.9 * codes[:6].detach() + 0.01).view(1, 6, 1, 8).permute(0, 3, 1, 2)
     z_e.requires_grad_()
@@ -156,15 +155,11 @@ def test_averages_of_the_codes_come_along(tmp_path: Path) -> None:
         "quantize.embedding.cluster_size": counts,
         "quantize.embedding.embed_avg": sums,
     }
-    model, ignored = from_other("taming", state, IMAGE)
-    assert (model.config.quantizer, model.config.quantizer_options.commitment_cost, ignored) == (
-        "ema",
-        0.25,
-        [],
-    )
+    model, ignored = import_weights("taming", state, IMAGE)
+    assert (model.config.quantizer, model.config.commitment_cost, ignored) == ("ema", 0.25, [])
     assert torch.equal(model.quantizer.counts, counts)
     assert torch.equal(model.quantizer.sums, sums)
-    back = to_other("taming", model)
+    back = export_weights("taming", model)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
 
@@ -174,9 +169,9 @@ def test_a_tokenizer_within_another_model(prefix: str) -> None:
     state = reference_weights("taming")
     nested = {prefix + name: weight for name, weight in state.items()}
     nested["transformer.head.weight"] = torch.zeros(1)
-    model, ignored = from_other("taming", nested, IMAGE)
+    model, ignored = import_weights("taming", nested, IMAGE)
     assert ignored == ["transformer.head.weight"]
-    back = to_other("taming", model)
+    back = export_weights("taming", model)
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
 
 
@@ -212,7 +207,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     run("target", "taming", tmp_path / "own", tmp_path / "back")
     settings = convert.read_config("taming", tmp_path / "back" / "config.yaml")
     config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
-    assert settings == {name: config.to_dict()[name] for name in settings}
+    assert settings.items() <= config.to_dict().items()
     assert settings["quantizer"] == "gumbel"
     again = {"config": str(tmp_path / "back" / "config.yaml")}
     run("source", "taming", tmp_path / "back" / "taming.ckpt", tmp_path / "again", **again)
@@ -230,7 +225,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
         codebook_dim=4,
     )
     model = VQVAE(config)
-    torch.save(to_other("diffusers", model), own_file := tmp_path / "old.bin")
+    torch.save(export_weights("diffusers", model), own_file := tmp_path / "old.bin")
     (tmp_path / "theirs").mkdir()
     own_file.rename(tmp_path / "theirs" / "diffusion_pytorch_model.bin")
     content = write_diffusers(config) | {"sample_size": [16, 24]}
@@ -244,7 +239,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("flag", [{"image_size": (8, 8)}, {"config": "a.yaml"}])
 def test_flags_that_do_nothing_on_the_way_out_are_refused(flag: dict, tmp_path: Path) -> None:
-    with pytest.raises(cli.UserError, match="does nothing with --to"):
+    with pytest.raises(cli.UserError, match="has no effect with --to"):
         run("target", "taming", tmp_path / "own", tmp_path / "back", **flag)
 
 
@@ -253,9 +248,9 @@ def test_missing_and_unknown_names_are_listed() -> None:
     del state["encoder.mid.block_1.conv1.bias"]
     state["encoder.surprise.weight"] = torch.zeros(1)
     with pytest.raises(ValueError, match=r"mid\.block_1\.conv1\.bias.*surprise"):
-        from_other("taming", state, IMAGE)
-    with pytest.raises(ValueError, match="no tokenizer of llamagen"):
-        from_other("llamagen", state, IMAGE)
+        import_weights("taming", state, IMAGE)
+    with pytest.raises(ValueError, match="not a tokenizer of llamagen"):
+        import_weights("llamagen", state, IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -282,18 +277,18 @@ def test_widths_that_a_project_cannot_build_are_refused(project: str, other: dic
         "attention_levels": (0,),
     }
     with torch.device("meta"):
-        to_other(
+        export_weights(
             project, VQVAE(VQVAEConfig.create(**settings, quantizer=other.get("quantizer", "vq")))
         )
         model = VQVAE(VQVAEConfig.create(**settings | other))
         with pytest.raises(ValueError, match=f"{project} has no tokenizer with"):
-            to_other(project, model)
+            export_weights(project, model)
 
 
-@pytest.mark.parametrize("project", LAYOUTS)
+@pytest.mark.parametrize("project", FORMATS)
 def test_a_network_that_a_project_does_not_have_is_refused(project: str) -> None:
     with pytest.raises(ValueError, match=project):
-        to_other(project, VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=3)))
+        export_weights(project, VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=3)))
 
 
 # --- config files ------------------------------------------------------------------------------
@@ -331,11 +326,11 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ("n_embed: 41", "codebook_size is 40 by its weights, but 41 by its config"),
-        ("attn_resolutions: [32]", r"attention_levels is \(2,\) by its weights, but \(1,\)"),
-        ("kl_weight: 1.0e-08\n    embed_dim: 8", "quantizer is vq by its weights, but gumbel"),
+        ("n_embed: 41", "codebook_size is 40 in its weights, but 41 in its config"),
+        ("attn_resolutions: [32]", r"attention_levels is \(2,\) in its weights, but \(1,\)"),
+        ("kl_weight: 1.0e-08\n    embed_dim: 8", "quantizer is vq in its weights, but gumbel"),
         ("n_embed: [", "cannot read"),
-        ("n_embeds: 40", "no config of a taming VQGAN: KeyError.'n_embed'"),
+        ("n_embeds: 40", "not the config of a taming tokenizer: KeyError.'n_embed'"),
     ],
 )
 def test_a_config_of_another_checkpoint_is_refused(
@@ -372,7 +367,7 @@ def test_llamagen_has_no_config_and_diffusers_only_the_model_that_is_read(tmp_pa
 def test_an_odd_config_of_diffusers_is_a_line(odd: dict, tmp_path: Path) -> None:
     """It was a traceback."""
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "VQModel", **odd}))
-    with pytest.raises(cli.UserError, match=r"config\.json: it is no config of a diffusers"):
+    with pytest.raises(cli.UserError, match=r"config\.json: is not the config of a diffusers"):
         convert.read_config("diffusers", tmp_path / "config.json")
 
 

@@ -96,7 +96,7 @@ def test_what_is_no_state_dict(tmp_path: Path, content: object) -> None:
 def test_small_files_of_large_tensors(tmp_path: Path) -> None:
     """A byte that is said to be a terabyte would take that much as soon as it is converted."""
     huge = {"a": torch.zeros(1).expand(1 << 20, 1 << 20)}
-    with pytest.raises(UserError, match="a is no plain tensor"):
+    with pytest.raises(UserError, match="a is not a plain tensor"):
         read_state_dict(saved(tmp_path, huge))
     plain = saved(tmp_path, {"a": torch.zeros(1 << 20)})
     with zipfile.ZipFile(plain) as old, zipfile.ZipFile(tmp_path / "b.ckpt", "w") as new:

@@ -1,15 +1,16 @@
 """Adversarial loss of the tokenizer: PatchGAN, adaptive weight, LeCam, R1, and their schedule."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.losses import check_non_negative
+from vqvae.quantizers.base import option
+from vqvae.quantizers.codebook import all_reduce_mean
 
 LECAM_DECAY = 0.999  # of the moving averages of the logits
 Phase = Literal["reconstruction only", "discriminator only", "joint"]
@@ -25,76 +26,46 @@ class AdversarialConfig:
         ValueError: a value is out of its range.
     """
 
-    disc_weight: float = field(
-        default=0.0,
-        metadata={"help": "weight of the adversarial loss; 0.8 in VQGAN, 0: no discriminator"},
+    disc_weight: float = option(0.0, "weight of the adversarial loss; 0.8 in VQGAN, 0: none")
+    disc_loss: str = option(
+        "hinge",
+        "loss of the discriminator",
+        choices=("hinge", "vanilla", "non_saturating"),
+        needs="disc_weight",
     )
-    disc_loss: str = field(
-        default="hinge",
-        metadata={
-            "help": "loss of the discriminator",
-            "choices": ("hinge", "vanilla", "non_saturating"),
-            "needs": "disc_weight",
-        },
+    disc_start: float = option(
+        0.5, "fraction of the training before the discriminator starts", needs="disc_weight"
     )
-    disc_start: float = field(
-        default=0.5,
-        metadata={
-            "help": "fraction of the training before the discriminator starts",
-            "needs": "disc_weight",
-        },
+    disc_adaptive_schedule: bool = option(
+        True,
+        "ramp the adversarial loss up, and down again if reconstructions get worse; without it, "
+        "full weight from disc_start on",
+        needs="disc_weight",
     )
-    disc_adaptive_schedule: bool = field(
-        default=True,
-        metadata={
-            "help": "ramp the adversarial loss up, and down again if reconstructions get worse; "
-            "without it, full weight from --disc_start on",
-            "needs": "disc_weight",
-        },
+    disc_warmup: float = option(
+        0.05,
+        "fraction of the training that updates the discriminator only",
+        needs="disc_adaptive_schedule",
     )
-    disc_warmup: float = field(
-        default=0.05,
-        metadata={
-            "help": "fraction of the training that updates the discriminator only",
-            "needs": "disc_adaptive_schedule",
-        },
+    disc_ramp: float = option(
+        0.2,
+        "fraction of the training over which the adversarial loss ramps up",
+        needs="disc_adaptive_schedule",
     )
-    disc_ramp: float = field(
-        default=0.2,
-        metadata={
-            "help": "fraction of the training over which the adversarial loss ramps up",
-            "needs": "disc_adaptive_schedule",
-        },
+    disc_bound: float = option(
+        0.1,
+        "halve the adversarial loss if the validation MSE rises by more than this fraction",
+        needs="disc_adaptive_schedule",
     )
-    disc_bound: float = field(
-        default=0.1,
-        metadata={
-            "help": "halve the adversarial loss if the validation MSE rises by more than this "
-            "fraction",
-            "needs": "disc_adaptive_schedule",
-        },
+    disc_adaptive_max: float = option(
+        1e4,
+        "maximum of the adaptive weight of the adversarial loss; 0: not adaptive",
+        needs="disc_weight",
     )
-    disc_adaptive_max: float = field(
-        default=1e4,
-        metadata={
-            "help": "maximum of the adaptive weight of the adversarial loss; 0: not adaptive",
-            "needs": "disc_weight",
-        },
-    )
-    disc_channels: int = field(
-        default=64, metadata={"help": "width of the discriminator", "needs": "disc_weight"}
-    )
-    disc_layers: int = field(
-        default=3,
-        metadata={"help": "downsampling layers of the discriminator", "needs": "disc_weight"},
-    )
-    lecam_weight: float = field(
-        default=0.0,
-        metadata={"help": "weight of the LeCam regularisation", "needs": "disc_weight"},
-    )
-    r1_weight: float = field(
-        default=0.0, metadata={"help": "weight of the R1 gradient penalty", "needs": "disc_weight"}
-    )
+    disc_channels: int = option(64, "width of the discriminator", needs="disc_weight")
+    disc_layers: int = option(3, "downsampling layers of the discriminator", needs="disc_weight")
+    lecam_weight: float = option(0.0, "weight of the LeCam regularisation", needs="disc_weight")
+    r1_weight: float = option(0.0, "weight of the R1 gradient penalty", needs="disc_weight")
 
     def __post_init__(self) -> None:
         check_non_negative(self)
@@ -131,7 +102,7 @@ def adaptive_weight(
         torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
         for loss in (reconstruction, adversarial)
     ]
-    return _all_reduce_mean((norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach())
+    return all_reduce_mean((norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach())
 
 
 @dataclass
@@ -314,7 +285,7 @@ class AdversarialLoss(nn.Module):
         }
         if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
             averages = torch.stack([values["disc_real"], values["disc_fake"]])
-            self.logits.lerp_(_all_reduce_mean(averages), 1 - LECAM_DECAY)
+            self.logits.lerp_(all_reduce_mean(averages), 1 - LECAM_DECAY)
             distance = (real - self.logits[1]).relu().square().mean()
             distance = distance + (self.logits[0] - fake).relu().square().mean()
             values["lecam_loss"] = self.config.lecam_weight * distance.detach()
@@ -341,12 +312,4 @@ class AdversarialLoss(nn.Module):
         """Average the discriminator's gradients over all processes."""
         for parameter in self.discriminator.parameters():
             if parameter.grad is not None:
-                _all_reduce_mean(parameter.grad)
-
-
-def _all_reduce_mean(values: Tensor) -> Tensor:
-    """The mean over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-        values /= dist.get_world_size()
-    return values
+                all_reduce_mean(parameter.grad)

@@ -9,6 +9,8 @@ if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
 from tqdm import tqdm
 
 from utils import addresses, cli, distributed, figures, provenance, tracking
@@ -23,10 +25,10 @@ LIST = "images.csv"
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, and clear it of the images of an earlier call.
+    """Make the folder, or remove the images of an earlier call from it.
 
     Raises:
-        UserError: it holds something else.
+        UserError: the folder holds something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / LIST).is_file():
@@ -41,10 +43,8 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
     return checkpoint.load_model(addresses.fetch(address), VQVAE, device)
 
 
-def decode_conditions(
-    address: str, path: Path, indices: Indices, device: torch.device
-) -> torch.Tensor:
-    """What the first images, at most SHOWN, were drawn to, as pictures (N, C, H, W) in [-1, 1].
+def decode_conditions(address: str, path: Path, indices: Indices, device: torch.device) -> Tensor:
+    """The conditions of the first images, at most SHOWN, as images (N, C, H, W) in [-1, 1].
 
     Raises:
         UserError: the indices have no conditions, or those of another tokenizer.
@@ -58,18 +58,42 @@ def decode_conditions(
         return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
 
 
+@torch.inference_mode()
+def write_images(
+    folder: Path, model: VQVAE, indices: Indices, batch_size: int, metadata: PngInfo
+) -> Tensor:
+    """Decode all grids into PNG files and list them; the first SHOWN images (N, C, H, W)."""
+    grids, shown = indices.tensor(), []
+    device = next(model.parameters()).device
+    with tqdm(total=len(grids), unit=" images", disable=None) as bar:
+        for start in range(0, len(grids), batch_size):
+            images = model.decode(grids[start : start + batch_size].long().to(device)).cpu()
+            for number, image in enumerate(images, start):
+                figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
+            shown.append(images[: max(0, SHOWN - start)])
+            bar.update(len(images))
+    with (folder / LIST).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "label"])
+        writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
+    return torch.cat(shown)
+
+
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     tokenizer = load_tokenizer(arguments.model_dir, device)
     path = addresses.fetch(arguments.indexes_path)
+    config, origin = tokenizer.model.config, tokenizer.provenance
     indices = read_indices(
         path,
         latent_dim=arguments.latent_dim,
-        codebook_size=tokenizer.model.config.codebook_size,
-        depth=tokenizer.model.config.depth,
+        codebook_size=config.codebook_size,
+        depth=config.depth,
     )
+    gpt_run_id = ""
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer, path)
+        gpt_run_id = indices.meta.gpt_run_id
     conditions = None
     if arguments.condition_model_dir:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
@@ -77,42 +101,26 @@ def main(arguments: argparse.Namespace) -> None:
         output_dir = Path(arguments.output_dir)
     else:
         output_dir = cli.unused(path.with_name(f"{path.stem}-images"))
-    gpt_run_id = indices.meta.gpt_run_id if indices.meta is not None else ""
-    origin = tokenizer.provenance
-    default_run_id = gpt_run_id or origin.run_id
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
-        default_run_id,
+        gpt_run_id or origin.run_id,
         stage="images",
         part=output_dir.name,
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
     )
-    carried = provenance.png_info(run.lineage, Split(origin.val_fraction, origin.seed))
+    metadata = provenance.png_info(run.lineage, Split(origin.val_fraction, origin.seed))
     prepare(output_dir)
-
-    grids = indices.tensor()
-    shown = []
-    with run, torch.inference_mode(), tqdm(total=len(grids), unit=" images", disable=None) as bar:
-        for start in range(0, len(grids), arguments.batch_size):
-            part = grids[start : start + arguments.batch_size].long().to(device)
-            images = tokenizer.model.decode(part).cpu()
-            for number, image in enumerate(images, start):
-                figures.to_pil(image).save(output_dir / f"{number:05}.png", pnginfo=carried)
-            shown.append(images[: max(0, SHOWN - start)])
-            bar.update(len(images))
-        first = torch.cat(shown)
+    with run:
+        size = arguments.batch_size
+        first = write_images(output_dir, tokenizer.model, indices, size, metadata)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
-        picture.save(output_dir / "grid.png", pnginfo=carried)
-        with (output_dir / LIST).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image_path", "label"])
-            writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
+        picture.save(output_dir / "grid.png", pnginfo=metadata)
         run.file(output_dir / "grid.png", output_dir.name)
         run.picture("pictures/generated", picture, 0)
-
-    print(f"{len(grids):,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
+    count = len(indices.rows)
+    print(f"{count:,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
     print(run.ui_hint)
 
 

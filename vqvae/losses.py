@@ -1,7 +1,7 @@
 """Reconstruction losses of the tokenizer: L1, L2 and LPIPS, and their flags."""
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from typing import Any
 
@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
+
+from vqvae.quantizers.base import option
 
 LPIPS_MIN_SIDE = 32  # pixels, enough for both backbones
 # Backbone of LPIPS by name: torchvision's network and its weights.
@@ -28,29 +30,16 @@ class LossConfig:
         ValueError: a weight is negative or not finite, or all weights are 0.
     """
 
-    l1_weight: float = field(
-        default=0.0, metadata={"help": "weight of |x - x'|, images in [-1, 1]"}
+    l1_weight: float = option(0.0, "weight of |x - x'|, images in [-1, 1]")
+    l2_weight: float = option(1.0, "weight of |x - x'|^2, images in [-1, 1]")
+    perceptual_weight: float = option(0.0, "weight of LPIPS (1 in VQGAN); needs the package lpips")
+    lpips_network: str = option(
+        "vgg", "LPIPS backbone", choices=tuple(BACKBONES), needs="perceptual_weight"
     )
-    l2_weight: float = field(
-        default=1.0, metadata={"help": "weight of |x - x'|^2, images in [-1, 1]"}
-    )
-    perceptual_weight: float = field(
-        default=0.0, metadata={"help": "weight of LPIPS (1 in VQGAN); needs the package lpips"}
-    )
-    lpips_network: str = field(
-        default="vgg",
-        metadata={
-            "help": "LPIPS backbone",
-            "choices": tuple(BACKBONES),
-            "needs": "perceptual_weight",
-        },
-    )
-    lpips_weights: str = field(
-        default="",
-        metadata={
-            "help": "file of torchvision's weights for --lpips_network; default: download",
-            "needs": "perceptual_weight",
-        },
+    lpips_weights: str = option(
+        "",
+        "file of torchvision's weights for lpips_network; default: download",
+        needs="perceptual_weight",
     )
 
     def __post_init__(self) -> None:

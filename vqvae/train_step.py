@@ -56,16 +56,30 @@ def forward_backward(
     phase = "reconstruction only" if adversary is None else adversary.schedule.phase(step)
     if phase == "joint":
         adversary.schedule.advance()
+    frozen = phase == "discriminator only"  # the tokenizer, whose codes must not follow the batch
     values: Values = {}
     indices = []
     for micro_batch in images.chunk(accumulate):
-        if phase == "discriminator only":
-            reconstructions, logged, chosen = _frozen_generator(model, micro_batch, autocast)
-        else:
-            opponent = adversary if phase == "joint" else None
-            reconstructions, logged, chosen = _generator_step(
-                model, micro_batch, losses, autocast, accumulate, opponent, last_layer
-            )
+        if frozen:
+            model.eval()
+        with torch.set_grad_enabled(not frozen), autocast():
+            reconstructions, quantized = model(micro_batch)
+        if frozen:
+            model.train()
+        reconstructions = reconstructions.float()
+        logged = {"mse": F.mse_loss(reconstructions.detach(), micro_batch) / 4}  # as if in [0, 1]
+        if not frozen:
+            terms = losses(reconstructions, micro_batch)
+            reconstruction_loss = sum(terms.values())
+            loss = reconstruction_loss + sum(quantized.losses.values())
+            logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
+            if phase == "joint":
+                with autocast():
+                    term, more = adversary.generator_term(
+                        reconstructions, reconstruction_loss, last_layer
+                    )
+                loss, logged = loss + term, logged | more
+            (loss / accumulate).backward()
         if phase != "reconstruction only":
             with autocast():
                 loss, more = adversary.discriminator_term(micro_batch, reconstructions)
@@ -73,44 +87,5 @@ def forward_backward(
             logged |= more | {"disc_strength": torch.tensor(adversary.schedule.strength)}
         for name, value in logged.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate
-        indices.append(chosen)
+        indices.append(quantized.indices)
     return values, torch.cat(indices)
-
-
-def _generator_step(
-    model: nn.Module,
-    images: Tensor,
-    losses: ReconstructionLoss,
-    autocast: Autocast,
-    accumulate: int,
-    adversary: AdversarialLoss | None,
-    last_layer: Tensor | None,
-) -> tuple[Tensor, Values, Tensor]:
-    """Accumulate the tokenizer's gradients; reconstructions, scalars to log, indices."""
-    with autocast():
-        reconstructions, quantized = model(images)
-    reconstructions = reconstructions.float()
-    terms = losses(reconstructions, images)
-    reconstruction_loss = sum(terms.values())
-    loss = reconstruction_loss + sum(quantized.losses.values())
-    logged = {"mse": F.mse_loss(reconstructions.detach(), images) / 4}  # of images in [0, 1]
-    logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
-    if adversary is not None:
-        with autocast():
-            term, more = adversary.generator_term(reconstructions, reconstruction_loss, last_layer)
-        loss, logged = loss + term, logged | more
-    (loss / accumulate).backward()
-    return reconstructions, logged, quantized.indices
-
-
-@torch.no_grad()
-def _frozen_generator(
-    model: nn.Module, images: Tensor, autocast: Autocast
-) -> tuple[Tensor, Values, Tensor]:
-    """Reconstructions, scalars to log and indices of a tokenizer that changes in nothing."""
-    model.eval()  # else the codebook would follow the batch
-    with autocast():
-        reconstructions, quantized = model(images)
-    model.train()
-    reconstructions = reconstructions.float()
-    return reconstructions, {"mse": F.mse_loss(reconstructions, images) / 4}, quantized.indices

@@ -27,6 +27,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes, in place."""
+    if dist.is_initialized():
+        all_reduce_sum(values).div_(dist.get_world_size())
+    return values
+
+
 def all_gather(rows: Tensor) -> Tensor:
     """The rows of all processes in the order of their ranks; each has equally many."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -1,0 +1,260 @@
+"""Weights of taming-transformers, LlamaGen and diffusers as those of a `VQVAE`, and back."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vqvae.config import VQVAEConfig
+from vqvae.model import VQVAE
+
+VQ = {"quantizer.embedding.weight": "quantize.embedding.weight"}
+EMA = {
+    "quantizer.counts": "quantize.embedding.cluster_size",
+    "quantizer.sums": "quantize.embedding.embed_avg",
+}
+GUMBEL = {
+    "quantizer.embedding.weight": "quantize.embed.weight",
+    "quantizer.proj.weight": "quantize.proj.weight",
+    "quantizer.proj.bias": "quantize.proj.bias",
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How another project stores the network that `VQVAE` is."""
+
+    keys: Mapping[str, str]  # parts of our keys, as regular expressions, and what they are there
+    # Its quantizers, each with its keys of their weights by ours; the first that are all there.
+    quantizers: Mapping[str, Mapping[str, str]]
+    commitment_cost: float  # weight of the encoder's loss term in its trainings
+    required: Mapping[str, Any]  # settings that its class cannot vary
+    decoder_from_top: bool = False  # decoder level 0 is that of the highest resolution
+    ignored: tuple[str, ...] = ()  # beginnings of keys that are not part of the model
+    buffers: Mapping[str, int] = field(default_factory=dict)  # that it expects: length of zeros
+    # Keys of a file that may hold the state dict, the preferred one first; the key to write.
+    nests: tuple[str, ...] = ("state_dict", "model", "module", "ema")
+    nest: str = "state_dict"
+
+    def key(self, ours: str, levels: int = 0) -> str:
+        """Their key of a weight; `levels` is the number of levels, for those of the decoder."""
+        if self.decoder_from_top:
+            ours = re.sub(r"\bup\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", ours)
+        for pattern, replacement in self.keys.items():
+            ours = re.sub(pattern, replacement, ours)
+        return ours
+
+    def all_keys(self, config: VQVAEConfig) -> dict[str, str]:
+        """Their key of every weight of a `VQVAE`, by ours."""
+        with torch.device("meta"):
+            ours = [key for key in VQVAE(config).state_dict() if not key.startswith("quantizer.")]
+        # Without attention the second block is mid.1 here, but keeps its number elsewhere.
+        mid = ".mid.1." if config.mid_attention else ".mid.2."
+        levels = len(config.channel_multipliers)
+        theirs = {key: self.key(key.replace(".mid.1.", mid), levels) for key in ours}
+        return theirs | dict(self.quantizers[config.quantizer])
+
+
+# Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
+# scale of the codebook's term has no effect with Adam, as no other term moves the codes.)
+LEGACY_COMMITMENT_COST = 1.0
+FIXED = {"patch_size": 1, "mid_blocks": 2}  # all of them
+QUANT_CONV = {r"^encoder\.quant_conv": "quant_conv", r"^decoder\.post": "post"}
+FORMATS = {
+    # github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py
+    "taming": Format(
+        keys={
+            **QUANT_CONV,
+            r"\.(down|up)\.(\d+)\.resample\.": r".\1.\2.\1sample.",
+            r"\.mid\.0\.": ".mid.block_1.",
+            r"\.mid\.1\.": ".mid.attn_1.",
+            r"\.mid\.2\.": ".mid.block_2.",
+        },
+        quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ},
+        commitment_cost=LEGACY_COMMITMENT_COST,
+        required={**FIXED, "mid_attention": True},
+        decoder_from_top=True,
+        ignored=("loss.", "model_ema.", "quantize.used"),
+    ),
+    # github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
+    "llamagen": Format(
+        keys={
+            **QUANT_CONV,
+            r"\.(down|up)\.(\d+)\.resample\.": r".\1.\2.\1sample.",
+            r"\.(down|up)\.(\d+)\.block\.": r".\1.\2.res.",
+            r"\.(down|up)\.(\d+)\.": r".conv_blocks.\2.",
+        },
+        quantizers={"cosine": VQ},
+        commitment_cost=0.25,
+        required={
+            **FIXED,
+            "mid_attention": True,
+            "channels": 128,
+            "num_res_blocks": 2,
+            "in_channels": 3,
+        },
+        ignored=("quantize.codebook_used",),
+        buffers={"quantize.codebook_used": 65536},
+        nests=("ema", "model", "module", "state_dict"),  # its own scripts prefer the average
+        nest="model",
+    ),
+    # github.com/huggingface/diffusers, models/autoencoders/vq_model.py
+    "diffusers": Format(
+        keys={
+            **QUANT_CONV,
+            r"\.(down|up)\.(\d+)\.resample\.": r".\1_blocks.\2.\1samplers.0.",
+            r"\.(down|up)\.(\d+)\.block\.": r".\1_blocks.\2.resnets.",
+            r"\.(down|up)\.(\d+)\.attn\.": r".\1_blocks.\2.attentions.",
+            r"\.mid\.0\.": ".mid_block.resnets.0.",
+            r"\.mid\.1\.": ".mid_block.attentions.0.",
+            r"\.mid\.2\.": ".mid_block.resnets.1.",
+            r"\.norm_out\.": ".conv_norm_out.",
+            r"\.nin_shortcut\.": ".conv_shortcut.",
+            r"\.norm\.": ".group_norm.",
+            r"\.([qkv])\.": r".to_\1.",
+            r"\.proj_out\.": ".to_out.0.",
+        },
+        quantizers={"vq": VQ, "ema": VQ},
+        commitment_cost=LEGACY_COMMITMENT_COST,
+        required=FIXED,
+    ),
+}
+# Beginnings of keys in larger models and in wrappers, of which the tokenizer is a part.
+PREFIXES = ("module.", "_orig_mod.", "first_stage_model.")
+FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
+MAX_LEVELS = 32
+# Settings that do not show in the weights.
+NOT_IN_WEIGHTS = ("dropout", "entropy_weight")
+
+
+def import_weights(
+    project: str,
+    state: Mapping[str, Tensor],
+    image_size: tuple[int, int],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> tuple[VQVAE, list[str]]:
+    """A `VQVAE` with the weights of another project's, and the keys that were ignored.
+
+    Args:
+        project: a key of `FORMATS`.
+        state: its state dict, not nested; the keys may begin with one of `PREFIXES`.
+        image_size: height and width, which do not show in the weights.
+        settings: of its config file: those of `NOT_IN_WEIGHTS` are used, the others must agree.
+
+    Raises:
+        ValueError: keys that are missing or unknown, a network that `VQVAE` does not cover, or
+            settings that contradict the weights.
+    """
+    layout = FORMATS[project]
+    prefix = next((x for x in PREFIXES if x + FIRST_KEY in state and FIRST_KEY not in state), "")
+    outside = [key for key in state if not key.startswith(prefix)]
+    state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+    unseen = {name: settings[name] for name in NOT_IN_WEIGHTS if name in settings}
+    try:
+        inferred = infer_settings(layout, state) | unseen
+    except KeyError as error:
+        raise ValueError(f"this is not a tokenizer of {project}: it has no {error}") from error
+    config = VQVAEConfig.create(**inferred, image_size=image_size)
+    for name, value in settings.items():
+        found = config.to_dict().get(name)
+        if value != found:
+            raise ValueError(f"{name} is {found} in its weights, but {value} in its config")
+    keys = layout.all_keys(config)
+    ignored = [key for key in state if layout.ignored and key.startswith(layout.ignored)]
+    missing = sorted(set(keys.values()) - set(state))
+    unknown = sorted(set(state) - set(keys.values()) - set(ignored))
+    if missing or unknown:
+        raise ValueError(
+            f"{len(missing)} missing keys ({', '.join(missing[:5])}), "
+            f"{len(unknown)} unknown keys ({', '.join(unknown[:5])})"
+        )
+    model = VQVAE(config)
+    own = model.state_dict()
+    for ours, theirs in keys.items():
+        own[ours] = _reshape(state[theirs], own[ours].shape, theirs)
+    if "quantizer.initialised" in own:
+        own["quantizer.initialised"] = torch.tensor(True)
+    model.load_state_dict(own)
+    return model.eval(), outside + ignored
+
+
+def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The settings of `VQVAEConfig` that follow from the keys and shapes of a state dict.
+
+    Raises:
+        KeyError: the state dict has another layout.
+        ValueError: it is a network that `VQVAE` does not cover.
+    """
+
+    def has(key: str) -> bool:
+        return layout.key(key) in state
+
+    down = "encoder.down"
+    levels = [i for i in range(MAX_LEVELS) if has(f"{down}.{i}.block.0.conv1.weight")]
+    blocks = [i for i in range(MAX_LEVELS) if has(f"{down}.0.block.{i}.conv1.weight")]
+    channels, in_channels = state[FIRST_KEY].shape[:2]
+    widths = [len(state[layout.key(f"{down}.{i}.block.0.conv2.weight")]) for i in levels or [0]]
+    if any(width % channels for width in widths):
+        raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
+    found = [x for x, keys in layout.quantizers.items() if state.keys() >= set(keys.values())]
+    quantizer = found[0] if found else list(layout.quantizers)[-1]
+    codes = state[layout.quantizers[quantizer]["quantizer.embedding.weight"]]
+    beta = 0.25 if quantizer == "ema" else layout.commitment_cost
+    return {
+        "in_channels": in_channels,
+        "patch_size": 1,
+        "channels": channels,
+        "channel_multipliers": tuple(width // channels for width in widths),
+        "num_res_blocks": len(blocks),
+        "attention_levels": tuple(i for i in levels if has(f"{down}.{i}.attn.0.norm.weight")),
+        "mid_blocks": 2,
+        "mid_attention": has("encoder.mid.1.norm.weight"),
+        "z_channels": len(state["encoder.conv_out.weight"]),
+        "quantizer": quantizer,
+        "codebook_size": len(codes),
+        "codebook_dim": codes.shape[1],
+        **({} if quantizer == "gumbel" else {"commitment_cost": beta}),
+    }
+
+
+def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
+    """The weights of a `VQVAE` under another project's keys.
+
+    Raises:
+        ValueError: the other project has no such network.
+    """
+    layout, config = FORMATS[project], model.config
+    required: dict[str, Any] = {"quantizer": tuple(layout.quantizers), **layout.required}
+    if project == "llamagen":
+        required["attention_levels"] = (len(config.channel_multipliers) - 1,)
+    for name, value in required.items():
+        found = getattr(config, name)
+        if found != value and not (name == "quantizer" and found in value):
+            raise ValueError(f"{project} has no tokenizer with {name} {found}, only {value}")
+    for wrong, what in (
+        (config.z_channels == 0, "without quant_conv (z_channels 0)"),
+        (config.channels % 32 != 0, "with channels in other than 32 groups"),
+        (project == "diffusers" and config.channel_multipliers[0] != 1, "with a wider first level"),
+    ):
+        if wrong:
+            raise ValueError(f"{project} has no tokenizer {what}")
+    state, own = {}, model.state_dict()
+    for ours, theirs in layout.all_keys(config).items():
+        weight = own[ours]
+        if project == "diffusers" and ".attentions." in theirs and weight.dim() == 4:
+            weight = weight[:, :, 0, 0]  # its attention has Linear instead of 1x1 convolutions
+        if theirs == "quantize.proj.weight":
+            weight = weight[:, :, None, None]  # and taming has it the other way round
+        state[theirs] = weight.contiguous()
+    return state | {name: torch.zeros(length) for name, length in layout.buffers.items()}
+
+
+def _reshape(weight: Tensor, shape: torch.Size, key: str) -> Tensor:
+    """The weight in this shape, which may differ by the 1x1 of a convolution."""
+    if [n for n in weight.shape if n != 1] != [n for n in shape if n != 1]:
+        raise ValueError(f"{key} has the shape {tuple(weight.shape)}, not {tuple(shape)}")
+    return weight.reshape(shape)
