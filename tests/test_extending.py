@@ -55,7 +55,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def apply(diff: str, folder: Path, *flags: str) -> None:
-    command = ["git", "apply", "--recount", *flags, "-"]
+    command = ["git", "apply", *flags, "-"]
     done = subprocess.run(
         command, input=diff, cwd=folder, capture_output=True, text=True, check=False
     )
