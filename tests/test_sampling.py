@@ -24,9 +24,9 @@ from transformer import (
 )
 from transformer.sampling import (
     DecodeStep,
-    decode,
     generate_rows,
     make_step,
+    next_logits,
     probabilities,
     random_keys,
     sample_from_probs,
@@ -472,9 +472,9 @@ def test_decoding_compiles_to_one_graph_without_breaks(size: tuple[int, int]) ->
         return graph
 
     torch._dynamo.reset()
-    compiled = torch.compile(decode, backend=backend, fullgraph=True)
+    compiled = torch.compile(next_logits, backend=backend, fullgraph=True)
     options = {"size": size, "guidance": Guidance(2.0), "params": SamplingParams(top_k=5)}
-    step = DecodeStep(model, 2, decode=compiled, capture=uncaptured, **options)
+    step = DecodeStep(model, 2, forward=compiled, capture=uncaptured, **options)
     prefix, keys = torch.arange(2), torch.arange(2)
     sampled = [
         torch.cat(list(generate_rows(one, prefix, keys)))

@@ -224,43 +224,23 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 Outputs = tuple[Tensor, Tensor]
 
 
-def decode(
-    model: GPT,
-    cache: KVCache,
-    tokens: Tensor,
-    token: Tensor,
-    keys: Tensor,
-    scale: Tensor | None,
-    *,
-    depth: int,
-    params: SamplingParams,
-) -> Outputs:
-    """One step: from a token to the next, with all that differs between steps in tensors.
+def next_logits(model: GPT, cache: KVCache, tokens: Tensor, token: Tensor, depth: int) -> Tensor:
+    """Logits (B, K) of the token that follows, with all that differs between steps in tensors.
 
     Args:
         model: in eval mode.
         cache: prepared for `tokens`.
         tokens: (B, 1), the previous token of each grid.
-        token: (1,), raster number of the token to sample, at least 1.
-        keys: (B,), see `random_keys`.
-        scale: (), of the guidance; None for none.
-        depth: of the token to sample.
-        params: of `probabilities`.
-
-    Returns:
-        logits: (B, K), conditional.
-        sampled: (B,), int64.
+        token: (1,), raster number of the token that follows, at least 1.
+        depth: of that token.
     """
-    rows = tokens if scale is None else tokens.repeat(2, 1)
-    hidden = model(rows, cache.grid.at(token - 1), cache=cache)[:, -1]
-    logits = model.head(hidden, depth=depth)
-    sampled = guide_and_sample(logits, uniform(keys, token), params, scale)
-    return logits[: len(tokens)], sampled
+    hidden = model(tokens, cache.grid.at(token - 1), cache=cache)[:, -1]
+    return model.head(hidden, depth=depth)
 
 
 @lru_cache(maxsize=1)
-def _compiled_decode() -> Callable[..., Outputs]:
-    return torch.compile(decode)
+def _compiled_next_logits() -> Callable[..., Tensor]:
+    return torch.compile(next_logits)
 
 
 class CUDAGraphCapture:
@@ -306,7 +286,7 @@ class DecodeStep:
         guidance: Guidance = NO_GUIDANCE,
         params: SamplingParams = DEFAULT_PARAMS,
         capture: Callable[[Callable[[], Outputs]], Callable[[], Outputs]] | None = None,
-        decode: Callable[..., Outputs] = decode,
+        forward: Callable[..., Tensor] = next_logits,
     ) -> None:
         """Allocate the cache, and the tensors that captured graphs read.
 
@@ -319,12 +299,12 @@ class DecodeStep:
             params: logit filters.
             capture: makes a graph of a function without arguments, such as `CUDAGraphCapture()`;
                 default: every step runs eagerly.
-            decode: `decode`, or its compiled form.
+            forward: `next_logits`, or its compiled form.
         """
         self.model, self.guidance, self.params = model, guidance, params
         self.batch_size, guided = batch_size, guidance.scale != 1
         self.cache = model.make_cache(batch_size * (1 + guided), size, position_extension)
-        self._capture, self._decode = capture, decode
+        self._capture, self._forward = capture, forward
         self._graphs: dict[tuple[int, int], Callable[[], Outputs]] = {}  # by slots and depth
         device = self.cache.device
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
@@ -341,7 +321,8 @@ class DecodeStep:
             known: (B, n), the tokens of whole rows at the top.
 
         Returns:
-            As `decode`.
+            logits: (B, K), conditional.
+            sampled: (B,), int64.
         """
         self._keys.copy_(keys)
         self.cache.reset()
@@ -365,25 +346,26 @@ class DecodeStep:
         if self._scale is not None:
             self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
         depth = token % self.model.config.depth
-        step = partial(
-            self._decode,
-            *(self.model, self.cache, self._tokens, self._token, self._keys, self._scale),
-            depth=depth,
-            params=self.params,
-        )
         if self._capture is None:
             self.cache.prepare(token - 1)
-            return step()
+            return self._decode(depth)
         key = self.cache.prepare(token - 1, CACHE_PARTS), depth
         if key not in self._graphs:
-            self._graphs[key] = self._capture(step)
+            self._graphs[key] = self._capture(partial(self._decode, depth))
         return self._graphs[key]()
+
+    def _decode(self, depth: int) -> Outputs:
+        rows = self._tokens if self._scale is None else self._tokens.repeat(2, 1)
+        logits = self._forward(self.model, self.cache, rows, self._token, depth)
+        random = uniform(self._keys, self._token)
+        sampled = guide_and_sample(logits, random, self.params, self._scale)
+        return logits[: self.batch_size], sampled
 
 
 def make_step(model: GPT, batch_size: int, *, compiled: bool = False, **options: Any) -> DecodeStep:
     """A `DecodeStep`: eager, or `compiled`, on a GPU, as compiled CUDA graphs."""
     if compiled and model.head.weight.device.type == "cuda":
-        options |= {"capture": CUDAGraphCapture(), "decode": _compiled_decode()}
+        options |= {"capture": CUDAGraphCapture(), "forward": _compiled_next_logits()}
     return DecodeStep(model, batch_size, **options)
 
 
