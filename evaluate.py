@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from transformer import GPT, make_prefix
-from utils import addresses, cli, distributed, tracking
+from utils import cli, distributed, tracking
 from utils.data.images import ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import features, image_sets, published, records, report
 from utils.evaluation.records import Record
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Split
-from utils.training import checkpoint
 from vqvae import VQVAE
 from vqvae.losses import BACKBONES, PerceptualLoss
 
@@ -25,7 +25,7 @@ ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a spl
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return checkpoint.load_model(addresses.fetch(address), VQVAE, device)
+    return load_model(address, VQVAE, device)
 
 
 def read_images(flags: argparse.Namespace, flag: str, config: Any) -> ImageDataset:
@@ -162,7 +162,7 @@ def encode_conditions(
 
 def evaluate_likelihood(flags: argparse.Namespace) -> None:
     device = distributed.pick_device(flags.device)
-    gpt = checkpoint.load_model(addresses.fetch(flags.model_path), GPT, device)
+    gpt = load_model(flags.model_path, GPT, device)
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
     tokenizer = load_tokenizer(flags.model_dir, device)

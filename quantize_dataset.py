@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import addresses, cli, distributed, tracking
+from utils import cli, distributed, tracking
 from utils.data.augmentation import Augmentation
 from utils.data.conditions import write_conditions
 from utils.data.crops import FILE
@@ -19,8 +19,8 @@ from utils.data.indices import IndicesMeta, check_writable, write_indices
 from utils.data.table import Row, split_rows
 from utils.evaluation import metrics
 from utils.files import sha256
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance
-from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 
@@ -125,7 +125,7 @@ def load_condition_tokenizer(address: str | None, device: torch.device) -> Loade
     """
     if address is None:
         return None
-    tokenizer = checkpoint.load_model(addresses.fetch(address), VQVAE, device)
+    tokenizer = load_model(address, VQVAE, device)
     depth = tokenizer.model.config.depth
     if depth > 1:
         raise cli.UserError(
@@ -166,7 +166,7 @@ def split(dataset: ImageDataset, origin: Provenance) -> list[Row]:
 def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
     device = distributed.pick_device(arguments.device)
-    tokenizer = checkpoint.load_model(addresses.fetch(arguments.model_dir), VQVAE, device)
+    tokenizer = load_model(arguments.model_dir, VQVAE, device)
     second = load_condition_tokenizer(arguments.condition_model_dir, device)
     config, origin = tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(arguments.path_to_data).stem}"

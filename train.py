@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -28,20 +28,18 @@ from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
 from utils.evaluation import metrics
 from utils.evaluation.samples import SampleEvaluator
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance, joined
-from utils.training import checkpoint, resume
-from utils.training.averages import Averages
-from utils.training.averaging import WeightAverage
-from utils.training.checkpoints import find_checkpoint
-from utils.training.guard import Guard
-from utils.training.optimizers import OptimizerConfig, make_optimizer
-from utils.training.saving import Checkpoints
-from utils.training.schedule import Schedule, TrainingConfig, find_output_dir
-from utils.training.stopping import StopRequest
+from utils.training import loop
+from utils.training.checkpoint import Checkpointer, find_checkpoint, find_output_dir
+from utils.training.config import TrainingConfig
+from utils.training.loop import Schedule, TrainState
+from utils.training.optim import OptimizerConfig, make_optimizer
+from utils.training.state import fingerprint
 from vqvae import VQVAE
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
-SAMPLES = 64  # images that are drawn at each evaluation
+SAMPLES = 64  # images generated at each evaluation
 NO_BETTER_WARNING = (
     "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
     "ignores the order of the indices, so that samples will be noise; train longer, on more "
@@ -49,12 +47,84 @@ NO_BETTER_WARNING = (
 )
 
 
+class Validation(NamedTuple):
+    """What evaluations need: data, tokenizer for pictures, baselines in bits per token."""
+
+    data: IndexDataset
+    tokenizer: LoadedModel | None
+    evaluator: SampleEvaluator | None
+    precision: str
+    baselines: dict[str, float]
+
+
+def make_validation(
+    data: IndexDataset,
+    tokenizer: LoadedModel | None,
+    source: IndicesConfig,
+    group: distributed.Distributed,
+    precision: str,
+    seed: int,
+) -> Validation:
+    """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
+    evaluator = None
+    if source.fd_samples:
+        splits = data.train_rows, data.val_rows[: source.fd_samples]
+        evaluator = SampleEvaluator(
+            tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
+        )
+    splits = data.grids[data.train_rows], data.grids[data.val_rows]
+    bits = metrics.baselines(*splits, data.words.codebook_size, data.words.depth)
+    names = "unigram_bits_per_token", "bigram_bits_per_token"
+    baselines = dict(zip(names, bits, strict=True))
+    return Validation(data, tokenizer, evaluator, precision, baselines)
+
+
+def build_model(config: GPTConfig, device: torch.device, *, flex_attention: bool) -> GPT:
+    if not flex_attention:
+        return GPT(config).to(device)
+    if device.type != "cuda":
+        raise cli.UserError(f"--flex_attention needs CUDA, not {device}; omit it")
+    attend = FlexAttention(
+        device,
+        grid=config.latent_dim,
+        window=config.window_size,
+        prefix=config.prefix_length,
+        depth=config.depth,
+    )
+    return GPT(config, attend=attend).to(device)
+
+
+def load_batches(
+    data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Prefix and grids of each batch of rows, on the device; of crops in an `epoch`."""
+    for classes, conditions, grids in data.batches(rows, epoch):
+        yield make_prefix(classes, conditions).to(device), grids.to(device)
+
+
+def random_orders(config: GPTConfig, done: float) -> float:
+    """The probability of a random order after a fraction `done` of the training."""
+    return random_order_probability(config.order_anneal, done) if config.order_anneal else 0.0
+
+
+def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) -> list[Tensor]:
+    """The inputs of a training step: conditioning is dropped for guidance, orders are sampled."""
+    generator = torch.default_generator  # as of dropout: checkpoints hold its state
+    inputs = [drop_conditioning(prefix, config, generator), grids]
+    if config.order_anneal is not None:
+        inputs.append(sample_permutations(grids, random_orders(config, done), generator))
+    return inputs
+
+
 def train_step(
-    model: GPT, forward: nn.Module, batch: Sequence[Tensor], precision: str, accumulate: int
+    model: GPT, forward: nn.Module, inputs: Sequence[Tensor], precision: str, accumulate: int
 ) -> Tensor:
-    """Add the gradients of one batch, (prefix, indices and perhaps orders): its bits per token."""
-    bits = torch.zeros((), device=batch[0].device)
-    for prefix, indices, *order in zip(*(x.chunk(accumulate) for x in batch), strict=True):
+    """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
+
+    `forward` is the model, possibly wrapped; `inputs` are prefix, indices and perhaps orders.
+    """
+    bits = torch.zeros((), device=inputs[0].device)
+    for prefix, indices, *order in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
         tokens, positions = model.flatten(indices, *order)
         with distributed.autocast(bits.device, precision):
             loss = model.head(forward(tokens, positions, prefix=prefix)[:, :-1], tokens).mean()
@@ -70,7 +140,7 @@ def evaluate(
     precision: str,
     group: distributed.Distributed,
 ) -> Tensor:
-    """Bits per token of all batches of all processes, for each cell: (h, w), on the CPU."""
+    """Bits per token at each latent position (h, w), over the batches of all processes."""
     model.eval()
     height, width = model.config.latent_dim
     # nats of each token, images
@@ -85,7 +155,7 @@ def evaluate(
     return (total[:-1] / total[-1] / math.log(2)).view(height, width, -1).mean(dim=2)
 
 
-def draw_samples(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
+def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
     They are of all classes in turn, or of the classes and conditions of the first validation
@@ -105,85 +175,98 @@ def draw_samples(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) 
         return figures.grid(tokenizer.model.decode(indices.to(model.head.weight.device)))
 
 
-def load_batches(
-    data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Prefix and grids of each batch of rows, on the device; of crops in an `epoch`."""
-    for classes, conditions, grids in data.batches(rows, epoch):
-        yield make_prefix(classes, conditions).to(device), grids.to(device)
-
-
 def open_run(
+    state: TrainState,
     output_dir: Path,
-    progress: resume.Progress,
-    model: GPT,
+    run_name: str,
     data: IndexDataset,
     tokenizer: LoadedModel | None,
-    group: distributed.Distributed,
-    config: dict[str, Any],
 ) -> tracking.Run:
-    """The run in MLflow, or that of the training which goes on."""
-    params = {name: config[name] for name in ("window_size", "batch_size", "learning_rate")}
+    """The MLflow run of this training: a new one, or the one that a resumed training continues."""
+    settings, model = state.settings | {"run_name": run_name}, state.model
+    params = {name: settings[name] for name in ("window_size", "batch_size", "learning_rate")}
     params["shape"] = f"{model.config.num_layers} x {model.config.dim}"
     params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    words = data.words
+    tokenizer_run_id = data.words.tokenizer_run_id
     run = tracking.Run(
         output_dir,
         stage="gpt",
-        run_id=progress.run_id or None,
-        continued=bool(progress.run_id),
-        logged=progress.logged,
-        experiment=config["experiment"] or tracking.experiment_of(words.tokenizer_run_id),
-        run_name=config["run_name"],
-        enabled=group.is_main,
-        config=config,
+        run_id=state.progress.run_id or None,
+        continued=bool(state.progress.run_id),
+        logged=state.progress.logged,
+        experiment=state.config.experiment or tracking.experiment_of(tokenizer_run_id),
+        run_name=run_name,
+        enabled=state.group.is_main,
+        config=settings,
         params=data.params | params,
-        tags={"tokenizer_run_id": words.tokenizer_run_id},
-        inputs={config["path_to_data"]: digest(data.path)}
-        | ({} if tokenizer is None else {config["model_dir"]: tokenizer.sha256}),
+        tags={"tokenizer_run_id": tokenizer_run_id},
+        inputs={settings["path_to_data"]: digest(data.path)}
+        | ({} if tokenizer is None else {settings["model_dir"]: tokenizer.sha256}),
         upstream=joined(lineage_of(data.path), () if tokenizer is None else tokenizer.lineage),
     )
-    progress.run_id = run.run_id
+    state.progress.run_id = run.run_id
     return run
 
 
-def report_best(
-    run: tracking.Run,
-    data: IndexDataset,
-    tokenizer: LoadedModel | None,
-    config: TrainingConfig,
-    precision: str,
-    group: distributed.Distributed,
-    progress: resume.Progress,
-) -> float:
-    """Log the best GPT as a whole, with samples and its figure; its bits per token."""
+def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validation) -> float:
+    """Log metrics and samples of the present model; the score, of which lower is better."""
+    data, model, group = validation.data, state.ema.model, state.group
+    config, step = state.config, state.progress.step
+    values: dict[str, float] = {}
+    if validation.evaluator is not None:
+        inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
+        values |= validation.evaluator.metrics(partial(generate, model.eval(), inputs))
+    batches = load_batches(data, group.device, group.shard(data.val_rows).split(config.batch_size))
+    by_position = evaluate(model, batches, validation.precision, group)
+    values["bits_per_token"] = float(by_position.mean())
+    run.metrics("val", values | validation.baselines, step)
+    run.picture("pictures/bits_by_cell", figures.heat(by_position), step)
+    if group.is_main:
+        run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
+    group.print(f"step {step:>6,}  val {values['bits_per_token']:.3f} bits per token")
+    return metrics.sign_of(config.best_metric, BEST_METRICS) * values[config.best_metric]
+
+
+def log_training(state: TrainState, run: tracking.Run, tokens_per_image: int) -> None:
+    """Log the means of the steps since the last log."""
+    values = state.averages.take()
+    images_per_second = values.pop("steps_per_second") * state.config.batch_size
+    values["tokens_per_second"] = images_per_second * tokens_per_image
+    run.metrics("train", values, state.progress.step)
+
+
+def report_best(state: TrainState, run: tracking.Run, validation: Validation) -> None:
+    """Log the best GPT with samples and its score, and print both; by one process."""
+    data, config, device = validation.data, state.config, state.group.device
     folder = run.output_dir / "best"
-    best = checkpoint.load_model(folder, GPT, group.device).model
-    run.picture("pictures/best_samples", draw_samples(best, data, tokenizer), 0)
+    best = load_model(folder, GPT, device).model
+    run.picture("pictures/best_samples", sample_grid(best, data, validation.tokenizer), 0)
     name, sign = config.best_metric, metrics.sign_of(config.best_metric, BEST_METRICS)
-    figure = sign * progress.best
-    scores = {f"val/best_{name}": figure}
-    run.model(folder, scores, progress.step, register=config.register, lower_is_better=sign > 0)
-    print(f"best: val {name} {figure:.3f}")
-    if name == "bits_per_token":
-        return figure
-    batches = load_batches(data, group.device, data.val_rows.split(config.batch_size))
-    return float(evaluate(best, batches, precision, replace(group, world_size=1)).mean())
+    bits = value = sign * state.progress.best
+    scores, step, register = {f"val/best_{name}": value}, state.progress.step, config.register
+    run.model(folder, scores, step, register=register, lower_is_better=sign > 0)
+    print(f"best: val {name} {value:.3f}")
+    if name != "bits_per_token":
+        batches = load_batches(data, device, data.val_rows.split(config.batch_size))
+        alone = replace(state.group, world_size=1)
+        bits = float(evaluate(best, batches, validation.precision, alone).mean())
+    unigram, bigram = validation.baselines.values()
+    print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
+    if not bits < unigram:
+        print(NO_BETTER_WARNING.format(bits, unigram))
+    print(run.ui_hint)
 
 
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
-    kind = cli.read_flags(OptimizerConfig, arguments)
+    optimizer_config = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
-    sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
+    metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
     resumed = find_checkpoint(config.resume, config.output_dir)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
-    tokenizer = None
-    if source.model_dir:
-        address = addresses.fetch(source.model_dir)
-        tokenizer = checkpoint.load_model(address, VQVAE, group.device)
+    tokenizer = load_model(source.model_dir, VQVAE, group.device) if source.model_dir else None
     data = IndexDataset(
         addresses.fetch(source.path_to_data),
         tokenizer,
@@ -192,129 +275,58 @@ def main(arguments: argparse.Namespace) -> None:
         seed=config.seed,
     )
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
-    evaluator = None
-    if source.fd_samples:
-        splits = data.train_rows, data.val_rows[: source.fd_samples]
-        evaluator = SampleEvaluator(
-            tokenizer, data.grids, data.rows, *splits, seed=config.seed, group=group
-        )
+    validation = make_validation(data, tokenizer, source, group, precision, config.seed)
 
     model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
-    model_config, attention = model_config.resolve_defaults(), {}
-    if arguments.flex_attention:
-        if group.device.type != "cuda":
-            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
-        attention["attend"] = FlexAttention(
-            group.device,
-            grid=model_config.latent_dim,
-            window=model_config.window_size,
-            prefix=model_config.prefix_length,
-            depth=model_config.depth,
-        )
-    model = GPT(model_config, **attention).to(group.device)
-    for_muon = [p for p in model.blocks.parameters() if p.dim() == 2 and kind.optimizer == "muon"]
+    model_config = model_config.resolve_defaults()
+    model = build_model(model_config, group.device, flex_attention=arguments.flex_attention)
+    muon = optimizer_config.optimizer == "muon"
+    for_muon = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
-    average = WeightAverage(model, config.ema_decay)
-    progress, averages = resume.Progress(), Averages()
-    settings = asdict(config) | asdict(kind) | asdict(source) | asdict(model_config)
-    settings |= {"data_sha256": resume.fingerprint(data.rows, *data.arrays), "precision": precision}
-    parts = {"optimizer": optimizer, "average": average, "averages": averages}
-    state = resume.State(group, model, settings, progress=progress, **parts)
-    state.restore(resumed)
+    settings = asdict(optimizer_config) | asdict(source) | asdict(model_config)
+    settings |= {"data_sha256": fingerprint(data.rows, *data.arrays), "precision": precision}
+    state = TrainState(config, schedule, group, model, {"optimizer": optimizer}, settings)
+    state.checkpoint.restore(resumed)
     if config.compile:
         model.compile()
         model.head.compile()
     forward = group.wrap(model)
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
-    output_dir = find_output_dir(config, resumed, default_name=name)
-    named = settings | {"run_name": config.run_name or name}
-    run = open_run(output_dir, progress, model, data, tokenizer, group, named)
-    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
-    guard = Guard(group, progress, config, data.name)
+    name = config.run_name or name
+    output_dir = find_output_dir(config.output_dir, resumed, name)
+    run = open_run(state, output_dir, name, data, tokenizer)
     origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
-    splits = (data.grids[rows] for rows in (data.train_rows, data.val_rows))
-    unigram, bigram = metrics.baselines(*splits, data.words.codebook_size, data.words.depth)
-    floor = {"unigram_bits_per_token": unigram, "bigram_bits_per_token": bigram}
-    load = partial(load_batches, data, group.device)
+    vocabulary = {FILE: data.words.content()}
+    checkpoints = Checkpointer(run, state.checkpoint, origin, resumed, vocabulary)
     group.print(data)
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
+    unigram, bigram = validation.baselines.values()
     group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
 
-    def evaluation() -> float:
-        """Evaluate, log the figures and samples; the figure of --best_metric, to make small."""
-        values = {}
-        if evaluator is not None:
-            inputs = make_prefix(*data.prefix_inputs(evaluator.rows))
-            values = evaluator.metrics(partial(generate, average.model.eval(), inputs))
-        batches = load(group.shard(data.val_rows).split(config.batch_size))
-        by_cell = evaluate(average.model, batches, precision, group)
-        bits = float(by_cell.mean())
-        values |= {"bits_per_token": bits, **floor}
-        run.metrics("val", values, progress.step)
-        run.picture("pictures/bits_by_cell", figures.heat(by_cell), progress.step)
-        if group.is_main:
-            samples = draw_samples(average.model, data, tokenizer)
-            run.picture("pictures/samples", samples, progress.step)
-        group.print(f"step {progress.step:>6,}  val {bits:.3f} bits per token")
-        return sign * values[config.best_metric]
-
-    def shuffled_share() -> float:
-        """The share of images that are shown in a random order now."""
-        anneal, done = model_config.order_anneal, progress.step / schedule.total_steps
-        return 0.0 if anneal is None else random_order_probability(anneal, done)
-
-    def files_of(one: GPT) -> dict:
-        return checkpoint.model_files(one, origin) | {FILE: data.words.content()}
-
-    def save() -> None:
-        checkpoints.save(files_of(model))
-
-    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
-        if progress.step == 0:
-            save()
-            evaluation()
-            averages.restart()
-        for prefix, grid in schedule.batches(data.train_rows, progress, group, load):
-            # Now and then an image is shown without what is known of it, for drawing without.
-            batch = [drop_conditioning(prefix, model_config, torch.default_generator), grid]
-            if model_config.order_anneal is not None:
-                batch.append(sample_permutations(grid, shuffled_share(), torch.default_generator))
-            learning_rate = schedule.learning_rate(progress.step)
-            bits = train_step(model, forward, batch, precision, config.accumulate)
-            values, optimizers = {"bits_per_token": bits}, {"gradient_norm": optimizer}
-            progress.step += 1
-            if guard.step(optimizers, values, learning_rate, schedule.rows):
-                average.update(model, progress.step)
-                averages.add(values | {"learning_rate": learning_rate})
-
-            if schedule.logs(progress.step):
-                values = averages.take()
-                images_per_second = values.pop("steps_per_second") * config.batch_size
-                values["tokens_per_second"] = images_per_second * data.grids[0].numel()
-                run.metrics("train", values, progress.step)
-            if schedule.evaluates(progress.step):
-                score = evaluation()
-                # In random orders it does not learn yet what it is to do: nothing counts so far.
-                if shuffled_share() == 0 and progress.improved(score):
-                    checkpoints.save_best(files_of(average.model))
-                save()
-                averages.restart()
-            elif checkpoints.due():
-                save()
-            stop.obeyed(group, save)
-            if progress.exhausted(config.patience):
-                group.print(
-                    f"no better {config.best_metric} in {config.patience} evaluations: stopping"
-                )
+    with loop.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+        if state.progress.step == 0:
+            checkpoints.save()
+            evaluate_and_log(state, run, validation)
+            state.averages.restart()
+        load = partial(load_batches, data, group.device)
+        for rows, (prefix, grids) in loop.batches(state, checkpoints, data.train_rows, load):
+            done = state.progress.step / schedule.total_steps
+            inputs = model_inputs(prefix, grids, model_config, done)
+            bits = train_step(model, forward, inputs, precision, config.accumulate)
+            loop.optimizer_step(state, rows, {"bits_per_token": bits}, data.name)
+            step = state.progress.step
+            if schedule.logs(step):
+                log_training(state, run, data.grids[0].numel())
+            if schedule.evaluates(step):
+                score = evaluate_and_log(state, run, validation)
+                # Scores of a model that still learns random orders do not count.
+                if random_orders(model_config, step / schedule.total_steps) == 0:
+                    loop.keep_best(state, checkpoints, score)
+            if loop.end_step(state, checkpoints, stop, evaluated=schedule.evaluates(step)):
                 break
-
         if group.is_main:
-            bits = report_best(run, data, tokenizer, config, precision, group, progress)
-            print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
-            if not bits < unigram:
-                print(NO_BETTER_WARNING.format(bits, unigram))
-            print(run.ui_hint)
+            report_best(state, run, validation)
     if group.is_main:
         words = ["transformer_generation.py", "--model_path", output_dir / "best"]
         words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,22 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils import addresses, cli, distributed, figures, tracking
+from utils import cli, distributed, figures, tracking
 from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
 from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.files import sha256
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance
-from utils.training import checkpoint, resume
-from utils.training.averages import Averages
-from utils.training.averaging import WeightAverage
-from utils.training.checkpoints import find_checkpoint
-from utils.training.guard import Guard
-from utils.training.optimizers import make_optimizer
-from utils.training.resume import Progress
-from utils.training.saving import Checkpoints
-from utils.training.schedule import Schedule, TrainingConfig, find_output_dir, saved_if_it_fails
-from utils.training.stopping import StopRequest
+from utils.training import loop
+from utils.training.checkpoint import Checkpointer, find_checkpoint, find_output_dir
+from utils.training.config import TrainingConfig
+from utils.training.loop import Schedule, TrainState
+from utils.training.optim import make_optimizer
+from utils.training.state import fingerprint
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.config import all_options, training_only
@@ -42,16 +39,13 @@ PICTURES = 32  # validation images that are shown
 class StartConfig:
     """What the training starts from, and whether its codebook may start over."""
 
-    init_from: str = field(
-        default="",
-        metadata={
-            "help": "tokenizer to start from: its weights and settings, with a new optimiser; "
-            "--image_size may differ, and settings that do not change the network"
-        },
+    init_from: str = cli.flag(
+        "",
+        "tokenizer to start from: its weights and settings, with a new optimiser; --image_size "
+        "may differ, and settings that do not change the network",
     )
-    reset_codebook_on_collapse: bool = field(
-        default=False,
-        metadata={"help": "start the codebook over from the data when few codes are in use"},
+    reset_codebook_on_collapse: bool = cli.flag(
+        False, "start the codebook over from the data when few codes are in use"
     )
 
 
@@ -112,7 +106,7 @@ def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQ
         return None, cli.build(VQVAEConfig.from_preset, preset, **given)
     if flags.preset:
         raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
-    start = checkpoint.load_model(addresses.fetch(init_from), VQVAE)
+    start = load_model(init_from, VQVAE)
     settings = start.model.config.to_dict()
     for name in sorted(given.keys() & settings.keys() - {"image_size", *training_only()}):
         if given[name] != settings[name]:
@@ -123,51 +117,118 @@ def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQ
     return start, cli.build(VQVAEConfig.create, **settings | given)
 
 
+def build_model(
+    config: VQVAEConfig, start: LoadedModel | None, dataset: ImageDataset, device: torch.device
+) -> VQVAE:
+    """The tokenizer for these images, with the weights of `start` if there is one."""
+    found = {"in_channels": dataset.channels, "image_size": dataset.size}
+    model = VQVAE(cli.build(replace, config, **found))
+    if start is not None:
+        model.load_state_dict(start.model.state_dict())
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def build_adversary(
+    config: AdversarialConfig, dataset: ImageDataset, schedule: Schedule, group: Distributed
+) -> AdversarialLoss | None:
+    """The discriminator and its losses, if --disc_weight is above 0."""
+    if config.disc_weight == 0:
+        return None
+    sizes = dataset.channels, dataset.size, schedule.total_steps
+    adversary = cli.build(AdversarialLoss, config, *sizes)
+    if adversary.schedule.needs_more_evaluations(schedule.evaluate_every):
+        group.print(
+            f"warning: evaluations are {schedule.evaluate_every:,} steps apart, but the "
+            f"adversarial loss ramps up within {adversary.schedule.ramp:,} steps: its schedule "
+            "cannot adapt to the validation error in time; use a smaller --evaluate_every"
+        )
+    return adversary.to(group.device, memory_format=torch.channels_last)
+
+
 def open_run(
-    output_dir: Path,
-    progress: Progress,
-    model: VQVAE,
-    start: LoadedModel | None,
-    group: Distributed,
-    config: dict[str, Any],
+    state: TrainState, output_dir: Path, run_name: str, start: LoadedModel | None
 ) -> tracking.Run:
-    """The run in MLflow, or that of the training which goes on."""
+    """The MLflow run of this training: a new one, or the one that a resumed training continues."""
+    settings, model = state.settings | {"run_name": run_name}, state.model
     shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
-    params = {name: config[name] for name in (*shown, "learning_rate")}
-    params["data"] = Path(config["path_to_data"]).name
+    params = {name: settings[name] for name in (*shown, "learning_rate")}
+    params["data"] = Path(settings["path_to_data"]).name
     params["latent_dim"] = model.config.latent_dim
     params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
     run = tracking.Run(
         output_dir,
         stage="tokenizer",
-        run_id=progress.run_id or None,
-        continued=bool(progress.run_id),
-        logged=progress.logged,
-        experiment=config["experiment"],
-        run_name=config["run_name"],
-        enabled=group.is_main,
-        config=config,
+        run_id=state.progress.run_id or None,
+        continued=bool(state.progress.run_id),
+        logged=state.progress.logged,
+        experiment=state.config.experiment,
+        run_name=run_name,
+        enabled=state.group.is_main,
+        config=settings,
         params=params,
-        inputs={config["path_to_data"]: sha256(Path(config["path_to_data"]))}
-        | ({} if start is None else {config["init_from"]: start.sha256}),
+        inputs={settings["path_to_data"]: sha256(Path(settings["path_to_data"]))}
+        | ({} if start is None else {settings["init_from"]: start.sha256}),
         upstream=() if start is None else start.lineage,
     )
-    progress.run_id = run.run_id
+    state.progress.run_id = run.run_id
     return run
 
 
-def report_best(
+def load_images(
+    dataset: ImageDataset,
+    data: DataConfig,
+    state: TrainState,
+    batches: list[Tensor],
+    epoch: int,
+) -> Iterator[Tensor]:
+    """Augmented training images (B, C, H, W) of each batch of rows."""
+    seed = state.config.seed
+    augmentation = Augmentation(data.horizontal_flip, data.random_crop, seed, epoch)
+    return dataset.batches(batches, state.group.device, augmentation)
+
+
+def needs_baseline(adversary: AdversarialLoss | None, step: int) -> bool:
+    return adversary is not None and adversary.schedule.needs_baseline(step)
+
+
+def log_training(state: TrainState, run: tracking.Run, counts: Tensor) -> None:
+    """Log the means of the steps since the last log, and the use of the codes, which restarts."""
+    values = state.averages.take()
+    values |= metrics.codebook_metrics(state.group.all_reduce_sum(counts))
+    values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
+    values["images_per_second"] = values.pop("steps_per_second") * state.config.batch_size
+    run.metrics("train", values, state.progress.step)
+    counts.zero_()
+
+
+def evaluate_and_log(
+    state: TrainState,
     run: tracking.Run,
     dataset: ImageDataset,
     rows: Tensor,
-    config: TrainingConfig,
-    group: Distributed,
-    step: int,
-) -> None:
-    """Figures and pictures of the best tokenizer, which is logged as a whole."""
-    folder = run.output_dir / "best"
-    best = checkpoint.load_model(folder, VQVAE, group.device).model
-    values, seen = evaluate(best, dataset, rows, config.batch_size, group)
+    adversary: AdversarialLoss | None,
+) -> float:
+    """Log metrics and pictures of the validation images; the score, of which lower is better."""
+    group, config, step = state.group, state.config, state.progress.step
+    values, shown = evaluate(state.ema.model, dataset, rows, config.batch_size, group)
+    if adversary is not None:
+        if adversary.schedule.observe(values["mse"]):
+            strength = adversary.schedule.strength
+            group.print(f"the validation error rose: adversarial strength {strength:.3f}")
+        values |= adversary.schedule.metrics()
+    run.metrics("val", values, step)
+    if group.is_main:
+        log_pictures(run, state.ema.model, shown, step)
+    group.print(f"step {step:>6,}  {in_words(values)}")
+    return metrics.sign_of(config.best_metric, BEST_METRICS) * values[config.best_metric]
+
+
+def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, rows: Tensor) -> None:
+    """Log metrics and pictures of the best tokenizer, and the model folder; by one process."""
+    folder, config = run.output_dir / "best", state.config
+    best = load_model(folder, VQVAE, state.group.device).model
+    alone = replace(state.group, world_size=1)
+    values, seen = evaluate(best, dataset, rows, config.batch_size, alone)
     pair = seen.originals, seen.images
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
     names = [dataset.rows[row].image_path for row in rows[:PICTURES]]
@@ -175,26 +236,27 @@ def report_best(
     shown = dict.fromkeys((config.best_metric, "mse", "psnr", "ssim"))  # the first decides
     scores = {f"val/best_{name}": values[name] for name in shown}
     lower_is_better = metrics.sign_of(config.best_metric, BEST_METRICS) > 0
-    run.model(folder, scores, step, register=config.register, lower_is_better=lower_is_better)
-    print(f"best: {in_words(values)}")
+    step, register = state.progress.step, config.register
+    run.model(folder, scores, step, register=register, lower_is_better=lower_is_better)
+    print(f"best: {in_words(values)}\n{run.ui_hint}")
 
 
 def main(arguments: argparse.Namespace) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
-    beginning = cli.read_flags(StartConfig, arguments)
+    data = cli.read_flags(DataConfig, arguments)
+    start_config = cli.read_flags(StartConfig, arguments)
     loss_config = cli.read_flags(LossConfig, arguments)
     adversarial_config = cli.read_flags(AdversarialConfig, arguments)
     for terms in (loss_config, adversarial_config):
         cli.refuse_idle(terms, arguments)
-    data = cli.read_flags(DataConfig, arguments)
-    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
+    metrics.sign_of(config.best_metric, BEST_METRICS)  # refuses unknown ones
     resumed = find_checkpoint(config.resume, config.output_dir)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
 
-    start, model_config = read_start(beginning.init_from, arguments)
-    resets = beginning.reset_codebook_on_collapse
+    start, model_config = read_start(start_config.init_from, arguments)
+    resets = start_config.reset_codebook_on_collapse
     if resets and not QUANTIZERS[model_config.quantizer].supports_reset:
         raise cli.UserError(
             "--reset_codebook_on_collapse has no effect with the quantizer "
@@ -210,144 +272,77 @@ def main(arguments: argparse.Namespace) -> None:
         processes=group.world_size,
     )
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
-
-    found = {"in_channels": dataset.channels, "image_size": dataset.size}
-    cli.build(losses.check, *found.values())
-    model = VQVAE(cli.build(replace, model_config, **found))
-    if start is not None:
-        model.load_state_dict(start.model.state_dict())
-    model = model.to(group.device, memory_format=torch.channels_last)
-    optimizer = make_optimizer(model, config, betas=(0.9, 0.99))
-    average = WeightAverage(model, config.ema_decay)
-    progress, averages = Progress(), Averages()
+    cli.build(losses.check, dataset.channels, dataset.size)
+    model = build_model(model_config, start, dataset, group.device)
+    optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
+    adversary = build_adversary(adversarial_config, dataset, schedule, group)
+    if adversary is not None:
+        optimizers["disc_optimizer"] = make_optimizer(adversary, config, betas=(0.5, 0.9))
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
     monitor = CollapseMonitor(model.quantizer, group.device, reset=resets)
-    disc_optimizer = None
-    adversary = None
-    if adversarial_config.disc_weight > 0:
-        adversary = cli.build(
-            AdversarialLoss, adversarial_config, *found.values(), schedule.total_steps
-        ).to(group.device, memory_format=torch.channels_last)
-        disc_optimizer = make_optimizer(adversary, config, betas=(0.5, 0.9))
-    settings = asdict(config) | asdict(data) | model.config.to_dict()
-    settings |= asdict(beginning) | asdict(loss_config) | asdict(adversarial_config)
-    settings |= {"data_sha256": resume.fingerprint(dataset.rows), "precision": precision}
-    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
-    parts |= {"adversary": adversary, "disc_optimizer": disc_optimizer}
-    parts |= {"collapse_monitor": monitor}
-    state = resume.State(group, model, settings, progress=progress, **parts)
-    state.restore(resumed)
+    settings = asdict(data) | model.config.to_dict() | asdict(start_config)
+    settings |= asdict(loss_config) | asdict(adversarial_config)
+    state = TrainState(
+        config,
+        schedule,
+        group,
+        model,
+        optimizers,
+        settings | {"data_sha256": fingerprint(dataset.rows), "precision": precision},
+        parts={"counts": counts, "adversary": adversary, "collapse_monitor": monitor},
+        changed_by_forward=[x for x in (model.quantizer, adversary) if x is not None],
+    )
+    state.checkpoint.restore(resumed)
     if config.compile:
         compile_model(model, adversary)
     forward = group.wrap(model)
+    load = partial(load_images, dataset, data, state)
+    last_layer = model.decoder.conv_out.weight
+    options = {"accumulate": config.accumulate, "adversary": adversary, "last_layer": last_layer}
 
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
-    default_name = f"{name}-f{model.config.downsampling}"
-    output_dir = find_output_dir(config, resumed, default_name)
-    named = settings | {"run_name": config.run_name or default_name}
-    run = open_run(output_dir, progress, model, start, group, named)
-    checkpoints = Checkpoints(run, config.checkpoint_every, group, state, resumed)
-    changing = model.quantizer, adversary
-    guard = Guard(group, progress, config, dataset.name, changing=changing)
+    name = config.run_name or f"{name}-f{model.config.downsampling}"
+    output_dir = find_output_dir(config.output_dir, resumed, name)
+    run = open_run(state, output_dir, name, start)
     origin = Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
+    checkpoints = Checkpointer(run, state.checkpoint, origin, resumed)
     if group.is_main:
         dataset.write_skipped(output_dir)
     group.print(dataset)
     group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
-    disc_schedule = None if adversary is None else adversary.schedule
-    if disc_schedule is not None and disc_schedule.needs_more_evaluations(schedule.evaluate_every):
-        group.print(
-            f"warning: evaluations are {schedule.evaluate_every:,} steps apart, but the "
-            f"adversarial loss ramps up within {disc_schedule.ramp:,} steps: its schedule cannot "
-            "adapt to the validation error in time; use a smaller --evaluate_every"
-        )
 
-    def load(batches: list[Tensor], epoch: int) -> Iterator[Tensor]:
-        augmentation = Augmentation(data.horizontal_flip, data.random_crop, config.seed, epoch)
-        images = dataset.batches(batches, group.device, augmentation)
-        return saved_if_it_fails(images, group, save)
-
-    def evaluation() -> float:
-        """Evaluate, and log figures and pictures; the figure of --best_metric, to make small."""
-        values, shown = evaluate(average.model, dataset, val_rows, config.batch_size, group)
-        if disc_schedule is not None:
-            if disc_schedule.observe(values["mse"]):
-                group.print(
-                    f"the validation error rose: adversarial strength {disc_schedule.strength:.3f}"
-                )
-            values |= disc_schedule.metrics()
-        run.metrics("val", values, progress.step)
-        if group.is_main:
-            log_pictures(run, average.model, shown, progress.step)
-        group.print(f"step {progress.step:>6,}  {in_words(values)}")
-        return sign * values[config.best_metric]
-
-    def save() -> None:
-        checkpoints.save(checkpoint.model_files(model, origin))
-
-    with StopRequest(checkpoints.leave) as stop, run, checkpoints:
-        if progress.step == 0:
-            save()
-            evaluation()
-            averages.restart()
-        for images in schedule.batches(train_rows, progress, group, load):
-            learning_rate = schedule.learning_rate(progress.step)
-            guard.remember()
+    with loop.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+        if state.progress.step == 0:
+            checkpoints.save()
+            evaluate_and_log(state, run, dataset, val_rows, adversary)
+            state.averages.restart()
+        for rows, images in loop.batches(state, checkpoints, train_rows, load):
             values, indices = forward_backward(
-                forward,
-                images,
-                losses,
-                autocast,
-                accumulate=config.accumulate,
-                adversary=adversary,
-                last_layer=model.decoder.conv_out.weight,
-                step=progress.step,
+                forward, images, losses, autocast, step=state.progress.step, **options
             )
-            # A side that its phase does not train has no gradients, so that its step does nothing.
-            optimizers = {"gradient_norm": optimizer}
             if adversary is not None:
                 adversary.average_gradients()
-                optimizers["disc_gradient_norm"] = disc_optimizer
-            progress.step += 1
-            if guard.step(optimizers, values, learning_rate, schedule.rows):
-                average.update(model, progress.step)
-                averages.add({**values, "learning_rate": learning_rate})
-                chosen = model.quantizer.count(indices)
-                counts += chosen
-                monitor.update(chosen)
-
-            evaluates = schedule.evaluates(progress.step)
-            if disc_schedule is not None:
-                evaluates |= disc_schedule.needs_baseline(progress.step)
-            if schedule.logs(progress.step) or evaluates:
-                values = averages.take() | metrics.codebook_metrics(group.all_reduce_sum(counts))
-                values["psnr"] = metrics.psnr(values.get("mse", float("nan")))
-                values["images_per_second"] = values.pop("steps_per_second") * config.batch_size
-                run.metrics("train", values, progress.step)
-                counts.zero_()
+            # A side that its phase does not train has no gradients: its optimiser does nothing.
+            if loop.optimizer_step(state, rows, values, dataset.name):
+                used = model.quantizer.count(indices)
+                counts += used
+                monitor.update(used)
+            step = state.progress.step
+            evaluates = schedule.evaluates(step) or needs_baseline(adversary, step)
+            if schedule.logs(step) or evaluates:
+                log_training(state, run, counts)
             if evaluates:
-                best = progress.improved(evaluation())
-                if disc_schedule is not None and disc_schedule.strength > 0:
-                    # With an adversary the error of pixels does not say which is best: the last.
-                    best, progress.bad_evaluations = True, 0
-                if best:
-                    checkpoints.save_best(checkpoint.model_files(average.model, origin))
-                for line in monitor.check(final=progress.step == schedule.total_steps):
+                score = evaluate_and_log(state, run, dataset, val_rows, adversary)
+                # The pixel error does not tell which model with an adversary is best: the last.
+                adversarial = adversary is not None and adversary.schedule.strength > 0
+                loop.keep_best(state, checkpoints, score, always=adversarial)
+                for line in monitor.check(final=step == schedule.total_steps):
                     group.print(line)
-                save()
-                averages.restart()
-            elif checkpoints.due():
-                save()
-            stop.obeyed(group, save)
-            if progress.exhausted(config.patience):
-                group.print(
-                    f"no better {config.best_metric} in {config.patience} evaluations: stopping"
-                )
+            if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break
         if group.is_main:
-            report_best(run, dataset, val_rows, config, replace(group, world_size=1), progress.step)
-            print(run.ui_hint)
+            report_best(state, run, dataset, val_rows)
     if group.is_main:
         words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")
         print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))

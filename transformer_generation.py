@@ -30,8 +30,8 @@ from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of
 from utils.data.table import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import sha256
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, joined
-from utils.training import checkpoint
 from vqvae import VQVAE
 
 SHOWN = 48  # completions in the picture, at most
@@ -160,7 +160,7 @@ def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments, device)
     guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
     params = cli.read_flags(SamplingParams, arguments)
-    gpt = checkpoint.load_model(addresses.fetch(arguments.model_path), GPT, device)
+    gpt = load_model(arguments.model_path, GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         gpt.model.to(torch.bfloat16)
     vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
@@ -169,7 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = None
     if arguments.model_dir:
         address = addresses.fetch(arguments.model_dir)
-        tokenizer = checkpoint.load_model(address, VQVAE, device)
+        tokenizer = load_model(address, VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
 
     given = None

@@ -14,8 +14,8 @@ from utils import cli
 from utils.data.images import ImageDataset
 from utils.data.table import epoch_order, split_rows
 from utils.evaluation import metrics
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.schedule import TrainingConfig
+from utils.training.config import TrainingConfig
+from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SEED = 0

@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import record
 from utils import cli, distributed
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.schedule import TrainingConfig
+from utils.training.config import TrainingConfig
+from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.losses import LossConfig, PerceptualLoss, ReconstructionLoss

@@ -20,7 +20,7 @@ import train_vqvae
 from tests.conftest import write_images
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row
-from utils.training.schedule import Schedule
+from utils.training.loop import Schedule
 
 FILE = Path(__file__).with_name("golden.json")
 STEPS = 100

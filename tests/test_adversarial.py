@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from utils.distributed import Distributed, autocast
-from utils.training import resume
+from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.adversarial import (
     AdversarialConfig,
@@ -235,7 +235,7 @@ def test_a_discriminator_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) 
     first.schedule.strength, first.schedule.baseline = 0.3, 0.0123456789
     alone = Distributed(0, 1, torch.device("cpu"))
     states = [
-        resume.State(alone, a, {}, progress=resume.Progress(), optimizer=optimizer)
+        CheckpointState(alone, a, {}, progress=Progress(), optimizer=optimizer)
         for a, optimizer in zip((first, second), optimizers, strict=True)
     ]
     weights = {"model.safetensors": first.state_dict()}

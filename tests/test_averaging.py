@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from utils.cli import UserError
-from utils.training.averaging import WeightAverage
+from utils.training.config import TrainingConfig
+from utils.training.optim import EMA
 
 
 def test_it_follows_the_weights_and_forgets_the_first() -> None:
     model = nn.Linear(1, 1, bias=False)
-    average = WeightAverage(model, decay=0.9)
+    average = EMA(model, decay=0.9)
     nn.init.constant_(model.weight, 5.0)
     expected = float(average.model.weight)
     for step in range(1, 301):
@@ -25,7 +25,7 @@ def test_what_no_gradient_trains_is_the_latest() -> None:
     """Codes of `ema` were averaged, while the sums and counts that they are made of were not."""
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1))
     model[1].requires_grad_(False)
-    average = WeightAverage(model, decay=0.9)
+    average = EMA(model, decay=0.9)
     for layer in model:
         nn.init.constant_(layer.weight, 5.0)
     average.update(model, 1000)
@@ -35,7 +35,7 @@ def test_what_no_gradient_trains_is_the_latest() -> None:
 
 def test_without_decay_it_is_the_model_itself() -> None:
     model = nn.Linear(2, 2)
-    average = WeightAverage(model, decay=0.0)
+    average = EMA(model, decay=0.0)
     average.update(model, 1)
     assert average.model is model
     assert average.state_dict() == {}
@@ -43,12 +43,12 @@ def test_without_decay_it_is_the_model_itself() -> None:
 
 def test_a_resumed_average_goes_on() -> None:
     model = nn.Linear(2, 2)
-    one, two = WeightAverage(model, decay=0.5), WeightAverage(nn.Linear(2, 2), decay=0.5)
+    one, two = EMA(model, decay=0.5), EMA(nn.Linear(2, 2), decay=0.5)
     nn.init.ones_(model.weight)
     one.update(model, 100)
     two.load_state_dict(one.state_dict())
     torch.testing.assert_close(two.model.state_dict(), one.model.state_dict())
     with pytest.raises(RuntimeError):
-        WeightAverage(nn.Linear(3, 2), decay=0.5).load_state_dict(one.state_dict())
-    with pytest.raises(UserError, match="ema_decay"):
-        WeightAverage(model, decay=1.0)
+        EMA(nn.Linear(3, 2), decay=0.5).load_state_dict(one.state_dict())
+    with pytest.raises(ValueError, match="ema_decay"):
+        TrainingConfig(ema_decay=1.0)

@@ -14,8 +14,8 @@ from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import write_folder
+from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
-from utils.training.checkpoint import load_model, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]
@@ -176,7 +176,7 @@ def test_a_run_that_is_not_there_as_an_address(error_of: Call, data: Path) -> No
 
 def test_a_folder_that_is_no_model(error_of: Call, data: Path) -> None:
     error = error_of("quantize_dataset", "--model_dir", data.parent, "--path_to_data", data)
-    assert "is no model folder" in error
+    assert "is not a model folder" in error
     error = error_of("quantize_dataset", "--model_dir", "nowhere", "--path_to_data", data)
     assert "no such model folder: nowhere" in error
 

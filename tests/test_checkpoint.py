@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from utils.cli import UserError
 from utils.files import read_json, read_tensors, write_folder
+from utils.model_folder import find_model_folder, load_model, model_files
 from utils.provenance import Provenance, Stage
-from utils.training.checkpoint import find_model_folder, load_model, model_files
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def test_it_works_beside_the_folder_it_came_from(tmp_path: Path) -> None:
 def test_what_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such model folder: .*none"):
         find_model_folder(tmp_path / "none")
-    with pytest.raises(UserError, match=r"is no model folder: it has no config\.json and model"):
+    with pytest.raises(UserError, match=r"is not a model folder: it has no config\.json and model"):
         find_model_folder(tmp_path)
 
 
@@ -150,7 +150,7 @@ def test_whoever_changed_a_file_on_purpose_is_told_how(tmp_path: Path) -> None:
     saved(tmp_path / "net")
     with (tmp_path / "net" / "config.json").open("a") as file:
         file.write("\n")
-    with pytest.raises(UserError, match=r"take its line out of sha256\.json"):
+    with pytest.raises(UserError, match=r"remove its line from sha256\.json"):
         load_model(tmp_path / "net", Net)
     sums = json.loads((tmp_path / "net" / "sha256.json").read_text())
     del sums["config.json"]
@@ -182,7 +182,11 @@ def test_json_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (tmp_path / "deep.json").write_text('{"a":' * 100_000)
     (tmp_path / "long.json").write_text('{"a": "' + "x" * 1000 + '"}')
     os.mkfifo(tmp_path / "pipe.json")
-    for name, complaint in (("deep", "recursion"), ("pipe", "no plain"), ("long", "1,000 at most")):
+    for name, complaint in (
+        ("deep", "recursion"),
+        ("pipe", "not a regular"),
+        ("long", "1,000 at most"),
+    ):
         if name == "long":
             monkeypatch.setattr("utils.files.JSON_BYTES", 1000)
         with pytest.raises(UserError, match=complaint):

@@ -23,8 +23,8 @@ from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row, read_csv
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.files import sha256, write_folder
+from utils.model_folder import model_files
 from utils.provenance import Provenance
-from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 CPU = ("--device", "cpu")
@@ -35,7 +35,7 @@ def make_tokenizer(folder: Path, size: tuple[int, int], channels: int, **options
     torch.manual_seed(sum(size))
     shape = {"channels": 8, "codebook_size": 16, "codebook_dim": 4} | options
     model = VQVAE(VQVAEConfig.create(image_size=size, in_channels=channels, **shape))
-    write_folder(folder, checkpoint.model_files(model, Provenance()))
+    write_folder(folder, model_files(model, Provenance()))
     return folder
 
 
@@ -122,7 +122,7 @@ def make_gpt(folder: str, condition: GridMeta | None, **options: object) -> None
     words = Vocabulary(16, (6, 10), ("a", "b"), depth=2, condition=condition)
     shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | options
     gpt = GPT(GPTConfig(**words.model_values, **shape))
-    files = checkpoint.model_files(gpt, Provenance()) | {FILE: words.content()}
+    files = model_files(gpt, Provenance()) | {FILE: words.content()}
     write_folder(Path(folder), files)
 
 

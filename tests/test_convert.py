@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weights
 from utils import cli
-from utils.training import checkpoint
+from utils.model_folder import load_model
 from vqvae import VQVAE, VQVAEConfig, convert
 from vqvae.convert import FORMATS, export_weights, import_weights, write_diffusers
 
@@ -55,7 +55,7 @@ def test_published_files_give_the_same_indices_and_images(
     assert ("warning: the checkpoint's remap of used codes is ignored" in printed) == (
         kind == "taming"
     )
-    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
+    model = load_model(tmp_path / "own", VQVAE).model
     assert model.config.attention_levels == (len(multipliers) - 1,)
     assert model.config.channel_multipliers == multipliers
     if kind == "gumbel":
@@ -112,7 +112,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
         codes.copy_(vectors.flatten(0, 2)[torch.randperm(vectors[..., 0].numel())[: len(codes)]])
     theirs.save_pretrained(tmp_path / "theirs")
     run("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
-    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
+    model = load_model(tmp_path / "own", VQVAE).model
     images = torch.rand(3, 3, 32, 32) * 2 - 1
     with torch.inference_mode():
         latents = theirs.encode(images).latents
@@ -183,7 +183,7 @@ def test_llamagen_s_average_is_what_counts_and_is_named(
     second["quant_conv.bias"] = torch.full_like(second["quant_conv.bias"], 7.0)
     torch.save({"model": first, "ema": second | {"epoch": 3}, "steps": 1}, tmp_path / "a.pt")
     run("source", "llamagen", tmp_path / "a.pt", tmp_path / "own", image_size=IMAGE)
-    model = checkpoint.load_model(tmp_path / "own", VQVAE).model
+    model = load_model(tmp_path / "own", VQVAE).model
     assert (model.encoder.quant_conv.bias == 7).all()
     printed = capsys.readouterr().out
     assert "read: ema; not read: model" in printed
@@ -207,7 +207,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", image_size=(64, 64))
     run("target", "taming", tmp_path / "own", tmp_path / "back")
     settings = convert.read_config("taming", tmp_path / "back" / "config.yaml")
-    config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
+    config = load_model(tmp_path / "own", VQVAE).model.config
     assert settings.items() <= config.to_dict().items()
     assert settings["quantizer"] == "gumbel"
     again = {"config": str(tmp_path / "back" / "config.yaml")}
@@ -232,7 +232,7 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
     content = write_diffusers(config) | {"sample_size": [16, 24]}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(content))
     run("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
-    found = checkpoint.load_model(tmp_path / "own", VQVAE).model
+    found = load_model(tmp_path / "own", VQVAE).model
     assert found.config.image_size == (16, 24)
     weights = model.state_dict()
     assert torch.equal(found.encoder.conv_in.weight, weights["encoder.conv_in.weight"])
@@ -312,16 +312,13 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
     (tmp_path / "project.yaml").write_text(TAMING_YAML)
     config_file = str(tmp_path / "project.yaml")
     run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", config=config_file)
-    config = checkpoint.load_model(tmp_path / "own", VQVAE).model.config
+    config = load_model(tmp_path / "own", VQVAE).model.config
     assert (config.image_size, config.dropout) == ((64, 64), 0.1)
     torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "gumbel.ckpt")
     gumbel = TAMING_YAML.replace("n_embed: 40", "n_embed: 40\n    kl_weight: 1.0e-08")
     (tmp_path / "project.yaml").write_text(gumbel)
     run("source", "taming", tmp_path / "gumbel.ckpt", tmp_path / "g", config=config_file)
-    assert (
-        checkpoint.load_model(tmp_path / "g", VQVAE).model.config.quantizer_options.entropy_weight
-        == 1e-8
-    )
+    assert load_model(tmp_path / "g", VQVAE).model.config.quantizer_options.entropy_weight == 1e-8
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from tests.test_kv_cache import step_by_step
 from transformer import GPT, convert
 from transformer.convert import from_llamagen
 from utils import cli
-from utils.training import checkpoint
+from utils.model_folder import load_model
 
 LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
 
@@ -174,7 +174,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
         check=True,
     )
     assert "transformer_generation.py --model_path" in done.stdout
-    model = checkpoint.load_model(tmp_path / "gpt", GPT).model
+    model = load_model(tmp_path / "gpt", GPT).model
     torch.testing.assert_close(
         model.state_dict(), from_llamagen(make_weights(), (4, 4), HEADS).state_dict()
     )

@@ -16,10 +16,10 @@ from utils.data.crops import Crops, read_crops
 from utils.data.images import ImageDataset
 from utils.data.indices import read_indices
 from utils.files import CHECKSUMS, read_tensors, write_folder
+from utils.model_folder import model_files
 from utils.provenance import Provenance
-from utils.training import checkpoint
-from utils.training.checkpoints import find_checkpoint
-from utils.training.stopping import StopRequest
+from utils.training.checkpoint import find_checkpoint
+from utils.training.loop import StopSignals
 from vqvae import VQVAE, VQVAEConfig
 
 COUNT, GRID = 12, (6, 10)
@@ -31,7 +31,7 @@ def tokenizer(own_folder: Path) -> VQVAE:
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": 16, "codebook_dim": 4}
     model = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, **sizes)).eval()
-    files = checkpoint.model_files(model, Provenance())
+    files = model_files(model, Provenance())
     write_folder(own_folder / "tokenizer", files)
     write_images(own_folder / "data", COUNT)
     return model
@@ -105,13 +105,13 @@ def test_training_resumes_exactly_and_validates_on_the_plain_grids(
     call(*training, "plain", "--output_dir", "no-crops")
     steps = []
 
-    def obeyed(self: StopRequest, group: object, save: Callable[[], None]) -> None:
+    def obeyed(self: StopSignals, group: object, save: Callable[[], None]) -> None:
         steps.append(len(steps))
         if len(steps) == 4:
             save()
             raise Stopped(signal.SIGTERM)
 
-    monkeypatch.setattr(StopRequest, "obeyed", obeyed)
+    monkeypatch.setattr(StopSignals, "obeyed", obeyed)
     with pytest.raises(SystemExit):
         call(*training, "indices", "--output_dir", "parts")
     call(*training, "indices", "--resume", "parts")

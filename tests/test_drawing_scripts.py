@@ -21,8 +21,8 @@ from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import sha256, write_folder
+from utils.model_folder import model_files
 from utils.provenance import Provenance
-from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 CODES, GRID = 16, (6, 10)
@@ -35,7 +35,7 @@ def write_tokenizer(folder: Path, depth: int = 1) -> str:
     if depth > 1:
         sizes |= {"quantizer": "residual", "depth": depth}
     tokenizer = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, **sizes))
-    write_folder(folder, checkpoint.model_files(tokenizer, Provenance()))
+    write_folder(folder, model_files(tokenizer, Provenance()))
     return sha256(folder / "model.safetensors")
 
 
@@ -44,7 +44,7 @@ def write_gpt(folder: str, words: Vocabulary, **shape: object) -> None:
     shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | shape
     gpt = GPT(GPTConfig(**words.model_values, **shape))
     torch.nn.init.normal_(gpt.head.weight)
-    files = checkpoint.model_files(gpt, Provenance()) | {FILE: words.content()}
+    files = model_files(gpt, Provenance()) | {FILE: words.content()}
     write_folder(Path(folder), files)
 
 

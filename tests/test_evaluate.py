@@ -21,8 +21,8 @@ from utils.datasets import write_digits
 from utils.evaluation import distances, features, records
 from utils.evaluation.image_sets import read_real
 from utils.files import sha256, write_folder
+from utils.model_folder import model_files
 from utils.provenance import Provenance, Split, Stage
-from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]
@@ -62,7 +62,7 @@ def tokenizer(own_folder: Path) -> Path:
     torch.manual_seed(0)
     sizes = {"channels": 8, "codebook_size": CODES, "codebook_dim": 4, "patch_size": 2}
     model = VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=1, **sizes))
-    files = checkpoint.model_files(model, Provenance())
+    files = model_files(model, Provenance())
     write_folder(own_folder / "tokenizer", files)
     return own_folder / "tokenizer"
 

@@ -12,7 +12,7 @@ import torch
 from tests.conftest import TINY_TOKENIZER, write_images
 from utils import cli
 from utils.data import images
-from utils.training.checkpoints import checkpoints_in, step_of
+from utils.training.checkpoint import checkpoints_in, step_of
 
 Call = Callable[..., str]
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.conftest import TINY_TOKENIZER, write_images
+from tests.test_training import make_state
 from utils.cli import UserError
 from utils.distributed import Distributed
-from utils.training.guard import Guard
-from utils.training.optimizers import make_optimizer
-from utils.training.resume import Progress
-from utils.training.schedule import TrainingConfig
+from utils.training import loop
+from utils.training.loop import TrainState
+from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import VQVAE, VQVAEConfig
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -31,100 +31,85 @@ def same(module: nn.Module, state: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
 
 
-def batch(size: float, loss: float = 1.0) -> tuple[nn.Module, dict, dict[str, Tensor]]:
-    """A net with gradients of some size, its optimiser, and a loss."""
+def batch(
+    size: float, loss: float = 1.0, group: Distributed = ALONE, **flags: object
+) -> tuple[nn.Module, TrainState, dict[str, Tensor]]:
+    """A net with gradients of some size after 7 steps, and a loss."""
     net = nn.Linear(3, 1)
-    optimizer = make_optimizer(net, TrainingConfig(weight_decay=0.1), (0.9, 0.99))
+    state = make_state(net, group=group, weight_decay=0.1, warmup_steps=0, **flags)
+    state.progress.step = 7
     for parameter in net.parameters():
         parameter.grad = torch.full_like(parameter, size)
-    return net, {"norm": optimizer}, {"loss": torch.tensor(loss)}
+    return net, state, {"loss": torch.tensor(loss)}
 
 
 def test_a_finite_step_is_that_of_the_optimiser() -> None:
-    net, optimizers, values = batch(2.0)
+    net, state, values = batch(2.0)
     other = nn.Linear(3, 1)
     other.load_state_dict(net.state_dict())
-    reference = make_optimizer(other, TrainingConfig(weight_decay=0.1), (0.9, 0.99))
+    reference = make_optimizer(other, state.config, (0.9, 0.99))
     for parameter in other.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
-    nn.utils.clip_grad_norm_(other.parameters(), 1.0)
-    for group in reference.param_groups:
-        group["lr"] = 0.3
-    reference.step()
-    assert Guard(ALONE, Progress(), TrainingConfig(), NAMES).step(optimizers, values, 0.3, ROWS)
+    optimizer_step(reference, state.schedule.learning_rate(7), 1.0)
+    assert loop.optimizer_step(state, ROWS, values, NAMES)
+    assert state.progress.step == 8
     assert same(net, other.state_dict())
-    assert values["norm"] == 4
+    assert state.averages.take()["gradient_norm"] == 4
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
 @pytest.mark.parametrize(
-    ("size", "loss", "named"), [(math.nan, 1.0, "norm nan"), (1.0, math.inf, "loss inf")]
+    ("size", "loss", "named"),
+    [(math.nan, 1.0, "gradient_norm nan"), (1.0, math.inf, "loss inf")],
 )
 def test_it_stops_before_the_step_and_says_where(size: float, loss: float, named: str) -> None:
-    net, optimizers, values = batch(size, loss)
+    net, state, values = batch(size, loss)
     before = clone(net)
-    with pytest.raises(
-        UserError, match=rf"step 8: {named} at learning rate 0.3, in row 5, row 10;"
-    ):
-        Guard(ALONE, Progress(step=8), TrainingConfig(), NAMES).step(optimizers, values, 0.3, ROWS)
+    with pytest.raises(UserError, match=rf"step 8: {named} at learning rate .*, in row 5, row 10;"):
+        loop.optimizer_step(state, ROWS, values, NAMES)
     assert same(net, before)
 
 
 def test_of_two_optimisers_none_steps_if_one_must_not() -> None:
-    (good, first, values), (_, second, _) = batch(1.0), batch(math.nan)
+    (good, state, values), (_, other, _) = batch(1.0), batch(math.nan)
     before = clone(good)
-    with pytest.raises(UserError, match="other nan"):
-        Guard(ALONE, Progress(), TrainingConfig(), NAMES).step(
-            first | {"other": second["norm"]}, values, 0.3, ROWS
-        )
+    state.optimizers["disc_optimizer"] = other.optimizers["optimizer"]
+    with pytest.raises(UserError, match="disc_gradient_norm nan"):
+        loop.optimizer_step(state, ROWS, values, NAMES)
     assert same(good, before)
 
 
 def test_bad_batches_are_left_out_up_to_a_limit(capsys: pytest.CaptureFixture) -> None:
-    config = TrainingConfig(on_nonfinite="skip", nonfinite_limit=2)
-    progress = Progress()
-    guard = Guard(ALONE, progress, config, NAMES)
+    net, state, values = batch(math.nan, on_nonfinite="skip", nonfinite_limit=2)
+    before = clone(net)
     for number in (1, 2):
-        net, optimizers, values = batch(math.nan)
-        before = clone(net)
-        assert not guard.step(optimizers, values, 0.3, ROWS)
+        for parameter in net.parameters():
+            parameter.grad = torch.full_like(parameter, math.nan)
+        assert not loop.optimizer_step(state, ROWS, values, NAMES)
         assert same(net, before)
         assert all(parameter.grad is None for parameter in net.parameters())
-        assert f"left out, {number} of 2" in capsys.readouterr().out
-    assert progress.skipped == 2
-    net, optimizers, values = batch(math.nan)
-    with pytest.raises(UserError, match="2 batches were left out before"):
-        guard.step(optimizers, values, 0.3, ROWS)
+        assert f"skipped, {number} of 2" in capsys.readouterr().out
+    assert state.progress.skipped == 2
+    with pytest.raises(UserError, match="2 batches were skipped before"):
+        loop.optimizer_step(state, ROWS, {"loss": torch.tensor(math.nan)}, NAMES)
 
 
 def test_a_batch_left_out_leaves_no_trace_in_the_codebook() -> None:
-    """Codes that are averages change in the forward pass, before any loss is known."""
+    """Codes that are averages change in the forward pass, before any loss is computed."""
     torch.manual_seed(0)
-    model = VQVAE(
-        VQVAEConfig.create(
-            quantizer="ema",
-            codebook_size=8,
-            codebook_dim=4,
-            image_size=(8, 8),
-            in_channels=1,
-            channels=8,
-        )
-    ).train()
+    shape = {"image_size": (8, 8), "in_channels": 1, "channels": 8}
+    codes = {"quantizer": "ema", "codebook_size": 8, "codebook_dim": 4}
+    model = VQVAE(VQVAEConfig.create(**codes, **shape)).train()
     model(torch.rand(4, 1, 8, 8))
-    guard = Guard(
-        ALONE,
-        Progress(),
-        TrainingConfig(on_nonfinite="skip"),
-        NAMES,
-        changing=(model.quantizer, None),
-    )
-    guard.remember()
+    state = make_state(model, on_nonfinite="skip", changed_by_forward=[model.quantizer])
+    images = iter([torch.full((10, 1, 8, 8), math.nan)])
+    batches = loop.batches(state, None, torch.arange(100), lambda rows, epoch: images)
+    rows, nan = next(batches)
     before = clone(model.quantizer)
-    made, quantized = model(torch.full((4, 1, 8, 8), math.nan))
+    made, quantized = model(nan)
     assert not same(model.quantizer, before)
     (made.mean() + sum(quantized.losses.values())).backward()
-    optimizer = make_optimizer(model, TrainingConfig(), (0.9, 0.99))
-    assert not guard.step({"norm": optimizer}, {"loss": made.mean().detach()}, 0.1, ROWS)
+    assert not loop.optimizer_step(state, rows, {"loss": made.mean().detach()})
     assert same(model.quantizer, before)
 
 
@@ -141,12 +126,12 @@ class OfTwo(Distributed):
 @pytest.mark.parametrize(("rank", "error"), [(0, UserError), (1, SystemExit)])
 def test_of_several_processes_one_says_so(rank: int, error: type[BaseException]) -> None:
     """Every process printed its line, most of them `a number of another process`."""
-    _, optimizers, values = batch(1.0)
-    guard = Guard(OfTwo(rank, 2, ALONE.device), Progress(step=8), TrainingConfig(), NAMES)
+    _, state, values = batch(1.0, group=OfTwo(rank, 2, ALONE.device))
     with pytest.raises(error) as caught:
-        guard.step(optimizers, values, 0.3, ROWS)
+        loop.optimizer_step(state, ROWS, values, NAMES)
     if rank == 0:
-        assert "step 8: loss inf at learning rate 0.3, in row 5, row 10;" in str(caught.value)
+        assert "step 8: loss inf at learning rate " in str(caught.value)
+        assert ", in row 5, row 10;" in str(caught.value)
     else:
         assert caught.value.code == 2
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.likelihood import auroc, noisy
 from transformer import GPT, GPTConfig
 from utils.data.table import epoch_order
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.schedule import TrainingConfig
+from utils.training.config import TrainingConfig
+from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import VQVAE, VQVAEConfig
 
 CODES = 32

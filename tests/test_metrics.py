@@ -24,7 +24,7 @@ from utils.evaluation.metrics import (
     unigram_bits,
 )
 from utils.figures import distributions
-from utils.training.averages import Averages
+from utils.training.loop import Averages
 
 
 def test_the_first_row_is_the_images_themselves() -> None:

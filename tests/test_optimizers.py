@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.schedule import TrainingConfig
+from utils.training.config import TrainingConfig
+from utils.training.optim import make_optimizer, optimizer_step
 
 RATE, DECAY = 0.01, 0.5
 

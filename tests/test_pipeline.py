@@ -22,7 +22,7 @@ from tests.conftest import (
     run_script,
     write_images,
 )
-from utils.training.checkpoints import checkpoints_in
+from utils.training.checkpoint import checkpoints_in
 
 
 def test_indices(pipeline: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from tests.conftest import environment, open_run
+from tests.test_checkpoints import Net
 from utils import tracking
 from utils.cli import Stopped, UserError
 from utils.distributed import Distributed
-from utils.training.checkpoints import find_checkpoint
-from utils.training.resume import Progress, State
-from utils.training.saving import Checkpoints
+from utils.provenance import Provenance
+from utils.training.checkpoint import Checkpointer, find_checkpoint
+from utils.training.state import CheckpointState, Progress
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -26,14 +26,14 @@ ALONE = Distributed(0, 1, torch.device("cpu"))
 
 def train(error: Exception | None, *, steps: int = 3) -> tracking.Run:
     """A training that saves a checkpoint, unless `steps` is 0, and ends; its folder is gone."""
-    run, net = open_run(), nn.Linear(1, 1)
-    progress = Progress(step=steps, run_id=run.run_id)
-    checkpoints = Checkpoints(run, "", ALONE, State(ALONE, net, {}, progress=progress), None)
+    run = open_run()
+    state = CheckpointState(ALONE, Net(), {}, Progress(step=steps, run_id=run.run_id))
+    checkpoints = Checkpointer(run, state, Provenance(), None)
 
     def ended() -> None:
         with run, checkpoints:
             if steps:
-                checkpoints.save({"model.safetensors": net.state_dict(), "config.json": {}})
+                checkpoints.save()
             if error is not None:
                 raise error
 
@@ -76,7 +76,7 @@ def test_a_folder_of_another_training_is_not_touched(store: Any) -> None:
 
 FIND = """
 import sys
-from utils.training.checkpoints import find_checkpoint
+from utils.training.checkpoint import find_checkpoint
 import mlflow
 print("ready", flush=True)
 sys.stdin.readline()

@@ -9,7 +9,7 @@ from tests.conftest import open_run
 from utils import addresses, tracking
 from utils.cli import UserError
 from utils.tracking import store as mlflow_store
-from utils.training.schedule import TrainingConfig
+from utils.training.config import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 

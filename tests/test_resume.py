@@ -1,10 +1,7 @@
 """A training that goes on from a checkpoint is the one that never stopped, or it is refused."""
 
-import math
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,17 +10,14 @@ from utils.cli import UserError
 from utils.distributed import Distributed
 from utils.provenance import Provenance
 from utils.tracking import Run
-from utils.training import checkpoint, resume
-from utils.training.averages import Averages
-from utils.training.averaging import WeightAverage
-from utils.training.checkpoints import find_checkpoint
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.resume import Progress, State, fingerprint
-from utils.training.saving import Checkpoints
-from utils.training.schedule import Schedule, TrainingConfig
+from utils.training.checkpoint import Checkpointer, find_checkpoint
+from utils.training.config import TrainingConfig
+from utils.training.loop import Schedule, TrainState, batches, optimizer_step
+from utils.training.optim import make_optimizer
+from utils.training.state import CheckpointState, Progress, fingerprint
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
-SETTINGS = {"data_sha256": "abc", "seed": 1, "learning_rate": 0.05, "num_workers": 2}
+SETTINGS = {"data_sha256": "abc", "num_workers": 2}
 
 
 class Net(nn.Module):
@@ -45,39 +39,32 @@ def train(
     folder: Path, steps: int, resumed: Path | None = None, **settings: object
 ) -> tuple[list[float], dict[str, Tensor], dict[str, float]]:
     """A training up to `steps`: what it drew and its losses, its weights, its means."""
-    random.seed(3)
-    np.random.seed(3)
     torch.manual_seed(3 if resumed is None else 99)
-    net = Net()
-    config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, learning_rate=0.05)
-    optimizer = make_optimizer(net, config, (0.9, 0.99))
-    progress, averages, counts = Progress(), Averages(), torch.zeros(2)
-    average = WeightAverage(net, 0.5)
-    parts = {"optimizer": optimizer, "average": average, "averages": averages, "counts": counts}
-    state = State(ALONE, net, SETTINGS | settings, progress=progress, absent=None, **parts)
-    state.restore(resumed)
-    plan = Schedule(config, 25, 5)
+    net, counts = Net(), torch.zeros(2)
+    config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, ema_decay=0.5)
+    optimizers = {"optimizer": make_optimizer(net, config, (0.9, 0.99))}
+    parts, plan = {"counts": counts, "absent": None}, Schedule(config, 25, 5)
+    state = TrainState(config, plan, ALONE, net, optimizers, SETTINGS | settings, parts)
+    state.checkpoint.restore(resumed)
+    run = Run(folder, enabled=False)
+    checkpoints = Checkpointer(run, state.checkpoint, Provenance(), resumed)
     seen = []
-    for rows in plan.batches(torch.arange(25), progress, ALONE, lambda batch, _: iter(batch)):
+    load = lambda rows, epoch: iter(rows)  # noqa: E731
+    for numbers, rows in batches(state, checkpoints, torch.arange(25), load):
         loss = (net(rows) - rows[:, None]).square().mean()
         loss.backward()
-        optimizer_step(optimizer, plan.learning_rate(progress.step), 1.0)
-        progress.step += 1
-        average.update(net, progress.step)
-        counts[progress.step % 2] += 1
-        draws = {"python": random.random(), "gauss": random.gauss(0, 1)}
-        draws |= {"numpy": np.random.rand(), "normal": np.random.randn()}
-        averages.add({"loss": loss.detach(), "rate": plan.learning_rate(progress.step), **draws})
-        seen += [loss.item(), *draws.values()]
-        progress.improved(seen[-1])
-        if progress.step == steps:
+        draws = {"draw": torch.rand(())}
+        optimizer_step(state, numbers, {"loss": loss.detach(), **draws})
+        counts[state.progress.step % 2] += 1
+        seen += [loss.item(), *map(float, draws.values())]
+        state.progress.improved(loss.item())
+        if state.progress.step == steps:
             break
-    checkpoints = Checkpoints(Run(folder, enabled=False), "", ALONE, state, resumed)
-    files = checkpoint.model_files(net, Provenance())
-    checkpoints.save(files)
-    means = averages.take() | {"counts": counts.tolist(), "best": progress.best}
+    checkpoints.save()
+    means = state.averages.take() | {"counts": counts.tolist(), "best": state.progress.best}
     del means["steps_per_second"]
-    return seen, net.state_dict() | average.state_dict(), means
+    average = {f"average.{name}": x for name, x in state.ema.model.state_dict().items()}
+    return seen, net.state_dict() | average, means
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -118,32 +105,22 @@ def test_what_may_differ_is_warned_of_or_free(
         torch.set_num_threads(threads)
     said = capsys.readouterr().err
     assert "warning: resuming with changed settings; the result will differ from an unin" in said
-    assert f"learning_rate 0.05 -> 0.1, threads {threads} -> {threads + 1}" in said
+    assert f"learning_rate 0.001 -> 0.1, threads {threads} -> {threads + 1}" in said
 
 
 def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     train(tmp_path, 1)
     found = find_checkpoint("auto", str(tmp_path))
     other = nn.Linear(3, 3)
-    state = State(ALONE, other, SETTINGS | {"width": 3}, progress=Progress())
+    state = CheckpointState(
+        ALONE, other, SETTINGS | {"width": 3, "seed": 1, "batch_size": 10}, Progress()
+    )
     with pytest.raises(UserError, match=r"does not fit this training: .*flags.*width None -> 3"):
         state.restore(found)
     (found / "sha256.json").unlink()
     (found / "training.json").write_text('{"progress": {"steps": 3}}')
     with pytest.raises(UserError, match=r"'steps' is unknown"):
-        State(ALONE, Net(), {}, progress=Progress()).restore(found)
-
-
-def test_progress_counts_evaluations_without_a_better_one() -> None:
-    progress = Progress()
-    better = [progress.improved(value) for value in (3.0, 2.0, 2.0, math.nan, 1.0)]
-    assert better == [True, True, False, False, True]  # after NaN nothing was ever better
-    assert progress.best == 1
-    progress.improved(5.0)
-    assert not progress.exhausted(2)
-    progress.improved(5.0)
-    assert progress.exhausted(2)
-    assert not progress.exhausted(0)
+        CheckpointState(ALONE, Net(), {}, Progress()).restore(found)
 
 
 def test_a_fingerprint_is_of_rows_and_arrays() -> None:
@@ -157,4 +134,4 @@ def test_a_fingerprint_is_of_rows_and_arrays() -> None:
     }
     assert len(prints) == 5
     assert fingerprint(list(rows)) in prints
-    assert resume.fingerprint(iter(rows), torch.ones(6)[::2]) in prints
+    assert fingerprint(iter(rows), torch.ones(6)[::2]) in prints

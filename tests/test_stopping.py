@@ -10,29 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.conftest import environment
+from tests.test_training import make_state
 from utils.cli import Stopped
-from utils.distributed import Distributed
 from utils.tracking import sync
-from utils.training.stopping import StopRequest
+from utils.training.loop import StopSignals, end_step
 
-ALONE = Distributed(0, 1, torch.device("cpu"))
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
+
+
+class Saved:
+    """Stands for the checkpointer."""
+
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+
+    def save(self) -> None:
+        self.steps.append("saved")
 
 
 @pytest.mark.parametrize(("number", "code"), CODES)
 def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, code: int) -> None:
     before = signal.getsignal(number)
-    saved = []
-    with StopRequest(saved.append) as stop:
-        stop.obeyed(ALONE, lambda: saved.append("too early"))
+    checkpoints, state = Saved(), make_state()
+    with StopSignals(checkpoints.steps.append) as stop:
+        assert not end_step(state, checkpoints, stop, evaluated=False)
+        assert not checkpoints.steps
         os.kill(os.getpid(), number)
         with pytest.raises(Stopped) as caught:
-            stop.obeyed(ALONE, lambda: saved.append("now"))
+            end_step(state, checkpoints, stop, evaluated=False)
     assert caught.value.exit_code == code
-    assert saved == ["now"]
+    assert checkpoints.steps == ["saved"]
     assert signal.getsignal(number) is before
 
 
@@ -41,31 +50,32 @@ FROZEN = """
 import sys, time
 from pathlib import Path
 import torch
-from torch import nn
+from tests.test_checkpoints import Net
+from utils.cli import Stopped
 from utils.distributed import Distributed
+from utils.provenance import Provenance
 from utils.tracking import Run
-from utils.training.resume import Progress, State
-from utils.training.saving import Checkpoints
-from utils.training.stopping import StopRequest
+from utils.training.checkpoint import Checkpointer
+from utils.training.loop import StopSignals
+from utils.training.state import CheckpointState, Progress
 
-group, net = Distributed(0, 1, torch.device("cpu")), nn.Linear(1, 1)
+group, net = Distributed(0, 1, torch.device("cpu")), Net()
 run = Run(Path("out"), stage="gpt", experiment="tests")
 run._queue.put(lambda: time.sleep(60))
 progress = Progress(run_id=run.run_id)
-checkpoints = Checkpoints(run, "", group, State(group, net, {}, progress=progress), None)
+checkpoints = Checkpointer(run, CheckpointState(group, net, {}, progress), Provenance(), None)
 
-def save():
-    checkpoints.save({"model.safetensors": net.state_dict()})
-
-with StopRequest(checkpoints.leave) as stop, run, checkpoints:
-    save()
+with StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+    checkpoints.save()
     progress.step = 5
     print("step", flush=True)
     if sys.argv[1] == "step":
         time.sleep(60)
     while True:
         time.sleep(0.01)
-        stop.obeyed(group, lambda: print("closing", flush=True))
+        if stop.number:
+            print("closing", flush=True)
+            raise Stopped(stop.number)
 """
 
 

@@ -21,10 +21,10 @@ from utils import cli
 from utils.data.images import ImageDataset
 from utils.data.table import split_rows
 from utils.files import read_tensors, write_folder
+from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
-from utils.training import checkpoint
-from utils.training.checkpoints import find_checkpoint
-from utils.training.resume import STATE
+from utils.training.checkpoint import find_checkpoint
+from utils.training.state import TENSORS
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, convert
 from vqvae.adversarial import AdversarialLoss
 from vqvae.inspect import reconstruct
@@ -98,8 +98,8 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     # 20 does not divide by the 16 of the flags' own network, which was checked all the same.
     flags = ("--init_from", "own", "--image_size", "24,40", "--max_steps", 2, "--dropout", 0.1)
     logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
-    start = checkpoint.load_model("own", VQVAE).model
-    tuned = checkpoint.load_model("out", VQVAE).model
+    start = load_model("own", VQVAE).model
+    tuned = load_model("out", VQVAE).model
     changes = {"image_size": (24, 40), "dropout": 0.1, "commitment_cost": 0.5}
     assert tuned.config.to_dict() == start.config.to_dict() | changes
     weights = tuned.state_dict()
@@ -118,7 +118,7 @@ def test_what_is_no_whole_tokenizer_is_no_start(
     error_of: Callable[..., str], data: Path, own_folder: Path
 ) -> None:
     model = VQVAE(VQVAEConfig.create(image_size=(24, 40), in_channels=3, channels=8))
-    files = checkpoint.model_files(model, Provenance())
+    files = model_files(model, Provenance())
     del files["model.safetensors"]["decoder.conv_in.weight"]
     write_folder(own_folder / "part", files)
     flags = ("--path_to_data", data, *SMALL_BATCHES, "--init_from")
@@ -146,7 +146,7 @@ def test_flags_that_contradict_the_start_are_refused(
     model = VQVAE(
         VQVAEConfig.create(image_size=(24, 40), in_channels=3, channels=8, codebook_size=16)
     )
-    write_folder(own_folder / "start", checkpoint.model_files(model, Provenance()))
+    write_folder(own_folder / "start", model_files(model, Provenance()))
     words = ("--path_to_data", data, *SMALL_BATCHES, "--init_from", "start", *flags)
     assert re.search(complaint, error_of("train_vqvae", *words))
     assert not Path("outputs").exists()
@@ -254,7 +254,7 @@ def test_the_adversary_comes_in_step_by_step(train: Train) -> None:
         assert list(column(logged, f"train/{name}")) == [100, 150, 200]
     errors = column(logged, "val/mse")
     assert errors[50] == errors[100] != errors[150]  # alone, from a tokenizer that stands still
-    tensors = read_tensors(find_checkpoint("out", "") / STATE)
+    tensors = read_tensors(find_checkpoint("out", "") / TENSORS)
     assert any(name.startswith("adversary.") for name in tensors)
 
 

@@ -1,7 +1,7 @@
 """Schedule, batches and optimiser, and where a training writes."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,13 +11,18 @@ from torch import Tensor, nn
 
 from utils.cli import UserError
 from utils.distributed import Distributed
-from utils.training.optimizers import make_optimizer, optimizer_step
-from utils.training.resume import Progress
-from utils.training.schedule import (
+from utils.training.checkpoint import find_output_dir
+from utils.training.config import TrainingConfig
+from utils.training.loop import (
     Schedule,
-    TrainingConfig,
-    find_output_dir,
+    StopSignals,
+    TrainState,
+    batches,
+    end_step,
+    keep_best,
 )
+from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.state import Progress
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -64,8 +69,8 @@ def test_when_what_is_due() -> None:
         ({"num_train": 9}, "9 training images are too few for one batch of 10; .*--batch_size 9"),
         ({"num_train": 0}, "0 training images are too few"),
         ({"num_val": 0}, "no validation images; .*--val_fraction"),
-        ({"accumulate": 3}, "10 does not divide into 1 processes x 3 parts"),
-        ({"processes": 4}, "10 does not divide into 4 processes x 1 parts"),
+        ({"accumulate": 3}, "10 does not divide into 1 processes x 3 micro"),
+        ({"processes": 4}, "10 does not divide into 4 processes x 1 micro"),
     ],
 )
 def test_what_cannot_be_scheduled(arguments: dict, complaint: str) -> None:
@@ -97,22 +102,38 @@ def test_flags_out_of_range(flags: dict) -> None:
         TrainingConfig(**flags)
 
 
-def seen_rows(plan: Schedule, progress: Progress, group: Distributed = ALONE) -> list[list[int]]:
+def make_state(
+    net: nn.Module | None = None,
+    plan: Schedule | None = None,
+    group: Distributed = ALONE,
+    changed_by_forward: Sequence[nn.Module] = (),
+    **flags: object,
+) -> TrainState:
+    """A training of 100 rows in batches of 10, or as `plan` says."""
+    config = TrainingConfig(**{"batch_size": 10, "max_epochs": 4} | flags)
+    net = nn.Linear(1, 1) if net is None else net
+    optimizers = {"optimizer": make_optimizer(net, config, (0.9, 0.99))}
+    plan = plan or Schedule(config, 100, 10)
+    return TrainState(config, plan, group, net, optimizers, changed_by_forward=changed_by_forward)
+
+
+def seen_rows(
+    plan: Schedule, progress: Progress | None = None, group: Distributed = ALONE, **flags: object
+) -> list[list[int]]:
     """The rows of every batch of `group`'s process from `progress` to the end."""
-
-    def load(batches: list[Tensor], epoch: int) -> Iterator[list[int]]:
-        yield from (batch.tolist() for batch in batches)
-
+    state = make_state(plan=plan, group=group, **flags)
+    vars(state.progress).update(vars(progress or Progress()))
     seen = []
-    for batch in plan.batches(torch.arange(100, 125), progress, group, load):
-        progress.step += 1
-        assert group.shard(plan.rows).tolist() == batch
+    load = lambda batches, epoch: (batch.tolist() for batch in batches)  # noqa: E731
+    for rows, batch in batches(state, None, torch.arange(100, 125), load):
+        state.progress.step += 1
+        assert group.shard(rows).tolist() == batch
         seen.append(batch)
     return seen
 
 
 def test_batches() -> None:
-    seen = seen_rows(schedule(25), Progress())
+    seen = seen_rows(schedule(25))
     assert len(seen) == 8  # two full batches in each of four epochs
     assert all(len(set(batch)) == 10 for batch in seen)
     for epoch in range(4):
@@ -121,32 +142,72 @@ def test_batches() -> None:
         assert set(rows) <= set(range(100, 125))
     assert len({tuple(batch) for batch in seen}) == 8
     assert {row for batch in seen for row in batch} == set(range(100, 125))
-    assert seen != seen_rows(schedule(25, seed=1), Progress())
-    assert len(seen_rows(schedule(25, max_steps=3), Progress())) == 3
+    assert seen != seen_rows(schedule(25), seed=1)
+    assert len(seen_rows(schedule(25, max_steps=3))) == 3
 
 
 @pytest.mark.parametrize("stop", range(9))
 def test_batches_go_on_where_they_stood(stop: int) -> None:
-    plan, progress = schedule(25), Progress()
-    batches = plan.batches(torch.arange(100, 125), progress, ALONE, lambda rows, epoch: iter(rows))
-    seen = []
-    for batch in batches if stop else ():
-        progress.step += 1
+    state, seen = make_state(plan=schedule(25)), []
+    rest = batches(state, None, torch.arange(100, 125), lambda rows, epoch: iter(rows))
+    for _, batch in rest if stop else ():
+        state.progress.step += 1
         seen.append(batch.tolist())
-        if progress.step == stop:
+        if state.progress.step == stop:
             break
-    seen += seen_rows(plan, Progress(**vars(progress)))
-    assert seen == seen_rows(plan, Progress())
+    assert seen + seen_rows(schedule(25), state.progress) == seen_rows(schedule(25))
 
 
 def test_processes_share_each_batch() -> None:
-    shares = [
-        seen_rows(schedule(25, processes=2), Progress(), Distributed(rank, 2, torch.device("cpu")))
-        for rank in (0, 1)
-    ]
-    for left, right, whole in zip(*shares, seen_rows(schedule(25), Progress()), strict=True):
+    groups = [Distributed(rank, 2, torch.device("cpu")) for rank in (0, 1)]
+    shares = [seen_rows(schedule(25, processes=2), group=group) for group in groups]
+    for left, right, whole in zip(*shares, seen_rows(schedule(25)), strict=True):
         assert len(left) == len(right) == 5
         assert sorted(left + right) == sorted(whole)
+
+
+class Counter:
+    """Stands for the checkpointer: the steps at which it saved."""
+
+    def __init__(self, state: TrainState) -> None:
+        self.state, self.steps, self.best = state, [], []
+
+    def save(self) -> None:
+        self.steps.append(self.state.progress.step)
+
+    def save_best(self, model: nn.Module) -> None:
+        self.best.append(self.state.progress.step)
+
+
+@pytest.mark.parametrize(("every", "expected"), [("", [9]), ("4", [4, 8, 9]), ("5m", [3, 6, 9])])
+def test_when_a_checkpoint_is_due(
+    every: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps take 100 seconds here; after step 9 comes an evaluation."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    state = make_state(checkpoint_every=every)
+    checkpoints, stop = Counter(state), StopSignals(print)
+    for step in range(1, 10):
+        state.progress.step, now[0] = step, 100.0 * step
+        assert not end_step(state, checkpoints, stop, evaluated=step == 9)
+    assert checkpoints.steps == expected
+
+
+def test_the_best_is_kept_and_patience_ends_a_training(capsys: pytest.CaptureFixture) -> None:
+    state = make_state(patience=2)
+    checkpoints, stop, ended = Counter(state), StopSignals(print), []
+    for step, score in enumerate((3.0, 2.0, 2.0, math.nan)):
+        state.progress.step = step
+        keep_best(state, checkpoints, score)
+        ended.append(end_step(state, checkpoints, stop, evaluated=True))
+    assert checkpoints.best == [0, 1]
+    assert ended == [False, False, False, True]
+    assert "no better mse in 2 evaluations: stopping" in capsys.readouterr().out
+    keep_best(state, checkpoints, 9.0, always=True)
+    assert checkpoints.best == [0, 1, 3]
+    assert not end_step(state, checkpoints, stop, evaluated=True)
+    assert state.progress.best == 2  # after NaN nothing was ever better
 
 
 class Net(nn.Module):
@@ -191,15 +252,12 @@ def test_gradients_are_clipped_together() -> None:
 
 def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_output_dir(TrainingConfig(), None, "made-up") == Path("outputs/made-up")
-    named = TrainingConfig(run_name="mine")
-    assert find_output_dir(named, None, "made-up") == Path("outputs/mine")
+    assert find_output_dir("", None, "mine") == Path("outputs/mine")
     Path("outputs/mine").mkdir(parents=True)
-    assert find_output_dir(named, None, "made-up") == Path("outputs/mine-2")
-    given = TrainingConfig(output_dir="here", run_name="mine")
-    assert find_output_dir(given, None, "made-up") == Path("here")
+    assert find_output_dir("", None, "mine") == Path("outputs/mine-2")
+    assert find_output_dir("here", None, "mine") == Path("here")
     resumed = Path("there/checkpoints/step-00000003")
-    assert find_output_dir(named, resumed, "made-up") == Path("there")
+    assert find_output_dir("", resumed, "mine") == Path("there")
     Path("here/checkpoints/step-00000003").mkdir(parents=True)
     with pytest.raises(UserError, match="here holds a training already"):
-        find_output_dir(given, None, "made-up")
+        find_output_dir("here", None, "mine")

@@ -15,8 +15,8 @@ from transformer.config import GPTConfig
 from transformer.gpt import GPT
 from utils import cli, files, foreign
 from utils.data.vocabulary import FILE, Vocabulary
+from utils.model_folder import model_files
 from utils.provenance import Provenance, Stage
-from utils.training import checkpoint
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
@@ -140,7 +140,7 @@ def main(arguments: argparse.Namespace) -> None:
     vocabulary = Vocabulary(config.codebook_size, config.latent_dim, classes)
     inputs = {arguments.checkpoint: files.sha256(Path(arguments.checkpoint))}
     origin = Provenance(lineage=(Stage.now("gpt", inputs, ""),))
-    content = checkpoint.model_files(model, origin) | {FILE: vocabulary.content()}
+    content = model_files(model, origin) | {FILE: vocabulary.content()}
     files.write_folder(folder, content)
     print(
         f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "

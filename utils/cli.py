@@ -79,6 +79,16 @@ def _value_type(annotation: object) -> Callable[[str], object]:
     return typing.cast(type, annotation)
 
 
+def flag(
+    default: typing.Any = dataclasses.MISSING, text: str = "", **metadata: object
+) -> typing.Any:
+    """A field of a config dataclass that is also a flag with this help text.
+
+    Metadata: `choices`, `metavar`, and `needs` (see `refuse_idle`).
+    """
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
 def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
     """Add one flag for each field of a config dataclass that carries a help text.
 

@@ -13,9 +13,9 @@ if not __package__:  # run by its path: the packages are one folder up
 import torch
 from torch import Tensor
 
-from utils import addresses, cli, files, foreign
+from utils import cli, files, foreign
+from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
-from utils.training import checkpoint
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.formats import FORMATS, export_weights, import_weights
 
@@ -208,7 +208,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     inputs = {arguments.checkpoint: files.sha256(path)} if path.is_file() else {}
     origin = Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
     folder = Path(arguments.output_dir)
-    files.write_folder(folder, checkpoint.model_files(model, origin))
+    files.write_folder(folder, model_files(model, origin))
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}, "
@@ -223,7 +223,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
 def export_checkpoint(arguments: argparse.Namespace) -> None:
     """Convert a model folder to a checkpoint of another project."""
     project, folder = arguments.target, Path(arguments.output_dir)
-    loaded = checkpoint.load_model(addresses.fetch(arguments.checkpoint), VQVAE)
+    loaded = load_model(arguments.checkpoint, VQVAE)
     config = loaded.model.config
     try:
         state = export_weights(project, loaded.model)

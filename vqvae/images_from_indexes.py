@@ -16,8 +16,8 @@ from tqdm import tqdm
 from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.conditions import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
+from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Split
-from utils.training import checkpoint
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
@@ -40,7 +40,7 @@ def prepare(folder: Path) -> None:
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return checkpoint.load_model(addresses.fetch(address), VQVAE, device)
+    return load_model(address, VQVAE, device)
 
 
 def decode_conditions(address: str, path: Path, indices: Indices, device: torch.device) -> Tensor:

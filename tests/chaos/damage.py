@@ -23,13 +23,13 @@ from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.table import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.distributed import Distributed
-from utils.files import read_tensors, write_folder, write_new_folder
+from utils.files import read_tensors, write_folder
+from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
 from utils.tracking import report, sync
 from utils.tracking.store import LINEAGE
-from utils.training.checkpoint import load_model, model_files
-from utils.training.checkpoints import find_checkpoint
-from utils.training.resume import Progress, State
+from utils.training.checkpoint import find_checkpoint
+from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig
 
 GRID = (6, 10)
@@ -84,10 +84,9 @@ def _make_files() -> dict[str, Reader]:
         optimizer = torch.optim.AdamW(gpt.parameters())
         sum(parameter.sum() for parameter in gpt.parameters()).backward()
         optimizer.step()
-        files = State(ALONE, gpt, {}, progress=Progress(step), optimizer=optimizer).files()
-        write_new_folder(
-            Path(f"training/checkpoints/step-{step:08}"), files | model_files(gpt, Provenance())
-        )
+        state = CheckpointState(ALONE, gpt, {}, Progress(step), optimizer=optimizer)
+        files = state.files() | model_files(gpt, Provenance())
+        write_folder(Path(f"training/checkpoints/step-{step:08}"), files)
 
     lineage = (Stage("gpt", "python train.py", {"data.csv": "ab" * 32}, "a"),)
     out = Path(LOGS)

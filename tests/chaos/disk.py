@@ -10,7 +10,7 @@ from pathlib import Path
 from tests.chaos.harness import Result
 from tests.chaos.trainings import Process, command, logged, prepare, start
 from utils.files import is_intact
-from utils.training.checkpoints import checkpoints_in
+from utils.training.checkpoint import checkpoints_in
 
 STEP = 64 << 10  # bytes from one size of the disk to the next
 SMALL = Path("small")

@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.chaos.harness import Result
 from tests.chaos.trainings import FLAGS, Process, command, differences, prepare, start
 from utils.files import is_intact
-from utils.training.checkpoints import checkpoints_in
+from utils.training.checkpoint import checkpoints_in
 
 FROM_COMMAND_LINE = 10  # every so many kills one of a process that was started there
 

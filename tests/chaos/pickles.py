@@ -23,8 +23,9 @@ from transformer import GPT, GPTConfig
 from utils import cli, distributed, foreign
 from utils.data import images, indices, table, vocabulary
 from utils.files import CHECKSUMS, read_tensors, write_folder
+from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
-from utils.training import checkpoint, resume
+from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig, losses
 
 CANARY = Path("canary")
@@ -94,12 +95,12 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     gpt_config = GPTConfig(codebook_size=16, latent_dim=GRID, dim=16, num_heads=2, num_layers=1)
     gpt = GPT(gpt_config)
     optimizer = torch.optim.AdamW(model.parameters())
-    files = checkpoint.model_files(model, Provenance())
+    files = model_files(model, Provenance())
     group = distributed.init_distributed("cpu", seed=0)
-    state = resume.State(group, model, {}, progress=resume.Progress(), optimizer=optimizer)
+    state = CheckpointState(group, model, {}, progress=Progress(), optimizer=optimizer)
     files |= state.files()
     write_folder(Path("model"), files)
-    files = checkpoint.model_files(gpt, Provenance())
+    files = model_files(gpt, Provenance())
     write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
     rows = [table.Row("a.png", "", "train")] * 3
     grids = torch.zeros(3, *GRID, dtype=torch.long)
@@ -110,9 +111,9 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     Path("data.csv").write_text("image_path\na.png\n")
     found: dict[str, tuple[Path, Callable[[], Any]]] = {}
     for name in ("config.json", "model.safetensors", "provenance.json", "sha256.json"):
-        read = lambda: checkpoint.load_model("model", VQVAE)  # noqa: E731
+        read = lambda: load_model("model", VQVAE)  # noqa: E731
         found[f"model {name}"] = Path("model", name), read
-        read = lambda: checkpoint.load_model("gpt", GPT)  # noqa: E731
+        read = lambda: load_model("gpt", GPT)  # noqa: E731
         found[f"gpt {name}"] = Path("gpt", name), read
     for name in ("training.safetensors", "training.json", "model.safetensors"):
         found[f"resume {name}"] = Path("model", name), lambda: state.restore(Path("model"))

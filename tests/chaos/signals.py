@@ -18,7 +18,7 @@ from tests.chaos.trainings import (
     start,
     status_in_mlflow,
 )
-from utils.training.checkpoints import checkpoints_in, step_of
+from utils.training.checkpoint import checkpoints_in, step_of
 
 CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

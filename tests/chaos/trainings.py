@@ -25,7 +25,7 @@ from tests.chaos.harness import ROOT
 from tests.conftest import write_images
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.table import Row
-from utils.training.checkpoints import checkpoints_in
+from utils.training.checkpoint import checkpoints_in
 
 STEPS = 60
 COMMON = f"--max_steps {STEPS} --max_epochs 99 --evaluate_every 20 --checkpoint_every 5".split()

@@ -16,9 +16,9 @@ from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
 from utils.data import indices
 from utils.files import sha256
+from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
 from utils.provenance import ROOT, Lineage, Stage, finished, from_json, git_commit, of_picture
 from utils.tracking.store import LINEAGE
-from utils.training import checkpoint
 
 # Flags of a command that a rerun drops: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -56,8 +56,8 @@ def of_path(path: Path) -> Lineage:
         return indices.lineage_of(path)
     if (path / "grid.png").is_file():
         return of_picture(path / "grid.png")
-    folder = checkpoint.find_model_folder(path)
-    return finished(checkpoint.read_provenance(folder).lineage, sha256(folder / checkpoint.WEIGHTS))
+    folder = find_model_folder(path)
+    return finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
 
 
 def producer(digest: str, before: Lineage) -> int | None:
@@ -91,7 +91,7 @@ def digest_of(path: Path) -> str:
         raise UserError(f"{path} is not there; run this where the commands were run")
     if path.is_file() or (path / indices.META).is_file():
         return indices.digest(path)
-    return sha256(checkpoint.find_model_folder(path) / checkpoint.WEIGHTS)
+    return sha256(find_model_folder(path) / WEIGHTS)
 
 
 def check_inputs(lineage: Lineage) -> None:

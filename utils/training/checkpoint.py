@@ -1,116 +1,285 @@
-"""Model folders: config.json + model.safetensors, verified."""
+"""The checkpointer: writes, prunes and finds checkpoints, and records how a training ended.
 
-from dataclasses import asdict
+<output_dir>/checkpoints/step-00000500/   model folder + training.safetensors, training.json
+<output_dir>/best/                        model folder: config.json, model.safetensors, ...
+<output_dir>/status.json                  whether the training runs, or how it ended
+"""
+
+import json
+import re
+import shutil
+import sys
+import time
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, get_type_hints
+from types import TracebackType
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from filelock import FileLock
+from torch import nn
 
-from utils.cli import UserError, one_line
-from utils.files import check_links, intact_folder, read_json, read_tensors, sha256, typed, verify
-from utils.provenance import CONFIG, LoadedModel, Provenance
+from utils.addresses import fetch, has_artifacts, output_dir_of
+from utils.cli import Stopped, UserError, one_line, unused
+from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
+from utils.model_folder import model_files
+from utils.provenance import Provenance
+from utils.training.state import RECORDS, CheckpointState
 
-WEIGHTS = "model.safetensors"
-PROVENANCE = "provenance.json"
+FOLDER, BEST, STATUS = "checkpoints", "best", "status.json"  # in an output folder
+METRICS = "metrics.jsonl"
+NAME, RUN_ID = re.compile(r"step-(\d{8,})"), re.compile(r"[0-9a-f]{32}")
+ARTIFACTS = "resume"  # of a run that was stopped or failed: all that a continuation needs
+KEEP = 2  # intact checkpoints
 
 
-def model_files(model: nn.Module, provenance: Provenance) -> dict[str, dict[str, Any]]:
-    """The files of a model folder, for `write_folder`."""
-    if hasattr(model, "pretrained_config"):
-        config = model.pretrained_config()
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a checkpoint; -1 for another name."""
+    match = NAME.fullmatch(checkpoint.name)
+    return int(match[1]) if match else -1
+
+
+def checkpoints_in(output_dir: Path) -> list[Path]:
+    """The checkpoints in an output folder, oldest first."""
+    return sorted((x for x in output_dir.glob(f"{FOLDER}/*") if step_of(x) >= 0), key=step_of)
+
+
+def find_checkpoint(resume: str, output_dir: str) -> Path | None:
+    """The checkpoint that `--resume` names, or None where a new training is to start.
+
+    In an output folder it is the newest intact one. A single checkpoint may be named as well, or
+    an MLflow run. A UserError if there is none where one was named, or none is intact.
+    """
+    if not resume:
+        return None
+    if resume == "auto" and not output_dir:
+        raise UserError("--resume auto needs --output_dir, the folder to continue in")
+    home = Path(output_dir if resume == "auto" else resume)
+    if RUN_ID.fullmatch(resume) and not home.exists():
+        home = _recover(resume, output_dir)
+    if step_of(home) >= 0:
+        if not is_intact(home):
+            raise UserError(
+                f"--resume {home}: the checkpoint is damaged or missing; name another, or the "
+                "output folder for the newest intact one"
+            )
+        found = home
+    elif checkpoints := checkpoints_in(home):
+        found = _newest_intact(checkpoints)
+    elif resume == "auto":
+        return None
     else:
-        config = {"model": type(model).__name__, **asdict(model.config)}
-    return {CONFIG: config, WEIGHTS: model.state_dict(), PROVENANCE: asdict(provenance)}
-
-
-def find_model_folder(path: str | Path) -> Path:
-    """A model folder: `path` itself, or `best` in it where `path` is an output folder.
-
-    Raises:
-        UserError: neither is one.
-    """
-    path = Path(path)
-    for folder in (path, intact_folder(path / "best")):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    if not path.exists():
         raise UserError(
-            f"no such model folder: {path}; give an output folder of a training, or "
-            "runs:/<run id>/checkpoints"
+            f"--resume {resume}: no checkpoint there; give the output folder of a training"
         )
-    raise UserError(f"{path} is no model folder: it has no {CONFIG} and {WEIGHTS}")
-
-
-def load_model(
-    path: str | Path, model_class: type, device: torch.device | str = "cpu"
-) -> LoadedModel:
-    """Build the model that a model folder describes and fill in its weights.
-
-    Args:
-        path: a model folder, or an output folder whose `best` is one.
-        model_class: the class of the model, whose constructor takes its config dataclass.
-        device: where to put it.
-
-    Raises:
-        UserError: no model folder, another kind of model, or damaged files.
-    """
-    folder = find_model_folder(path)
-    check_links(folder)
-    for path in (folder / CONFIG, folder / PROVENANCE):
-        verify(path)
-    values = read_json(folder / CONFIG)
-    if hasattr(model_class, "from_pretrained"):
-        verify(folder / WEIGHTS)
-        try:
-            model = model_class.from_pretrained(folder, device)
-        except (ValueError, OSError) as error:
-            raise UserError(f"cannot read {folder}: {one_line(error, 300)}") from error
-        return LoadedModel(model, sha256(folder / WEIGHTS), folder, read_provenance(folder))
-    kind = values.pop("model", None)
-    if kind != model_class.__name__:
-        raise UserError(f"{folder} holds a {kind}, but a {model_class.__name__} is needed here")
-    config_class = get_type_hints(model_class.__init__)["config"]
-    config = _read_typed(config_class, values, folder / CONFIG)
-    provenance = read_provenance(folder)
-    tensors = read_tensors(folder / WEIGHTS)
-    try:
-        # First without memory for the weights: a config may ask for any size.
-        with torch.device("meta"):
-            _check_kinds(model_class(config).state_dict(), tensors)
-        model = model_class(config)
-        model.load_state_dict(tensors)
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    if output_dir and found.parents[1].resolve() != Path(output_dir).resolve():
         raise UserError(
-            f"{folder}: {CONFIG} and {WEIGHTS} do not fit together: {one_line(error)}"
-        ) from error
-    return LoadedModel(model.eval().to(device), sha256(folder / WEIGHTS), folder, provenance)
+            f"--resume {resume} continues in {found.parents[1]}; omit --output_dir {output_dir}"
+        )
+    return found
 
 
-def read_provenance(folder: Path) -> Provenance:
-    """Where the model of a model folder comes from, as far as it says.
+def _newest_intact(checkpoints: list[Path]) -> Path:
+    for folder in reversed(checkpoints):
+        if is_intact(folder):
+            return folder
+        print(f"warning: {folder} is damaged; taking the one before", file=sys.stderr)
+    raise UserError(
+        f"all checkpoints in {checkpoints[0].parent} are damaged; begin in another --output_dir"
+    )
 
-    Raises:
-        UserError: the file is damaged.
+
+def _recover(run_id: str, output_dir: str) -> Path:
+    """The output folder of an MLflow run, restored from its artifacts if it is gone.
+
+    All processes of torchrun may call this at once: one restores the folder, the others find it.
     """
-    written = folder / PROVENANCE
-    values = read_json(written) if written.is_file() else {}
-    return _read_typed(Provenance, values, written)
+    original = output_dir_of(run_id)
+    if not output_dir and _last_run_id(original) == run_id:
+        return original
+    home = Path(output_dir or f"outputs/{run_id}")  # never a path that only the store names
+    if not has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
+        raise UserError(
+            f"--resume {run_id}: this run left no checkpoint in MLflow: only trainings that were "
+            f"stopped by a signal or failed do; restore its output folder {original}, or train anew"
+        )
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / f"recovery{TEMPORARY}"):
+        if not checkpoints_in(home):
+            fetched = fetch(f"runs:/{run_id}/{ARTIFACTS}")
+            ignored = shutil.ignore_patterns(FOLDER)
+            shutil.copytree(fetched, home, dirs_exist_ok=True, ignore=ignored)
+            for folder in checkpoints_in(fetched):
+                staging = home / FOLDER / (folder.name + TEMPORARY)
+                shutil.copytree(folder, staging, dirs_exist_ok=True)
+                staging.rename(home / FOLDER / folder.name)
+        elif _last_run_id(home) != run_id:
+            raise UserError(
+                f"{home} holds another training; name another --output_dir for {run_id}"
+            )
+    return home
 
 
-def _read_typed(make: type, values: dict[str, Any], path: Path) -> Any:
+def _last_run_id(home: Path) -> str:
+    """The MLflow run of the newest checkpoint in an output folder, or ""."""
     try:
-        return typed(make, values)
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        return read_json(checkpoints_in(home)[-1] / RECORDS)["progress"]["run_id"]
+    except (UserError, LookupError, TypeError):
+        return ""
 
 
-def _check_kinds(expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-    """Raise a ValueError if tensors are missing, left over, or of another shape or kind."""
-    if odd := sorted(expected.keys() ^ found.keys()):
-        raise ValueError(f"{odd[0]:.80} is only in one of them")
-    for name, tensor in expected.items():
-        if tensor.shape != found[name].shape:
-            raise ValueError(f"{name} is {list(found[name].shape)} and not {list(tensor.shape)}")
-        if tensor.is_floating_point() != found[name].is_floating_point():
-            raise ValueError(f"{name} is {found[name].dtype} and not {tensor.dtype}")
+def find_output_dir(output_dir: str, resumed: Path | None, default_name: str) -> Path:
+    """The folder of the resumed checkpoint, `--output_dir`, or a new outputs/<default name>.
+
+    A UserError if `--output_dir` holds a training already.
+    """
+    if resumed is not None:
+        return resumed.parents[1]
+    if not output_dir:
+        return unused(Path("outputs") / default_name)
+    if checkpoints_in(Path(output_dir)):
+        raise UserError(
+            f"{output_dir} holds a training already; choose another --output_dir, or continue it "
+            f"with --resume {output_dir}"
+        )
+    return Path(output_dir)
+
+
+class RunLog(Protocol):
+    """The part of `utils.tracking.Run` that the checkpointer uses."""
+
+    output_dir: Path
+
+    def folder(self, path: Path, name: str) -> None: ...
+    def file(self, path: Path, name: str = "") -> None: ...
+    def note_status(self, status: str) -> None: ...
+
+
+class Checkpointer(AbstractContextManager):
+    """Writes the checkpoints of one training, and status.json; on exit records how it ended."""
+
+    def __init__(
+        self,
+        run: RunLog,
+        state: CheckpointState,
+        provenance: Provenance,
+        resumed: Path | None,
+        extra_files: Files | None = None,
+    ) -> None:
+        """Remove what a crash left behind, and rename checkpoints after `resumed` to *.abandoned.
+
+        `extra_files` belong to the model folder. All processes call all methods in one order.
+        """
+        self._run, self._state, self._is_main = run, state, state.group.is_main
+        self._provenance, self._extra_files = provenance, extra_files or {}
+        self._home = run.output_dir / FOLDER
+        self._last_status: dict[str, Any] = {}
+        if not self._is_main:
+            return
+        for stale in (*run.output_dir.glob(f"*{TEMPORARY}"), *self._home.glob(f"*{TEMPORARY}")):
+            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        for path in checkpoints_in(run.output_dir):
+            if resumed is not None and step_of(path) > step_of(resumed):
+                aside = unused(path.with_name(f"{path.name}.abandoned"))
+                print(f"{path} comes after {resumed.name}: now {aside.name}", file=sys.stderr)
+                path.rename(aside)
+        self._write_status("RUNNING")
+
+    def save_best(self, model: nn.Module) -> None:
+        """Write the model folder `best`; before the checkpoint whose progress counts it."""
+        if self._is_main:
+            files = model_files(model, self._provenance) | self._extra_files
+            _check_finite(files)
+            write_folder(self._run.output_dir / BEST, files)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, if there is none yet, and remove old ones.
+
+        A UserError if the disk is full, or a number in the weights is NaN or infinite.
+        """
+        progress, metrics = self._state.progress, self._run.output_dir / METRICS
+        if self._is_main and metrics.is_file():
+            flush(metrics)
+            progress.logged = metrics.stat().st_size
+        files = model_files(self._state.model, self._provenance) | self._extra_files
+        files |= self._state.files()
+        folder = self._home / f"step-{progress.step:08}"
+        if not self._is_main:
+            return
+        _check_finite(files)
+        if is_intact(folder):
+            return
+        write_folder(folder, files)
+        intact = 0
+        for path in reversed(checkpoints_in(self._run.output_dir)):
+            if intact == KEEP:
+                discard(path)
+            else:
+                intact += is_intact(path)
+        self._write_status("RUNNING")
+
+    def _write_status(self, status: str, **more: object) -> None:
+        """Write status.json, for programs that restart trainings."""
+        self._last_status = {"status": status, **more}
+        checkpoints = checkpoints_in(self._run.output_dir)
+        content = {
+            "status": status,
+            "step": self._state.progress.step,
+            "checkpoint": str(checkpoints[-1]) if checkpoints else None,
+            "run_id": self._state.progress.run_id,
+            "time": time.time(),
+            **more,
+        }
+        staging = self._run.output_dir / (STATUS + TEMPORARY)
+        try:
+            staging.write_text(json.dumps(content, indent=2) + "\n")
+            staging.replace(self._run.output_dir / STATUS)
+        except OSError:  # a full disk, which the checkpoints report
+            staging.unlink(missing_ok=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._is_main:
+            return
+        if error is None:
+            self._write_status("FINISHED", exit_code=0)
+            return
+        if isinstance(error, Stopped):
+            self._write_status("KILLED", exit_code=error.exit_code)
+        else:
+            code = 2 if isinstance(error, UserError) else 1
+            self._write_status("FAILED", exit_code=code, error=one_line(error, limit=500))
+        # Log all that a continuation on another machine needs, as this one may be gone soon.
+        home = self._run.output_dir
+        with suppress(OSError):  # a full disk must not hide why the training ended
+            for newest in checkpoints_in(home)[-1:]:
+                self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
+            if (home / BEST).is_dir():
+                self._run.folder(home / BEST, f"{ARTIFACTS}/{BEST}")
+            if (home / METRICS).is_file():
+                self._run.file(home / METRICS, ARTIFACTS)
+
+    def end_at_once(self, exit_code: int) -> None:
+        """Record that the process ends now, after a second signal. MLflow learns of it later."""
+        if not self._is_main:
+            return
+        last = self._last_status if self._last_status["status"] != "RUNNING" else {}
+        self._write_status(**{"status": "KILLED"} | last | {"exit_code": exit_code})
+        with suppress(OSError):
+            self._run.note_status(self._last_status["status"])
+        home = self._run.output_dir
+        print(f"stopped at once; --resume {home} goes on from the last checkpoint", file=sys.stderr)
+
+
+def _check_finite(files: Files) -> None:
+    """Raise a UserError if a number in the tensors is NaN or infinite."""
+    for name, content in files.items():
+        for key, value in content.items() if name.endswith(".safetensors") else ():
+            if value.is_floating_point() and not value.isfinite().all():
+                raise UserError(
+                    f"{key} has NaN or infinite values, so nothing is saved; lower "
+                    "--learning_rate or use --precision fp32, then --resume"
+                )

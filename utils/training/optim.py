@@ -1,0 +1,157 @@
+"""AdamW, Muon, a step of either, and the moving average of the weights."""
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.cli import flag
+from utils.training.config import TrainingConfig
+
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights decay
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Which optimiser trains a transformer."""
+
+    optimizer: str = flag(
+        "adamw",
+        "muon: Muon for the matrices of the blocks, AdamW for all else",
+        choices=("adamw", "muon"),
+    )
+
+
+class CombinedOptimizer(Optimizer):
+    """Optimisers of different parameters as one, for clipping, schedule and checkpoint.
+
+    Its parameter groups are those of all parts in order, and the parts share its state.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share_state()
+
+    def __setstate__(self, state: dict) -> None:
+        """The end of `load_state_dict`, which replaces groups and state by new objects."""
+        super().__setstate__(state)
+        self._share_state()
+
+    def _share_state(self) -> None:
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
+
+    def step(self) -> None:
+        """Take a step of every part."""
+        for part in self.parts:
+            part.step()
+
+
+def make_optimizer(
+    model: nn.Module,
+    config: TrainingConfig,
+    betas: tuple[float, float],
+    for_muon: Collection[nn.Parameter] = (),
+) -> Optimizer:
+    """AdamW (arXiv 1711.05101) with decay of layer weights, but not of biases, gains, embeddings.
+
+    Args:
+        model: what to train.
+        config: learning rate and weight decay.
+        betas: of AdamW.
+        for_muon: matrices of the model that Muon trains instead. Its steps are scaled to the
+            size of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate fits both.
+    """
+    excluded = {id(parameter) for parameter in for_muon}
+    weights = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
+    decayed, kept = [], []
+    for parameter in model.parameters():
+        if id(parameter) not in excluded:
+            (decayed if id(parameter) in weights else kept).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
+    if not for_muon:
+        return adamw
+    muon = torch.optim.Muon(
+        for_muon,
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return CombinedOptimizer(muon, adamw)
+
+
+def clip_gradients(optimizer: Optimizer, max_grad_norm: float) -> Tensor:
+    """Clip the gradients of all parameters together. Returns their norm before clipping."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+
+
+def take_step(optimizer: Optimizer, learning_rate: float) -> None:
+    """Take a step with this learning rate, and clear the gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> Tensor:
+    """`clip_gradients` and `take_step`. Returns the norm before clipping."""
+    norm = clip_gradients(optimizer, max_grad_norm)
+    take_step(optimizer, learning_rate)
+    return norm
+
+
+class EMA:
+    """Exponential moving average of a model's trained parameters; all else is the latest.
+
+    Attributes:
+        model: with the averaged weights, in eval mode; with decay 0 the trained model itself.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Start from the present weights of `model`; `decay` in [0, 1)."""
+        self.decay = decay
+        self.model = copy.deepcopy(model).eval().requires_grad_(False) if decay else model
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """ema <- d ema + (1 - d) weights after step number `step` (from 1).
+
+        d = min(decay, step / (step + 9)), so that the average follows quickly at first.
+        """
+        if not self.decay:
+            return
+        decay = min(self.decay, step / (step + 9))
+        pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        trained = [(own, other.detach()) for own, other in pairs if other.requires_grad]
+        torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
+        # Weights that no gradient trains (codes of the `ema` quantizer) must keep agreeing with
+        # the buffers that they are computed from: both are copied.
+        copied = [pair for pair in pairs if not pair[1].requires_grad]
+        copied += zip(self.model.buffers(), model.buffers(), strict=True)
+        for own, other in copied:
+            own.copy_(other)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights; {} without an average."""
+        return self.model.state_dict() if self.decay else {}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            RuntimeError: it is of another model, or has no average.
+        """
+        if self.decay:
+            self.model.load_state_dict(tensors)

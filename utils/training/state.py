@@ -1,0 +1,194 @@
+"""What a checkpoint holds beside the model folder: every part of a training, as files and back."""
+
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.cli import UserError, one_line
+from utils.distributed import Distributed
+from utils.files import Files, read_json, read_tensors, typed
+from utils.model_folder import WEIGHTS
+
+TENSORS, RECORDS = "training.safetensors", "training.json"
+# Settings of which another value makes another training ...
+REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
+# ... and those that leave the result as it is.
+FREE = ("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data")
+FREE += ("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths")
+FREE += ("register",)
+
+
+@dataclass
+class Progress:
+    """Where a training stands.
+
+    Attributes:
+        step, epoch: done; offset: batches of the current epoch done.
+        best: the best validation score so far (lower is better).
+        evaluations_without_improvement: since then.
+        skipped: batches without an update, because a number was NaN or infinite.
+        logged: bytes of metrics.jsonl; run_id: the MLflow run.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    best: float = math.inf
+    evaluations_without_improvement: int = 0
+    skipped: int = 0
+    logged: int = 0
+    run_id: str = ""
+
+    def improved(self, score: float) -> bool:
+        """Record a validation score. Is it the best so far? NaN never is."""
+        better = score < self.best
+        self.best = score if better else self.best
+        count = 0 if better else self.evaluations_without_improvement + 1
+        self.evaluations_without_improvement = count
+        return better
+
+
+class CheckpointState:
+    """The parts of a training: modules, optimisers, tensors of counts, or what has a `state_dict`.
+
+    Tensors are summed over the processes, random states are kept for each process; of all other
+    parts those of the main process are saved. Checkpoints are taken between two steps, so there
+    are no accumulated gradients to keep. bfloat16 needs no scaler.
+    """
+
+    def __init__(
+        self,
+        group: Distributed,
+        model: nn.Module,
+        settings: dict[str, Any],
+        progress: Progress,
+        **parts: Any,
+    ) -> None:
+        """`settings`: plain values that a resumed training must share; parts by name, or None."""
+        self.model, self.progress, self.group = model, progress, group
+        self._is_main, self._rank = group.is_main, group.rank
+        self._parts = {name: part for name, part in parts.items() if part is not None}
+        self._settings = settings | {
+            "precision_of_matmul": torch.get_float32_matmul_precision(),
+            "device": group.device.type,
+            "processes": group.world_size,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+
+    def files(self) -> Files:
+        """The files of a checkpoint beside its model folder's; all processes call this."""
+        device, states = self.group.device, {"torch": torch.get_rng_state()}
+        if device.type != "cpu":
+            states["device"] = torch.get_device_module(device).get_rng_state()
+        tensors: dict[str, Tensor] = {}
+        for name, state in states.items():
+            for rank, one in enumerate(self.group.all_gather(state)):
+                tensors[f"random.{rank}.{name}"] = one
+        for name, part in self._parts.items():
+            if isinstance(part, Tensor):
+                tensors[name] = self.group.all_reduce_sum(part.clone())
+            else:
+                is_optimizer = isinstance(part, Optimizer)
+                state = _optimizer_tensors(part) if is_optimizer else part.state_dict()
+                tensors |= {f"{name}.{key}": value for key, value in state.items()}
+        return {
+            TENSORS: tensors,
+            RECORDS: {"settings": self._settings, "progress": vars(self.progress)},
+        }
+
+    def restore(self, folder: Path | None) -> None:
+        """Load all parts from a checkpoint, if there is one. A UserError if it does not fit."""
+        if folder is None:
+            return
+        records, tensors = read_json(folder / RECORDS), read_tensors(folder / TENSORS)
+        changes = self._compare_settings(records.get("settings", {}), folder)
+        try:
+            vars(self.progress).update(vars(typed(Progress, records["progress"])))
+            self.model.load_state_dict(read_tensors(folder / WEIGHTS))
+            for name, part in self._parts.items():
+                if isinstance(part, Tensor):  # the main process takes the counts of all
+                    part.copy_(tensors[name] if self._is_main else torch.zeros_like(part))
+                elif isinstance(part, Optimizer):
+                    _load_optimizer(part, _with_prefix(f"{name}.", tensors))
+                else:
+                    part.load_state_dict(_with_prefix(f"{name}.", tensors))
+            random = _with_prefix(f"random.{self._rank}.", tensors)
+            if random:  # more processes than before: the new ones draw from their own seeds
+                torch.set_rng_state(random["torch"])
+            if "device" in random and self.group.device.type != "cpu":
+                torch.get_device_module(self.group.device).set_rng_state(random["device"])
+        except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
+            raise UserError(
+                f"{folder} does not fit this training: {one_line(error)}; resume with the flags "
+                f"it began with ({', '.join(changes) or 'which do not differ'})"
+            ) from error
+
+    def _compare_settings(self, before: dict[str, Any], folder: Path) -> list[str]:
+        """Which settings differ from the checkpoint's: warn, or a UserError for `REFUSED` ones."""
+        now = json.loads(json.dumps(self._settings))
+        changes = {
+            name: f"{name} {before.get(name)!r:.40} -> {now.get(name)!r:.40}"
+            for name in sorted(before.keys() | now.keys())
+            if name not in FREE and before.get(name) != now.get(name)
+        }
+        if "data_sha256" in changes:
+            digests = (str(one.get("data_sha256"))[:12] for one in (before, now))
+            path = now.get("path_to_data", "the data")
+            changes["data_sha256"] = f"the rows of {path} (SHA-256 {' -> '.join(digests)})"
+        if refused := [changes[name] for name in REFUSED if name in changes]:
+            raise UserError(
+                f"{folder} is of another training: {', '.join(refused)}; resume with the data and "
+                "the flags it began with"
+            )
+        if changes and self._is_main:
+            print(
+                "warning: resuming with changed settings; the result will differ from an "
+                f"uninterrupted run: {', '.join(changes.values())}",
+                file=sys.stderr,
+            )
+        return list(changes.values())
+
+
+def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
+
+
+def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{n}.{name}": value for n, one in state.items() for name, value in one.items()}
+
+
+def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        number, name = key.split(".")
+        parameter = parameters[int(number)]
+        # Files hold row-major tensors, but a fused optimiser pairs numbers by their position in
+        # memory: its state must have the memory format of its parameter (such as channels-last).
+        if value.shape == parameter.shape:
+            value = torch.empty_like(parameter).copy_(value)
+        state.setdefault(int(number), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def fingerprint(rows: Iterable[tuple], *arrays: np.ndarray) -> str:
+    """The SHA-256 of a data set: its rows, and arrays that are in memory anyway."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
