@@ -40,8 +40,8 @@ def run_evaluation(
     source: Path,
     home: Path,
     run_id: str,
-    data: dict[str, ImageDataset],
-    **protocol: Any,
+    data: dict[str, Any],
+    protocol: dict[str, Any],
 ) -> None:
     """Evaluate, write the record below `home`, and log it to the run of the model.
 
@@ -52,8 +52,8 @@ def run_evaluation(
     device = distributed.pick_device(flags.device)
     with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
         record = evaluate(report.Settings(device, flags.batch_size, flags.seed))
-        protocol = records.protocol(flags, data["path_to_data"], device) | protocol
-        record = replace(record, protocol=protocol | dict(record.protocol))
+        common = records.protocol(flags, data["path_to_data"], device)
+        record = replace(record, protocol={**common, **protocol, **record.protocol})
         record.save(run, flags.kind, name)
         for flag, images in data.items():
             images.write_skipped(output_dir, f"skipped-{flag}.csv")
@@ -84,12 +84,9 @@ def evaluate_reconstructions(flags: argparse.Namespace) -> None:
             )
         return report.report_reconstructions(tokenizer.model, dataset, network, lpips, settings)
 
-    run_evaluation(
-        *(flags, evaluate, dataset.path, tokenizer.home, tokenizer.provenance.run_id, data),
-        rows=ALL_ROWS,
-        tokenizer_sha256=tokenizer.sha256,
-        lpips=lpips_protocol,
-    )
+    protocol = {"rows": ALL_ROWS, "tokenizer_sha256": tokenizer.sha256, "lpips": lpips_protocol}
+    place = dataset.path, tokenizer.home, tokenizer.provenance.run_id
+    run_evaluation(flags, evaluate, *place, data, protocol)
 
 
 def evaluate_samples(flags: argparse.Namespace) -> None:
@@ -104,7 +101,7 @@ def evaluate_samples(flags: argparse.Namespace) -> None:
     resize = bool(flags.image_size or flags.indexes_path)
     paths, images = (flags.path_to_data, flags.path_to_test), samples.images.images
     real = image_sets.read_real(*paths, split, images, resize=resize, **options)
-    data = {"path_to_data": real.train.images}
+    data: dict[str, Any] = {"path_to_data": real.train.images}
     data |= {"path_to_test": real.held_out.images} if flags.path_to_test else {}
     data |= {"images": images} if flags.images else {}
 
@@ -115,11 +112,8 @@ def evaluate_samples(flags: argparse.Namespace) -> None:
         return report.report_samples(network, real, samples, settings)
 
     home = tracking.home_of(flags.run_id or samples.run_id) or samples.place.parent
-    run_evaluation(
-        *(flags, evaluate, samples.place, home, samples.run_id, data),
-        split=real.split,
-        **samples.hashes,
-    )
+    protocol = {"split": real.split, **samples.hashes}
+    run_evaluation(flags, evaluate, samples.place, home, samples.run_id, data, protocol)
 
 
 @torch.inference_mode()
@@ -180,14 +174,10 @@ def evaluate_likelihood(flags: argparse.Namespace) -> None:
     def evaluate(settings: report.Settings) -> Record:
         return report.report_likelihood(nats_per_token, dataset, prefix, tokens_per_pixel, settings)
 
-    run_evaluation(
-        *(flags, evaluate, dataset.path, gpt.home, gpt.provenance.run_id),
-        {"path_to_data": dataset},
-        rows=ALL_ROWS,
-        unconditional=flags.unconditional,
-        gpt_sha256=gpt.sha256,
-        tokenizer_sha256=tokenizer.sha256,
-    )
+    protocol = {"rows": ALL_ROWS, "unconditional": flags.unconditional}
+    protocol |= {"gpt_sha256": gpt.sha256, "tokenizer_sha256": tokenizer.sha256}
+    place = dataset.path, gpt.home, gpt.provenance.run_id
+    run_evaluation(flags, evaluate, *place, {"path_to_data": dataset}, protocol)
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -222,10 +212,9 @@ def add_feature_flags(parser: argparse.ArgumentParser, default: str | None) -> N
 
 
 def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> None:
-    needed = {"required": True}
-    options = {"help": model_dir} if model_dir else {"help": "tokenizer: a folder, or runs:/..."}
-    command.add_argument("--model_dir", **options, **({} if model_dir else needed))
-    command.add_argument("--path_to_data", metavar="CSV", help="CSV of real images", **needed)
+    help_text = model_dir or "tokenizer: a folder, or runs:/..."
+    command.add_argument("--model_dir", help=help_text, required=not model_dir)
+    command.add_argument("--path_to_data", metavar="CSV", help="CSV of real images", required=True)
     command.add_argument("--run_id", help="MLflow run to log to (default: the model's)")
     place = "evaluation/<folder>-<name of the CSV or the samples>/ in the model's output folder"
     command.add_argument(

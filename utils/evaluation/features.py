@@ -37,9 +37,11 @@ MAX_SIDE = 64  # pixels; the classifier shrinks larger images
 class Images(Protocol):
     """An `ImageDataset`, or another source of images with these members."""
 
-    rows: Sequence[Row]
     channels: int
     size: tuple[int, int]
+
+    @property
+    def rows(self) -> Sequence[Row]: ...
 
     def __len__(self) -> int: ...
 

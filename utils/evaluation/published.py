@@ -96,7 +96,7 @@ def open_network(name: str | None, path: str, device: torch.device) -> FeatureNe
     Raises:
         UserError: its package or its weights are missing, or they are of another network.
     """
-    make = {"inception": _Inception, "dinov2": _Dinov2}.get(name or "")
+    make: Any = {"inception": _Inception, "dinov2": _Dinov2}.get(name or "")
     if make is not None:
         network = make(path).requires_grad_(False).eval().to(device)
         return FeatureNetwork(str(name), network, make.preprocessing)

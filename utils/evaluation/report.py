@@ -188,7 +188,8 @@ def report_samples(
         pictures[f"closest_pairs_{space}"] = figures.comparison(*pair)
     if samples.tokenizer is not None:
         encode, config = samples.tokenizer.encode, samples.tokenizer.config
-        sampled_grids = samples.images.images.grids[sampled.row_numbers]
+        decoded: Any = sampled.images
+        sampled_grids = decoded.grids[sampled.row_numbers]
         grids = _encode(encode, train, settings), sampled_grids, _encode(encode, held_out, settings)
         shares = [
             metrics.index_frequencies(own, config.codebook_size, config.depth, own_weights)

@@ -95,7 +95,8 @@ class SampleEvaluator:
         names = self._network.class_names
         of_rows = [rows[row] for row in held_out.tolist()]
         self._targets = class_targets(of_rows, names, "--path_to_data")
-        self._weights = tuple(resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
+        weights = (resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
+        self._weights = next(weights), next(weights)
         warn_if_few(self._real, self._network.name)
         accuracy = label_agreement(self._real, self._targets, self._weights[0])
         print_accuracy(accuracy, len(held_out))
