@@ -136,6 +136,13 @@ class VQVAEConfig:
         return self.image_size[0] // self.downsampling, self.image_size[1] // self.downsampling
 
     @property
+    def patch_channels(self) -> int:
+        """Channels of the pixel blocks, C * patch_size^2."""
+        if self.in_channels is None:
+            raise ValueError("in_channels is not known yet")
+        return self.in_channels * self.patch_size**2
+
+    @property
     def codebook_size(self) -> int:
         """Number of codes K, of each depth."""
         return self.quantizer_options.codebook_size
@@ -213,22 +220,14 @@ _TAMING = {**_VQGAN, "quantizer": "vq", "codebook_dim": 256}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "vqvae-small": {},
-        "vqgan-f8": {
-            **_TAMING,
-            "channel_multipliers": (1, 1, 2, 4),
-            "attention_levels": (3,),
-        },
+        "vqgan-f8": {**_TAMING, "channel_multipliers": (1, 1, 2, 4), "attention_levels": (3,)},
         "vqgan-f8-s2d": {
             **_TAMING,
             "patch_size": 2,
             "channel_multipliers": (1, 2, 4),
             "attention_levels": (2,),
         },
-        "vqgan-f16": {
-            **_TAMING,
-            "channel_multipliers": (1, 1, 2, 2, 4),
-            "attention_levels": (4,),
-        },
+        "vqgan-f16": {**_TAMING, "channel_multipliers": (1, 1, 2, 2, 4), "attention_levels": (4,)},
         "vqgan-f16-s2d": {
             **_TAMING,
             "patch_size": 2,

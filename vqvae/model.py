@@ -26,9 +26,9 @@ class Encoder(nn.Module):
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        in_channels, dim = config.in_channels * config.patch_size**2, config.codebook_dim
+        z, dim = config.z_channels, config.codebook_dim
         self.patch_size = config.patch_size
-        self.conv_in = nn.Conv2d(in_channels, config.channels, 3, padding=1)
+        self.conv_in = nn.Conv2d(config.patch_channels, config.channels, 3, padding=1)
         self.down = nn.ModuleList(
             Level(
                 in_channels=widths[level - 1] if level else config.channels,
@@ -42,8 +42,7 @@ class Encoder(nn.Module):
         )
         self.mid = middle(widths[-1], config.mid_blocks, config.mid_attention, config.dropout)
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.z_channels or dim, 3, padding=1)
-        z = config.z_channels
+        self.conv_out = nn.Conv2d(widths[-1], z or dim, 3, padding=1)
         self.quant_conv = nn.Conv2d(z, dim, 1) if z else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,8 +66,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         widths.reverse()  # the decoder starts at the lowest resolution
-        out_channels, dim = config.in_channels * config.patch_size**2, config.codebook_dim
-        z = config.z_channels
+        z, dim = config.z_channels, config.codebook_dim
         self.patch_size = config.patch_size
         self.post_quant_conv = nn.Conv2d(dim, z, 1) if z else nn.Identity()
         self.conv_in = nn.Conv2d(z or dim, widths[0], 3, padding=1)
@@ -85,7 +83,7 @@ class Decoder(nn.Module):
             for level, width in enumerate(widths)
         )
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[-1], config.patch_channels, 3, padding=1)
 
     def forward(self, z_q: Tensor) -> Tensor:
         """z_q (B, codebook_dim, h, w) -> images (B, C, H, W), not clamped."""
@@ -115,7 +113,7 @@ class VQVAE(nn.Module):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        if config.image_size is None or config.in_channels is None:
+        if config.image_size is None:
             raise ValueError("a VQVAE needs image_size and in_channels")
         self.config = config
         self.encoder = Encoder(config)

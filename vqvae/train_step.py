@@ -21,6 +21,10 @@ def compile_model(model: nn.Module, adversary: AdversarialLoss | None) -> None:
         # The adaptive weight runs backward through the graph before the loss does. By default a
         # compiled backward pass may reuse the graph's buffers, which then are gone.
         functorch_config.donated_buffer = False
+    for module in model.modules():
+        for name in getattr(module, "uncompiled", ()):
+            # Decorated where it is defined, each import of vqvae would load the compiler.
+            setattr(module, name, torch.compiler.disable(getattr(module, name)))
     model.compile()
 
 

@@ -131,36 +131,33 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """The grid around the vectors (N, D) that a subclass quantizes, in float32 under autocast, too.
+    """The grid around vectors (N, D), which a subclass quantizes in float32, under autocast, too.
 
-    A subclass names its `Options`, takes one of them in its constructor and defines
-
-        quantize(vectors) -> z_q (N, D) with its gradient, indices (N,), losses
-        assign(vectors)   -> indices (N,), without noise and without side effects
-        lookup(indices)   -> z_q (N, D)
-
-    where indices are (N, depth) for a depth above 1.
+    A subclass has its own `Options` and defines `quantize`, `assign` and `lookup`, whose indices
+    are (N, depth) for a depth above 1.
 
     Attributes:
         Options: the dataclass of its settings.
         usage_hint: what to change when few of its codes are in use.
         supports_reset: whether `reset_codebook()` reinitialises the codes from the next batch.
+        uncompiled: methods with collectives and data-dependent shapes, not to be compiled.
     """
 
     Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions
     usage_hint: ClassVar[str] = "use a smaller codebook_size or learning_rate"
     supports_reset: ClassVar[bool] = False
+    uncompiled: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: QuantizerOptions) -> None:
         super().__init__()
         self.options = options
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
+        """Vectors (N, D) -> z_q (N, D) with its gradient, indices (N,), losses."""
         raise NotImplementedError
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,)."""
+        """Vectors (N, D) -> indices (N,), without noise and without side effects."""
         raise NotImplementedError
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -174,19 +171,20 @@ class Quantizer(nn.Module):
     def forward(self, z_e: Tensor) -> Quantized:
         """Encodings (B, D, h, w) -> `Quantized`."""
         with torch.autocast(z_e.device.type, enabled=False):
-            z_q, indices, losses = self.quantize(to_vectors(z_e))
-        return Quantized(to_grid(z_q, z_e), unflatten_indices(indices, z_e), losses)
+            z_q, indices, losses = self.quantize(_to_vectors(z_e))
+        grid = z_e.permute(0, 2, 3, 1).shape[:3]  # (B, h, w)
+        return Quantized(_to_grid(z_q, grid), indices.unflatten(0, grid), losses)
 
     def nearest(self, z_e: Tensor) -> Tensor:
         """Encodings (B, D, h, w) -> indices (B, h, w), or (B, h, w, depth)."""
         with torch.autocast(z_e.device.type, enabled=False):
-            return unflatten_indices(self.assign(to_vectors(z_e)), z_e)
+            indices = self.assign(_to_vectors(z_e))
+        return indices.unflatten(0, z_e.permute(0, 2, 3, 1).shape[:3])
 
     def embed(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w), or (B, h, w, depth) -> z_q (B, D, h, w)."""
         with torch.autocast(indices.device.type, enabled=False):
-            z_q = self.lookup(indices.flatten(0, 2))
-        return z_q.unflatten(0, indices.shape[:3]).permute(0, 3, 1, 2).contiguous()
+            return _to_grid(self.lookup(indices.flatten(0, 2)), indices.shape[:3])
 
     def codes(self, numbers: Tensor) -> Tensor:
         """The codes at the given entries of `count`: (n,) -> (n, D)."""
@@ -197,21 +195,14 @@ class Quantizer(nn.Module):
         return torch.bincount(indices.flatten(), minlength=self.options.codebook_size)
 
 
-def to_vectors(z_e: Tensor) -> Tensor:
+def _to_vectors(z_e: Tensor) -> Tensor:
     """(B, D, h, w) of any float type -> (B*h*w, D) in float32."""
     return z_e.float().permute(0, 2, 3, 1).flatten(0, 2)
 
 
-def to_grid(vectors: Tensor, z_e: Tensor) -> Tensor:
-    """(B*h*w, D) -> (B, D, h, w), the shape of z_e."""
-    batch, _, height, width = z_e.shape
-    return vectors.view(batch, height, width, -1).permute(0, 3, 1, 2).contiguous()
-
-
-def unflatten_indices(indices: Tensor, z_e: Tensor) -> Tensor:
-    """(B*h*w,) -> (B, h, w); (B*h*w, depth) -> (B, h, w, depth)."""
-    batch, _, height, width = z_e.shape
-    return indices.view(batch, height, width, *indices.shape[1:])
+def _to_grid(vectors: Tensor, grid: torch.Size) -> Tensor:
+    """(B*h*w, D) -> (B, D, h, w), where grid is (B, h, w)."""
+    return vectors.unflatten(0, grid).permute(0, 3, 1, 2).contiguous()
 
 
 def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:

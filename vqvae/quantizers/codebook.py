@@ -157,8 +157,12 @@ class CodebookQuantizer(Quantizer):
     """
 
     options: CodebookOptions
+    usage_ema: Tensor  # (K,)
+    initialised: Tensor
+    rng_offset: Tensor
     Options = CodebookOptions
     supports_reset = True
+    uncompiled = ("assign_and_update",)
     usage_hint: ClassVar[str] = (
         "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
         "learning_rate"
@@ -190,7 +194,6 @@ class CodebookQuantizer(Quantizer):
         """Indices (N,) -> codes (N, D)."""
         return self.codebook[indices]
 
-    @torch.compiler.disable
     @torch.no_grad()
     def assign_and_update(self, vectors: Tensor) -> Tensor:
         """Vectors (N, D) -> indices (N,); in training also initialises and resets codes."""

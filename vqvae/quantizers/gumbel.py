@@ -36,8 +36,11 @@ class GumbelQuantizer(Quantizer):
     """
 
     options: GumbelOptions
+    usage_ema: Tensor  # (K,)
+    rng_offset: Tensor
     Options = GumbelOptions
     usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
+    uncompiled = ("_split_codes",)
     TEMPERATURE = 1.0
 
     def __init__(self, options: GumbelOptions) -> None:
@@ -76,7 +79,6 @@ class GumbelQuantizer(Quantizer):
         divergence = math.log(self.options.codebook_size) - uncertainty
         return z_q, indices, {"entropy": self.options.entropy_weight * divergence}
 
-    @torch.compiler.disable
     @torch.no_grad()
     def _split_codes(self, vectors: Tensor) -> None:
         """Update the usage by vectors (N, D), and let dead codes split frequent ones."""
@@ -89,7 +91,7 @@ class GumbelQuantizer(Quantizer):
         sampled = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
         parents = sampled.to(dead.device)
         copies = torch.bincount(parents, minlength=len(self.usage_ema)) + 1.0
-        self.proj.bias -= copies.log()
-        self.usage_ema /= copies
+        self.proj.bias.sub_(copies.log())
+        self.usage_ema.div_(copies)
         for values in (self.proj.weight, self.proj.bias, self.embedding.weight, self.usage_ema):
             values[dead] = values[parents]

@@ -1,6 +1,7 @@
 """`residual`: several codes per latent position, each for the residual of those before it."""
 
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ class ResidualQuantizer(Quantizer):
     def __init__(self, options: ResidualOptions) -> None:
         super().__init__(options)
         one = VQOptions(**{field.name: getattr(options, field.name) for field in fields(VQOptions)})
-        self.layers = nn.ModuleList(EMAQuantizer(one) for _ in range(options.depth))
+        layers = nn.ModuleList(EMAQuantizer(one) for _ in range(options.depth))
+        self.layers = cast(list[EMAQuantizer], layers)
 
     def assign(self, vectors: Tensor) -> Tensor:
         """Vectors (N, D) -> indices (N, depth)."""
@@ -47,14 +49,14 @@ class ResidualQuantizer(Quantizer):
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> z_q (N, D), indices (N, depth), losses."""
-        indices, losses = [], {}
-        residual = vectors
+        residual, indices = vectors, []
+        losses: dict[str, Tensor] = {}
         for layer in self.layers:
             _, chosen, terms = layer.quantize(residual)
             indices.append(chosen)
             # Each depth moves the encoder towards the sum of codes so far, a constant.
             residual = residual - layer.lookup(chosen).detach()
-            losses = {name: losses.get(name, 0.0) + term for name, term in terms.items()}
+            losses = {name: losses.get(name, 0) + term for name, term in terms.items()}
         stacked = torch.stack(indices, dim=1)
         codes = self.lookup(stacked)
         return GRADIENTS[self.options.gradient](vectors, codes), stacked, losses

@@ -72,6 +72,8 @@ class FiniteScalarQuantizer(Quantizer):
     """
 
     options: FSQOptions
+    levels: Tensor  # (D,)
+    strides: Tensor  # (D,)
     Options = FSQOptions
     MARGIN = 1e-3  # puts the outermost levels within reach of the tanh
 
@@ -154,6 +156,7 @@ class LookupFreeQuantizer(Quantizer):
     """
 
     options: LFQOptions
+    bits: Tensor  # (D,)
     Options = LFQOptions
     usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
     GROUP = 9  # bits

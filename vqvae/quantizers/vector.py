@@ -88,6 +88,8 @@ class EMAQuantizer(VectorQuantizer):
     batch's indices returns the codes it was quantized with.
     """
 
+    counts: Tensor  # (K,)
+    sums: Tensor  # (K, D)
     MIN_COUNT = 1e-5  # vectors; below, a moving average has no information left
 
     def __init__(self, options: VQOptions) -> None:
@@ -102,7 +104,6 @@ class EMAQuantizer(VectorQuantizer):
         del losses["codebook"]
         return losses
 
-    @torch.compiler.disable
     @torch.no_grad()
     def assign_and_update(self, vectors: Tensor) -> Tensor:
         """Vectors (N, D) -> indices (N,); in training also moves the codes by the last batch."""
