@@ -49,10 +49,10 @@ def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str,
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_do_what_one_does_with_the_together_batch(name: str, states: list) -> None:
+def test_two_processes_do_what_one_does_with_the_global_batch(name: str, states: list) -> None:
     first, second = (state[name] for state in states)
-    together = [torch.cat(pair) for pair in zip(batches(0), batches(1), strict=True)]
-    alone = train(name, together)
+    global_batches = [torch.cat(pair) for pair in zip(batches(0), batches(1), strict=True)]
+    alone = train(name, global_batches)
     for key, value in alone.items():
         assert torch.equal(first[key], second[key]), key
         assert torch.allclose(first[key], value, atol=1e-5), key
