@@ -18,7 +18,6 @@ from utils import tracking
 from utils.cli import Stopped, UserError
 from utils.tracking import report, sync
 from utils.tracking import run as tracking_run
-from utils.tracking.run import SystemMetrics, sample_system
 from utils.tracking.sync import Metrics
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -279,7 +278,7 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
 
 
 def test_a_sample_system() -> None:
-    values = sample_system()
+    values = tracking_run.sample_system()
     assert 0 <= values["cpu_utilization_percentage"] <= 100
     assert 0 < values["process_memory_usage_megabytes"] < values["system_memory_usage_megabytes"]
     assert all(isinstance(value, float | int) for value in values.values())
@@ -287,26 +286,26 @@ def test_a_sample_system() -> None:
 
 def test_samples_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_run, "SYSTEM_SECONDS", 0.01)
-    taken, several = [], threading.Event()
+    taken: list[dict[str, float]] = []
+    closing = threading.Event()
 
     def log(values: dict[str, float]) -> None:
         taken.append(values)
         if len(taken) == 3:
-            several.set()
+            closing.set()
 
-    metrics = SystemMetrics(log)
-    assert several.wait(20)
-    metrics.close()
-    count = len(taken)
-    time.sleep(0.05)
-    assert len(taken) == count
+    tracking_run.log_system(log, closing)
+    assert len(taken) == 3
 
 
-def test_closing_does_not_wait_for_the_next_sample_system() -> None:
-    metrics = SystemMetrics(lambda values: None)
+def test_closing_does_not_wait_for_the_next_sample(store: Any) -> None:
+    run = open_run()
     started = time.monotonic()
-    metrics.close()
-    assert time.monotonic() - started < 2
+    run.close()
+    assert time.monotonic() - started < 5
+    assert not any(
+        "system" in key for line in sync.read_metrics(Path("out")) for key in line.values
+    )
 
 
 def test_a_training_logs_them(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,7 @@
 and sends them.
 """
 
-from utils.addresses import OUTPUT_TAG, fetch
 from utils.tracking.run import Run, continue_run, home_of
 from utils.tracking.store import experiment_of
 
-__all__ = ["OUTPUT_TAG", "Run", "continue_run", "experiment_of", "fetch", "home_of"]
+__all__ = ["Run", "continue_run", "experiment_of", "home_of"]

@@ -1,4 +1,4 @@
-"""report.html: what a training made, on one page that needs no server and nothing beside it."""
+"""report.html: the results of a training on one page, which needs no server and no other file."""
 
 import base64
 import html
@@ -6,7 +6,7 @@ import math
 import re
 import shlex
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
@@ -18,7 +18,7 @@ from utils.tracking.sync import read_metrics
 FILE = "report.html"
 MOST_STEPS, MOST_POINTS = 24, 240  # of a slider, of a curve
 BASELINES = ("unigram_", "bigram_")
-COLOURS = ("val", "train", "unigram", "bigram")  # sections of the figures, see the style
+COLOURS = ("val", "train", "unigram", "bigram")  # of the curves, see .s0 to .s3
 WIDTH, HEIGHT, LEFT, BOTTOM = 360, 200, 54, 22  # of a chart, and its margins
 
 Series = dict[str, list[tuple[int, float]]]  # section -> (step, value), in order
@@ -81,12 +81,11 @@ for (const card of document.querySelectorAll("[data-slider]")) {
 
 
 def write(home: Path) -> Path:
-    """Write report.html into the output folder of a training; what is missing there is left out.
+    """Write report.html into the output folder of a training; parts without data are left out.
 
     Raises:
-        OSError: it cannot be read or written.
-        UserError: the lineage is damaged.
-        ValueError: a command in the lineage is none of a shell.
+        OSError: a file cannot be read or written.
+        UserError, ValueError: the lineage is damaged.
     """
     metrics = series_of(home)
     lineage = provenance.from_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
@@ -115,7 +114,7 @@ def _text(path: Path) -> str:
 
 
 def series_of(home: Path) -> dict[str, Series]:
-    """name -> section -> points of a metrics.jsonl; baselines are sections of what they are of."""
+    """name -> section -> points of a metrics.jsonl; a baseline is a section of its metric."""
     found: dict[str, Series] = defaultdict(lambda: defaultdict(list))
     for line in read_metrics(home):
         for key, value in line.values.items():
@@ -129,14 +128,14 @@ def series_of(home: Path) -> dict[str, Series]:
 
 
 def summary(metrics: dict[str, Series]) -> str:
-    """The last value of each validation figure."""
-    figures = {name: parts["val"][-1][1] for name, parts in metrics.items() if "val" in parts}
-    rows = [f"<div><dt>{words(n)}</dt><dd>{number(v)}</dd></div>" for n, v in figures.items()]
+    """The last value of each validation metric."""
+    values = {name: parts["val"][-1][1] for name, parts in metrics.items() if "val" in parts}
+    rows = [f"<div><dt>{words(n)}</dt><dd>{number(v)}</dd></div>" for n, v in values.items()]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
 
 
 def pictures(home: Path) -> list[str]:
-    """A card for each picture that was logged, with a slider where it was at several steps."""
+    """A card for each logged picture, with a slider if it was logged at several steps."""
     found: dict[str, list[tuple[int, Path]]] = defaultdict(list)
     places = ("pictures", "*.pictures", "*/pictures", "evaluation/*/pictures")
     for path in sorted(path for place in places for path in home.glob(f"{place}/*.png")):
@@ -171,15 +170,15 @@ def picture(name: str, steps: list[tuple[int, Path]]) -> str:
 
 
 def charts(metrics: dict[str, Series]) -> list[str]:
-    """A card for each figure that has a curve."""
+    """A card for each metric that has a curve."""
     drawn = {n: s for n, s in metrics.items() if any(len(points) > 1 for points in s.values())}
-    # What is validated comes first: it says how good the model is.
+    # Metrics of the validation data come first: they measure how good the model is.
     names = sorted(drawn, key=lambda name: ("val" not in drawn[name], name))
     return [chart(name, drawn[name]) for name in names]
 
 
 def chart(name: str, series: Series) -> str:
-    """An SVG of a figure over the steps, one curve for each section."""
+    """An SVG of a metric over the steps, one curve for each section."""
     points = [point for one in series.values() for point in one]
     (left, right), (low, high) = (span(values) for values in zip(*points, strict=True))
     logarithmic = low > 0 and high / low > 50
@@ -212,7 +211,7 @@ def chart(name: str, series: Series) -> str:
 
 
 def commands(lineage: Lineage) -> str:
-    """The commands that lead here, from the data on, with commits and digests."""
+    """The commands of the lineage, from the data on, with commits and digests."""
     items = []
     for stage in lineage:
         read = ", ".join(f"{path} ({digest[:12]})" for path, digest in stage.inputs.items())
@@ -228,7 +227,7 @@ def commands(lineage: Lineage) -> str:
 
 
 def wrapped(command: str) -> str:
-    """A command with each of its flags on a line of its own, still one command."""
+    """A command with one flag per line, still one command."""
     lines: list[str] = []
     for word in shlex.split(command):
         if word.startswith("--") or not lines:
@@ -258,15 +257,14 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def span(values: Iterable[float]) -> tuple[float, float]:
-    """The smallest and the largest value, apart at any rate."""
-    values = list(values)
+def span(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest value, made different if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)
 
 
 def thinned(items: list, most: int) -> list:
-    """At most so many of the items, evenly, with the first and the last."""
+    """At most `most` of the items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(n * (len(items) - 1) / (most - 1))] for n in range(most)]

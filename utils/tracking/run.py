@@ -131,7 +131,8 @@ class Run:
         self._is_training = continued or run_id is None
         self._queue: AsyncQueue | None = None  # of metrics and the status; None: closed
         self._uploads: AsyncQueue | None = None  # of everything else
-        self._system: SystemMetrics | None = None
+        self._system: threading.Thread | None = None  # logs metrics of the machine
+        self._closing = threading.Event()
         self._sent: set[tuple[str, int]] = set()  # values that MLflow has from before a crash
         self._warned = threading.Lock()  # taken by the first failure
         if enabled:
@@ -189,9 +190,12 @@ class Run:
             staging.replace(self.output_dir / LINEAGE)
             self._log(lineage=self.lineage)
         start = self._run.info.start_time / 1000  # also when a run is continued
-        self._system = SystemMetrics(
-            lambda values: self.metrics("system", values, round(time.time() - start))
-        )
+
+        def log(values: dict[str, float]) -> None:
+            self.metrics("system", values, round(time.time() - start))
+
+        self._system = threading.Thread(target=log_system, args=(log, self._closing), daemon=True)
+        self._system.start()
 
     def _catch_up(self, lines: list[Metrics]) -> None:
         """Send the metrics that a crash kept from MLflow."""
@@ -203,8 +207,6 @@ class Run:
     def ui_hint(self) -> str:
         """The lines for the terminal that state how to open the run in MLflow's UI."""
         return store.ui_hint(self._run) if self._run else "not logged to MLflow"
-
-    how_to_look = ui_hint  # the former name, until its last caller is gone
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log metrics as section/name: to metrics.jsonl at once, to MLflow soon."""
@@ -304,7 +306,8 @@ class Run:
         if self._queue is None or self._uploads is None:
             return
         if self._system is not None:
-            self._system.close()
+            self._closing.set()
+            self._system.join()
         try:
             if self.lineage and not self._is_training and status == "FINISHED":
                 self._log(lineage=self.lineage)
@@ -359,24 +362,11 @@ def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
-class SystemMetrics:
-    """Samples the machine in a thread, until `close` or the end of the process."""
-
-    def __init__(self, log: Callable[[dict[str, float]], object]) -> None:
-        self._log = log  # must not wait for a server
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._work, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """No sample follows."""
-        self._closing.set()
-        self._thread.join()
-
-    def _work(self) -> None:
-        with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
-            while not self._closing.wait(SYSTEM_SECONDS):
-                self._log(sample_system())
+def log_system(log: Callable[[dict[str, float]], object], closing: threading.Event) -> None:
+    """Call `log`, which must not wait for a server, with samples of the machine until `closing`."""
+    with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
+        while not closing.wait(SYSTEM_SECONDS):
+            log(sample_system())
 
 
 def sample_system() -> dict[str, float]:
