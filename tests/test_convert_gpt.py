@@ -164,7 +164,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.save({"model": make_weights(), "steps": 7}, tmp_path / "c2i.pt")
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "transformer.convert", "--from", "llamagen"),
+            *(sys.executable, "transformer/convert.py", "--from", "llamagen"),
             *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", str(HEADS)),
             *("--output_dir", tmp_path / "gpt"),
         ],

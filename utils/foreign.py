@@ -61,7 +61,7 @@ def read_state_dict(path: str | Path, nests: Sequence[str] = NESTS) -> StateDict
         raise UserError(
             f"{path} holds Python objects besides its tensors, or is damaged. Reading such objects "
             "can run any code of whoever made the file, so they are never read here; ask for a "
-            "file of the tensors alone (.safetensors), or see docs/tokenizers.md for a way if you "
+            "file of the tensors alone (.safetensors), or see docs/pretrained.md for a way if you "
             "trust its maker"
         ) from error
     taken, beside = [], []

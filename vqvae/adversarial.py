@@ -43,24 +43,16 @@ class AdversarialConfig:
         needs="disc_weight",
     )
     disc_warmup: float = option(
-        0.05,
-        "fraction of the training that updates the discriminator only",
-        needs="disc_adaptive_schedule",
+        0.05, "fraction of the training for the discriminator only", needs="disc_adaptive_schedule"
     )
     disc_ramp: float = option(
-        0.2,
-        "fraction of the training over which the adversarial loss ramps up",
-        needs="disc_adaptive_schedule",
+        0.2, "fraction of the training for the ramp up", needs="disc_adaptive_schedule"
     )
     disc_bound: float = option(
-        0.1,
-        "halve the adversarial loss if the validation MSE rises by more than this fraction",
-        needs="disc_adaptive_schedule",
+        0.1, "tolerated rise of the validation MSE, a fraction", needs="disc_adaptive_schedule"
     )
     disc_adaptive_max: float = option(
-        1e4,
-        "maximum of the adaptive weight of the adversarial loss; 0: not adaptive",
-        needs="disc_weight",
+        1e4, "maximum of the loss's adaptive weight; 0: not adaptive", needs="disc_weight"
     )
     disc_channels: int = option(64, "width of the discriminator", needs="disc_weight")
     disc_layers: int = option(3, "downsampling layers of the discriminator", needs="disc_weight")

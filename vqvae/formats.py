@@ -175,7 +175,10 @@ def import_weights(
     model = VQVAE(config)
     own = model.state_dict()
     for ours, theirs in keys.items():
-        own[ours] = _reshape(state[theirs], own[ours].shape, theirs)
+        weight, shape = state[theirs], own[ours].shape
+        if [n for n in weight.shape if n != 1] != [n for n in shape if n != 1]:
+            raise ValueError(f"{theirs} must be {tuple(shape)}, got {tuple(weight.shape)}")
+        own[ours] = weight.reshape(shape)  # without or with the 1x1 of a convolution
     if "quantizer.initialised" in own:
         own["quantizer.initialised"] = torch.tensor(True)
     model.load_state_dict(own)
@@ -251,10 +254,3 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
             weight = weight[:, :, None, None]  # and taming has it the other way round
         state[theirs] = weight.contiguous()
     return state | {name: torch.zeros(length) for name, length in layout.buffers.items()}
-
-
-def _reshape(weight: Tensor, shape: torch.Size, key: str) -> Tensor:
-    """The weight in this shape, which may differ by the 1x1 of a convolution."""
-    if [n for n in weight.shape if n != 1] != [n for n in shape if n != 1]:
-        raise ValueError(f"{key} has the shape {tuple(weight.shape)}, not {tuple(shape)}")
-    return weight.reshape(shape)
