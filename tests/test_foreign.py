@@ -81,7 +81,7 @@ def test_the_documented_way_makes_a_file_that_is_read(
     torch.save({nest: STATE, **stranger} if nest else STATE | stranger, "IN")
     with pytest.raises(UserError, match="never read here"):
         read_state_dict("IN")
-    page = (ROOT / "docs" / "tokenizers.md").read_text()
+    page = (ROOT / "docs" / "pretrained.md").read_text()
     exec(re.search(r'python -c "(import torch.*OUT.*)"', page)[1], {})
     found = read_state_dict("OUT")
     assert found.tensors.keys() == STATE.keys()
