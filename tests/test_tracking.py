@@ -262,7 +262,7 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
             run.metrics("train", {"loss": float(step)}, step)
     # Killed before it was sent; what follows the checkpoint is logged again.
     sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 2, {"val/mse": 0.5}))
-    size = run.metrics_size()
+    size = (run.output_dir / "metrics.jsonl").stat().st_size
     sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 3, {"val/mse": 0.25}))
     with open_run(logged=size, run_id=run.run_id, continued=True) as again:
         again.metrics("train", {"loss": 3.0}, 3)

@@ -116,8 +116,8 @@ class Run:
             upstream: the lineage of what the stage reads.
             continued: the existing run goes on training and counts as running until it is closed.
                 If it does not exist any more, a new one takes its place.
-            logged: `metrics_size` at the checkpoint from which a training resumes: what it logged
-                later will be logged again, and MLflow gets no value twice.
+            logged: bytes of metrics.jsonl at the checkpoint from which a training resumes: what it
+                logged later will be logged again, and MLflow gets no value twice.
             enabled: False in all processes but the first, where nothing is written.
 
         Raises:
@@ -223,10 +223,6 @@ class Run:
             if (name, line.step) not in self._sent
         ]
         store.log_points(self._client, self.run_id, points)
-
-    def metrics_size(self) -> int:
-        """The bytes of metrics.jsonl, all on disk: for `logged` of a training that resumes here."""
-        return sync.metrics_size(self.output_dir)
 
     def _log(self, **fields: Any) -> sync.Event | None:
         """Write an event to the event log at once, and send it to MLflow soon."""

@@ -158,18 +158,8 @@ def _read_lines(path: Path, parse: Callable[[Any], Read]) -> list[Read]:
     return found
 
 
-def metrics_size(folder: Path) -> int:
-    """The bytes of metrics.jsonl, all of which have reached the disk."""
-    path = folder / METRICS
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return os.fstat(file.fileno()).st_size
-
-
 def rewind_metrics(folder: Path, size: int) -> None:
-    """Remove what a training logged after `metrics_size` returned `size`: it is logged again.
+    """Remove what a training logged behind the first `size` bytes: it is logged again.
 
     Lines of other stages, such as an evaluation, remain.
     """
