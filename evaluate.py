@@ -12,7 +12,7 @@ from torch import Tensor
 
 from transformer import GPT, make_prefix
 from utils import cli, distributed, tracking
-from utils.data.images import ImageDataset
+from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import features, image_sets, published, records, report
 from utils.evaluation.records import Record
@@ -30,7 +30,10 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
 
 def read_images(flags: argparse.Namespace, flag: str, config: Any) -> ImageDataset:
     """The CSV of a flag in the size of a tokenizer."""
-    size, options = (config.image_size, config.in_channels), cli.image_options(flags)
+    size, options = (
+        (config.image_size, config.in_channels),
+        {"config": cli.read_flags(ImageConfig, flags)},
+    )
     return image_sets.read_images(getattr(flags, flag), f"--{flag}", *size, **options)
 
 
@@ -90,7 +93,10 @@ def evaluate_reconstructions(flags: argparse.Namespace) -> None:
 
 
 def evaluate_samples(flags: argparse.Namespace) -> None:
-    device, options = distributed.pick_device(flags.device), cli.image_options(flags)
+    device, options = (
+        distributed.pick_device(flags.device),
+        {"config": cli.read_flags(ImageConfig, flags)},
+    )
     opened = published.open_network(flags.features, flags.feature_weights, device)
     tokenizer = load_tokenizer(flags.model_dir, device) if flags.model_dir else None
     source = flags.images, flags.indexes_path
@@ -141,14 +147,15 @@ def encode_conditions(
             "leaves its image without a condition; take both out of the CSV"
         )
     tokenizer = load_tokenizer(address, device)
-    vocabulary.condition.check_tokenizer(tokenizer, f"the condition of {flags.model_path}")
+    owner = f"the condition of {flags.model_path}"
+    vocabulary.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
     config = tokenizer.model.config
     pictures = ImageDataset(
         flags.path_to_data,
         column="condition_path",
         size=config.image_size,
         channels=config.in_channels,
-        **cli.image_options(flags),
+        config=cli.read_flags(ImageConfig, flags),
     )
     batches = torch.arange(len(pictures)).split(flags.batch_size)
     return torch.cat([tokenizer.model.encode(x).cpu() for x in pictures.batches(batches, device)])
@@ -224,7 +231,7 @@ def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> N
     seed = "of the classifier and all resamples (default: 0)"
     command.add_argument("--seed", type=int, default=0, help=seed)
     cli.add_inference_flags(command, batch_size=256)
-    cli.add_image_flags(command)
+    cli.add_flags(command, ImageConfig, "images")
     debug = "show the traceback of an error, not only its line"
     # Suppressed, so that one before the subcommand counts, too.
     command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)

@@ -73,7 +73,7 @@ def make_validation(
             tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
         )
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
-    bits = metrics.baselines(*splits, data.words.codebook_size, data.words.depth)
+    bits = metrics.baselines(*splits, data.vocabulary.codebook_size, data.vocabulary.depth)
     names = "unigram_bits_per_token", "bigram_bits_per_token"
     baselines = dict(zip(names, bits, strict=True))
     return Validation(data, tokenizer, evaluator, precision, baselines)
@@ -163,7 +163,7 @@ def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -
     """
     training_mode = model.training
     model.eval()
-    prefix = torch.arange(SAMPLES) % max(1, len(data.words.class_names))
+    prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
     if data.conditions is not None:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
     indices = generate(model, prefix, seed=0)
@@ -187,7 +187,7 @@ def open_run(
     params = {name: settings[name] for name in ("window_size", "batch_size", "learning_rate")}
     params["shape"] = f"{model.config.num_layers} x {model.config.dim}"
     params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer_run_id = data.words.tokenizer_run_id
+    tokenizer_run_id = data.vocabulary.tokenizer_run_id
     run = tracking.Run(
         output_dir,
         stage="gpt",
@@ -277,7 +277,7 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     validation = make_validation(data, tokenizer, source, group, precision, config.seed)
 
-    model_config = cli.read_flags(GPTConfig, arguments, **data.words.model_values)
+    model_config = cli.read_flags(GPTConfig, arguments, **data.vocabulary.model_values)
     model_config = model_config.resolve_defaults()
     model = build_model(model_config, group.device, flex_attention=arguments.flex_attention)
     muon = optimizer_config.optimizer == "muon"
@@ -297,7 +297,7 @@ def main(arguments: argparse.Namespace) -> None:
     output_dir = find_output_dir(config.output_dir, resumed, name)
     run = open_run(state, output_dir, name, data, tokenizer)
     origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
-    vocabulary = {FILE: data.words.content()}
+    vocabulary = {FILE: data.vocabulary.content()}
     checkpoints = Checkpointer(run, state.checkpoint, origin, resumed, vocabulary)
     group.print(data)
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")

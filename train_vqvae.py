@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from utils import cli, distributed, figures, tracking
-from utils.data.images import Augmentation, DataConfig, ImageDataset, read_images
+from utils.data import sources
+from utils.data.images import Augmentation, DataConfig, ImageDataset
 from utils.distributed import Distributed
 from utils.evaluation import metrics
-from utils.files import sha256
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance
 from utils.training import loop
@@ -166,7 +166,7 @@ def open_run(
         enabled=state.group.is_main,
         config=settings,
         params=params,
-        inputs={settings["path_to_data"]: sha256(Path(settings["path_to_data"]))}
+        inputs={settings["path_to_data"]: sources.digest(settings["path_to_data"])}
         | ({} if start is None else {settings["init_from"]: start.sha256}),
         upstream=() if start is None else start.lineage,
     )
@@ -263,13 +263,16 @@ def main(arguments: argparse.Namespace) -> None:
             f"{model_config.quantizer}; leave it out"
         )
     losses = cli.build(ReconstructionLoss, loss_config).to(group.device)
-    dataset, train_rows, val_rows = read_images(
+    dataset = ImageDataset(
+        data.path_to_data,
         data,
         size=model_config.image_size,
         channels=model_config.in_channels,
-        seed=config.seed,
-        num_workers=config.num_workers,
+        random_crop=data.random_crop,
         processes=group.world_size,
+    )
+    train_rows, val_rows = sources.split_rows(
+        dataset.rows, val_fraction=data.val_fraction, seed=config.seed
     )
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
     cli.build(losses.check, dataset.channels, dataset.size)

@@ -23,11 +23,10 @@ from transformer import (
 )
 from transformer.sampling import SCHEDULES
 from utils import addresses, cli, distributed, figures, tracking
-from utils.data.conditions import Condition, take_conditions, write_conditions
 from utils.data.given import Given, read_given
-from utils.data.index_folder import allocate, new_folder
-from utils.data.indices import IndicesMeta, check_writable, digest, lineage_of
-from utils.data.table import Row
+from utils.data.index_dataset import Conditions, load_conditions, write_conditions
+from utils.data.indices import IndicesMeta, allocate, check_writable, digest, lineage_of, new_folder
+from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import sha256
 from utils.model_folder import load_model
@@ -87,7 +86,7 @@ def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
 
 def read_conditions(
     arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
-) -> Condition:
+) -> Conditions:
     """What `count` images are drawn to: --conditions in turn, or those of the completed images.
 
     Raises:
@@ -99,22 +98,24 @@ def read_conditions(
             raise cli.UserError(
                 f"the GPT in {arguments.model_path} takes no conditions; omit --conditions"
             )
-        return Condition(None, [])
+        return Conditions(None, [])
     if arguments.conditions or arguments.complete:
         path = addresses.fetch(arguments.conditions or arguments.complete)
-        conditions = take_conditions(path, vocabulary.condition, alone=bool(arguments.conditions))
-        return conditions.in_turn(count, times=arguments.variations)
+        conditions = load_conditions(
+            path, vocabulary.condition, allow_images=bool(arguments.conditions)
+        )
+        return conditions.cycle(count, repeats=arguments.variations)
     if config.condition_dropout == 0:
         raise cli.UserError(
             "this GPT draws nothing without a condition (--condition_dropout 0); give an indices "
             "folder that has some by --conditions"
         )
     grid = vocabulary.condition.latent_dim
-    return Condition(torch.full((count, *grid), config.no_condition), [])
+    return Conditions(torch.full((count, *grid), config.no_condition), [])
 
 
 def choose_labels(
-    arguments: argparse.Namespace, vocabulary: Vocabulary, condition: Condition, count: int
+    arguments: argparse.Namespace, vocabulary: Vocabulary, condition: Conditions, count: int
 ) -> list[str]:
     """Labels of `count` images: --labels in turn, or those of the conditions, or all classes."""
     names = arguments.labels or list(vocabulary.class_names) or [""]

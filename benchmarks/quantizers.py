@@ -12,7 +12,7 @@ from tqdm import tqdm
 from benchmarks import record
 from utils import cli
 from utils.data.images import ImageDataset
-from utils.data.table import epoch_order, split_rows
+from utils.data.sources import epoch_order, split_rows
 from utils.evaluation import metrics
 from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer, optimizer_step

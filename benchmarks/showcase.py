@@ -44,7 +44,7 @@ LIKELIHOOD = (
 )
 PHOTOGRAPHS = "data/photographs/photographs.csv"
 PANORAMA = (  # folder: what makes it
-    ("data/photographs", "-m utils.datasets photographs"),
+    ("data/photographs", "-m utils.data.download photographs"),
     (
         "{work}/tokenizer",
         f"train_vqvae.py --path_to_data {PHOTOGRAPHS} --batch_size 16 --learning_rate 2e-3 "

@@ -19,7 +19,7 @@ import train
 import train_vqvae
 from tests.conftest import write_images
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.training.loop import Schedule
 
 FILE = Path(__file__).with_name("golden.json")

@@ -11,7 +11,7 @@ from PIL import Image
 from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
 from transformer import GPT, GPTConfig
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import write_folder
 from utils.model_folder import load_model, model_files
@@ -52,7 +52,7 @@ def gpt(own_folder: Path, tokenizer: Path) -> Path:
         codebook_size=16, num_classes=2, latent_dim=GRID, dim=16, num_heads=2, num_layers=1
     )
     sha256 = load_model(tokenizer, VQVAE).sha256
-    words = Vocabulary(16, GRID, ("a", "b"), sha256)
+    words = Vocabulary(16, GRID, sha256, class_names=("a", "b"))
     files = model_files(GPT(config), Provenance()) | {FILE: words.content()}
     write_folder(own_folder / "gpt", files)
     return own_folder / "gpt"
@@ -228,7 +228,7 @@ def test_sampling_values_out_of_range(error_of: Call, gpt: Path) -> None:
 
 def test_a_vocabulary_of_another_gpt(error_of: Call, gpt: Path, own_folder: Path) -> None:
     other = own_folder / "other"
-    write_folder(other, {FILE: Vocabulary(16, GRID, ("a", "b", "c")).content()})
+    write_folder(other, {FILE: Vocabulary(16, GRID, class_names=("a", "b", "c")).content()})
     flags = ("--model_path", gpt, "--vocabulary_path", other)
     error = error_of("transformer_generation", *flags)
     assert "num_classes is 3, the GPT's 2" in error

@@ -17,11 +17,10 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
 from transformer import GPT, GPTConfig
 from utils.cli import UserError
-from utils.data.conditions import read_conditions, take_conditions, write_conditions
-from utils.data.grid_meta import GridMeta
+from utils.data.index_dataset import load_conditions, read_conditions, write_conditions
 from utils.data.indices import IndicesMeta, read_indices, write_indices
-from utils.data.table import Row, read_csv
-from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.data.sources import Row, read_rows
+from utils.data.vocabulary import FILE, GridMeta, Vocabulary, read_vocabulary
 from utils.files import sha256, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
@@ -44,7 +43,7 @@ def data(own_folder: Path) -> Path:
     """data.csv of RGB images with small grey ones as conditions; low.csv of these alone."""
     folder = write_images(own_folder / "data").parent
     (folder / "low").mkdir()
-    rows = read_csv(folder / "data.csv")
+    rows = read_rows(folder / "data.csv")
     both, low = ["image_path,label,condition_path"], ["image_path,label"]
     for row in rows:
         small = Image.open(folder / row.image_path).convert("L").resize((12, 8))
@@ -119,7 +118,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
 
 def make_gpt(folder: str, condition: GridMeta | None, **options: object) -> None:
     """A GPT that was never trained, for the grids of the tokenizer."""
-    words = Vocabulary(16, (6, 10), ("a", "b"), depth=2, condition=condition)
+    words = Vocabulary(16, (6, 10), class_names=("a", "b"), depth=2, condition=condition)
     shape = {"num_layers": 1, "num_heads": 2, "dim": 16} | options
     gpt = GPT(GPTConfig(**words.model_values, **shape))
     files = model_files(gpt, Provenance()) | {FILE: words.content()}
@@ -144,10 +143,10 @@ def models(data: Path) -> GridMeta:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("told --complete plain", "plain has no conditions, which this GPT is given"),
+        ("told --complete plain", "plain has no conditions, which this GPT needs"),
         ("told --conditions plain", "codebook size 32, but plain: codebook size 16"),
         ("told --conditions other", "but other: tokenizer ffffffffffff"),
-        ("told --size_in_cells 9,21", "takes grids of its own size (6, 10), got (9, 21)"),
+        ("told --latent_dim 9,21", "takes grids of its own size (6, 10), got (9, 21)"),
         ("untold --conditions other", "the GPT in untold takes no conditions"),
         ("always", "draws nothing without a condition"),
     ],
@@ -164,7 +163,7 @@ def test_conditions_that_the_other_scripts_cannot_take(
 ) -> None:
     images = ("--model_dir", "tokenizer", "--path_to_data", data, *CPU, "--condition_model_dir")
     error = error_of("quantize_dataset", *images, "tokenizer")
-    assert "makes 2 indices a cell, but conditions have one" in error
+    assert "has depth 2, but conditions have depth 1" in error
     images = ("--model_dir", "low", "--path_to_data", "data/low.csv", *CPU)
     error = error_of("quantize_dataset", *images, "--condition_model_dir", "low")
     assert "low.csv has no column condition_path" in error
@@ -172,8 +171,8 @@ def test_conditions_that_the_other_scripts_cannot_take(
     error = error_of("vqvae.images_from_indexes", *decode, "--condition_model_dir", "low")
     assert "plain has no conditions" in error
     for gpt, address, message in (
-        ("told", None, "is told conditions; give their tokenizer"),
-        ("untold", "low", "is told no conditions; leave"),
+        ("told", None, "takes conditions; give their tokenizer"),
+        ("untold", "low", "takes no conditions; leave"),
         ("told", "tokenizer", "the condition of told belongs to the tokenizer"),
     ):
         flags = Namespace(model_path=gpt, condition_model_dir=address, skip_bad_images=0)
@@ -194,17 +193,18 @@ def test_damaged_conditions(own_folder: Path) -> None:
     assert indices.meta == meta
     assert read_conditions(path, indices).dtype == torch.uint16
     assert read_conditions(path, indices).long().equal(conditions)
-    taken = take_conditions(path, GridMeta(300, (1, 3)), alone=False).in_turn(6, times=2)
+    taken = load_conditions(path, GridMeta(300, (1, 3)), allow_images=False).cycle(6, repeats=2)
     assert taken.grids.long().equal(conditions[[0, 0, 1, 1, 0, 0]])
     with pytest.raises(UserError, match=r"grid \(3, 1\), but indices: grid \(1, 3\)"):
-        take_conditions(path, GridMeta(300, (3, 1)), alone=False)
+        load_conditions(path, GridMeta(300, (3, 1)), allow_images=False)
+    (path / "sha256.json").unlink()
     array = np.load(path / "condition.npy")
     for bad in (array[:1], array.astype(np.int32), array + 1, array[:, :, :2]):
         np.save(path / "condition.npy", bad)
-        with pytest.raises(UserError, match=r"condition\.npy is damaged"):
+        with pytest.raises(UserError, match=r"condition\.npy holds"):
             read_conditions(path, indices)
     (path / "condition.npy").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*condition\.npy.*No such file"):
+    with pytest.raises(UserError, match=r"condition\.npy.*No such file"):
         read_conditions(path, indices)
     assert read_conditions(path, replace(indices, meta=None)) is None
 
@@ -213,11 +213,11 @@ def test_damaged_conditions(own_folder: Path) -> None:
     ("second", "message"),
     [
         ("none.png", "1 of 2 files .* do not exist: none.png"),
-        ("", "line 3: condition_path is empty"),
+        ("", "row 2: condition_path is empty"),
     ],
 )
 def test_the_files_of_the_conditions_are_checked(data: Path, second: str, message: str) -> None:
     lines = ["image_path,condition_path", "0.png,low/0.png", f"1.png,{second}"]
     (data.parent / "bad.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
-        read_csv(data.parent / "bad.csv")
+        read_rows(data.parent / "bad.csv")

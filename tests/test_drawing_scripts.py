@@ -18,7 +18,7 @@ from transformer import GPT, GPTConfig, sampling
 from transformer.sampling import generate_rows
 from utils import cli
 from utils.data.indices import IndicesMeta, read_indices, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import sha256, write_folder
 from utils.model_folder import model_files
@@ -53,7 +53,7 @@ def models(own_folder: Path) -> Path:
     """A tokenizer, a windowed GPT and indices of both, in the current folder."""
     torch.manual_seed(0)
     sha256 = write_tokenizer(own_folder / "tokenizer")
-    write_gpt("gpt", Vocabulary(CODES, GRID, ("a", "b"), sha256), window_size=3)
+    write_gpt("gpt", Vocabulary(CODES, GRID, sha256, class_names=("a", "b")), window_size=3)
     rows = [Row(f"{number}.png", "ab"[number % 2], "") for number in range(4)]
     grids = torch.randint(CODES, (4, *GRID))
     write_indices(
@@ -197,7 +197,7 @@ def test_guidance_needs_something_to_compare(
     guided = (*flags, "--guidance_scale", 2)
     error = error_of("transformer_generation", "--model_path", "plain", *guided)
     assert "knows neither classes nor conditions" in error
-    write_gpt("always", Vocabulary(CODES, GRID, ("a", "b")), class_dropout=0.0)
+    write_gpt("always", Vocabulary(CODES, GRID, class_names=("a", "b")), class_dropout=0.0)
     for more in (guided, (*flags, "--unconditional")):
         call("transformer_generation", "--model_path", "always", *more, "--output_dir", "drawn")
         assert "warning: this GPT was hardly trained without a class" in capsys.readouterr().err

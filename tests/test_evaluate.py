@@ -14,10 +14,10 @@ from PIL import Image
 
 from tests.conftest import write_images
 from utils import addresses, cli, provenance, tracking
+from utils.data.download import write_digits
 from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row, split_rows
-from utils.datasets import write_digits
+from utils.data.sources import Row, split_rows
 from utils.evaluation import distances, features, records
 from utils.evaluation.image_sets import read_real
 from utils.files import sha256, write_folder

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.data.images import ImageDataset
-from utils.data.table import split_rows
-from utils.datasets import write_digits
+from utils.data.download import write_digits
+from utils.data.images import ImageConfig, ImageDataset
+from utils.data.sources import split_rows
 from utils.evaluation import distances, features
 from utils.evaluation.distances import frechet_distance
 from utils.evaluation.features import extract_features, train_classifier
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
-    return ImageDataset(folder / "digits.csv", num_workers=0)
+    return ImageDataset(folder / "digits.csv", ImageConfig(num_workers=0))
 
 
 def test_it_learns_digits_and_real_halves_are_near(

@@ -10,7 +10,7 @@ import train
 from tests.conftest import TINY_GPT
 from utils import cli
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 

@@ -1,15 +1,28 @@
-"""CSV to batches: the same images whether kept in memory or streamed, and mistakes named."""
+"""Rows to batches: the same images from memory and streamed, and mistakes named."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from utils.cli import UserError
-from utils.data.images import Augmentation, DataConfig, ImageDataset
+from utils.data import images
+from utils.data.images import (
+    Augmentation,
+    DataConfig,
+    ImageConfig,
+    ImageDataset,
+    load_files,
+)
 
 CPU = torch.device("cpu")
 
@@ -51,7 +64,9 @@ def test_values_and_shape(tmp_path: Path) -> None:
 def test_in_memory_and_streamed_are_the_same(tmp_path: Path, num_workers: int) -> None:
     path = write_noise(tmp_path)
     kept = ImageDataset(path, random_crop=True)
-    streamed = ImageDataset(path, random_crop=True, max_memory=0, num_workers=num_workers)
+    streamed = ImageDataset(
+        path, ImageConfig(num_workers=num_workers), random_crop=True, max_memory=0
+    )
     assert kept.pixels is not None
     assert streamed.pixels is None
     assert "in memory" in str(kept)
@@ -64,7 +79,7 @@ def test_many_files_are_decoded_by_processes_in_order(tmp_path: Path) -> None:
     Image.new("L", (2, 2), 0).save(tmp_path / "0.png")
     Image.new("L", (2, 2), 255).save(tmp_path / "1.png")
     names = [f"{number % 3 % 2}.png" for number in range(1100)]
-    dataset = ImageDataset(write_csv(tmp_path, names), num_workers=2)
+    dataset = ImageDataset(write_csv(tmp_path, names), ImageConfig(num_workers=2))
     expected = torch.tensor([255 * (number % 3 % 2) for number in range(1100)])
     assert torch.equal(dataset.pixels[:, 0, 1, 1].long(), expected)
 
@@ -126,7 +141,7 @@ def test_crops_reach_every_corner_and_evaluation_takes_the_middle(tmp_path: Path
     canvas = np.arange(18 * 27, dtype=np.int64).reshape(18, 27) % 251
     Image.fromarray(canvas.astype(np.uint8)).save(tmp_path / "a.png")
     dataset = ImageDataset(write_csv(tmp_path, ["a.png"] * 300), size=(16, 24), random_crop=True)
-    assert dataset.canvas == (18, 27)
+    assert dataset.resize_size == (18, 27)
     windows = {
         canvas[top : top + 16, left : left + 24].astype(np.uint8).tobytes(): (top, left)
         for top in range(3)
@@ -154,7 +169,7 @@ def test_a_damaged_file_is_named_with_its_row(tmp_path: Path, num_workers: int) 
     damage(tmp_path / "7.png")
     with pytest.raises(UserError, match=r"1 of 12 files .* row 8 7\.png \(.*truncated"):
         ImageDataset(path)
-    streamed = ImageDataset(path, max_memory=0, num_workers=num_workers)
+    streamed = ImageDataset(path, ImageConfig(num_workers=num_workers), max_memory=0)
     with pytest.raises(UserError, match=r"row 8 7\.png \(.*truncated"):
         batches(streamed)
 
@@ -163,14 +178,14 @@ def test_what_is_no_image_is_named_before_any_is_decoded(tmp_path: Path) -> None
     path = write_noise(tmp_path)
     (tmp_path / "3.png").write_bytes(b"")
     (tmp_path / "5.png").write_text("hello")
-    message = r"2 of 12 files .* row 4 3\.png \(the file is empty\), row 6 5\.png \(no image"
+    message = r"2 of 12 files .* row 4 3\.png \(the file is empty\), row 6 5\.png \(not an image"
     with pytest.raises(UserError, match=message):
         ImageDataset(path, max_memory=0)
 
 
 def test_a_file_that_vanishes_while_streaming_is_named(tmp_path: Path) -> None:
     """It ended in a FileNotFoundError."""
-    dataset = ImageDataset(write_noise(tmp_path), max_memory=0, num_workers=0)
+    dataset = ImageDataset(write_noise(tmp_path), ImageConfig(num_workers=0), max_memory=0)
     (tmp_path / "2.png").unlink()
     with pytest.raises(UserError, match=r"row 3 2\.png \(.*No such file"):
         batches(dataset)
@@ -179,11 +194,11 @@ def test_a_file_that_vanishes_while_streaming_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, float("nan")])
 def test_val_fraction_is_a_share(fraction: float) -> None:
     with pytest.raises(ValueError, match="val_fraction"):
-        DataConfig("data.csv", val_fraction=fraction)
+        DataConfig(path_to_data="data.csv", val_fraction=fraction)
 
 
 def hurt(folder: Path) -> Path:
-    """The CSV of twelve images: one is no image, two are truncated."""
+    """The CSV of twelve images: one is not an image, two are truncated."""
     path = write_noise(folder, size=(32, 32))
     (folder / "3.png").write_text("hello")
     for name in ("7.png", "9.png"):
@@ -197,7 +212,9 @@ def test_bad_images_are_left_out_as_asked(
 ) -> None:
     """Found before the first batch also where images are streamed: the order must not change."""
     path = hurt(tmp_path)
-    dataset = ImageDataset(path, skip_bad_images=3, max_memory=max_memory, num_workers=0)
+    dataset = ImageDataset(
+        path, ImageConfig(skip_bad_images=3, num_workers=0), max_memory=max_memory
+    )
     kept = [number for number in range(12) if number not in (3, 7, 9)]
     assert [row.image_path for row in dataset.rows] == [f"{number}.png" for number in kept]
     whole = write_csv(tmp_path, [f"{number}.png" for number in kept])
@@ -212,7 +229,7 @@ def test_bad_images_are_left_out_as_asked(
         ("8", "7.png"),
         ("10", "9.png"),
     ]
-    assert "no image" in lines[0]["complaint"]
+    assert "not an image" in lines[0]["complaint"]
     assert "truncated" in lines[1]["complaint"]
 
 
@@ -221,15 +238,90 @@ def test_more_bad_images_than_may_be_left_out(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1 of 12 .* row 4 3\.png .*--skip_bad_images 1$"):
         ImageDataset(path)
     with pytest.raises(UserError, match=r"3 of 12 .* row 8 7\.png .* row 10 9\.png .*images 3$"):
-        ImageDataset(path, skip_bad_images=2)
+        ImageDataset(path, ImageConfig(skip_bad_images=2))
     (tmp_path / "data.csv").write_text("image_path\n3.png\n3.png\n")
     with pytest.raises(UserError, match="2 of 2 files"):
-        ImageDataset(path, skip_bad_images=2)
+        ImageDataset(path, ImageConfig(skip_bad_images=2))
 
 
 def test_max_pixels(tmp_path: Path) -> None:
     path = write_noise(tmp_path, 2)
     with pytest.raises(UserError, match=r"2 of 2 .*; raise --max_pixels.*") as refused:
-        ImageDataset(path, max_pixels=59)
+        ImageDataset(path, ImageConfig(max_pixels=59))
     assert "--skip_bad_images" not in str(refused.value)  # which would leave nothing
-    assert len(ImageDataset(path, max_pixels=60)) == 2
+    assert len(ImageDataset(path, ImageConfig(max_pixels=60))) == 2
+
+
+FILES = [f"{number}.png" for number in range(40)]
+
+
+def read(file: str) -> str:
+    """What each worker does with a file; some files are fatal."""
+    if file == "17.png" and os.environ.get("FATE") == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if file == "17.png" and os.environ.get("FATE") == "starves":
+        raise MemoryError
+    if file == "17.png" and os.environ.get("FATE") == "hangs":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return file.upper()
+
+
+def read_all(num_workers: int) -> list[str]:
+    pieces = [range(40)[start : start + 3] for start in range(0, 40, 3)]
+    return [x for batch in load_files(read, FILES, pieces, num_workers) for x in batch]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_read_in_order_and_leave_random_numbers_alone(num_workers: int) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert read_all(num_workers) == [file.upper() for file in FILES]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("fate", ["dies", "hangs"])
+def test_a_worker_that_dies_or_hangs_is_one_line(
+    fate: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FATE", fate)
+    monkeypatch.setattr(images, "TIMEOUT", 0.5 if fate == "hangs" else 60)
+    with pytest.raises(UserError, match=r"^a process that reads images died or hung .*num_workers"):
+        read_all(1)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_out_of_memory_in_a_worker(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FATE", "starves")
+    with pytest.raises(MemoryError):
+        read_all(num_workers)
+
+
+WORKING = """
+import os, sys, time
+from utils.data.images import load_files
+
+def read(file):
+    return os.getpid()
+
+batches = load_files(read, ["a"], [[0]] * 9, 1)
+sys.stdout.write(f"{next(batches)[0]}")
+sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_workers_ignore_signals_and_end_with_their_parent(tmp_path: Path) -> None:
+    (tmp_path / "work.py").write_text(WORKING)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    with subprocess.Popen(
+        [sys.executable, "work.py"], stdout=subprocess.PIPE, env=environment
+    ) as parent:
+        worker = psutil.Process(int(os.read(parent.stdout.fileno(), 20)))
+        worker.send_signal(signal.SIGTERM)  # a scheduler sends it to all processes
+        time.sleep(0.2)
+        assert worker.status() != psutil.STATUS_ZOMBIE
+        parent.kill()
+    until = time.monotonic() + 15
+    while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+        time.sleep(0.1)

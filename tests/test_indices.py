@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.data.index_folder import smallest_type
-from utils.data.indices import IndicesMeta, read_indices, write_indices
-from utils.data.table import Row
+from utils.data.indices import IndicesMeta, read_indices, smallest_type, write_indices
+from utils.data.sources import Row
 from utils.provenance import LoadedModel, Provenance
 
 META = IndicesMeta(codebook_size=300, latent_dim=(2, 5), tokenizer_sha256="ab" * 32)
@@ -105,7 +104,7 @@ def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter.txt").write_text("text")
     (tmp_path / "file").write_text("text")
     for name in ("thesis", "file"):
-        with pytest.raises(UserError, match=f"{name} exists and is no indices folder"):
+        with pytest.raises(UserError, match=f"{name} exists and is not an indices folder"):
             write_indices(tmp_path / name, GRIDS, ROWS, META)
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "text"
 
@@ -119,15 +118,15 @@ def test_refusals_name_both_values(tmp_path: Path) -> None:
         read_indices(folder, codebook_size=512)
     other = LoadedModel(None, "cd" * 32, Path("other/best"), Provenance())
     with pytest.raises(UserError, match=r"tokenizer abababababab .*other/best is cdcdcdcdcdcd"):
-        META.check_tokenizer(other, folder)
-    META.check_tokenizer(other._replace(sha256="ab" * 32), folder)
-    IndicesMeta(300, (2, 5)).check_tokenizer(other, folder)  # it does not say
+        META.check_tokenizer(other.sha256, other.folder, owner=folder)
+    META.check_tokenizer("ab" * 32, other.folder, owner=folder)
+    IndicesMeta(300, (2, 5)).check_tokenizer(other.sha256, other.folder)  # it is not known
 
 
 def test_no_indices(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no indices at .*none"):
         read_indices(tmp_path / "none")
-    with pytest.raises(UserError, match=r"is no indices folder: it has no meta\.json"):
+    with pytest.raises(UserError, match=r"is not an indices folder: it has no meta\.json"):
         read_indices(tmp_path)
 
 
@@ -144,9 +143,12 @@ def change_meta(folder: Path, **values: object) -> None:
         ({"latent_dim": [2]}, r"meta\.json is damaged: latent_dim"),
         ({"latent_dim": 5}, r"meta\.json is damaged"),
         ({"colour": 1}, r"meta\.json is damaged: .*colour"),
-        ({"latent_dim": [5, 2]}, r"holds uint16 \(7, 2, 5\), but meta\.json says grids of 5,2"),
+        (
+            {"latent_dim": [5, 2]},
+            r"\(7, 2, 5\), but meta\.json says uint16 \(N, 5, 2\)",
+        ),
         ({"codebook_size": 298}, "holds the index 298, but its codebook has only 298 codes"),
-        ({"codebook_size": 256}, r"holds uint16 .* 256 codes, uint8"),
+        ({"codebook_size": 256}, r"holds uint16 .* says uint8 .* for 256 codes"),
         ({"codebook_size": 10**15}, r"meta\.json is damaged: codebook_size"),
         ({"depth": True}, r"meta\.json is damaged: depth must be int, got True"),
     ],
@@ -169,12 +171,18 @@ def test_unreadable_meta(tmp_path: Path, content: str) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        (b"", "damaged"),
+        (b"", "is not a valid UTF-8 CSV"),
         (b"image_path,label,split\na.png,1,train\n", "has 1 rows for 7 grids"),
-        (b"image_path,label,split\n" + b"a.png,1\n" * 7, "damaged"),
-        (b"path,label,split\n" + b"a.png,1,train\n" * 7, "damaged: its first line is 'path,"),
-        (b"\xff\xfe", "damaged"),
-        (b"image_path,label,split\n" + b"a.png,1,test\n" * 7, "damaged: a split is none of train"),
+        (
+            b"image_path,label,split\n" + b"a.png,1\n" * 7,
+            "2 fields, but the first line has 3",
+        ),
+        (b"path,label,split\n" + b"a.png,1,train\n" * 7, "damaged: its columns are 'path,"),
+        (b"\xff\xfe", "is not a valid UTF-8 CSV"),
+        (
+            b"image_path,label,split\n" + b"a.png,1,test\n" * 7,
+            "damaged: a split is neither",
+        ),
         (None, "damaged.*No such file"),
     ],
 )
@@ -269,7 +277,7 @@ def text_file(folder: Path, content: str | bytes) -> Path:
     [
         "0 1 2 3\n7 6 5 4\n",
         "0 1 2 3\r\n7 6 5 4",
-        "\ufeff  0 1  2\t3\n7 6 5 4\n\n \n",
+        "\ufeff  0 1  2\t3\n\n7 6 5 4\n\n \n",
         "0 01 000000000002 3\n7 6 5 4",
     ],
 )
@@ -289,21 +297,21 @@ def test_text_file_of_a_grid_that_is_no_square(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("0 1 2 3\n0 1 x 3\n", "line 2, number 3: 'x' is no index"),
-        ("0 1 2 3\n0 -1 2 3\n", "line 2, number 2: '-1' is no index"),
-        ("0 1.5 2 3\n", r"line 1, number 2: '1\.5' is no index"),
-        ("0 1 2 ²\n", "line 1, number 4: '²' is no index"),
+        ("0 1 2 3\n0 1 x 3\n", "line 2, number 3: 'x' is not an index"),
+        ("0 -1 2 3\n", "line 1, number 2: '-1' is not an index"),
+        ("0 1.5 2 3\n", r"line 1, number 2: '1\.5' is not an index"),
+        ("0 1 2 ²\n", "line 1, number 4: '²' is not an index"),
         ("0 1 2 16\n", "line 1, number 4: index 16 is out of range, the codebook has 16 codes"),
-        ("0 1 2 " + "0" * 20 + "9" * 5000, "line 1, number 4: index 9{20} is out of range"),
-        ("0 1 2 3\n0 1 2\n", "line 2, number 4: the line has 3 indices, but line 1 has 4"),
-        ("0 1 2 3\n0 1 2 3 4\n", "line 2, number 5: the line has 5 indices, but line 1 has 4"),
-        ("0 1 2 3\n\n0 1 2 3\n", "line 2, number 1: the line has 0 indices"),
-        ("0 1 2 3 4\n", "line 1, number 5: lines of 5 indices make no square; .*--latent_dim H,W"),
-        ("once upon a time\n", "line 1, number 1: 'once' is no index"),
-        ("", "line 1, number 1: no index"),
-        ("\n0 1 2 3\n", "line 1, number 1: no index"),
-        (b"\x89PNG\xff\x00", "line 1, number 1: .* is no index"),
-        ("0 1 2 3\n" + "0 " * (1 << 23), "line 2: it has 16,777,216 characters or more"),
+        ("0 1 2 " + "0" * 20 + "9" * 5000, "line 1, number 4: '0+ is not an index"),
+        ("0 1 2 3\n0 1 2\n", "is not a text file of indices: .* changed from 4 to 3 at row 2"),
+        ("0 1 2 3\n0 1 2 3 4\n", "is not a text file of indices: .* changed from 4 to 5 at row 2"),
+        (
+            "0 1 2 3 4\n",
+            "line 1, number 5: lines of 5 indices are not a square grid; ",
+        ),
+        ("once upon a time\n", "line 1, number 1: 'once' is not an index"),
+        ("", "holds no index"),
+        (b"\x89PNG\xff\x00", "is not a text file of indices: .*utf-8"),
     ],
 )
 def test_mistakes_in_a_text_file_have_line_and_column(

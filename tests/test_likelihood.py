@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.likelihood import auroc, noisy
 from transformer import GPT, GPTConfig
-from utils.data.table import epoch_order
+from utils.data.sources import epoch_order
 from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import VQVAE, VQVAEConfig

@@ -18,8 +18,8 @@ import train_vqvae
 from tests.conftest import TINY_TOKENIZER, write_images
 from tests.reference_vqgan import reference_weights
 from utils import cli
-from utils.data.images import ImageDataset
-from utils.data.table import split_rows
+from utils.data.images import ImageConfig, ImageDataset
+from utils.data.sources import split_rows
 from utils.files import read_tensors, write_folder
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
@@ -105,7 +105,7 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     weights = tuned.state_dict()
     assert not torch.equal(weights["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
 
-    dataset = ImageDataset(data, size=(24, 40), num_workers=0)
+    dataset = ImageDataset(data, ImageConfig(num_workers=0), size=(24, 40))
     rows = split_rows(dataset.rows, val_fraction=0.1, seed=0)[1]
     seen = reconstruct(
         start, dataset.batches([rows], torch.device("cpu")), train_vqvae.measure, keep=1

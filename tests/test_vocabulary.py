@@ -9,11 +9,10 @@ import pytest
 
 from transformer import GPTConfig
 from utils.cli import UserError
-from utils.data.grid_meta import GridMeta
-from utils.data.vocabulary import Vocabulary, read_vocabulary
+from utils.data.vocabulary import GridMeta, Vocabulary, read_vocabulary
 from utils.files import write_folder
 
-WORDS = Vocabulary(512, (7, 4), ("0001", "1", "NA"), "ab" * 32, "run")
+WORDS = Vocabulary(512, (7, 4), "ab" * 32, "run", ("0001", "1", "NA"))
 
 
 def test_labels_and_tokens() -> None:

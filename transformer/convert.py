@@ -137,7 +137,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     classes = tuple(map(str, range(config.num_classes)))
-    vocabulary = Vocabulary(config.codebook_size, config.latent_dim, classes)
+    vocabulary = Vocabulary(config.codebook_size, config.latent_dim, class_names=classes)
     inputs = {arguments.checkpoint: files.sha256(Path(arguments.checkpoint))}
     origin = Provenance(lineage=(Stage.now("gpt", inputs, ""),))
     content = model_files(model, origin) | {FILE: vocabulary.content()}

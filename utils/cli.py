@@ -21,9 +21,6 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
 }
 
-# How a CSV of images is read.
-IMAGE_FLAGS = ("allow_outside_paths", "max_pixels", "skip_bad_images", "num_workers")
-
 
 class UserError(Exception):
     """An error that the user can fix: one line saying what, where, and what to do."""
@@ -331,37 +328,6 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
         default=batch_size,
         help="images at once",
     )
-
-
-def add_image_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of all scripts that read a CSV of images without training on it."""
-    from utils.data.decoding import MAX_PIXELS  # late: it needs UserError of this file
-
-    parser.add_argument(
-        "--allow_outside_paths",
-        action="store_true",
-        help="accept image paths that leave the folder of the CSV",
-    )
-    parser.add_argument(
-        "--max_pixels",
-        type=positive,
-        default=MAX_PIXELS,
-        help=f"refuse image files whose header says more (default: {MAX_PIXELS})",
-    )
-    parser.add_argument(
-        "--skip_bad_images",
-        type=int,
-        default=0,
-        help="leave out up to this many files of a CSV that cannot be read as images (default: 0)",
-    )
-    parser.add_argument(
-        "--num_workers", type=int, default=-1, help="processes that decode; -1: one a core"
-    )
-
-
-def image_options(arguments: argparse.Namespace) -> dict[str, typing.Any]:
-    """What the flags of `add_image_flags` say, as `ImageDataset` takes it."""
-    return {name: getattr(arguments, name) for name in IMAGE_FLAGS}
 
 
 def next_command(*words: object) -> str:

@@ -19,7 +19,7 @@ DATA = Path("data/digits")
 OUTPUT = Path("outputs/demo")
 NUM_IMAGES = 500
 STEPS = (
-    f"-m utils.datasets digits --output_dir {DATA}",
+    f"-m utils.data.download digits --output_dir {DATA}",
     f"train_vqvae.py --path_to_data {DATA}/digits.csv --patch_size 2 --codebook_size 32 "
     f"--learning_rate 4e-3 --max_epochs 40 --evaluate_every 110 --experiment demo "
     f"--register digits-tokenizer "

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils import addresses, cli, distributed, figures, provenance, tracking
-from utils.data.conditions import read_conditions
+from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Split
@@ -53,7 +53,8 @@ def decode_conditions(address: str, path: Path, indices: Indices, device: torch.
     if conditions is None:
         raise cli.UserError(f"{path} has no conditions; leave out --condition_model_dir")
     tokenizer = load_tokenizer(address, device)
-    indices.meta.condition.check_tokenizer(tokenizer, f"the condition of {path}")
+    owner = f"the condition of {path}"
+    indices.meta.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
     with torch.inference_mode():
         return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
 
@@ -92,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     gpt_run_id = ""
     if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer, path)
+        indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
         gpt_run_id = indices.meta.gpt_run_id
     conditions = None
     if arguments.condition_model_dir:

@@ -20,7 +20,7 @@ from transformer import GPT, GPTConfig
 from utils import provenance
 from utils.cli import UserError, build
 from utils.data.indices import IndicesMeta, read_indices, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.distributed import Distributed
 from utils.files import read_tensors, write_folder
@@ -76,7 +76,7 @@ def _make_files() -> dict[str, Reader]:
     )
     write_folder(Path("tokenizer"), model_files(vqvae, Provenance()))
     gpt = GPT(GPTConfig(codebook_size=16, num_classes=2, latent_dim=GRID, dim=16, num_heads=2))
-    words = Vocabulary(16, GRID, ("a", "b"))
+    words = Vocabulary(16, GRID, class_names=("a", "b"))
     write_folder(Path("gpt"), model_files(gpt, Provenance()) | {FILE: words.content()})
     rows = [Row(f"{n}.png", "ab"[n % 2], "val" if n > 8 else "train") for n in range(12)]
     write_indices("indices", torch.randint(0, 16, (12, *GRID)), rows, IndicesMeta(16, GRID))

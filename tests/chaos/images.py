@@ -18,7 +18,7 @@ from PIL import Image
 from tests.chaos.harness import Result
 from utils.cli import UserError
 from utils.data.decoding import Header, read_header, read_image
-from utils.data.images import ImageDataset
+from utils.data.images import ImageConfig, ImageDataset
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SIDE = 24
@@ -140,13 +140,16 @@ def _skip_some(count: int) -> str:
         (folder / f"{number}.png").write_bytes(mutated(content, draw) if number % 3 else content)
     lines = "".join(f"{number}.png\n" for number in range(count))
     (folder / "data.csv").write_text(f"image_path\n{lines}")
-    settings = {"size": (SIDE, SIDE), "num_workers": 2}
-    dataset = ImageDataset(folder / "data.csv", skip_bad_images=count, **settings)
+    size = (SIDE, SIDE)
+    dataset = ImageDataset(
+        folder / "data.csv", ImageConfig(skip_bad_images=count, num_workers=2), size=size
+    )
     bad = len(dataset.skipped)
     if not 0 < bad <= count - count // 3 or len(dataset) != count - bad:
         return f"of {count} files {len(dataset)} kept and {bad} skipped"
     try:
-        ImageDataset(folder / "data.csv", skip_bad_images=bad - 1, **settings)
+        config = ImageConfig(skip_bad_images=bad - 1, num_workers=2)
+        ImageDataset(folder / "data.csv", config, size=size)
     except UserError as error:
         named = str(error).startswith(f"{bad} of {count} files")
         return f"skipped {bad} of {count} as asked" if named else str(error)

@@ -21,7 +21,7 @@ from PIL import Image
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
 from utils import cli, distributed, foreign
-from utils.data import images, indices, table, vocabulary
+from utils.data import images, indices, sources, vocabulary
 from utils.files import CHECKSUMS, read_tensors, write_folder
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
@@ -102,7 +102,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     write_folder(Path("model"), files)
     files = model_files(gpt, Provenance())
     write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
-    rows = [table.Row("a.png", "", "train")] * 3
+    rows = [sources.Row("a.png", "", "train")] * 3
     grids = torch.zeros(3, *GRID, dtype=torch.long)
     indices.write_indices("indices", grids, rows, indices.IndicesMeta(16, GRID), text=True)
     for folder in ("model", "gpt", "indices"):
@@ -122,7 +122,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     text = Path("indices", "indices.txt")
     found["text indices"] = text, lambda: indices.read_indices(text)
     found["vocabulary"] = Path("gpt", "vocabulary.json"), lambda: vocabulary.read_vocabulary("gpt")
-    found["CSV"] = Path("data.csv"), lambda: table.read_csv("data.csv")
+    found["CSV"] = Path("data.csv"), lambda: sources.read_rows("data.csv")
     found["image"] = Path("a.png"), lambda: images.ImageDataset("data.csv")
     for name in ("a.ckpt", "a.pt", "a.pth", "a.bin"):
         found[f"foreign {name}"] = Path(name), lambda name=name: foreign.read_state_dict(name)

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.chaos.harness import ROOT, Result
 from utils import cli
 from utils.data.indices import read_indices
-from utils.data.table import read_csv, split_rows
+from utils.data.sources import read_rows, split_rows
 
 WORDS = st.text(max_size=12)
 COLUMNS = st.sampled_from(["image_path", "label", "split", " image_path", "IMAGE_PATH", "x", ""])
@@ -122,7 +122,7 @@ def _try_all(
 
 
 def _use_table(path: Path) -> None:
-    split_rows(read_csv(path), val_fraction=0.5, seed=0, folder=path.parent)
+    split_rows(read_rows(path), val_fraction=0.5, seed=0)
 
 
 def _use_text(path: Path) -> None:

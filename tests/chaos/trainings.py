@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tests.chaos.harness import ROOT
 from tests.conftest import write_images
 from utils.data.indices import IndicesMeta, write_indices
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.training.checkpoint import checkpoints_in
 
 STEPS = 60

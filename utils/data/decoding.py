@@ -1,13 +1,13 @@
 """One image file: its header, and its pixels whatever the file holds."""
 
+import functools
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
@@ -17,72 +17,97 @@ from utils.cli import UserError, one_line
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # the EXIF tag
-# Of the many kinds that Pillow knows, some start other programs; these only decode.
+# Pillow reads more formats, but starts other programs for some; these only decode.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000
 TOO_MANY_PIXELS = "its header says more pixels than --max_pixels allows"
 
+P, T = ParamSpec("P"), TypeVar("T")
+
 
 class Header(NamedTuple):
-    """What an image file says of itself before its pixels are read."""
+    """The properties of an image file that are known before its pixels are read."""
 
-    size: tuple[int, int]  # height, width in pixels, as it is looked at
+    size: tuple[int, int]  # height, width in pixels, EXIF rotation applied
     grey: bool
     alpha: bool
 
 
 @contextmanager
 def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
-    """An image file of one of `FORMATS`, whose pixels are read when they are first asked for.
+    """An image file of one of `FORMATS`, whose pixels are read on first use.
 
     Raises:
         Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombError
             where its header, or a frame of it, says more than `max_pixels`.
     """
-    _quieten()
-    Image.MAX_IMAGE_PIXELS = max_pixels / 2  # where Pillow warns; it raises from twice that on
-    # By its path Pillow maps the file into memory, and garbles rotated TIFF files.
-    with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
-        yield image
+    logger, limit = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS
+    level = logger.level
+    try:
+        with warnings.catch_warnings():  # Pillow's, of odd files, do not name the file
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+            logger.setLevel(logging.CRITICAL)
+            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow raises from twice this number on
+            # Given a path, Pillow maps the file into memory, and garbles rotated TIFF files.
+            with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+                yield image
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+        logger.setLevel(level)
 
 
-@cache
-def _quieten() -> None:
-    """Have Pillow keep to itself what it says of odd files, without a name; once a process."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
-    logging.getLogger("PIL").setLevel(logging.CRITICAL)
+def complaint(file: str | Path, error: Exception) -> str:
+    """The reason why Pillow could not read a file, in one line."""
+    if os.path.exists(file) and os.path.getsize(file) == 0:
+        return "the file is empty"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image file of a supported format: {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return TOO_MANY_PIXELS
+    return one_line(error)
 
 
-def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header | str:
-    """The header of an image file, or what is wrong with it.
+def _or_complaint(read: Callable[P, T]) -> Callable[P, T | str]:
+    """Make a reader of files return the reason why it cannot read one, instead of raising it."""
+
+    @functools.wraps(read)
+    def wrapper(*arguments: P.args, **options: P.kwargs) -> T | str:
+        try:
+            return read(*arguments, **options)
+        except MemoryError:  # which says nothing about the file
+            raise
+        except Exception as error:  # Pillow raises nearly every type on damaged files
+            return complaint(arguments[0], error)
+
+    return wrapper
+
+
+@_or_complaint
+def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header:
+    """The header of an image file, or the reason why it cannot be read, as a string.
 
     Raises:
-        MemoryError: there is too little, whatever the file holds.
+        MemoryError: too little memory, whatever the file holds.
     """
-    try:
-        with open_image(file, max_pixels) as image:
-            width, height = image.size
-            # Pillow has swapped those of a TIFF file already.
-            rotated = image.format != "TIFF" and _says_rotation(image)
-            if rotated and image.getexif().get(ORIENTATION) in ROTATED:
-                height, width = width, height
-            grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
-            if image.mode == "P" and image.palette is not None:
-                grey = _is_grey(image.palette)
-            return Header((height, width), grey, image.has_transparency_data)
-    except MemoryError:  # which says nothing about the file
-        raise
-    except Exception as error:  # Pillow raises nearly everything on damaged files
-        return complaint(file, error)
+    with open_image(file, max_pixels) as image:
+        width, height = image.size
+        # Pillow has already swapped those of a TIFF file.
+        rotated = image.format != "TIFF" and _has_rotation(image)
+        if rotated and image.getexif().get(ORIENTATION) in ROTATED:
+            height, width = width, height
+        grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
+        if image.mode == "P" and image.palette is not None:
+            grey = _is_grey(image.palette)
+        return Header((height, width), grey, image.has_transparency_data)
 
 
-def _says_rotation(image: Image.Image) -> bool:
-    """Whether EXIF counts: in PNG files it may stand after the pixels, where no header is."""
+def _has_rotation(image: Image.Image) -> bool:
+    """Whether EXIF counts: in PNG files it may come after the pixels, unknown to the header."""
     return image.format != "PNG" or "exif" in image.info
 
 
 def _is_grey(palette: ImagePalette.ImagePalette) -> bool:
-    """Whether all colours of a palette are greys, in whatever order its format stores them."""
+    """Whether all colours of a palette are greys; its layout depends on the file format."""
     layout, colours = palette.getdata()
     image = Image.new("P", (1, 1))
     image.putpalette(colours, layout)
@@ -90,56 +115,38 @@ def _is_grey(palette: ImagePalette.ImagePalette) -> bool:
     return bool((red_green_blue == red_green_blue[:, :1]).all())
 
 
-def complaint(file: str, error: Exception) -> str:
-    """What Pillow has to say about a file that it could not read, in one line."""
-    if os.path.exists(file) and os.path.getsize(file) == 0:
-        return "the file is empty"
-    if isinstance(error, UnidentifiedImageError):
-        return f"no image file of a kind that is read here: {', '.join(FORMATS)}"
-    if isinstance(error, Image.DecompressionBombError):
-        return TOO_MANY_PIXELS
-    return one_line(error)
-
-
 def _to_eight_bits(image: Image.Image) -> Image.Image:
     """16-bit and float images to 8 bits; Pillow's own conversion would clip them."""
-    if image.mode == "F":
-        values = np.asarray(image)
-        values = values * 255 if values.max(initial=0) <= 1 else values
-    elif image.mode.startswith("I"):
-        values = np.asarray(image)
-        # 32-bit containers hold 16-bit values; a 16-bit white is 65535.
-        values = values / 257 if values.max(initial=0) > 255 or image.mode != "I" else values
-    else:
+    if image.mode != "F" and not image.mode.startswith("I"):
         return image
+    values = np.asarray(image)
+    if image.mode == "F":
+        values = values * 255 if values.max(initial=0) <= 1 else values
+    elif values.max(initial=0) > 255 or image.mode != "I":
+        values = values / 257  # 32-bit containers hold 16-bit values; a 16-bit white is 65535
     return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def decode_image(
-    file: str | Path, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+@_or_complaint
+def read_image(
+    file: str, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
 ) -> np.ndarray:
-    """An image file as a picture of the given size: resized to cover it, then cut in the middle.
+    """An image file as (channels, height, width), uint8: resized to cover `size`, then cropped.
 
-    Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, of an animation the
-    first frame is taken. Without an alpha channel in the result, transparent parts become white.
-
-    Args:
-        file: of one of `FORMATS`.
-        channels: 1, 3 or 4.
-        size: height and width.
-        max_pixels: refuse a file whose header says more.
+    Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, and of an animation
+    the first frame is used. With 1 or 3 channels, transparency becomes white.
 
     Returns:
-        (channels, height, width), uint8.
+        the pixels, or the reason why the file cannot be read, as a string.
 
     Raises:
-        Exception: of any type, where Pillow cannot read the file.
+        MemoryError: too little memory, whatever the file holds.
     """
     height, width = size
     with open_image(file, max_pixels) as image:
         if image.format == "JPEG":  # decodes at a fraction of the size where that is enough
             image.draft(None, (2 * max(size), 2 * max(size)))
-        if _says_rotation(image):
+        if _has_rotation(image):
             image = ImageOps.exif_transpose(image)
         image = _to_eight_bits(image)
         if image.has_transparency_data:
@@ -154,40 +161,26 @@ def decode_image(
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
 
 
-def read_image(
-    file: str | Path, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
-) -> np.ndarray | str:
-    """`decode_image`, or what is wrong with the file.
-
-    Raises:
-        MemoryError: there is too little, whatever the file holds.
-    """
-    try:
-        return decode_image(file, channels, size, max_pixels)
-    except MemoryError:  # which says nothing about the file
-        raise
-    except Exception as error:  # Pillow raises nearly everything on damaged files
-        return complaint(str(file), error)
-
-
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
-    """The cells that stay, (h, w), bool: where a picture, shrunk to the grid, is rather white.
+    """The known positions, (h, w), bool: where a picture, shrunk to the latent grid, is light.
 
     Raises:
-        UserError: no picture, or nothing is left to draw.
-        MemoryError: there is too little to read it.
+        UserError: no picture, or no position is left to sample.
+        MemoryError: too little memory to read it.
     """
-    try:
-        with open_image(path) as picture:
-            mask = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except MemoryError:  # which says nothing about the file
-        raise
-    except Exception as error:  # Pillow raises nearly everything on damaged files
+
+    mask = _shrink(path, size)
+    if isinstance(mask, str):
         raise UserError(
-            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: "
-            f"{complaint(path, error)}"
-        ) from error
+            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: {mask}"
+        )
     keep = np.asarray(mask) >= 128
     if keep.all():
         raise UserError(f"--mask {path} leaves nothing to draw; black cells are drawn")
     return keep
+
+
+@_or_complaint
+def _shrink(path: str, size: tuple[int, int]) -> Image.Image:
+    with open_image(path) as picture:
+        return picture.convert("L").resize(size[::-1], Image.Resampling.BOX)

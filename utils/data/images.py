@@ -1,32 +1,57 @@
-"""CSV of images to batches of image tensors in [-1, 1]."""
+"""Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
-import csv
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.cli import UserError, first_few
-from utils.data.augmentation import Augmentation
 from utils.data.decoding import MAX_PIXELS, TOO_MANY_PIXELS, Header, read_header, read_image
-from utils.data.table import read_csv, split_rows
-from utils.data.workers import read_batches
+from utils.data.sources import read_rows, root_of, seeded_generator
+from utils.data.sources.csv import write_table
 
-CHUNK = 256  # files that a process reads at a time
+CHUNK = 256  # files that a worker reads at a time, where all files are read
+TIMEOUT = 300  # seconds that a worker may take for a batch
 SKIPPED = "skipped.csv"
 
 
-@dataclass(frozen=True)
-class DataConfig:
-    """Where the images are and how they are cut."""
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig:
+    """How image files are read: the flags of every script that reads images."""
+
+    allow_outside_paths: bool = field(
+        default=False, metadata={"help": "accept image paths that leave the folder of the CSV"}
+    )
+    max_pixels: int = field(
+        default=MAX_PIXELS, metadata={"help": "refuse image files whose header says more"}
+    )
+    skip_bad_images: int = field(
+        default=0,
+        metadata={"help": "leave out up to this many files that cannot be read as images"},
+    )
+    num_workers: int = field(
+        default=-1, metadata={"help": "processes that decode images; -1: one a core"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.max_pixels < 1 or self.skip_bad_images < 0:
+            raise ValueError("max_pixels must be 1 or more, skip_bad_images must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImageConfig):
+    """The images of a training."""
 
     path_to_data: str = field(
         metadata={"help": "CSV with columns image_path[,label][,split]", "metavar": "CSV"}
@@ -41,96 +66,119 @@ class DataConfig:
     horizontal_flip: bool = field(
         default=False, metadata={"help": "mirror half of the training images"}
     )
-    allow_outside_paths: bool = field(
-        default=False, metadata={"help": "accept image paths that leave the folder of the CSV"}
-    )
-    max_pixels: int = field(
-        default=MAX_PIXELS, metadata={"help": "refuse image files whose header says more"}
-    )
-    skip_bad_images: int = field(
-        default=0,
-        metadata={"help": "leave out up to this many files that cannot be read as images"},
-    )
 
     def __post_init__(self) -> None:
-        if self.max_pixels < 1 or self.skip_bad_images < 0:
-            raise ValueError("max_pixels must be 1 or more, skip_bad_images must not be negative")
+        super().__post_init__()
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
 
 
+class Augmentation(NamedTuple):
+    """The random changes to the images of one epoch, a function of seed, epoch and row."""
+
+    horizontal_flip: bool
+    random_crop: bool
+    seed: int
+    epoch: int
+
+    def random_numbers(self, num_rows: int) -> Tensor:
+        """Three numbers for each row of the data set, (num_rows, 3) in [0, 1)."""
+        generator = seeded_generator("augmentation", self.seed, self.epoch)
+        return torch.rand(num_rows, 3, generator=generator)
+
+    def apply(self, images: Tensor, random: Tensor, size: tuple[int, int]) -> Tensor:
+        """(B, C, *resize_size) and the numbers (B, 3) of their rows -> (B, C, *size), uint8."""
+        # Its import takes as long as that of torch, and most commands do not need it.
+        from torchvision.transforms.v2 import functional as F
+
+        if self.random_crop:
+            spare = torch.tensor([images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1])
+            corners = (random[:, :2] * spare).long().tolist()
+            images = torch.stack(
+                [
+                    F.crop_image(image, top, left, *size)
+                    for image, (top, left) in zip(images, corners, strict=True)
+                ]
+            )
+        if self.horizontal_flip:
+            mirrored = (random[:, 2] < 0.5)[:, None, None, None]
+            images = torch.where(mirrored, F.horizontal_flip_image(images), images)
+        return images
+
+
 class ImageDataset:
-    """The images of a CSV, decoded once into memory where they fit, else streamed from disk.
+    """The images of a data source, decoded once into memory where they fit, else streamed.
 
     Attributes:
-        rows: the lines of the CSV, without those of bad images that were skipped.
-        skipped: those rows' number (from 1), image_path and what is wrong with the file.
+        rows: of the source, without those of bad images that were skipped.
+        skipped: the number (from 1), image_path and complaint of each row that was.
         size: height and width of an image in pixels.
         channels: 1, 3 or 4.
-        canvas: height and width of the images as they are kept; larger than `size` where random
-            crops are taken from them.
-        pixels: (N, channels, *canvas), uint8, or None where the images are streamed.
+        resize_size: height and width of the images before cropping; larger than `size` for random
+            crops.
+        pixels: (N, channels, *resize_size), uint8, or None where the images are streamed.
     """
 
     def __init__(
         self,
         path: str | Path,
+        config: ImageConfig | None = None,
         *,
         column: str = "image_path",
         size: tuple[int, int] | None = None,
         channels: int | None = None,
         random_crop: bool = False,
-        allow_outside_paths: bool = False,
-        max_pixels: int = MAX_PIXELS,
-        skip_bad_images: int = 0,
-        num_workers: int = -1,
         processes: int = 1,
         max_memory: int | None = None,
     ) -> None:
-        """Read a CSV, check the header of every file, and decode all if that fits into memory.
+        """Read the rows, check the header of every file, and decode all if they fit into memory.
 
         Args:
-            path: the CSV.
-            column: image_path, or condition_path for the pictures that come with the images.
-            size: height and width to resize and crop to; None: what all images have.
+            path: of a data source, such as a CSV.
+            config: how files are read. To find up to `skip_bad_images` bad ones before training,
+                images that do not fit into memory are decoded once as well.
+            column: image_path, or condition_path for the conditioning images.
+            size: height and width to resize and crop to; None: the size of all images.
             channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have an alpha channel,
                 else 3.
             random_crop: keep the images an eighth larger, for random crops of `size`.
-            allow_outside_paths: see `read_csv`.
-            max_pixels: more in the header of a file make it a bad one.
-            skip_bad_images: leave out up to this many files that cannot be read as images. To
-                find them all now, images that do not fit into memory are decoded once as well.
-            num_workers: processes that decode; below 0 as many as there are cores, up to 16.
-            processes: how many processes share this machine's memory.
+            processes: the number of processes that share this machine's memory.
             max_memory: bytes that the images may take; None: half of what is free.
 
         Raises:
-            UserError: see `read_csv`; files that are no images or, in memory, cannot be decoded;
-                sizes that differ without `size`; a CSV without the column; a process that
-                decodes dies or hangs.
+            UserError: see `read_rows`; files that are not images or, in memory, cannot be decoded;
+                different sizes without `size`; a missing column; a worker that dies or hangs.
         """
-        self.path = Path(path)
-        self.rows = read_csv(path, allow_outside_paths=allow_outside_paths)
-        self.names = [getattr(row, column) for row in self.rows]
-        if not all(self.names):
+        self.path, config = Path(path), config or ImageConfig()
+        self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
+        self._column, self._skippable = column, config.skip_bad_images
+        if not all(getattr(row, column) for row in self.rows):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
-        self.files = [str(self.path.parent / name) for name in self.names]
-        self.num_workers = min(16, os.cpu_count() or 1) if num_workers < 0 else num_workers
-        self.max_pixels, self._to_skip = max_pixels, skip_bad_images
+        self.num_workers = config.num_workers
+        if self.num_workers < 0:
+            self.num_workers = min(16, os.cpu_count() or 1)
         self.skipped: list[tuple[int, str, str]] = []
-        self._numbers = range(len(self.rows))  # of the rows in the CSV
-        headers = self._headers()
-        self.size = size or _common_size(self.path, self.names, headers)
+        self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
+        headers = self._read_all(partial(read_header, max_pixels=config.max_pixels), "checking")
+        self.size = size or self._common_size(headers)
         self.channels = channels or _common_channels(headers)
-        margin = 9 / 8 if random_crop else 1
-        self.canvas = round(self.size[0] * margin), round(self.size[1] * margin)
+        scale = 9 / 8 if random_crop else 1
+        self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
+        self._decode = partial(
+            read_image,
+            channels=self.channels,
+            size=self.resize_size,
+            max_pixels=config.max_pixels,
+        )
         self.pixels: Tensor | None = None
         if max_memory is None:
             max_memory = psutil.virtual_memory().available // (2 * processes)
         if self.size_in_memory <= max_memory:
-            self.pixels = torch.empty(len(self), self.channels, *self.canvas, dtype=torch.uint8)
-        if self.pixels is not None or skip_bad_images:
-            self._decode_all()
+            pixels = torch.empty(len(self), self.channels, *self.resize_size, dtype=torch.uint8)
+            good = self._read_all(self._decode, "decoding", pixels.numpy())
+            self.pixels = pixels[: len(good)]
+        elif config.skip_bad_images:
+            self._read_all(self._decode, "decoding")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -146,7 +194,17 @@ class ImageDataset:
     @property
     def size_in_memory(self) -> int:
         """Bytes of all images when decoded."""
-        return len(self) * self.channels * self.canvas[0] * self.canvas[1]
+        return len(self) * self.channels * self.resize_size[0] * self.resize_size[1]
+
+    @property
+    def files(self) -> list[str]:
+        """The path of each row's file."""
+        root = root_of(self.path)
+        return [str(root / getattr(row, self._column)) for row in self.rows]
+
+    def name(self, row: int) -> str:
+        """The name of a row in messages: its number in the source, and its file."""
+        return f"row {self._numbers[row]} {getattr(self.rows[row], self._column)}"
 
     def batches(
         self,
@@ -159,160 +217,164 @@ class ImageDataset:
         Raises:
             UserError: a file that cannot be decoded, named with its row.
         """
-        for rows, images in zip(batches_of_rows, self._canvases(batches_of_rows), strict=True):
+        if augmentation is not None:
+            random = augmentation.random_numbers(len(self))
+        height, width = self.size
+        top, left = (self.resize_size[0] - height) // 2, (self.resize_size[1] - width) // 2
+        for rows, images in zip(batches_of_rows, self._resized(batches_of_rows), strict=True):
             if augmentation is not None:
-                images = augmentation.apply(images, rows, self.size, len(self))
-            if images.shape[2:] != self.size:  # what is not cropped at random is cut in the middle
-                top, left = (
-                    canvas - side for canvas, side in zip(self.canvas, self.size, strict=True)
-                )
-                images = images[..., top // 2 :, left // 2 :][..., : self.size[0], : self.size[1]]
+                images = augmentation.apply(images, random[rows], self.size)
+            if images.shape[2:] != self.size:  # without random crops, the centre
+                images = images[..., top : top + height, left : left + width]
             images = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
             yield images.contiguous(memory_format=torch.channels_last)
 
-    def _canvases(self, batches_of_rows: Sequence[Tensor]) -> Iterator[Tensor]:
-        """(B, channels, *canvas), uint8, of each batch of row numbers."""
+    def _resized(self, batches_of_rows: Sequence[Tensor]) -> Iterator[Tensor]:
+        """(B, channels, *resize_size), uint8, of each batch of row numbers."""
         if self.pixels is not None:
             for rows in batches_of_rows:
                 yield self.pixels[rows]
             return
         lists = [rows.tolist() for rows in batches_of_rows]
-        batches = read_batches(self._decode, self.files, lists, self.num_workers, self.name)
+        batches = load_files(self._decode, self.files, lists, self.num_workers)
         for rows, images in zip(lists, batches, strict=True):
             found = zip(rows, images, strict=True)
             self._refuse({row: image for row, image in found if isinstance(image, str)})
             yield torch.from_numpy(np.stack(images))
 
-    def write_skipped(self, folder: Path, name: str = SKIPPED) -> None:
-        """List the files that were skipped in a CSV, and say so; nothing without any."""
-        if not self.skipped:
-            return
-        with (folder / name).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["row", "image_path", "complaint"])
-            writer.writerows(self.skipped)
-        print(f"skipped {len(self.skipped):,} bad images, listed in {folder / name}")
+    def _read_all(
+        self, read: Callable[[str], Any], title: str, into: np.ndarray | None = None
+    ) -> list[Any]:
+        """read(file) of each file, by workers where there are many; bad files are skipped.
 
-    @property
-    def _decode(self) -> Callable[[str], np.ndarray | str]:
-        settings = {"channels": self.channels, "size": self.canvas}
-        return partial(read_image, **settings, max_pixels=self.max_pixels)
-
-    def _headers(self) -> list[Header]:
-        headers, bad = [], {}
-        for header in self._each(partial(read_header, max_pixels=self.max_pixels), "checking"):
-            if isinstance(header, str):
-                bad[len(headers) + len(bad)] = header
-            else:
-                headers.append(header)
-        self._leave_out(bad)
-        return headers
-
-    def _decode_all(self) -> None:
-        """Fill `pixels`, if there are any, without those of bad files."""
-        good, bad = 0, {}
-        for image in self._each(self._decode, "decoding"):
-            if isinstance(image, str):
-                bad[good + len(bad)] = image
-                continue
-            if self.pixels is not None:
-                self.pixels.numpy()[good] = image
-            good += 1
-        self._leave_out(bad)
-        if self.pixels is not None:
-            self.pixels = self.pixels[:good]
-
-    def _each(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
-        """read(file) of each file, in order; by processes where there is much."""
+        Args:
+            read: returns a string for a bad file.
+            title: of the progress bar.
+            into: where to put the results; the list that is returned then holds None for each.
+        """
         pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
+        results, bad = [], {}
         with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
-            for results in read_batches(read, self.files, pieces, num_workers, self.name):
-                yield from results
-                bar.update(len(results))
+            for piece in load_files(read, self.files, pieces, num_workers):
+                for result in piece:
+                    if isinstance(result, str):
+                        bad[len(results) + len(bad)] = result
+                    elif into is None:
+                        results.append(result)
+                    else:
+                        into[len(results)] = result
+                        results.append(None)
+                bar.update(len(piece))
+        self._skip(bad)
+        return results
 
-    def name(self, row: int) -> str:
-        """What to call a row of the data set in a message: as in the CSV, with its file."""
-        return f"row {self._numbers[row] + 1} {self.names[row]}"
-
-    def _leave_out(self, bad: dict[int, str]) -> None:
-        """Take rows out of the data set, if so many may be skipped."""
+    def _skip(self, bad: dict[int, str]) -> None:
+        """Remove rows, by number with a complaint, or refuse if they are too many."""
         if not bad:
             return
-        if len(self.skipped) + len(bad) > self._to_skip or len(bad) == len(self):
+        if len(self.skipped) + len(bad) > self._skippable or len(bad) == len(self):
             self._refuse(bad)
         for row, complaint in bad.items():
-            self.skipped.append((self._numbers[row] + 1, self.names[row], complaint))
+            path = getattr(self.rows[row], self._column)
+            self.skipped.append((self._numbers[row], path, complaint))
         kept = [row for row in range(len(self)) if row not in bad]
         self._numbers = [self._numbers[row] for row in kept]
         self.rows = [self.rows[row] for row in kept]
-        self.names = [self.names[row] for row in kept]
-        self.files = [self.files[row] for row in kept]
 
     def _refuse(self, bad: dict[int, str]) -> None:
         """Raise if there are bad files, by row."""
-        if bad:
-            count = len(bad) + len(self.skipped)
-            named = first_few([f"{self.name(row)} ({text})" for row, text in bad.items()])
-            total = len(self) + len(self.skipped)
-            ways = ["replace them", "take them out of the CSV"]
-            if TOO_MANY_PIXELS in bad.values():
-                ways.insert(0, "raise --max_pixels if you trust them")
-            if count < total:  # to leave out all of them would be no way
-                leave = f"leave them out: --skip_bad_images {count}"
-                ways.append(f"where a script has the flag, {leave}")
-            raise UserError(
-                f"{count} of {total} files in {self.path} cannot be read as images: {named}; "
-                f"{', '.join(ways[:-1])}, or {ways[-1]}"
-            )
-
-
-def read_images(
-    data: DataConfig,
-    *,
-    size: tuple[int, int] | None,
-    channels: int | None,
-    seed: int,
-    num_workers: int,
-    processes: int,
-) -> tuple[ImageDataset, Tensor, Tensor]:
-    """The images of a training, and the rows of them to train on and to validate.
-
-    Raises:
-        UserError: see `ImageDataset`.
-    """
-    dataset = ImageDataset(
-        data.path_to_data,
-        size=size,
-        channels=channels,
-        random_crop=data.random_crop,
-        allow_outside_paths=data.allow_outside_paths,
-        max_pixels=data.max_pixels,
-        skip_bad_images=data.skip_bad_images,
-        num_workers=num_workers,
-        processes=processes,
-    )
-    parts = split_rows(
-        dataset.rows, val_fraction=data.val_fraction, seed=seed, folder=dataset.path.parent
-    )
-    return dataset, *parts
-
-
-def _common_size(path: Path, names: Sequence[str], headers: Sequence[Header]) -> tuple[int, int]:
-    """The size that all images have."""
-    sizes: dict[tuple[int, int], int] = {}
-    for row, header in enumerate(headers):
-        sizes.setdefault(header.size, row)
-    if len(sizes) > 1:
-        found = [f"{h}x{w} ({names[row]})" for (h, w), row in sizes.items()]
+        if not bad:
+            return
+        count, total = len(bad) + len(self.skipped), len(self) + len(self.skipped)
+        named = first_few([f"{self.name(row)} ({text})" for row, text in bad.items()])
+        ways = ["replace them", "remove them from the CSV"]
+        if TOO_MANY_PIXELS in bad.values():
+            ways.insert(0, "raise --max_pixels if you trust them")
+        if count < total:  # skipping all of them would leave nothing
+            ways.append(f"where a script has the flag, leave them out: --skip_bad_images {count}")
         raise UserError(
-            f"the images in {path} have {len(sizes)} sizes: {first_few(found)}; "
-            "--image_size H,W resizes and crops them to one"
+            f"{count} of {total} files in {self.path} cannot be read as images: {named}; "
+            f"{', '.join(ways[:-1])}, or {ways[-1]}"
         )
-    return next(iter(sizes))
+
+    def write_skipped(self, folder: Path, name: str = SKIPPED) -> None:
+        """List the files that were skipped, if any, in a CSV."""
+        if self.skipped:
+            write_table(folder / name, ("row", "image_path", "complaint"), self.skipped)
+            print(f"skipped {len(self.skipped):,} bad images, listed in {folder / name}")
+
+    def _common_size(self, headers: Sequence[Header]) -> tuple[int, int]:
+        """The size of all images."""
+        sizes: dict[tuple[int, int], int] = {}
+        for row, header in enumerate(headers):
+            sizes.setdefault(header.size, row)
+        if len(sizes) > 1:
+            paths = [getattr(row, self._column) for row in self.rows]
+            found = [f"{h}x{w} ({paths[row]})" for (h, w), row in sizes.items()]
+            raise UserError(
+                f"the images in {self.path} have {len(sizes)} sizes: {first_few(found)}; "
+                "--image_size H,W resizes and crops them to one"
+            )
+        return next(iter(sizes))
 
 
 def _common_channels(headers: Sequence[Header]) -> int:
     if all(header.alpha for header in headers):
         return 4
     return 1 if all(header.grey for header in headers) else 3
+
+
+class _Files(Dataset):
+    """read(file) by row number."""
+
+    def __init__(self, read: Callable[[str], Any], files: Sequence[str]) -> None:
+        self._read, self._files = read, files
+
+    def __getitem__(self, row: int) -> Any:
+        return self._read(self._files[row])
+
+
+def load_files(
+    read: Callable[[str], Any],
+    files: Sequence[str],
+    batches: Sequence[Sequence[int]],
+    num_workers: int,
+) -> Iterator[list[Any]]:
+    """`[read(files[row]) for row in batch]` of each batch, in order.
+
+    Args:
+        read: its errors, such as MemoryError, are raised here.
+        files: by row.
+        batches: row numbers.
+        num_workers: processes that read ahead; 0: this one reads.
+
+    Raises:
+        UserError: a worker died or hung.
+    """
+    loader = DataLoader(
+        _Files(files=files, read=read),
+        batch_sampler=batches,
+        collate_fn=list,
+        num_workers=num_workers,
+        worker_init_fn=_ignore_signals,
+        timeout=TIMEOUT if num_workers else 0,
+        generator=torch.Generator(),  # it would take a number from PyTorch's global one
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would be waited for
+        raise UserError(
+            f"a process that reads images died or hung ({error}); if memory ran out use fewer "
+            "--num_workers (0: none)"
+        ) from error
+
+
+def _ignore_signals(_: int) -> None:
+    """Leave signals to the main process, which saves and stops its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)

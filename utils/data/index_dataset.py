@@ -1,25 +1,31 @@
-"""An indices folder as training data: batches of grids, and what a GPT is given before each."""
+"""Indices as training data: batches of grids, with the condition or the crops of each image.
+
+condition.npy  (N, hc, wc): the grid of an image that comes with each image, such as its
+               segmentation or a low resolution (arXiv 2012.09841, section 4.1)
+crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data.conditions import read_conditions
-from utils.data.crops import read_crops
-from utils.data.indices import Indices, read_indices
-from utils.data.table import split_rows
-from utils.data.vocabulary import Vocabulary
+from utils.data.indices import Indices, IndicesMeta, open_grids, read_indices, smallest_type
+from utils.data.sources import Row, seeded_generator, split_rows
+from utils.data.vocabulary import GridMeta, Vocabulary
 from utils.provenance import LoadedModel
+
+CONDITION, CROPS = "condition.npy", "crops.npy"
 
 
 @dataclass(frozen=True)
 class IndicesConfig:
-    """What to train on."""
+    """The data of a training on indices."""
 
     path_to_data: str = field(
         metadata={"help": "indices folder of quantize_dataset.py, runs:/..., or a text file"}
@@ -47,11 +53,11 @@ class IndexDataset:
 
     Attributes:
         path: of the folder or the file.
-        words: what the indices mean.
-        rows: what the manifest says of each grid.
-        grids: (N, h, w), or (N, h, w, depth) for a depth above 1, of any integer type.
+        vocabulary: the meaning of the indices.
+        rows: one for each grid.
+        grids: (N, h, w[, depth]) of any integer type.
         classes: (N,), the prefix token of each grid's label.
-        conditions: (N, hc, wc), of any integer type, or None.
+        conditions: (N, hc, wc) of any integer type, or None.
         train_rows, val_rows: row numbers.
     """
 
@@ -64,12 +70,12 @@ class IndexDataset:
         val_fraction: float,
         seed: int,
     ) -> None:
-        """Read all indices, and split them as their manifest says, or else by `seed`.
+        """Read all indices, and split them by their manifest, or else by `seed`.
 
         Args:
             path: the folder or the file.
-            tokenizer: what made the indices, where it is at hand.
-            latent_dim, val_fraction: of a text file, which does not say.
+            tokenizer: that made the indices, where available.
+            latent_dim, val_fraction: of a text file.
             seed: of the split, and of the choice among crops.
 
         Raises:
@@ -77,43 +83,41 @@ class IndexDataset:
         """
         self.path, self._seed = path, seed
         indices = read_indices(path, latent_dim=latent_dim, depth=None)
+        self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
-            _check_tokenizer(tokenizer, indices, path)
-        self.words = describe(indices, tokenizer)
+            config = tokenizer.model.config
+            self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.tensor()
-        self.classes = torch.tensor(self.words.tokens([row.label for row in indices.rows]))
+        self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
         self.conditions = read_conditions(path, indices)
         self._crops = read_crops(path, indices)
-        self.train_rows, self.val_rows = split_rows(
-            indices.rows, val_fraction=val_fraction, seed=seed
-        )
+        self.train_rows, self.val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
 
     def __str__(self) -> str:
         more = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "
         return (
             f"{self.path}: {len(self.grids):,} grids of {_by(self.grids[0].shape)}, "
-            f"{self.words.codebook_size} codes, {len(self.words.class_names)} classes, {more}"
-            f"{len(self.train_rows):,} to train on, {len(self.val_rows):,} to validate"
+            f"{self.vocabulary.codebook_size} codes, {len(self.vocabulary.class_names)} classes, "
+            f"{more}{len(self.train_rows):,} to train on, {len(self.val_rows):,} to validate"
         )
 
     def name(self, row: int) -> str:
-        """What to call a row of the data set in a message."""
+        """The name of a row in messages."""
         return f"row {row + 1} {self.rows[row].image_path}".rstrip()
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """All that a training reads: grids, conditions and crops, as far as there are any."""
-        crops = None if self._crops is None else self._crops.array
-        return [np.asarray(x) for x in (self.grids, self.conditions, crops) if x is not None]
+        """All grids that a training reads."""
+        return [np.asarray(x) for x in (self.grids, self.conditions, self._crops) if x is not None]
 
     @property
     def params(self) -> dict[str, object]:
-        """What a list of runs shows of the data."""
+        """The parameters of the data that a list of runs shows."""
         return {
             "data": self.path.name,
-            "latent_dim": self.words.latent_dim,
-            "codebook_size": self.words.codebook_size,
-            "classes": len(self.words.class_names),
+            "latent_dim": self.vocabulary.latent_dim,
+            "codebook_size": self.vocabulary.codebook_size,
+            "classes": len(self.vocabulary.class_names),
         }
 
     def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -127,39 +131,110 @@ class IndexDataset:
 
         Args:
             batches_of_rows: row numbers.
-            epoch: which crops of the images are taken where there are any; None: the images.
+            epoch: of the choice among the crops, where there are any; None: the whole images.
         """
+        crops = None if epoch is None else self._crops
+        if crops is not None:
+            chosen = choose_crops(*crops.shape[:2], self._seed, epoch)
         for rows in batches_of_rows:
-            whole = epoch is None or self._crops is None
-            grids = self.grids[rows] if whole else self._crops.pick(rows, self._seed, epoch)
+            grids = self.grids[rows]
+            if crops is not None:
+                grids = torch.from_numpy(crops[rows.numpy(), chosen[rows].numpy()])
             yield *self.prefix_inputs(rows), grids.long()
 
 
-def describe(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:
+def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor:
+    """The crop of each row in one epoch, (num_rows,), a function of seed, epoch and row."""
+    return torch.randint(num_crops, (num_rows,), generator=seeded_generator("crops", seed, epoch))
+
+
+def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
+    """crops.npy of an indices folder, memory-mapped; None where it has none.
+
+    Raises:
+        UserError: see `open_grids`.
+    """
+    if not (folder / CROPS).is_file():
+        return None
+    shape = len(indices), None, *indices.meta.shape
+    return open_grids(folder / CROPS, shape, indices.meta.codebook_size)
+
+
+def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
+    """condition.npy of an indices folder; None where it has none.
+
+    Raises:
+        UserError: see `open_grids`.
+    """
+    meta = indices.meta.condition if indices.meta is not None else None
+    if meta is None:
+        return None
+    shape = len(indices), *meta.latent_dim
+    return torch.from_numpy(np.array(open_grids(folder / CONDITION, shape, meta.codebook_size)))
+
+
+def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
+    """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
+    np.save(folder / CONDITION, conditions.cpu().numpy().astype(smallest_type(codebook_size)))
+
+
+class Conditions(NamedTuple):
+    """Conditioning grids (N, hc, wc) of any integer type or None, and the row of each."""
+
+    grids: Tensor | None
+    rows: Sequence[Row]
+
+    def cycle(self, count: int, repeats: int) -> "Conditions":
+        """`count` of them, each `repeats` times in a row, starting over after the last."""
+        chosen = (torch.arange(count // repeats) % len(self.rows)).repeat_interleave(repeats)
+        return Conditions(self.grids[chosen], [self.rows[row] for row in chosen.tolist()])
+
+
+def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:
+    """The conditions in an indices folder.
+
+    Args:
+        path: of the folder.
+        wanted: what they must belong to.
+        allow_images: without condition.npy use the grids themselves, which is what
+            quantize_dataset.py makes of a CSV of conditioning images.
+
+    Raises:
+        UserError: there are none, or they are of another kind.
+    """
+    indices = read_indices(path, depth=None)
+    grids = read_conditions(path, indices)
+    if grids is not None:
+        meta = indices.meta.condition
+    elif allow_images:
+        grids = indices.tensor()
+        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
+    else:
+        raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
+    wanted.check_same(meta, ("the GPT takes conditions of", str(path)))
+    if grids.dim() != 3:
+        raise UserError(f"{path} has depth {grids.shape[3]}; conditions have depth 1")
+    return Conditions(grids, indices.rows)
+
+
+def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
-    names = tuple(sorted({row.label for row in indices.rows} - {""}))
-    if indices.meta is not None:
-        meta = indices.meta
-        size, sha256, run_id = meta.codebook_size, meta.tokenizer_sha256, meta.tokenizer_run_id
-    elif tokenizer is not None:
-        size, sha256 = tokenizer.model.config.codebook_size, tokenizer.sha256
-        run_id = tokenizer.provenance.run_id
-    else:  # a plain text file: as many codes as it needs
+    meta = indices.meta
+    if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
         size, sha256, run_id = max(2, indices.largest() + 1), "", ""
-    condition = indices.meta.condition if indices.meta is not None else None
-    return Vocabulary(size, indices.latent_dim, names, sha256, run_id, indices.depth, condition)
-
-
-def _check_tokenizer(tokenizer: LoadedModel, indices: Indices, path: Path) -> None:
-    """Refuse a tokenizer that is not that of the indices."""
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer, path)
-    makes = (*tokenizer.model.config.latent_dim, tokenizer.model.config.depth)
-    if makes != (*indices.latent_dim, indices.depth):
-        raise UserError(
-            f"{path} has grids of {(*indices.latent_dim, indices.depth)}, but the tokenizer "
-            f"{tokenizer.folder} makes {makes}; use indices and models of one tokenizer"
-        )
+        if tokenizer is not None:
+            size, sha256 = tokenizer.model.config.codebook_size, tokenizer.sha256
+            run_id = tokenizer.provenance.run_id
+        meta = IndicesMeta(size, indices.latent_dim, sha256, run_id, indices.depth)
+    return Vocabulary(
+        codebook_size=meta.codebook_size,
+        latent_dim=meta.latent_dim,
+        tokenizer_sha256=meta.tokenizer_sha256,
+        tokenizer_run_id=meta.tokenizer_run_id,
+        class_names=tuple(sorted({row.label for row in indices.rows} - {""})),
+        depth=meta.depth,
+        condition=meta.condition,
+    )
 
 
 def _by(shape: Sequence[int]) -> str:

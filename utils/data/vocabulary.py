@@ -1,41 +1,110 @@
-"""vocabulary.json: what the tokens of a GPT mean."""
+"""vocabulary.json: the meaning of a GPT's tokens, and the tokenizer that indices belong to."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, first_few
-from utils.data.grid_meta import GridMeta
 from utils.files import read_json, typed, verify
 
 FILE = "vocabulary.json"
+LARGEST_CODEBOOK = 1 << 32  # of text files and .npy files of uint32
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What the tokens of a GPT mean.
+class GridMeta:
+    """The codebook, the size and the tokenizer that a grid of indices belongs to.
 
     Attributes:
-        codebook_size: K, the indices of the grid.
-        latent_dim: rows and columns (h, w) of the grid.
-        class_names: the labels in the order of their prefix tokens 0, 1, ...
-        tokenizer_sha256: of the tokenizer's model.safetensors, "" if not known.
+        codebook_size: K; every index is below it.
+        latent_dim: rows and columns (h, w) of a grid.
+        tokenizer_sha256: of the model.safetensors that made the indices or decodes them, "" if not
+            known.
         tokenizer_run_id: its MLflow run, "" if not known.
-        depth: indices a cell.
-        condition: what the grid belongs to that stands before the image's, if one does.
     """
 
     codebook_size: int
     latent_dim: tuple[int, int]
-    class_names: tuple[str, ...] = ()
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.codebook_size <= LARGEST_CODEBOOK:
+            raise ValueError(
+                f"codebook_size must be from 2 to {LARGEST_CODEBOOK}, got {self.codebook_size}"
+            )
+        if min(self.latent_dim) < 1:
+            raise ValueError(f"latent_dim must be 1 or more, got {self.latent_dim}")
+
+    def check_tokenizer(
+        self,
+        sha256: str,
+        where: str | Path,
+        config: Any = None,
+        owner: str | Path = "the GPT",
+    ) -> None:
+        """Refuse a tokenizer, or what it made, that does not belong to these grids.
+
+        Args:
+            sha256: of its model.safetensors, "" if not known.
+            where: its folder, or the path of what it made.
+            config: of the tokenizer, where available.
+            owner: of these grids, for the message.
+
+        Raises:
+            UserError: the SHA-256 are known and differ, or the config does not fit.
+        """
+        if self.tokenizer_sha256 != sha256 and "" not in (self.tokenizer_sha256, sha256):
+            raise UserError(
+                f"{owner} belongs to the tokenizer {self.tokenizer_sha256[:12]} (run "
+                f"{self.tokenizer_run_id or 'unknown'}), but that of {where} is {sha256[:12]}; use "
+                "indices and models of one tokenizer"
+            )
+        for name in ("codebook_size", "depth", "latent_dim") if config is not None else ():
+            own, theirs = getattr(self, name, 1), getattr(config, name)
+            if own != theirs:
+                raise UserError(
+                    f"{owner} has {name} {own}, but the tokenizer {where} has {name} {theirs}; use "
+                    "indices and models of one tokenizer"
+                )
+
+    def check_same(self, other: "GridMeta", names: tuple[str, str]) -> None:
+        """Refuse grids of another codebook, size or tokenizer; `names` are the owners of both.
+
+        Raises:
+            UserError: they differ.
+        """
+        for what, one, two in (
+            ("codebook size", self.codebook_size, other.codebook_size),
+            ("grid", self.latent_dim, other.latent_dim),
+            ("tokenizer", self.tokenizer_sha256[:12], other.tokenizer_sha256[:12]),
+        ):
+            if one != two and "" not in (one, two):
+                raise UserError(
+                    f"{names[0]}: {what} {one}, but {names[1]}: {what} {two}; use indices and "
+                    "models of one tokenizer"
+                )
+
+
+@dataclass(frozen=True)
+class Vocabulary(GridMeta):
+    """The meaning of a GPT's tokens.
+
+    Attributes:
+        class_names: the labels in the order of their prefix tokens 0, 1, ...
+        depth: indices per latent position.
+        condition: of the conditioning grid before the image's, None without one.
+    """
+
+    class_names: tuple[str, ...] = ()
     depth: int = 1
     condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
-        if min(self.codebook_size, self.depth, *self.latent_dim) < 1:
-            raise ValueError("codebook_size, depth and latent_dim must be 1 or more")
+        super().__post_init__()
+        if self.depth < 1:
+            raise ValueError(f"depth must be 1 or more, got {self.depth}")
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names must be distinct")
 
@@ -62,49 +131,24 @@ class Vocabulary:
             "condition_latent_dim": condition.latent_dim if condition else None,
         }
 
-    def tokens(self, labels: tuple[str, ...] | list[str]) -> list[int]:
+    def tokens(self, labels: Sequence[str]) -> list[int]:
         """Prefix tokens of labels; the empty label is "no class".
 
         Raises:
-            UserError: labels that are no class.
+            UserError: labels that are not a class.
         """
-        tokens = self.prefix_tokens
-        unknown = sorted(set(labels) - tokens.keys() - {""})
+        tokens = self.prefix_tokens | {"": self.no_class}
+        unknown = sorted(set(labels) - tokens.keys())
         if unknown:
             known = first_few(self.class_names, limit=20) or "none, it was trained without labels"
             raise UserError(
                 f"unknown label {first_few(unknown)}; the classes are: {known}; to go without "
                 "labels add --unconditional"
             )
-        return [tokens.get(label, self.no_class) for label in labels]
-
-    def check_tokenizer(self, sha256: str, where: str | Path, config: Any = None) -> None:
-        """Refuse a tokenizer whose indices are not those of the GPT.
-
-        Args:
-            sha256: of its model.safetensors, "" if not known.
-            where: it lies, or what it made.
-            config: of the tokenizer, if it is at hand: tells it apart where no SHA-256 is known.
-
-        Raises:
-            UserError: it is another one.
-        """
-        if self.tokenizer_sha256 != sha256 and "" not in (self.tokenizer_sha256, sha256):
-            raise UserError(
-                f"the GPT belongs to the tokenizer {self.tokenizer_sha256[:12]} (run "
-                f"{self.tokenizer_run_id or 'unknown'}), but that of {where} is {sha256[:12]}; use "
-                "indices and models of one tokenizer"
-            )
-        for name in ("codebook_size", "depth", "latent_dim") if config is not None else ():
-            own, theirs = getattr(self, name), getattr(config, name)
-            if own != theirs:
-                raise UserError(
-                    f"the GPT draws indices of {name} {own}, but the tokenizer {where} has {name} "
-                    f"{theirs}; use indices and models of one tokenizer"
-                )
+        return [tokens[label] for label in labels]
 
     def check_model(self, config: Any, folder: Path) -> None:
-        """Refuse a GPT (by its config) that this vocabulary is not the one of.
+        """Refuse a GPT (by its config) that this vocabulary does not belong to.
 
         Raises:
             UserError: they differ.
@@ -114,11 +158,11 @@ class Vocabulary:
             if own != theirs:
                 raise UserError(
                     f"the vocabulary does not belong to the GPT in {folder}: its {name} is {own}, "
-                    f"the GPT's {theirs}; give the {FILE} that lies beside the GPT"
+                    f"the GPT's {theirs}; give the {FILE} beside the GPT"
                 )
 
-    def content(self) -> dict:
-        """What vocabulary.json holds."""
+    def content(self) -> dict[str, Any]:
+        """The values in vocabulary.json."""
         return asdict(self) | {"prefix_tokens": self.prefix_tokens, "no_class": self.no_class}
 
 
@@ -139,20 +183,20 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     """Read vocabulary.json, see `find_vocabulary`.
 
     Raises:
-        UserError: no such file, or something else.
+        UserError: no such file, or not a vocabulary.
     """
     file = find_vocabulary(path)
     verify(file)
     values = read_json(file)
     derived = {name: values.pop(name, None) for name in ("prefix_tokens", "no_class")}
     try:
-        words = typed(Vocabulary, values)
+        vocabulary = typed(Vocabulary, values)
     except UserError as error:
-        raise UserError(f"{file} is no vocabulary: {error}") from error
+        raise UserError(f"{file} is not a vocabulary: {error}") from error
     for name, value in derived.items():
-        if value not in (None, getattr(words, name)):
+        if value not in (None, getattr(vocabulary, name)):
             raise UserError(
-                f"{file} is no vocabulary: its {name} do not follow from its class_names; take "
-                "them out of it"
+                f"{file} is not a vocabulary: its {name} does not follow from its class_names; "
+                "remove it"
             )
-    return words
+    return vocabulary

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.cli import UserError, first_few
-from utils.data.table import Row, epoch_order
+from utils.data.sources import Row, epoch_order
 from utils.evaluation.distances import Features
 from utils.evaluation.metrics import Estimate
 

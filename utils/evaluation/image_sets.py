@@ -11,7 +11,7 @@ from utils import addresses, provenance
 from utils.cli import UserError
 from utils.data.images import ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
-from utils.data.table import Row, epoch_order, split_rows
+from utils.data.sources import Row, epoch_order, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import Images
 from utils.evaluation.samples import DecodedImages
@@ -140,7 +140,6 @@ def read_real(
         real.rows,
         val_fraction=split.val_fraction if split else 0.0,
         seed=split.seed if split else 0,
-        folder=real.path.parent,
     )
     if min(len(train), len(held_out)) < SMALLEST:
         raise UserError(
@@ -218,7 +217,7 @@ def read_grids(path: Path, tokenizer: LoadedModel) -> Samples:
     model, config, origin = tokenizer.model, tokenizer.model.config, tokenizer.provenance
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
     if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer, path)
+        indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
     size = tuple(side * config.downsampling for side in indices.latent_dim)
     decoded = DecodedImages(indices.tensor(), indices.rows, model.decode, config.in_channels, size)
     _check_count(decoded, str(path))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data.table import Row
+from utils.data.sources import Row
 from utils.distributed import Distributed
 from utils.evaluation.distances import Features, frechet_distance, label_agreement
 from utils.evaluation.features import (

@@ -42,7 +42,6 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the model (torch.compile)")
     batch_size: int = flag(64, "images a step, over all processes and micro-batches")
     accumulate: int = flag(1, "cut each batch into this many micro-batches, to save memory")
-    num_workers: int = flag(-1, "processes that decode images; -1: one a core")
     learning_rate: float = flag(1e-3, "peak learning rate")
     warmup_steps: int = flag(100, "steps of linear warm-up")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only")

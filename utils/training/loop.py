@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from utils.cli import Stopped, UserError, first_few
-from utils.data.table import epoch_order
+from utils.data.sources import epoch_order
 from utils.distributed import Distributed
 from utils.training.checkpoint import Checkpointer
 from utils.training.config import TrainingConfig, checkpoint_interval

@@ -9,26 +9,26 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import datasets
 from utils.cli import UserError
-from utils.data.images import ImageDataset
-from utils.data.table import read_csv, split_rows
+from utils.data import download
+from utils.data.images import ImageConfig, ImageDataset
+from utils.data.sources import read_rows, split_rows
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     from sklearn.datasets import load_digits
 
-    datasets.main(argparse.Namespace(name="digits", output_dir=str(tmp_path / "data")))
+    download.main(argparse.Namespace(name="digits", output_dir=str(tmp_path / "data")))
     path = tmp_path / "data" / "digits.csv"
     assert f"--path_to_data {path}" in capsys.readouterr().out.splitlines()[-1]
 
-    rows = read_csv(path)
+    rows = read_rows(path)
     expected = load_digits()
     assert [row.label for row in rows] == [str(label) for label in expected.target]
     train, val = split_rows(rows, val_fraction=0.5, seed=0)
     assert (len(train), len(val)) == (1437, 360)
     assert {rows[row].label for row in val.tolist()} == set("0123456789")
-    dataset = ImageDataset(path, num_workers=0)
+    dataset = ImageDataset(path, ImageConfig(num_workers=0))
     assert (dataset.size, dataset.channels) == ((8, 8), 1)
     pixels = np.rint(expected.images * 255 / 16)
     assert np.array_equal(dataset.pixels[:, 0].numpy(), pixels)
@@ -36,8 +36,8 @@ def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 def test_digits_in_pairs(tmp_path: Path) -> None:
     """The condition of each is itself, every 2x2 pixels one."""
-    datasets.main(argparse.Namespace(name="pairs", output_dir=str(tmp_path)))
-    rows, low = read_csv(tmp_path / "pairs.csv"), read_csv(tmp_path / "low.csv")
+    download.main(argparse.Namespace(name="pairs", output_dir=str(tmp_path)))
+    rows, low = read_rows(tmp_path / "pairs.csv"), read_rows(tmp_path / "low.csv")
     assert [row.condition_path for row in rows] == [row.image_path for row in low]
     assert [(row.label, row.split) for row in rows] == [(row.label, row.split) for row in low]
     for row in rows[::500]:
@@ -62,10 +62,10 @@ def test_mnist_from_files_that_are_there(tmp_path: Path) -> None:
     for split, labels in (("train", [7, 0, 7]), ("t10k", [1, 2])):
         write_idx(raw / f"{split}-images-idx3-ubyte", pixels[: len(labels)])
         write_idx(raw / f"{split}-labels-idx1-ubyte", np.array(labels))
-    datasets.main(argparse.Namespace(name="mnist", output_dir=str(tmp_path)))
-    assert [row.label for row in read_csv(tmp_path / "train.csv")] == ["7", "0", "7"]
-    assert [row.label for row in read_csv(tmp_path / "test.csv")] == ["1", "2"]
-    dataset = ImageDataset(tmp_path / "train.csv", num_workers=0)
+    download.main(argparse.Namespace(name="mnist", output_dir=str(tmp_path)))
+    assert [row.label for row in read_rows(tmp_path / "train.csv")] == ["7", "0", "7"]
+    assert [row.label for row in read_rows(tmp_path / "test.csv")] == ["1", "2"]
+    dataset = ImageDataset(tmp_path / "train.csv", ImageConfig(num_workers=0))
     assert torch.equal(dataset.pixels[:, 0].long(), torch.from_numpy(pixels))
 
 
@@ -78,13 +78,16 @@ def test_no_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CIFAR10, "download", offline)
     message = r"cannot download cifar10 from https://.* \(Name or service not known\).*download"
     with pytest.raises(UserError, match=message):
-        datasets.write_download("cifar10", tmp_path)
+        download.write_download("cifar10", tmp_path)
 
 
-def test_write_csv(tmp_path: Path) -> None:
-    images = [(Image.new("L", (4, 4), value), label) for value, label in ((3, "a,b"), (9, "0001"))]
-    datasets.write_csv(tmp_path, "train", iter(images), 2)
-    rows = read_csv(tmp_path / "train.csv")
+def test_write_images(tmp_path: Path) -> None:
+    items = [
+        (f"{value}.png", label, "", Image.new("L", (4, 4), value))
+        for value, label in ((3, "a,b"), (9, "0001"))
+    ]
+    download.write_images(tmp_path, "train", items)
+    rows = read_rows(tmp_path / "train.csv")
     assert [row.label for row in rows] == ["a,b", "0001"]
     with Image.open(tmp_path / rows[1].image_path) as image:
         assert image.getpixel((0, 0)) == 9

@@ -12,9 +12,10 @@ import torch
 from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
 from utils.cli import Stopped, UserError
-from utils.data.crops import Crops, read_crops
-from utils.data.images import ImageDataset
-from utils.data.indices import read_indices
+from utils.data.images import ImageConfig, ImageDataset
+from utils.data.index_dataset import IndexDataset, choose_crops, read_crops
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.sources import Row
 from utils.files import CHECKSUMS, read_tensors, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
@@ -57,8 +58,10 @@ def test_crops_are_of_the_larger_image_and_their_mirror_images_follow(tokenizer:
     assert not (plain / "crops.npy").exists()
     crops = crops_of(folder)
     assert crops.shape == (COUNT, 6, *GRID)
-    dataset = ImageDataset("data/data.csv", size=(24, 40), random_crop=True, num_workers=0)
-    assert dataset.canvas == (27, 45)
+    dataset = ImageDataset(
+        "data/data.csv", ImageConfig(num_workers=0), size=(24, 40), random_crop=True
+    )
+    assert dataset.resize_size == (27, 45)
     row = 5
     canvas = dataset.pixels[row].float() / 127.5 - 1
     windows = torch.stack(
@@ -85,14 +88,29 @@ def test_without_crops_the_image_and_its_mirror_image(tokenizer: VQVAE) -> None:
 
 
 def test_the_choice_depends_on_seed_epoch_and_row_alone() -> None:
-    array = np.arange(1000 * 4).reshape(1000, 4, 1, 1).astype(np.uint16)
-    crops, rows = Crops(array), torch.randperm(1000)
-    picked = crops.pick(rows, seed=3, epoch=1).flatten().long()
-    assert torch.equal(picked // 4, rows)
-    assert torch.equal(crops.pick(rows[:7], 3, 1).flatten().long(), picked[:7])
-    for other in (crops.pick(rows, 3, 2), crops.pick(rows, 4, 1)):
-        assert 0.15 < (other.flatten().long() == picked).float().mean() < 0.35
-    assert torch.bincount(picked % 4).min() > 200
+    chosen = choose_crops(1000, 4, seed=3, epoch=1)
+    assert torch.equal(chosen, choose_crops(1000, 4, seed=3, epoch=1))
+    for other in (choose_crops(1000, 4, 3, 2), choose_crops(1000, 4, 4, 1)):
+        assert 0.15 < (other == chosen).float().mean() < 0.35
+    assert torch.bincount(chosen).min() > 200
+
+
+def test_batches_take_the_chosen_crop_of_each_row(own_folder: Path) -> None:
+    rows = [Row(f"{number}.png", "", "") for number in range(9)]
+    crops = torch.randint(16, (9, 4, 2, 3)).numpy().astype(np.uint8)
+    meta = IndicesMeta(16, (2, 3))
+    plain = torch.randint(16, (9, 2, 3))
+    write_indices(
+        "indices", plain, rows, meta, add=lambda folder: np.save(folder / "crops.npy", crops)
+    )
+    data = IndexDataset(Path("indices"), None, latent_dim=None, val_fraction=0.5, seed=3)
+    order = torch.randperm(9)
+    chosen = choose_crops(9, 4, seed=3, epoch=1)[order]
+    expected = torch.from_numpy(crops[order.numpy(), chosen.numpy()]).long()
+    for size in (1, 4, 9):
+        grids = torch.cat([batch[2] for batch in data.batches(order.split(size), epoch=1)])
+        assert torch.equal(grids, expected)
+    assert torch.equal(next(data.batches([order]))[2], plain[order])
 
 
 def test_training_resumes_exactly_and_validates_on_the_plain_grids(
@@ -135,7 +153,7 @@ def test_what_does_not_fit_is_refused(tokenizer: VQVAE, error_of: Callable[..., 
     del sums["crops.npy"]  # as who changes it on purpose does
     (folder / CHECKSUMS).write_text(json.dumps(sums))
     for array, complaint in (
-        (good[1:], r"holds uint8 \(11, 2, 6, 10\), but the folder has 12 grids of uint8 \(6, 10\)"),
+        (good[1:], r"holds uint8 \(11, 2, 6, 10\), but meta\.json says uint8 \(12, N, 6, 10\)"),
         (good.astype(np.uint16), "holds uint16"),
         (good[..., :-1], "holds uint8"),
         (good + np.uint8(16), "holds the index"),

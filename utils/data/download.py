@@ -1,17 +1,15 @@
-"""Public data sets as PNG files and a CSV, for `python -m utils.datasets`."""
+"""Public data sets as PNG files and a CSV, for `python -m utils.data.download`."""
 
 import argparse
-import csv
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
 from utils import cli
+from utils.data.sources.csv import read_table, write_table
 
 # name: (class in torchvision.datasets, address it downloads from)
 DOWNLOADS = {
@@ -25,19 +23,19 @@ DOWNLOADS = {
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation
 PATCH, STRIDE, SHRINK = 32, 4, 4  # of patches, in pixels of photographs that are shrunk first
 
+# The path and the label of an image, its split where the data set has one, and the image.
+Item = tuple[str, str, str, Image.Image]
 
-def write_csv(folder: Path, name: str, images: Iterable[tuple[Any, str]], total: int) -> None:
-    """Write images (anything Pillow saves, label) under folder/name/ and their CSV beside it."""
+
+def write_images(folder: Path, name: str, items: Iterable[Item], total: int | None = None) -> None:
+    """Write images as folder/name/*.png, and folder/name.csv."""
     (folder / name).mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "label"])
-        for number, (image, label) in enumerate(
-            tqdm(images, total=total, desc=name, unit=" images", disable=None)
-        ):
-            path = f"{name}/{number:05}.png"
-            image.save(folder / path)
-            writer.writerow([path, label])
+    rows = []
+    for path, label, split, image in tqdm(items, name, total, unit=" images", disable=None):
+        image.save(folder / name / path)
+        rows.append((f"{name}/{path}", label, split))
+    columns = ["image_path", "label", "split"] if rows[0][2] else ["image_path", "label"]
+    write_table(folder / f"{name}.csv", columns, (row[: len(columns)] for row in rows))
 
 
 def write_download(name: str, folder: Path) -> None:
@@ -59,65 +57,67 @@ def write_download(name: str, folder: Path) -> None:
                 f"cannot download {name} from {address} ({error}); go online, or put torchvision's "
                 f"files into {folder / 'download'}"
             ) from error
-        images = ((image, dataset.classes[label].split(" - ")[0]) for image, label in dataset)
-        write_csv(folder, split, images, len(dataset))
+        items = (
+            (f"{number:05}.png", dataset.classes[label].split(" - ")[0], "", image)
+            for number, (image, label) in enumerate(dataset)
+        )
+        write_images(folder, split, items, len(dataset))
 
 
 def write_digits(folder: Path) -> None:
-    """Write scikit-learn's 1,797 digits of 8x8 pixels and digits.csv, which says the split."""
+    """Write scikit-learn's 1,797 digits of 8x8 pixels and digits.csv, with a split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    (folder / "digits").mkdir(parents=True, exist_ok=True)
-    with (folder / "digits.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "label", "split"])
-        for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            path = f"digits/{number:04}.png"
-            Image.fromarray(np.rint(pixels * 255 / 16).astype(np.uint8)).save(folder / path)
-            split = "val" if number % DIGITS_HELD_OUT == 0 else "train"
-            writer.writerow([path, label, split])
+    items = (
+        (
+            f"{number:04}.png",
+            str(label),
+            "val" if number % DIGITS_HELD_OUT == 0 else "train",
+            Image.fromarray(np.rint(pixels * 255 / 16).astype(np.uint8)),
+        )
+        for number, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True))
+    )
+    write_images(folder, "digits", items)
 
 
 def write_pairs(folder: Path) -> None:
     """Write the digits and each of them shrunk to 4x4 pixels: pairs.csv of both, low.csv."""
     write_digits(folder)
     (folder / "low").mkdir(exist_ok=True)
-    rows = pd.read_csv(folder / "digits.csv", dtype=str)
+    rows = read_table(folder / "digits.csv")
     rows["condition_path"] = rows["image_path"].str.replace("digits/", "low/")
     for image_path, condition_path in zip(rows["image_path"], rows["condition_path"], strict=True):
         with Image.open(folder / image_path) as image:
             image.reduce(2).save(folder / condition_path)
-    rows.to_csv(folder / "pairs.csv", index=False)
     low = rows.drop(columns="image_path").rename(columns={"condition_path": "image_path"})
-    low.to_csv(folder / "low.csv", index=False)
+    for name, table in (("pairs", rows), ("low", low)):
+        table.to_csv(folder / f"{name}.csv", index=False)
 
 
 def write_photographs(folder: Path) -> None:
-    """Write scikit-learn's two photographs in patches that overlap, and photographs.csv.
+    """Write scikit-learn's two photographs in overlapping patches, and photographs.csv.
 
-    The right end of each photograph is for validation: no training patch reaches into it.
+    The right end of each photograph is for validation: no training patch overlaps it.
     """
     from sklearn.datasets import load_sample_images
 
-    photographs = load_sample_images()
-    (folder / "photographs").mkdir(parents=True, exist_ok=True)
-    with (folder / "photographs.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "label", "split"])
-        for name, pixels in zip(photographs.filenames, photographs.images, strict=True):
-            image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
-            held_out = image.width - PATCH
-            for top in range(0, image.height - PATCH + 1, STRIDE):
-                for left in range(0, held_out + 1, STRIDE):
-                    if held_out - PATCH < left < held_out:
-                        continue
-                    path = f"photographs/{label}-{top:03}-{left:03}.png"
-                    image.crop((left, top, left + PATCH, top + PATCH)).save(folder / path)
-                    writer.writerow([path, label, "val" if left == held_out else "train"])
+    write_images(folder, "photographs", _patches(load_sample_images()))
 
 
-# What comes with scikit-learn.
+def _patches(photographs: dict) -> Iterator[Item]:
+    for name, pixels in zip(photographs["filenames"], photographs["images"], strict=True):
+        image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
+        held_out = image.width - PATCH
+        for top in range(0, image.height - PATCH + 1, STRIDE):
+            for left in range(0, held_out + 1, STRIDE):
+                if not held_out - PATCH < left < held_out:
+                    split = "val" if left == held_out else "train"
+                    patch = image.crop((left, top, left + PATCH, top + PATCH))
+                    yield f"{label}-{top:03}-{left:03}.png", label, split, patch
+
+
+# The data sets that come with scikit-learn.
 OFFLINE = {"digits": write_digits, "pairs": write_pairs, "photographs": write_photographs}
 
 
@@ -134,7 +134,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__, prog="python -m utils.datasets")
+    parser = cli.make_parser(__doc__, prog="python -m utils.data.download")
     parser.add_argument(
         "name",
         choices=(*OFFLINE, *DOWNLOADS),

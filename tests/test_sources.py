@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from utils.cli import UserError
-from utils.data.table import Row, epoch_order, read_csv, split_rows
+from utils.data import sources
+from utils.data.images import ImageDataset
+from utils.data.sources import Row, epoch_order, read_rows, split_rows
 
 
 def write(folder: Path, content: str, *, files: str = "a.png b.png") -> Path:
@@ -23,60 +26,62 @@ def test_labels_stay_text(tmp_path: Path) -> None:
     """pandas turns them into 1, NaN, True and 1000."""
     labels = ["0001", "NA", "True", "1e3", "", " x", "größer", "a,b"]
     lines = "".join(f'a.png,"{label}"\n' for label in labels)
-    rows = read_csv(write(tmp_path, f"image_path,label\n{lines}"))
+    rows = read_rows(write(tmp_path, f"image_path,label\n{lines}"))
     assert [row.label for row in rows] == labels
 
 
 def test_columns_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, "split, label ,x,image_path\nval,7,?,a.png\n\ntrain,8,?,b.png\n")
-    assert read_csv(path) == [Row("a.png", "7", "val"), Row("b.png", "8", "train")]
+    assert read_rows(path) == [Row("a.png", "7", "val"), Row("b.png", "8", "train")]
 
 
 def test_only_paths(tmp_path: Path) -> None:
-    assert read_csv(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
+    assert read_rows(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "")
     path.write_bytes("\ufeffimage_path,label\r\na.png,ä\r\n".encode())
-    assert read_csv(path) == [Row("a.png", "ä", "")]
+    assert read_rows(path) == [Row("a.png", "ä", "")]
 
 
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("", "no column image_path"),
+        ("", "not a valid UTF-8 CSV"),
         ("path,label\na.png,1\n", "no column image_path; its first line is 'path,label'"),
         ("image_path,label\n", "lists no images"),
-        ("image_path,label\na.png,1\nb.png,2,3\n", "line 3: 3 fields, but .* names 2 columns"),
-        ("image_path,label\na.png\n", "line 2: 1 fields, but .* names 2 columns"),
-        ("image_path,split\na.png,train\nb.png,test\n", "line 3: split is 'test'; use train or"),
-        ("image_path,split\na.png,\n", "line 2: split is ''"),
-        ("image_path,label\n,1\n", "line 2: image_path is empty"),
-        ('image_path\n"a.png', "no CSV in UTF-8"),
-        ("image_path\na\0.png\n", "line 2: image_path has a zero byte"),
-        ("image_path,label,label\na.png,1,2\n", "names a column twice"),
+        ("image_path,label\na.png,1\nb.png,2,3\n", "row 2: 3 fields, but the first line has 2"),
+        ("image_path,label\na.png,1,2\nb.png,2\n", "row 1: 3 fields"),
+        ("image_path,label\na.png,1\nb.png,2,3,4\n", "3 fields in line 3, saw 4; quote"),
+        ("image_path,label\na.png\n", "row 1: 1 fields, but the first line has 2"),
+        ("image_path,split\na.png,train\nb.png,test\n", "row 2: split is 'test'; use train or"),
+        ("image_path,split\na.png,\n", "row 1: split is ''"),
+        ("image_path,label\n,1\n", "row 1: image_path is empty"),
+        ('image_path\n"a.png', "not a valid UTF-8 CSV"),
+        ("image_path\na\0.png\n", "1 of 1 files .* do not exist"),
+        ("image_path,label,label\na.png,1,2\n", "repeats a column"),
     ],
 )
 def test_mistakes_are_named(tmp_path: Path, content: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        read_csv(write(tmp_path, content))
+        read_rows(write(tmp_path, content))
 
 
 def test_no_csv(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such CSV file: .*none\.csv"):
-        read_csv(tmp_path / "none.csv")
+        read_rows(tmp_path / "none.csv")
     with pytest.raises(UserError, match="no such CSV file"):
-        read_csv(tmp_path)
+        read_rows(tmp_path)
     (tmp_path / "a.csv").write_bytes(b"image_path\n\xff\xfe.png\n")
-    with pytest.raises(UserError, match="no CSV in UTF-8"):
-        read_csv(tmp_path / "a.csv")
+    with pytest.raises(UserError, match="not a valid UTF-8 CSV"):
+        read_rows(tmp_path / "a.csv")
 
 
 def test_missing_files_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
     lines = "".join(f"{number}.png\n" for number in range(8))
     with pytest.raises(UserError) as caught:
-        read_csv(write(tmp_path, f"image_path\na.png\n{lines}"))
+        read_rows(write(tmp_path, f"image_path\na.png\n{lines}"))
     text = str(caught.value)
     assert "8 of 9 files" in text
     assert "0.png, 1.png, 2.png, 3.png, 4.png and 3 more" in text
@@ -103,14 +108,14 @@ def test_paths_that_leave_the_folder(tmp_path: Path) -> None:
     for one in leaving:
         path.write_text(f"image_path\na.png\n{one}\n")
         with pytest.raises(UserError, match=r"1 of 2 .* outside its folder.*--allow_outside_paths"):
-            read_csv(path)
-        assert read_csv(path, allow_outside_paths=True)[1].image_path == one
+            read_rows(path)
+        assert read_rows(path, allow_outside_paths=True)[1].image_path == one
 
 
 def test_paths_that_only_seem_to_leave_the_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "data")
     write(tmp_path / "data", "image_path\n../data/a.png\n./b.png\n")
-    assert len(read_csv(tmp_path / "link" / "data.csv")) == 2
+    assert len(read_rows(tmp_path / "link" / "data.csv")) == 2
 
 
 def rows_of(count: int) -> list[Row]:
@@ -165,31 +170,46 @@ def test_epoch_order_follows_from_seed_and_epoch() -> None:
         assert not torch.equal(first, epoch_order(rows, seed, epoch))
 
 
-def test_two_names_of_one_file_are_on_one_side(tmp_path: Path) -> None:
-    """A symbolic link to a training image could be a validation image."""
-    names = [f"{number}.png" for number in range(60)]
-    path = write(tmp_path, "image_path\n" + "\n".join(names), files=" ".join(names))
-    before = split_rows(read_csv(path), val_fraction=0.3, seed=0, folder=tmp_path)
-    (tmp_path / "folder").symlink_to(tmp_path)
-    for number in range(60):
-        (tmp_path / f"link{number}.png").symlink_to(f"{number}.png")
-    links = [f"link{number}.png" for number in range(60)]
-    ways = [f"folder/{number}.png" for number in range(60)]
-    path.write_text("image_path\n" + "\n".join(names + links + ways))
-    train, val = split_rows(read_csv(path), val_fraction=0.3, seed=0, folder=tmp_path)
-    sides = [{row % 60 for row in side.tolist()} for side in (train, val)]
-    assert sides == [set(side.tolist()) for side in before]  # and the links change nothing
-
-
 def test_one_file_on_both_sides_of_a_split_column(tmp_path: Path) -> None:
-    path = write(tmp_path, "image_path,split\na.png,train\nlink.png,val\n")
-    (tmp_path / "link.png").symlink_to("a.png")
-    with pytest.raises(UserError, match=r"a\.png \(train\) and link\.png \(val\) are one file"):
-        read_csv(path)
+    path = write(tmp_path, "image_path,split\na.png,train\n./a.png,val\n")
+    with pytest.raises(UserError, match=r"a\.png \(train\) and \./a\.png \(val\) are the same"):
+        read_rows(path)
+
+
+SOURCE = """
+from utils.data.sources import Row
+
+
+def accepts(path):
+    return path.is_dir()
+
+
+def read_rows(path):
+    return [
+        Row(str(file.relative_to(path)), file.parent.name, "") for file in sorted(path.glob("*/*"))
+    ]
+"""
+
+
+def test_a_new_form_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a folder of images for each class, as in docs/architecture.md."""
+    (tmp_path / "forms").mkdir()
+    (tmp_path / "forms" / "class_folders.py").write_text(SOURCE)
+    monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "forms")])
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        Image.new("L", (2, 2), len(name)).save(tmp_path / "pets" / name / "1.png")
+    dataset = ImageDataset(tmp_path / "pets")
+    assert dataset.rows == [Row("cat/1.png", "cat", ""), Row("dog/1.png", "dog", "")]
+    assert dataset.pixels.shape == (2, 1, 2, 2)
+    before = sources.digest(tmp_path / "pets")
+    (tmp_path / "pets" / "dog" / "1.png").rename(tmp_path / "pets" / "dog" / "2.png")
+    assert sources.digest(tmp_path / "pets") != before
+    assert read_rows(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
 
 
 def test_a_csv_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, "image_path\na.png\n")
-    monkeypatch.setattr("utils.data.table.TABLE_BYTES", 10)
+    monkeypatch.setattr("utils.data.sources.csv.TABLE_BYTES", 10)
     with pytest.raises(UserError, match="17 bytes, but such a file may have 10 at most"):
-        read_csv(path)
+        read_rows(path)

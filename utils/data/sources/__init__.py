@@ -1,0 +1,137 @@
+"""Data sources: the rows of a data set, whatever its form. Each form is one file of this folder.
+
+A source file defines two functions; adding the file here is all that a new form needs:
+
+    accepts(path: Path) -> bool          whether it reads what is at the path
+    read_rows(path: Path) -> list[Row]   its rows, with file paths relative to `root_of(path)`
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from utils.cli import UserError, first_few
+from utils.files import sha256
+
+SPLITS = ("train", "val")
+FILE_COLUMNS = ("image_path", "condition_path")
+
+
+class Row(NamedTuple):
+    """One image of a data set; all but image_path are "" where the source does not have them."""
+
+    image_path: str  # relative to the root of the source
+    label: str
+    split: str  # train or val
+    condition_path: str = ""  # an image that comes with it, such as its segmentation
+
+
+def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row]:
+    """The rows of a data set, with all files checked to exist.
+
+    Raises:
+        UserError: nothing readable at the path, no rows, files that are missing or outside the
+            root folder, or one file on both sides of the split.
+    """
+    path = Path(path)
+    rows = _source_of(path).read_rows(path)
+    if not rows:
+        raise UserError(f"{path} lists no images; add at least one")
+    for name in FILE_COLUMNS:
+        files = [getattr(row, name) for row in rows if getattr(row, name)]
+        _check_files(path, files, allow_outside_paths)
+    first: dict[str, Row] = {}
+    for row in rows:
+        other = first.setdefault(os.path.normpath(row.image_path), row)
+        if other.split != row.split:
+            raise UserError(
+                f"{path}: {other.image_path} ({other.split}) and {row.image_path} ({row.split}) "
+                "are the same file; put it on one side of the split"
+            )
+    return rows
+
+
+def root_of(path: str | Path) -> Path:
+    """The folder that the file paths of a source are relative to."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def digest(path: str | Path) -> str:
+    """The SHA-256 of a source: of its file, or of its rows where it is a folder."""
+    path = Path(path)
+    if not path.is_dir():
+        return sha256(path)
+    return hashlib.sha256(json.dumps(_source_of(path).read_rows(path)).encode()).hexdigest()
+
+
+def _source_of(path: Path) -> ModuleType:
+    """The first file of this folder that accepts the path; else csv.py."""
+    names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]
+    sources = [importlib.import_module(name) for name in names]
+    default = importlib.import_module(f"{__name__}.csv")
+    return next((source for source in sources if source.accepts(path)), default)
+
+
+def _check_files(path: Path, names: Sequence[str], allow_outside_paths: bool) -> None:
+    """Refuse files that are missing, or whose real path is outside the root of the source."""
+    root = os.path.realpath(root_of(path))
+    folders: dict[str, str] = {}  # the real path of each folder, resolved once
+    missing, outside = [], []
+    for name in names:
+        folder, file = os.path.split(os.path.join(root, name))
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        file = os.path.join(folders[folder], file)
+        if not os.path.isfile(file):
+            missing.append(name)
+        elif not allow_outside_paths:
+            file = os.path.realpath(file) if os.path.islink(file) else file
+            if not file.startswith(root + os.sep):
+                outside.append(name)
+    for found, problem in (
+        (missing, "do not exist: {}; paths are relative to the folder {}"),
+        (outside, "are outside its folder: {}; --allow_outside_paths accepts them"),
+    ):
+        if found:
+            problem = problem.format(first_few(found), root_of(path))
+            raise UserError(f"{len(found)} of {len(names)} files in {path} {problem}")
+
+
+def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Row numbers for training and for validation, two ascending int64 tensors.
+
+    The split column decides where there is one. Otherwise `val_fraction` of the files are chosen
+    by a hash of seed and path, so that all rows of one file are on the same side.
+    """
+    if rows[0].split:
+        validation = {number for number, row in enumerate(rows) if row.split == "val"}
+    else:
+        names = [os.path.normpath(row.image_path) for row in rows]
+        shuffled = sorted(
+            set(names), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        )
+        chosen = set(shuffled[: round(val_fraction * len(shuffled))])
+        validation = {number for number, name in enumerate(names) if name in chosen}
+    train = [number for number in range(len(rows)) if number not in validation]
+    return torch.tensor(train, dtype=torch.long), torch.tensor(sorted(validation), dtype=torch.long)
+
+
+def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
+    """`rows` in the order of one epoch, a function of seed and epoch alone."""
+    return rows[torch.randperm(len(rows), generator=seeded_generator("order", seed, epoch))]
+
+
+def seeded_generator(purpose: str, seed: int, epoch: int) -> torch.Generator:
+    """The random number generator of one purpose in one epoch."""
+    digest = hashlib.sha256(f"{purpose}/{seed}/{epoch}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
