@@ -23,7 +23,8 @@ from tests.conftest import ROOT, write_images
 pytestmark = pytest.mark.filterwarnings("ignore")  # of whatever the scripts use
 TRAINING = "--max_steps 2 --batch_size 4 --device cpu"
 SMALLER = {  # what is added to a command, and overrules it
-    "train_vqvae.py": f"{TRAINING} --num_workers 0 --channels 8 --num_res_blocks 1 --codebook_size 16",
+    "train_vqvae.py": f"{TRAINING} --num_workers 0 --channels 8 --num_res_blocks 1"
+    " --codebook_size 16",
     "train.py": f"{TRAINING} --num_layers 1 --dim 16 --num_heads 2 --hidden_dim 32",
     "transformer_generation.py": "--num_images 8",
 }
