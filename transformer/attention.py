@@ -157,7 +157,7 @@ def attend(
     if height == 0 or window_is_full(window, grid):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
-    before = [x[:, :, :prefix] for x in (q, k, v)]
+    before = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
     outputs = [F.scaled_dot_product_attention(*before, is_causal=True)]
     # The first band of tiles has no rows above it; of the others many go into one call.
     bands = max(1, TOKENS_PER_CALL // (tiling.rows * width))

@@ -145,7 +145,8 @@ class GPTConfig:
     def resolve_defaults(self) -> "GPTConfig":
         """This config with the dimensions that are 0 replaced by those of `size`."""
         names = ("num_layers", "num_heads", "num_kv_heads", "dim", "hidden_dim")
-        return replace(self, **dict(zip(names, self._shape(), strict=True)))
+        shape: dict[str, Any] = dict(zip(names, self._shape(), strict=True))
+        return replace(self, **shape)
 
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -178,7 +179,9 @@ class GPTConfig:
                 fits = type(value) in (kind, *get_args(kind)) or (type(value), kind) == (int, float)
             if not fits:
                 raise ValueError(f"{name:.80} is {value!r:.80}: unknown, or of a wrong type")
-        pairs = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        pairs: dict[str, Any] = {
+            name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
+        }
         return cls(**pairs)
 
     @property

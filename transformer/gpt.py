@@ -427,10 +427,10 @@ class GPT(nn.Module):
         """
         config, coordinates = self.config, grid.coordinates(positions)
         if begins:
-            prefix = [coordinates.new_zeros(1, 2)]
+            parts = [coordinates.new_zeros(1, 2)]
             if config.condition_latent_dim is not None:
-                prefix.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
-            prefix = torch.cat(prefix).expand(*coordinates.shape[:-2], -1, -1)
+                parts.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
+            prefix = torch.cat(parts).expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
         cos, sin = rotary_cos_sin(coordinates, config.dim // config.num_heads)
         if begins and config.blank_prefix:

@@ -526,7 +526,7 @@ def complete(
         *(model, prefixes),
         known=grids,
         known_mask=known_mask,
-        size=tuple(known_mask.shape),
+        size=(known_mask.shape[0], known_mask.shape[1]),
         scores=scores,
         **options,
     )

@@ -6,7 +6,7 @@ import random
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -108,7 +108,8 @@ class Distributed:
         # Codebook statistics are reduced by the quantizers. PyTorch renamed the argument.
         names = inspect.signature(parallel).parameters
         name = next(x for x in ("forward_sync_buffers", "broadcast_buffers") if x in names)
-        return parallel(model, **{name: False})
+        unsynced: dict[str, Any] = {name: False}
+        return parallel(model, **unsynced)
 
 
 def init_distributed(device: str, seed: int) -> Distributed:

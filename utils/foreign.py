@@ -64,7 +64,8 @@ def read_state_dict(path: str | Path, nests: Sequence[str] = NESTS) -> StateDict
             "file of the tensors alone (.safetensors), or see docs/pretrained.md for a way if you "
             "trust its maker"
         ) from error
-    taken, beside = [], []
+    taken: list[str] = []
+    beside: list[str] = []
     for _ in range(MAX_NESTING):
         inner = content if isinstance(content, dict) else {}
         found = [nest for nest in nests if isinstance(inner.get(nest), dict) and inner[nest]]

@@ -202,6 +202,6 @@ def _png_text(path: Path, key: str) -> str:
 
 def data_set_name(path: str) -> str:
     """The name of a CSV's data set: its file name, or its folder's if the file name is generic."""
-    path = Path(path)
+    file = Path(path)
     general = ("data", "train", "images", "index", "indices", "list", "metadata")
-    return path.stem if path.stem not in general else path.resolve().parent.name
+    return file.stem if file.stem not in general else file.resolve().parent.name

@@ -52,7 +52,7 @@ def continue_run(
     Raises:
         UserError: the run of `--run_id` does not exist, or is of another stage.
     """
-    options = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
+    options: dict[str, Any] = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
     if run_id is not None:
         store.check_stage(run_id, homes or PARENTS.get(stage, ()))
     elif not store.experiment_of(default_run_id):

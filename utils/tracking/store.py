@@ -83,8 +83,8 @@ def create_run(
         **tags,
     }
     run = client.create_run(found.experiment_id, run_name=name, tags=tags)
-    params = [Param(key, str(value)) for key, value in params.items()]
-    client.log_batch(run.info.run_id, params=params)
+    logged = [Param(key, str(value)) for key, value in params.items()]
+    client.log_batch(run.info.run_id, params=logged)
     return run
 
 

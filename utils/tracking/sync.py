@@ -121,7 +121,9 @@ def read_metrics(folder: Path) -> list[Metrics]:
     """All lines of metrics.jsonl but damaged ones; none before anything was logged."""
 
     def parse(line: dict[str, Any]) -> Metrics:
-        known = {key: line.pop(key) for key in ("step", "time", "run_id") if key in line}
+        known: dict[str, Any] = {
+            key: line.pop(key) for key in ("step", "time", "run_id") if key in line
+        }
         return typed(Metrics, {**known, "values": line})
 
     path = folder / METRICS
