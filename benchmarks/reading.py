@@ -47,7 +47,7 @@ BUDGETS = {
     "lines of the longest file": 400,
     "lines of the longest function": 100,
     "characters of the longest line": 100,
-    "mean characters of a line": 48.0,  # blank lines aside; 47.2 in 16,306 lines
+    "mean characters of a line": 50.0,  # blank lines aside; 47.2 before, with many more imports
     "import cycles": 0,
     "train.py: files imported": 40,
     "train.py: lines imported": 5_000,

@@ -11,17 +11,13 @@ from benchmarks.reading import BUDGETS, SCRIPTS, Source
 # Budgets that do not hold yet. To be emptied while the restructuring goes on.
 EXEMPT = {
     "source lines",
+    "lines of the longest file",
     "lines of the longest function",
     "import cycles",
     "train.py: files imported",
     "train.py: lines imported",
-    "train.py: lines of main()",
-    "train.py: lines of its loop",
     "train_vqvae.py: lines of main()",
-    "train_vqvae.py: lines of its loop",
     "files of one GPT training step",
-    "files of one sampling step",
-    "files of resume",
 }
 STEPS = [name for name in BUDGETS if name.startswith("files of")]
 
