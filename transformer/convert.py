@@ -22,7 +22,7 @@ from utils.provenance import Provenance, Stage
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
 CLASSES, CODES = "cls_embedding.embedding_table.weight", "tok_embeddings.weight"
 # LlamaGen's keys by ours; {i} is the number of a layer. Several are concatenated by rows.
-KEYS = {
+KEYS: dict[str, tuple[str, ...]] = {
     "prefix_embedding.weight": (CLASSES,),
     "token_embedding.weight": (CODES,),
     "norm.weight": ("norm.weight",),

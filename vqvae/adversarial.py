@@ -222,6 +222,8 @@ class AdversarialLoss(nn.Module):
         ValueError: the images are too small for the discriminator.
     """
 
+    logits: Tensor  # moving averages of the logits of real and fake images, (2,)
+
     def __init__(
         self,
         config: AdversarialConfig,
@@ -237,7 +239,7 @@ class AdversarialLoss(nn.Module):
             self.discriminator = PatchDiscriminator(
                 in_channels, image_size, config.disc_channels, config.disc_layers
             )
-        self.register_buffer("logits", torch.zeros(2))  # moving averages: real, fake
+        self.register_buffer("logits", torch.zeros(2))
 
     def logits_of(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W), in float32 also under autocast."""

@@ -37,7 +37,7 @@ DIFFUSERS = {
     "codebook_dim": "vq_embed_dim",
 }
 # Values without which a VQModel of diffusers is another network.
-DIFFUSERS_FIXED = {"_class_name": "VQModel", "act_fn": "silu"}
+DIFFUSERS_FIXED: dict[str, object] = {"_class_name": "VQModel", "act_fn": "silu"}
 DIFFUSERS_FIXED |= {"norm_num_groups": 32, "norm_type": "group"}
 # Parameters that taming's classes require.
 TAMING_LOSS = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
@@ -74,6 +74,7 @@ def read_taming(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_taming(config: VQVAEConfig) -> dict[str, Any]:
     """The content of taming's configs/*.yaml for a tokenizer, without losses and data."""
+    assert config.image_size is not None
     side = max(config.image_size)  # it has squares only
     network = {theirs: getattr(config, ours) for ours, theirs in TAMING_NETWORK.items()}
     network |= {
@@ -87,7 +88,7 @@ def write_taming(config: VQVAEConfig) -> dict[str, Any]:
     params = {theirs: getattr(config, ours) for ours, theirs in TAMING_PARAMS.items()}
     params |= {"ddconfig": network, "lossconfig": TAMING_LOSS}
     if config.quantizer == "gumbel":
-        params["kl_weight"] = config.quantizer_options.entropy_weight
+        params["kl_weight"] = config.to_dict()["entropy_weight"]
         params["temperature_scheduler_config"] = GUMBEL_TEMPERATURE
     name = {"gumbel": "GumbelVQ", "ema": "EMAVQ"}.get(config.quantizer, "VQModel")
     return {"model": {"target": f"taming.models.vqgan.{name}", "params": params}}
@@ -115,6 +116,7 @@ def read_diffusers(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
     """The content of the config.json of a diffusers `VQModel`."""
+    assert config.image_size is not None
     levels = range(len(config.channel_multipliers))
     attention = ["Attn" if level in config.attention_levels else "" for level in levels]
     return DIFFUSERS_FIXED | {
@@ -195,9 +197,9 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
         state, not_tensors = found.tensors, found.ignored
         print(f"read: {found.nest or 'all'}; not read: {cli.first_few(found.beside) or 'nothing'}")
     settings = read_config(project, Path(config_file)) if config_file else {}
-    image_size = settings.pop("image_size", DEFAULT_SIZE)
+    size = settings.pop("image_size", DEFAULT_SIZE)
+    size = arguments.image_size or size
     try:
-        size = arguments.image_size or image_size
         model, ignored = import_weights(project, state, size, settings)
     except ValueError as error:
         raise cli.UserError(f"{path}: {error}") from error
@@ -213,7 +215,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}, "
         f"{config.codebook_size} codes of {config.codebook_dim} dimensions ({config.quantizer}), "
-        f"images of {config.image_size[0]}x{config.image_size[1]}"
+        f"images of {size[0]}x{size[1]}"
     )
     print(
         cli.next_command("quantize_dataset.py", "--model_dir", folder, "--path_to_data", "DATA.csv")

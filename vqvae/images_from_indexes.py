@@ -50,7 +50,7 @@ def decode_conditions(address: str, path: Path, indices: Indices, device: torch.
         UserError: the indices have no conditions, or those of another tokenizer.
     """
     conditions = read_conditions(path, indices)
-    if conditions is None:
+    if conditions is None or not (indices.meta and indices.meta.condition):
         raise cli.UserError(f"{path} has no conditions; leave out --condition_model_dir")
     tokenizer = load_tokenizer(address, device)
     owner = f"the condition of {path}"

@@ -45,7 +45,8 @@ def reconstruct(
     training = model.training
     model.eval()
     sums: dict[str, Tensor] = {}
-    counts, kept = 0, []
+    counts = torch.zeros(())
+    kept: list[tuple[Tensor, Tensor]] = []
     for images in batches:
         reconstructions, quantized = model(images)
         reconstructions = reconstructions.float().clamp(-1, 1)

@@ -58,7 +58,7 @@ def forward_backward(
         Means to log, and the indices of the batch.
     """
     phase = "reconstruction only" if adversary is None else adversary.schedule.phase(step)
-    if phase == "joint":
+    if adversary is not None and phase == "joint":
         adversary.schedule.advance()
     frozen = phase == "discriminator only"  # the tokenizer, whose codes must not follow the batch
     values: Values = {}
@@ -77,14 +77,15 @@ def forward_backward(
             reconstruction_loss = sum(terms.values())
             loss = reconstruction_loss + sum(quantized.losses.values())
             logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
-            if phase == "joint":
+            if adversary is not None and phase == "joint":
+                assert last_layer is not None
                 with autocast():
                     term, more = adversary.generator_term(
                         reconstructions, reconstruction_loss, last_layer
                     )
                 loss, logged = loss + term, logged | more
             (loss / accumulate).backward()
-        if phase != "reconstruction only":
+        if adversary is not None and phase != "reconstruction only":
             with autocast():
                 loss, more = adversary.discriminator_term(micro_batch, reconstructions)
             (loss / accumulate).backward()
