@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -183,7 +183,7 @@ def open_run(
     tokenizer: LoadedModel | None,
 ) -> tracking.Run:
     """The MLflow run of this training: a new one, or the one that a resumed training continues."""
-    settings, model = state.settings | {"run_name": run_name}, state.model
+    settings, model = state.settings | {"run_name": run_name}, cast(GPT, state.model)
     params = {name: settings[name] for name in ("window_size", "batch_size", "learning_rate")}
     params["shape"] = f"{model.config.num_layers} x {model.config.dim}"
     params["parameters"] = sum(parameter.numel() for parameter in model.parameters())

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ def build_model(
     model = VQVAE(cli.build(replace, config, **found))
     if start is not None:
         model.load_state_dict(start.model.state_dict())
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)
 
 
 def build_adversary(
@@ -149,7 +149,7 @@ def open_run(
     state: TrainState, output_dir: Path, run_name: str, start: LoadedModel | None
 ) -> tracking.Run:
     """The MLflow run of this training: a new one, or the one that a resumed training continues."""
-    settings, model = state.settings | {"run_name": run_name}, state.model
+    settings, model = state.settings | {"run_name": run_name}, cast(VQVAE, state.model)
     shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
     params = {name: settings[name] for name in (*shown, "learning_rate")}
     params["data"] = Path(settings["path_to_data"]).name
@@ -255,7 +255,7 @@ def main(arguments: argparse.Namespace) -> None:
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
 
-    start, model_config = read_start(start_config.init_from, arguments)
+    start, model_config = read_start(start_config.init_from, cast(cli.Flags, arguments))
     resets = start_config.reset_codebook_on_collapse
     if resets and not QUANTIZERS[model_config.quantizer].supports_reset:
         raise cli.UserError(

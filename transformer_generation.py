@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -227,8 +228,11 @@ def main(arguments: argparse.Namespace) -> None:
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
+            function: Callable[..., torch.Tensor] = generate if given is None else complete
             draw = partial(
-                *(generate if given is None else complete, gpt.model, prefix),
+                function,
+                gpt.model,
+                prefix,
                 params=params,
                 guidance=guidance,
                 position_extension=PositionExtension(arguments.position_extension),

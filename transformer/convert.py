@@ -59,7 +59,8 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     """
     if CLASSES not in weights:
         raise ValueError("not a class-conditional GPT of LlamaGen: it has no cls_embedding table")
-    keys, numbers = dict(KEYS), {found[1] for found in map(LAYER.match, weights) if found}
+    keys: dict[str, tuple[str, ...]] = dict(KEYS)
+    numbers = {found[1] for found in map(LAYER.match, weights) if found}
     for i in range(len(numbers)):
         for ours, theirs in LAYER_KEYS.items():
             keys[ours.format(i=i)] = tuple(key.format(i=i) for key in theirs)

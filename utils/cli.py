@@ -99,7 +99,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
     for field in dataclasses.fields(config_class):
         if "help" not in field.metadata:
             continue
-        options: dict[str, object] = {"help": field.metadata["help"].replace("%", "%%")}
+        options: dict[str, typing.Any] = {"help": field.metadata["help"].replace("%", "%%")}
         if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
             "--preset", choices=tuple(presets), help="flags that go together; others override it"
         )
 
-    def parse_known_args(
+    def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
         if self.presets:

@@ -24,7 +24,7 @@ from utils.provenance import CONFIG, LoadedModel, Provenance
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 
-def model_files(model: nn.Module, provenance: Provenance) -> Files:
+def model_files(model: Any, provenance: Provenance) -> Files:
     """The files of a model folder, for `write_folder`."""
     if hasattr(model, "pretrained_config"):
         config = model.pretrained_config()
@@ -76,7 +76,7 @@ def read_provenance(folder: Path) -> Provenance:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _build(folder: Path, model_class: type) -> nn.Module:
+def _build(folder: Path, model_class: Any) -> nn.Module:
     values = read_json(folder / CONFIG)
     kind = values.pop("model", None)
     if kind != model_class.__name__:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
@@ -22,7 +22,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64_000_000
 TOO_MANY_PIXELS = "its header says more pixels than --max_pixels allows"
 
-P, T = ParamSpec("P"), TypeVar("T")
+T = TypeVar("T")
 
 
 class Header(NamedTuple):
@@ -47,7 +47,8 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
         with warnings.catch_warnings():  # Pillow's, of odd files, do not name the file
             warnings.filterwarnings("ignore", module=r"PIL\.")
             logger.setLevel(logging.CRITICAL)
-            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # Pillow raises from twice this number on
+            # Pillow raises from twice this number on.
+            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
             # Given a path, Pillow maps the file into memory, and garbles rotated TIFF files.
             with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
                 yield image
@@ -67,17 +68,17 @@ def complaint(file: str | Path, error: Exception) -> str:
     return one_line(error)
 
 
-def _or_complaint(read: Callable[P, T]) -> Callable[P, T | str]:
+def _or_complaint(read: Callable[..., T]) -> Callable[..., T | str]:
     """Make a reader of files return the reason why it cannot read one, instead of raising it."""
 
     @functools.wraps(read)
-    def wrapper(*arguments: P.args, **options: P.kwargs) -> T | str:
+    def wrapper(file: str | Path, *arguments: Any, **options: Any) -> T | str:
         try:
-            return read(*arguments, **options)
+            return read(file, *arguments, **options)
         except MemoryError:  # which says nothing about the file
             raise
         except Exception as error:  # Pillow raises nearly every type on damaged files
-            return complaint(arguments[0], error)
+            return complaint(file, error)
 
     return wrapper
 

@@ -237,8 +237,8 @@ class ImageDataset:
             return
         lists = [rows.tolist() for rows in batches_of_rows]
         batches = load_files(self._decode, self.files, lists, self.num_workers)
-        for rows, images in zip(lists, batches, strict=True):
-            found = zip(rows, images, strict=True)
+        for numbers, images in zip(lists, batches, strict=True):
+            found = zip(numbers, images, strict=True)
             self._refuse({row: image for row, image in found if isinstance(image, str)})
             yield torch.from_numpy(np.stack(images))
 
@@ -254,7 +254,8 @@ class ImageDataset:
         """
         pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
-        results, bad = [], {}
+        results: list[Any] = []
+        bad: dict[int, str] = {}
         with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
             for piece in load_files(read, self.files, pieces, num_workers):
                 for result in piece:
@@ -338,7 +339,7 @@ class _Files(Dataset):
 def load_files(
     read: Callable[[str], Any],
     files: Sequence[str],
-    batches: Sequence[Sequence[int]],
+    batches: Sequence[Any],
     num_workers: int,
 ) -> Iterator[list[Any]]:
     """`[read(files[row]) for row in batch]` of each batch, in order.

@@ -135,7 +135,7 @@ class IndexDataset:
         """
         crops = None if epoch is None else self._crops
         if crops is not None:
-            chosen = choose_crops(*crops.shape[:2], self._seed, epoch)
+            chosen = choose_crops(crops.shape[0], crops.shape[1], self._seed, epoch)
         for rows in batches_of_rows:
             grids = self.grids[rows]
             if crops is not None:

@@ -198,11 +198,11 @@ def chart(name: str, series: Series) -> str:
     for step, anchor in ((left, "start"), (right, "end")):
         x, _ = place(step, low)
         lines.append(f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="{anchor}">{step:,.0f}</text>')
-    for part, one in series.items():
-        colour = COLOURS.index(part) if part in COLOURS else 0
+    for title, one in series.items():
+        colour = COLOURS.index(title) if title in COLOURS else 0
         path = " L".join("{:.1f} {:.1f}".format(*place(*p)) for p in thinned(one, MOST_POINTS))
         lines.append(f'<path class="s{colour}" d="M{path}"/>')
-        keys.append(f'<span class="key s{colour}">{words(part)} {number(one[-1][1])}</span>')
+        keys.append(f'<span class="key s{colour}">{words(title)} {number(one[-1][1])}</span>')
     label = f'role="img" aria-label="{words(name)} over steps"'
     return (
         f'<figure class="card"><h3>{words(name)}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>'

@@ -171,7 +171,7 @@ class TrainState:
 
     def __post_init__(self) -> None:
         self.saved_at = time.monotonic()  # when the last checkpoint was written
-        self.ema = EMA(self.model, self.config.ema_decay)
+        self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
         if self.config.ema_decay:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from utils.cli import flag
 from utils.training.config import TrainingConfig
 
+Model = TypeVar("Model", bound=nn.Module)
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights decay
 
 
@@ -47,7 +49,7 @@ class CombinedOptimizer(Optimizer):
             part.state = self.state
             part.param_groups = [next(groups) for _ in part.param_groups]
 
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> None:
         """Take a step of every part."""
         for part in self.parts:
             part.step()
@@ -70,7 +72,8 @@ def make_optimizer(
     """
     excluded = {id(parameter) for parameter in for_muon}
     weights = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         if id(parameter) not in excluded:
             (decayed if id(parameter) in weights else kept).append(parameter)
@@ -112,14 +115,14 @@ def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: fl
     return norm
 
 
-class EMA:
+class EMA(Generic[Model]):
     """Exponential moving average of a model's trained parameters; all else is the latest.
 
     Attributes:
         model: with the averaged weights, in eval mode; with decay 0 the trained model itself.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: Model, decay: float) -> None:
         """Start from the present weights of `model`; `decay` in [0, 1)."""
         self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False) if decay else model
@@ -135,10 +138,11 @@ class EMA:
         decay = min(self.decay, step / (step + 9))
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         trained = [(own, other.detach()) for own, other in pairs if other.requires_grad]
-        torch._foreach_lerp_(*map(list, zip(*trained, strict=True)), 1 - decay)
+        averaged, latest = (list(part) for part in zip(*trained, strict=True))
+        torch._foreach_lerp_(averaged, latest, 1 - decay)
         # Weights that no gradient trains (codes of the `ema` quantizer) must keep agreeing with
         # the buffers that they are computed from: both are copied.
-        copied = [pair for pair in pairs if not pair[1].requires_grad]
+        copied: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if not pair[1].requires_grad]
         copied += zip(self.model.buffers(), model.buffers(), strict=True)
         for own, other in copied:
             own.copy_(other)

@@ -23,7 +23,15 @@ TENSORS, RECORDS = "training.safetensors", "training.json"
 # Settings of which another value makes another training ...
 REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
 # ... and those that leave the result as it is.
-FREE = ("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data")
+FREE: tuple[str, ...] = (
+    "output_dir",
+    "run_name",
+    "experiment",
+    "device",
+    "num_workers",
+    "resume",
+    "path_to_data",
+)
 FREE += ("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths")
 FREE += ("register",)
 
@@ -100,8 +108,8 @@ class CheckpointState:
                 tensors[name] = self.group.all_reduce_sum(part.clone())
             else:
                 is_optimizer = isinstance(part, Optimizer)
-                state = _optimizer_tensors(part) if is_optimizer else part.state_dict()
-                tensors |= {f"{name}.{key}": value for key, value in state.items()}
+                own = _optimizer_tensors(part) if is_optimizer else part.state_dict()
+                tensors |= {f"{name}.{key}": value for key, value in own.items()}
         return {
             TENSORS: tensors,
             RECORDS: {"settings": self._settings, "progress": vars(self.progress)},
@@ -190,5 +198,5 @@ def fingerprint(rows: Iterable[tuple], *arrays: np.ndarray) -> str:
     for row in rows:
         digest.update(json.dumps(row).encode())
     for array in arrays:
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
