@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from transformer.cpu import scaled_dot_product_attention
+
 # Sides of a tile in latent positions: large enough for efficient matrix products, small beside
 # the window.
 TILE_ROWS, TILE_COLUMNS = 8, 16
@@ -155,10 +157,10 @@ def attend(
             f"tokens, got {q.shape[2]}"
         )
     if height == 0 or window_is_full(window, grid):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
     before = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
-    outputs = [F.scaled_dot_product_attention(*before, is_causal=True)]
+    outputs = [scaled_dot_product_attention(*before, is_causal=True)]
     # The first band of tiles has no rows above it; of the others many go into one call.
     bands = max(1, TOKENS_PER_CALL // (tiling.rows * width))
     sizes = [min(tiling.rows, height)]
@@ -211,7 +213,7 @@ def _attend_rows(
         before = x_prefix[:, :, None, None].expand(*tiles.shape[:4], -1, -1)
         return torch.cat([before, tiles], dim=4).flatten(0, 2)
 
-    y = F.scaled_dot_product_attention(
+    y = scaled_dot_product_attention(
         cut(q, 0, 0).flatten(0, 2),
         keyed(k, k_prefix),
         keyed(v, v_prefix),

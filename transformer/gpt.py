@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from transformer import attention
 from transformer.config import GPTConfig
+from transformer.cpu import rms_norm
 from transformer.kv_cache import KVCache
 from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, rotate
 
@@ -33,20 +34,15 @@ Rotary = tuple[Tensor, Tensor]  # cos and sin
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def normalize(x: Tensor) -> Tensor:
-    """x over its root mean square, along the last dimension (RMSNorm, arXiv 1910.07467)."""
-    return F.rms_norm(x, x.shape[-1:], eps=EPSILON)
-
-
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` that keeps the type of its input."""
+    """`torch.nn.RMSNorm` that keeps the type of its input, see `rms_norm`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, eps=EPSILON)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> the same shape and type."""
-        return (normalize(x) * self.weight).type_as(x)
+        return (rms_norm(x, EPSILON) * self.weight).type_as(x)
 
 
 class SelfAttention(nn.Module):
@@ -79,7 +75,7 @@ class SelfAttention(nn.Module):
         if self.gain is not None:
             of_queries, of_keys = self.gain.flatten(1)
             gain = [of_queries.expand(queries, 1, -1), of_keys.expand(keys, 1, -1)]
-            qk = normalize(qk) * torch.cat(gain)
+            qk = rms_norm(qk, EPSILON) * torch.cat(gain)
         if rotary is not None:
             qk = rotate(qk, *rotary)
         q, k = qk.split([queries, keys], dim=1)
