@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from transformer import (
     GPT,
@@ -117,19 +117,18 @@ def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) 
 
 
 def train_step(
-    model: GPT, forward: nn.Module, inputs: Sequence[Tensor], precision: str, accumulate: int
+    loss: Callable[..., Tensor], inputs: Sequence[Tensor], precision: str, accumulate: int
 ) -> Tensor:
     """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
 
-    `forward` is the model, possibly wrapped; `inputs` are prefix, indices and perhaps orders.
+    `loss` is `GPT.loss`, whose arguments the `inputs` are: prefix, indices and perhaps orders.
     """
     bits = torch.zeros((), device=inputs[0].device)
-    for prefix, indices, *order in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
-        tokens, positions = model.flatten(indices, *order)
+    for micro_batch in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
         with distributed.autocast(bits.device, precision):
-            loss = model.head(forward(tokens, positions, prefix=prefix)[:, :-1], tokens).mean()
-        (loss / accumulate).backward()
-        bits += loss.detach() / accumulate / math.log(2)
+            nats = loss(*micro_batch).mean()
+        (nats / accumulate).backward()
+        bits += nats.detach() / accumulate / math.log(2)
     return bits
 
 
@@ -287,10 +286,8 @@ def main(arguments: argparse.Namespace) -> None:
     settings |= {"data_sha256": fingerprint(data.rows, *data.arrays), "precision": precision}
     state = TrainState(config, schedule, group, model, {"optimizer": optimizer}, settings)
     state.checkpoint.restore(resumed)
-    if config.compile:
-        model.compile()
-        model.head.compile()
-    forward = group.wrap(model)
+    loss = torch.compile(model.loss) if config.compile else model.loss
+    loss = partial(loss, forward=group.wrap(model))
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
     name = config.run_name or name
@@ -313,7 +310,7 @@ def main(arguments: argparse.Namespace) -> None:
         for rows, (prefix, grids) in loop.batches(state, checkpoints, data.train_rows, load):
             done = state.progress.step / schedule.total_steps
             inputs = model_inputs(prefix, grids, model_config, done)
-            bits = train_step(model, forward, inputs, precision, config.accumulate)
+            bits = train_step(loss, inputs, precision, config.accumulate)
             loop.optimizer_step(state, rows, {"bits_per_token": bits}, data.name)
             step = state.progress.step
             if schedule.logs(step):
