@@ -92,7 +92,7 @@ def test_empty_csv(error_of: Call, data: Path) -> None:
     data.write_text("image_path,label\n")
     assert "lists no images" in train_tokenizer(error_of, data)
     data.write_text("")
-    assert "no column image_path" in train_tokenizer(error_of, data)
+    assert "is not a valid UTF-8 CSV" in train_tokenizer(error_of, data)
 
 
 def test_missing_files_are_counted_and_the_first_five_named(error_of: Call, data: Path) -> None:
@@ -263,11 +263,11 @@ def test_indices_of_another_tokenizer(error_of: Call, indices: Path, own_folder:
     ("text", "complaint"),
     [
         ("1 2 3 4\n1 2 99 4\n", "line 2, number 3: index 99 is out of range"),
-        ("1 2 3 4\n1 2 3\n", "line 2, number 4: the line has 3 indices, but line 1 has 4"),
-        ("1 2 x 4\n", "line 1, number 3: 'x' is no index"),
-        ("1 2 -3 4\n", "line 1, number 3: '-3' is no index"),
-        ("1 2 3\n", "lines of 3 indices make no square"),
-        ("", "line 1, number 1: no index"),
+        ("1 2 3 4\n1 2 3\n", "the number of columns changed from 4 to 3 at row 2"),
+        ("1 2 x 4\n", "line 1, number 3: 'x' is not an index"),
+        ("1 2 -3 4\n", "line 1, number 3: '-3' is not an index"),
+        ("1 2 3\n", "lines of 3 indices are not a square grid"),
+        ("", "holds no index"),
     ],
 )
 def test_text_files(error_of: Call, tokenizer: Path, text: str, complaint: str) -> None:
@@ -292,7 +292,7 @@ def test_a_full_folder_is_not_overwritten(
     flags = ("--indexes_path", indices, "--model_dir", tokenizer, "--output_dir", "mine")
     assert "is not empty" in error_of("vqvae.images_from_indexes", *flags)
     flags = ("--path_to_data", data, "--model_dir", tokenizer, "--output_dir", "mine")
-    assert "is no indices folder" in error_of("quantize_dataset", *flags)
+    assert "is not an indices folder" in error_of("quantize_dataset", *flags)
     flags = ("--model_path", gpt, "--output_dir", "mine")
-    assert "is no indices folder" in error_of("transformer_generation", *flags)
+    assert "is not an indices folder" in error_of("transformer_generation", *flags)
     assert Path("mine/00000.png").read_text() == "precious"

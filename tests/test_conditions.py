@@ -144,8 +144,8 @@ def models(data: Path) -> GridMeta:
     ("words", "message"),
     [
         ("told --complete plain", "plain has no conditions, which this GPT needs"),
-        ("told --conditions plain", "codebook size 32, but plain: codebook size 16"),
-        ("told --conditions other", "but other: tokenizer ffffffffffff"),
+        ("told --conditions plain", "has codebook_size 32, but plain has codebook_size 16"),
+        ("told --conditions other", "but that of other is ffffffffffff"),
         ("told --latent_dim 9,21", "takes grids of its own size (6, 10), got (9, 21)"),
         ("untold --conditions other", "the GPT in untold takes no conditions"),
         ("always", "draws nothing without a condition"),
@@ -195,7 +195,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
     assert read_conditions(path, indices).long().equal(conditions)
     taken = load_conditions(path, GridMeta(300, (1, 3)), allow_images=False).cycle(6, repeats=2)
     assert taken.grids.long().equal(conditions[[0, 0, 1, 1, 0, 0]])
-    with pytest.raises(UserError, match=r"grid \(3, 1\), but indices: grid \(1, 3\)"):
+    with pytest.raises(UserError, match=r"\(3, 1\), but indices has latent_dim \(1, 3\)"):
         load_conditions(path, GridMeta(300, (3, 1)), allow_images=False)
     (path / "sha256.json").unlink()
     array = np.load(path / "condition.npy")

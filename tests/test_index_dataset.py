@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import TINY_GPT, write_images
 from tests.test_drawing_scripts import call
-from utils.cli import Stopped, UserError
+from utils.cli import UserError
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.index_dataset import IndexDataset, choose_crops, read_crops
 from utils.data.indices import IndicesMeta, read_indices, write_indices
@@ -19,8 +19,8 @@ from utils.data.sources import Row
 from utils.files import CHECKSUMS, read_tensors, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
+from utils.training import loop
 from utils.training.checkpoint import find_checkpoint
-from utils.training.loop import StopSignals
 from vqvae import VQVAE, VQVAEConfig
 
 COUNT, GRID = 12, (6, 10)
@@ -121,15 +121,15 @@ def test_training_resumes_exactly_and_validates_on_the_plain_grids(
     training = ("train", *TINY_GPT, "--device", "cpu", "--max_epochs", 3, "--path_to_data")
     call(*training, "indices", "--output_dir", "whole")
     call(*training, "plain", "--output_dir", "no-crops")
-    steps = []
+    real, steps = loop.end_step, []
 
-    def obeyed(self: StopSignals, group: object, save: Callable[[], None]) -> None:
+    def end_step(*arguments: object, **options: object) -> bool:
         steps.append(len(steps))
         if len(steps) == 4:
-            save()
-            raise Stopped(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(StopSignals, "obeyed", obeyed)
+    monkeypatch.setattr(loop, "end_step", end_step)
     with pytest.raises(SystemExit):
         call(*training, "indices", "--output_dir", "parts")
     call(*training, "indices", "--resume", "parts")

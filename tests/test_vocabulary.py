@@ -51,7 +51,7 @@ def test_another_tokenizer_is_refused() -> None:
     unknown.check_tokenizer("cd" * 32, "here", config)
     for name, value in (("codebook_size", 16), ("depth", 4), ("latent_dim", (4, 7))):
         other = SimpleNamespace(**vars(config) | {name: value})
-        with pytest.raises(UserError, match=f"the tokenizer here has {name} "):
+        with pytest.raises(UserError, match=f"but here has {name} "):
             unknown.check_tokenizer("cd" * 32, "here", other)
 
 

@@ -3,8 +3,9 @@
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from utils.cli import UserError, first_few
+from utils.cli import UserError, first_few, flag
 from utils.data.decoding import MAX_PIXELS, TOO_MANY_PIXELS, Header, read_header, read_image
 from utils.data.sources import read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
@@ -30,19 +31,10 @@ SKIPPED = "skipped.csv"
 class ImageConfig:
     """How image files are read: the flags of every script that reads images."""
 
-    allow_outside_paths: bool = field(
-        default=False, metadata={"help": "accept image paths that leave the folder of the CSV"}
-    )
-    max_pixels: int = field(
-        default=MAX_PIXELS, metadata={"help": "refuse image files whose header says more"}
-    )
-    skip_bad_images: int = field(
-        default=0,
-        metadata={"help": "leave out up to this many files that cannot be read as images"},
-    )
-    num_workers: int = field(
-        default=-1, metadata={"help": "processes that decode images; -1: one a core"}
-    )
+    allow_outside_paths: bool = flag(False, "accept image paths that leave the folder of the CSV")
+    max_pixels: int = flag(MAX_PIXELS, "refuse image files whose header says more")
+    skip_bad_images: int = flag(0, "leave out up to this many files that cannot be read as images")
+    num_workers: int = flag(-1, "processes that decode images; -1: one a core")
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.skip_bad_images < 0:
@@ -53,19 +45,10 @@ class ImageConfig:
 class DataConfig(ImageConfig):
     """The images of a training."""
 
-    path_to_data: str = field(
-        metadata={"help": "CSV with columns image_path[,label][,split]", "metavar": "CSV"}
-    )
-    val_fraction: float = field(
-        default=0.1, metadata={"help": "share of the images for validation, without a split column"}
-    )
-    random_crop: bool = field(
-        default=False,
-        metadata={"help": "train on random crops of images that are an eighth larger"},
-    )
-    horizontal_flip: bool = field(
-        default=False, metadata={"help": "mirror half of the training images"}
-    )
+    path_to_data: str = flag(text="CSV with columns image_path[,label][,split]", metavar="CSV")
+    val_fraction: float = flag(0.1, "share of the images for validation, without a split column")
+    random_crop: bool = flag(False, "train on random crops of images that are an eighth larger")
+    horizontal_flip: bool = flag(False, "mirror half of the training images")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,7 +142,9 @@ class ImageDataset:
             self.num_workers = min(16, os.cpu_count() or 1)
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
-        headers = self._read_all(partial(read_header, max_pixels=config.max_pixels), "checking")
+        headers = list(
+            self._read_all(partial(read_header, max_pixels=config.max_pixels), "checking")
+        )
         self.size = size or self._common_size(headers)
         self.channels = channels or _common_channels(headers)
         scale = 9 / 8 if random_crop else 1
@@ -175,10 +160,11 @@ class ImageDataset:
             max_memory = psutil.virtual_memory().available // (2 * processes)
         if self.size_in_memory <= max_memory:
             pixels = torch.empty(len(self), self.channels, *self.resize_size, dtype=torch.uint8)
-            good = self._read_all(self._decode, "decoding", pixels.numpy())
-            self.pixels = pixels[: len(good)]
+            for row, image in enumerate(self._read_all(self._decode, "decoding")):
+                pixels.numpy()[row] = image
+            self.pixels = pixels[: len(self)]
         elif config.skip_bad_images:
-            self._read_all(self._decode, "decoding")
+            deque(self._read_all(self._decode, "decoding"), maxlen=0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -242,33 +228,22 @@ class ImageDataset:
             self._refuse({row: image for row, image in found if isinstance(image, str)})
             yield torch.from_numpy(np.stack(images))
 
-    def _read_all(
-        self, read: Callable[[str], Any], title: str, into: np.ndarray | None = None
-    ) -> list[Any]:
-        """read(file) of each file, by workers where there are many; bad files are skipped.
-
-        Args:
-            read: returns a string for a bad file.
-            title: of the progress bar.
-            into: where to put the results; the list that is returned then holds None for each.
-        """
+    def _read_all(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
+        """read(file) of each file, by workers where there are many; bad files are skipped."""
         pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
-        results: list[Any] = []
         bad: dict[int, str] = {}
         with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
-            for piece in load_files(read, self.files, pieces, num_workers):
-                for result in piece:
+            for rows, results in zip(
+                pieces, load_files(read, self.files, pieces, num_workers), strict=True
+            ):
+                for row, result in zip(rows, results, strict=True):
                     if isinstance(result, str):
-                        bad[len(results) + len(bad)] = result
-                    elif into is None:
-                        results.append(result)
+                        bad[row] = result
                     else:
-                        into[len(results)] = result
-                        results.append(None)
-                bar.update(len(piece))
+                        yield result
+                bar.update(len(rows))
         self._skip(bad)
-        return results
 
     def _skip(self, bad: dict[int, str]) -> None:
         """Remove rows, by number with a complaint, or refuse if they are too many."""
@@ -326,14 +301,15 @@ def _common_channels(headers: Sequence[Header]) -> int:
     return 1 if all(header.grey for header in headers) else 3
 
 
+@dataclass(frozen=True)
 class _Files(Dataset):
     """read(file) by row number."""
 
-    def __init__(self, read: Callable[[str], Any], files: Sequence[str]) -> None:
-        self._read, self._files = read, files
+    read: Callable[[str], Any]
+    files: Sequence[str]
 
     def __getitem__(self, row: int) -> Any:
-        return self._read(self._files[row])
+        return self.read(self.files[row])
 
 
 def load_files(
@@ -342,19 +318,15 @@ def load_files(
     batches: Sequence[Any],
     num_workers: int,
 ) -> Iterator[list[Any]]:
-    """`[read(files[row]) for row in batch]` of each batch, in order.
+    """`[read(files[row]) for row in batch]` of each batch, in order, by `num_workers` processes.
 
-    Args:
-        read: its errors, such as MemoryError, are raised here.
-        files: by row.
-        batches: row numbers.
-        num_workers: processes that read ahead; 0: this one reads.
+    Errors of `read`, such as MemoryError, are raised here.
 
     Raises:
         UserError: a worker died or hung.
     """
     loader = DataLoader(
-        _Files(files=files, read=read),
+        _Files(read, files),
         batch_sampler=batches,
         collate_fn=list,
         num_workers=num_workers,

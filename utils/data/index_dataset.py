@@ -6,7 +6,7 @@ crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror image
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, flag
 from utils.data.indices import Indices, IndicesMeta, open_grids, read_indices, smallest_type
 from utils.data.sources import Row, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, Vocabulary
@@ -27,19 +27,12 @@ CONDITION, CROPS = "condition.npy", "crops.npy"
 class IndicesConfig:
     """The data of a training on indices."""
 
-    path_to_data: str = field(
-        metadata={"help": "indices folder of quantize_dataset.py, runs:/..., or a text file"}
+    path_to_data: str = flag(
+        text="indices folder of quantize_dataset.py, runs:/..., or a text file"
     )
-    model_dir: str = field(
-        default="", metadata={"help": "tokenizer that decodes the samples drawn in training"}
-    )
-    val_fraction: float = field(
-        default=0.1, metadata={"help": "share of a text file's lines for validation"}
-    )
-    fd_samples: int = field(
-        default=0,
-        metadata={"help": "samples that an evaluation draws for FD (classifier); 0: none"},
-    )
+    model_dir: str = flag("", "tokenizer that decodes the samples drawn in training")
+    val_fraction: float = flag(0.1, "share of a text file's lines for validation")
+    fd_samples: int = flag(0, "samples that an evaluation draws for FD (classifier); 0: none")
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:
@@ -72,14 +65,10 @@ class IndexDataset:
     ) -> None:
         """Read all indices, and split them by their manifest, or else by `seed`.
 
-        Args:
-            path: the folder or the file.
-            tokenizer: that made the indices, where available.
-            latent_dim, val_fraction: of a text file.
-            seed: of the split, and of the choice among crops.
+        `latent_dim` and `val_fraction` are of a text file; `seed` is also of the choice of crops.
 
         Raises:
-            UserError: no indices, damaged ones, or those of another tokenizer.
+            UserError: no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
         indices = read_indices(path, latent_dim=latent_dim, depth=None)
@@ -129,9 +118,7 @@ class IndexDataset:
     ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
         """`prefix_inputs`, and grids (B, h, w[, depth]), int64, of each batch of row numbers.
 
-        Args:
-            batches_of_rows: row numbers.
-            epoch: of the choice among the crops, where there are any; None: the whole images.
+        Where there are crops, `epoch` chooses among them; None: the whole images.
         """
         crops = None if epoch is None else self._crops
         if crops is not None:
@@ -191,13 +178,10 @@ class Conditions(NamedTuple):
 
 
 def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:
-    """The conditions in an indices folder.
+    """The conditions in an indices folder, which must belong to `wanted`.
 
-    Args:
-        path: of the folder.
-        wanted: what they must belong to.
-        allow_images: without condition.npy use the grids themselves, which is what
-            quantize_dataset.py makes of a CSV of conditioning images.
+    With `allow_images`, a folder without condition.npy gives its own grids, which is what
+    quantize_dataset.py makes of a CSV of conditioning images.
 
     Raises:
         UserError: there are none, or they are of another kind.
@@ -211,9 +195,7 @@ def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Cond
         meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
     else:
         raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
-    wanted.check_same(meta, ("the GPT takes conditions of", str(path)))
-    if grids.dim() != 3:
-        raise UserError(f"{path} has depth {grids.shape[3]}; conditions have depth 1")
+    wanted.check_tokenizer(meta.tokenizer_sha256, path, meta, "the condition of the GPT")
     return Conditions(grids, indices.rows)
 
 

@@ -131,18 +131,9 @@ def check_writable(folder: Path) -> None:
 def new_folder(
     folder: Path, rows: Sequence[Row], meta: IndicesMeta, *, text: bool = False
 ) -> Iterator[Path]:
-    """A folder for the arrays; at the end the other files are added.
+    """A temporary folder for the arrays, which replaces `folder` once the other files are added.
 
-    Then it replaces the folder that was there before. After an error nothing is left of it.
-
-    Args:
-        folder: see `check_writable`.
-        rows: one for each grid.
-        meta: see `IndicesMeta`.
-        text: also write indices.txt.
-
-    Yields:
-        the temporary folder.
+    After an error nothing is left of it. With `text`, indices.txt is written as well.
     """
     staging = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(staging, ignore_errors=True)
@@ -188,15 +179,10 @@ def write_indices(
     shard_bytes: int = SHARD_BYTES,
     add: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write an indices folder; one that is already there is replaced.
+    """Write indices (N, h, w[, depth]), of any integer type, with N rows as an indices folder.
 
-    Args:
-        folder: see `check_writable`.
-        indices: (N, h, w[, depth]) of any integer type.
-        rows: N rows.
-        meta, text: see `new_folder`.
-        shard_bytes: above this size the array is written in shards.
-        add: called with the temporary folder, to write more files into it.
+    Above `shard_bytes` the array is written in shards; `add` is called with the temporary folder,
+    to write more files into it.
 
     Raises:
         UserError: something other than an indices folder is there.
@@ -398,7 +384,8 @@ def _read_lines(path: Path, limit: int) -> np.ndarray:
     except ValueError as error:
         pattern = r"could not convert string (.*) to uint32 at row (\d+), column (\d+)"
         if not (found := re.match(pattern, str(error))):
-            raise UserError(f"{path} is not a text file of indices: {one_line(error)}") from error
+            problem = one_line(error).partition("; use `usecols`")[0]  # numpy's advice
+            raise UserError(f"{path} is not a text file of indices: {problem}") from error
         raise UserError(
             f"{path} line {int(found[2]) + 1}, number {found[3]}: {found[1][:20]} is not an index; "
             "write integers of 0 or more, separated by spaces"

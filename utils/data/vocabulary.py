@@ -44,12 +44,12 @@ class GridMeta:
         config: Any = None,
         owner: str | Path = "the GPT",
     ) -> None:
-        """Refuse a tokenizer, or what it made, that does not belong to these grids.
+        """Refuse a tokenizer, or grids, that these grids of `owner` do not belong to.
 
         Args:
-            sha256: of its model.safetensors, "" if not known.
-            where: its folder, or the path of what it made.
-            config: of the tokenizer, where available.
+            sha256: of the tokenizer's model.safetensors, "" if not known.
+            where: its folder, or the path of the grids.
+            config: of the tokenizer, or the `GridMeta` of the grids, where available.
             owner: of these grids, for the message.
 
         Raises:
@@ -62,27 +62,10 @@ class GridMeta:
                 "indices and models of one tokenizer"
             )
         for name in ("codebook_size", "depth", "latent_dim") if config is not None else ():
-            own, theirs = getattr(self, name, 1), getattr(config, name)
+            own, theirs = getattr(self, name, 1), getattr(config, name, 1)
             if own != theirs:
                 raise UserError(
-                    f"{owner} has {name} {own}, but the tokenizer {where} has {name} {theirs}; use "
-                    "indices and models of one tokenizer"
-                )
-
-    def check_same(self, other: "GridMeta", names: tuple[str, str]) -> None:
-        """Refuse grids of another codebook, size or tokenizer; `names` are the owners of both.
-
-        Raises:
-            UserError: they differ.
-        """
-        for what, one, two in (
-            ("codebook size", self.codebook_size, other.codebook_size),
-            ("grid", self.latent_dim, other.latent_dim),
-            ("tokenizer", self.tokenizer_sha256[:12], other.tokenizer_sha256[:12]),
-        ):
-            if one != two and "" not in (one, two):
-                raise UserError(
-                    f"{names[0]}: {what} {one}, but {names[1]}: {what} {two}; use indices and "
+                    f"{owner} has {name} {own}, but {where} has {name} {theirs}; use indices and "
                     "models of one tokenizer"
                 )
 

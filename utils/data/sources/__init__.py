@@ -12,6 +12,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -85,26 +86,27 @@ def _source_of(path: Path) -> ModuleType:
 def _check_files(path: Path, names: Sequence[str], allow_outside_paths: bool) -> None:
     """Refuse files that are missing, or whose real path is outside the root of the source."""
     root = os.path.realpath(root_of(path))
-    folders: dict[str, str] = {}  # the real path of each folder, resolved once
+    real_folder = cache(os.path.realpath)  # each folder is resolved once, not for each file
     missing, outside = [], []
     for name in names:
         folder, file = os.path.split(os.path.join(root, name))
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        file = os.path.join(folders[folder], file)
+        file = os.path.join(real_folder(folder), file)
         if not os.path.isfile(file):
             missing.append(name)
         elif not allow_outside_paths:
             file = os.path.realpath(file) if os.path.islink(file) else file
             if not file.startswith(root + os.sep):
                 outside.append(name)
-    for found, problem in (
-        (missing, "do not exist: {}; paths are relative to the folder {}"),
-        (outside, "are outside its folder: {}; --allow_outside_paths accepts them"),
-    ):
-        if found:
-            problem = problem.format(first_few(found), root_of(path))
-            raise UserError(f"{len(found)} of {len(names)} files in {path} {problem}")
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(names)} files in {path} do not exist: {first_few(missing)}; "
+            f"paths are relative to {root_of(path)}"
+        )
+    if outside:
+        raise UserError(
+            f"{len(outside)} of {len(names)} files in {path} are outside its folder: "
+            f"{first_few(outside)}; --allow_outside_paths accepts them"
+        )
 
 
 def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
