@@ -1,14 +1,14 @@
-"""Stage 4: draw new grids of codebook indices from a GPT."""
+"""Stage 4: sample new grids of codebook indices from a GPT, or complete grids."""
 
 import argparse
 import sys
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from transformer import (
@@ -24,9 +24,17 @@ from transformer import (
 )
 from transformer.sampling import SCHEDULES
 from utils import addresses, cli, distributed, figures, tracking
-from utils.data.given import Given, read_given
+from utils.data.decoding import read_mask
 from utils.data.index_dataset import Conditions, load_conditions, write_conditions
-from utils.data.indices import IndicesMeta, allocate, check_writable, digest, lineage_of, new_folder
+from utils.data.indices import (
+    IndicesMeta,
+    allocate,
+    check_writable,
+    digest,
+    lineage_of,
+    new_folder,
+    read_indices,
+)
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import sha256
@@ -36,41 +44,109 @@ from vqvae import VQVAE
 
 SHOWN = 48  # completions in the picture, at most
 PICTURE = "completions.png"
-KEEP = "top:0.5"
+MASK = "top:0.5"
+SIDES = ("top", "bottom", "left", "right")
+
+
+def known_side(text: str, size: tuple[int, int]) -> Tensor:
+    """The known mask of a grid of `size`, (h, w), bool: `top:0.5` is its upper half.
+
+    Raises:
+        ValueError: not a side and a fraction, or one that leaves nothing to sample.
+    """
+    side, _, fraction = text.partition(":")
+    try:
+        known = float(fraction)
+    except ValueError:
+        known = -1.0
+    if side not in SIDES or not 0 <= known <= 1:
+        raise ValueError(f"expected {', '.join(SIDES)} and a fraction, as top:0.5, got {text!r}")
+    height, width = size
+    vertical = side in ("top", "bottom")
+    length = height if vertical else width
+    line = torch.arange(length) < round(known * length)
+    if line.all():
+        raise ValueError(f"{text} of a grid of {height}x{width} leaves nothing to sample")
+    line = line.flip(0) if side in ("bottom", "right") else line
+    return (line[:, None] if vertical else line).expand(height, width)
+
+
+class Known(NamedTuple):
+    """Grids to complete.
+
+    Attributes:
+        grids: (N, h, w), or (N, h, w, depth) for a depth above 1, int64.
+        mask: (h, w), bool, where their indices are kept.
+        labels: N.
+    """
+
+    grids: Tensor
+    mask: Tensor
+    labels: list[str]
+
+
+def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
+    """The first grids of --complete, each --variations times, with the known mask of --mask.
+
+    Raises:
+        UserError: indices of another tokenizer, a mask that cannot be read, or candidates that no
+            known index could rank.
+    """
+    path, text = addresses.fetch(arguments.complete), arguments.mask or MASK
+    indices = read_indices(
+        path,
+        latent_dim=None if path.is_dir() else vocabulary.latent_dim,  # a folder holds its own
+        codebook_size=vocabulary.codebook_size,
+        depth=vocabulary.depth,
+    )
+    if indices.meta is not None:
+        vocabulary.check_tokenizer(indices.meta.tokenizer_sha256, path)
+    if text.partition(":")[0] in SIDES:
+        mask = cli.build(known_side, text, indices.latent_dim)
+    else:
+        mask = torch.from_numpy(read_mask(text, indices.latent_dim))
+    if arguments.candidates > 1 and not later_known_mask(mask).any():
+        raise cli.UserError(
+            f"--candidates are ranked by known indices behind sampled ones, but --mask {text} "
+            "leaves none there; omit --candidates"
+        )
+    count, times = arguments.num_images, arguments.variations
+    labels = [row.label for row in indices.rows[:count] for _ in range(times)]
+    return Known(indices.tensor()[:count].long().repeat_interleave(times, dim=0), mask, labels)
 
 
 def check_flags(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Refuse flags that do not go together.
+    """Refuse flags that cannot be combined.
 
     Raises:
-        UserError: one of them would do nothing.
+        UserError: one of them would have no effect.
     """
     if arguments.compile and device.type != "cuda":
-        raise cli.UserError(f"--compile is for a CUDA device, here is {device.type}; omit it")
+        raise cli.UserError(f"--compile needs a CUDA device, got {device.type}; omit it")
     if arguments.complete and arguments.latent_dim:
-        raise cli.UserError("--latent_dim is that of the given grids; omit it with --complete")
+        raise cli.UserError("--complete has grids of its own size; omit --latent_dim")
     if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
-        raise cli.UserError("--candidates and --variations are for --complete; add it")
+        raise cli.UserError("--candidates and --variations need --complete; add it")
     if not arguments.complete and arguments.mask:
-        raise cli.UserError("--mask is for --complete; add it")
+        raise cli.UserError("--mask needs --complete; add it")
     if arguments.labels and (arguments.complete or arguments.unconditional):
         other = (
             "--complete, whose images have their own" if arguments.complete else "--unconditional"
         )
-        raise cli.UserError(f"--labels does not go with {other}; omit one of them")
+        raise cli.UserError(f"--labels cannot be combined with {other}; omit one of them")
 
 
 def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
-    """Refuse guidance where there is nothing to compare, and warn of words never learned.
+    """Refuse guidance of an unconditional GPT; warn of embeddings that were never trained.
 
     Raises:
-        UserError: the GPT knows neither classes nor conditions.
+        UserError: the GPT has neither classes nor conditions.
     """
     guided = arguments.guidance_scale != 1
     if guided and not config.num_classes and config.condition_latent_dim is None:
         raise cli.UserError(
-            f"the GPT in {arguments.model_path} knows neither classes nor conditions, so that "
-            "--guidance_scale has nothing to compare; omit it"
+            f"the GPT in {arguments.model_path} has neither classes nor conditions, so "
+            "--guidance_scale has no effect; omit it"
         )
     untrained = []
     if config.num_classes and config.class_dropout == 0 and (guided or arguments.unconditional):
@@ -80,7 +156,7 @@ def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
     if untrained:
         print(
             f"warning: this GPT was hardly trained without a {' or '.join(untrained)}, which "
-            "--guidance_scale and --unconditional ask of it; expect poor samples",
+            "--guidance_scale and --unconditional need; expect poor samples",
             file=sys.stderr,
         )
 
@@ -88,11 +164,11 @@ def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
 def read_conditions(
     arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
 ) -> Conditions:
-    """What `count` images are drawn to: --conditions in turn, or those of the completed images.
+    """Conditions of `count` images: --conditions in turn, or those of the completed images.
 
     Raises:
         UserError: conditions for a GPT that takes none, or of another kind; none for a GPT that
-            never had to do without.
+            was never trained without.
     """
     if vocabulary.condition is None:
         if arguments.conditions:
@@ -108,8 +184,8 @@ def read_conditions(
         return conditions.cycle(count, repeats=arguments.variations)
     if config.condition_dropout == 0:
         raise cli.UserError(
-            "this GPT draws nothing without a condition (--condition_dropout 0); give an indices "
-            "folder that has some by --conditions"
+            "this GPT needs a condition (--condition_dropout 0); pass an indices folder with "
+            "conditions by --conditions"
         )
     grid = vocabulary.condition.latent_dim
     return Conditions(torch.full((count, *grid), config.no_condition), [])
@@ -145,16 +221,16 @@ def read_inputs(
     return inputs
 
 
-def picture_of(given: Given, drawn: torch.Tensor, tokenizer: VQVAE) -> Image.Image:
-    """Given (the rest grey), drawn and original, side by side, of the first images."""
+def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image:
+    """Known (the rest grey), completed and original, side by side, of the first images."""
     device = next(tokenizer.parameters()).device
     with torch.inference_mode():
-        original, completed = (
-            tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (given.grids, drawn)
+        original, decoded = (
+            tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (known.grids, completed)
         )
-    keep = given.keep.to(device, original.dtype)[None, None]
-    keep = F.interpolate(keep, size=original.shape[2:])
-    return figures.grid(torch.cat([original * keep, completed, original], dim=3))
+    mask = known.mask.to(device, original.dtype)[None, None]
+    mask = F.interpolate(mask, size=original.shape[2:])
+    return figures.grid(torch.cat([original * mask, decoded, original], dim=3))
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -174,25 +250,16 @@ def main(arguments: argparse.Namespace) -> None:
         tokenizer = load_model(address, VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
 
-    given = None
-    if arguments.complete:
-        path, keep = addresses.fetch(arguments.complete), arguments.mask or KEEP
-        given = read_given(path, vocabulary, keep, arguments.num_images, arguments.variations)
-        if arguments.candidates > 1 and not later_known_mask(given.keep).any():
-            raise cli.UserError(
-                f"--candidates are ranked by given cells behind drawn ones, but --mask {keep} "
-                "leaves none there; omit --candidates"
-            )
-    count = arguments.num_images if given is None else len(given.grids)
+    known = read_known(arguments, vocabulary) if arguments.complete else None
+    count = arguments.num_images if known is None else len(known.grids)
     condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
-    if given is None:
+    if known is None:
         labels = choose_labels(arguments, vocabulary, condition, count)
         size = arguments.latent_dim or vocabulary.latent_dim
     else:
-        labels, size = given.labels, tuple(given.keep.shape)
-    cli.build(
-        gpt.model.grid_positions, size, PositionExtension(arguments.position_extension)
-    )  # or it cannot be drawn
+        labels, size = known.labels, tuple(known.mask.shape)
+    extension = PositionExtension(arguments.position_extension)
+    cli.build(gpt.model.grid_positions, size, extension)  # fails before anything is written
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 
@@ -222,49 +289,42 @@ def main(arguments: argparse.Namespace) -> None:
     for number, row in enumerate(condition.rows):
         rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
 
-    total = count * (1 if given is None else arguments.candidates)
+    total = count * (1 if known is None else arguments.candidates)
     with run, tqdm(total=total, unit=" images", disable=None) as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
-            function: Callable[..., torch.Tensor] = generate if given is None else complete
-            draw = partial(
-                function,
-                gpt.model,
-                prefix,
-                params=params,
-                guidance=guidance,
-                position_extension=PositionExtension(arguments.position_extension),
-                compiled=arguments.compile,
-                seed=arguments.seed,
-                batch_size=arguments.batch_size,
-                progress=bar.update,
-            )
-            if given is None:  # rows go to the disk as they are drawn, however tall a grid is
-                draw(size=size, out=indices)
+            options = {
+                "params": params,
+                "guidance": guidance,
+                "position_extension": extension,
+                "compiled": arguments.compile,
+                "seed": arguments.seed,
+                "batch_size": arguments.batch_size,
+                "progress": bar.update,
+            }
+            if known is None:  # rows are written as they are sampled, for grids of any height
+                generate(gpt.model, prefix, size=size, out=indices, **options)
             else:
-                completed = draw(
-                    known=given.grids, known_mask=given.keep, candidates=arguments.candidates
-                )
+                options["candidates"] = arguments.candidates
+                completed = complete(gpt.model, prefix, known.grids, known.mask, **options)
                 indices.copy_(completed)
                 if tokenizer is not None:
-                    picture_of(given, completed, tokenizer.model).save(folder / PICTURE)
+                    picture_of(known, completed, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
                 write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
         run.folder(output_dir, output_dir.name)
 
-    if given is not None:
-        there = (
-            f"in {output_dir / PICTURE}" if tokenizer else "are shown with --model_dir TOKENIZER"
-        )
-        print(f"given, drawn and original {there}")
+    if known is not None:
+        there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
+        print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
-    known = vocabulary.tokenizer_run_id
+    run_id = vocabulary.tokenizer_run_id
     print(
         cli.next_command(
             *("vqvae/images_from_indexes.py", "--indexes_path", output_dir, "--model_dir"),
-            arguments.model_dir or (f"runs:/{known}/checkpoints" if known else "TOKENIZER"),
+            arguments.model_dir or (f"runs:/{run_id}/checkpoints" if run_id else "TOKENIZER"),
         )
     )
 
@@ -290,11 +350,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--conditions",
         metavar="INDICES",
-        help="indices folder whose conditions, or grids if it has none, are what images are drawn "
-        "to, in turn (default: those of --complete, or none)",
+        help="indices folder whose conditions, or grids if it has none, condition the samples, in "
+        "turn (default: those of --complete, or none)",
     )
     parser.add_argument(
-        "--unconditional", action="store_true", help='draw images of "no class" in particular'
+        "--unconditional", action="store_true", help='sample images of "no class" in particular'
     )
     cli.add_flags(parser, SamplingParams, "distribution")
     parser.add_argument(
@@ -308,7 +368,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--guidance_schedule",
         choices=SCHEDULES,
         default="constant",
-        help="how the scale rises from 1 over the cells (default: constant, it does not)",
+        help="how the scale rises from 1 over the tokens (default: constant, no rise)",
     )
     parser.add_argument(
         "--latent_dim",
@@ -320,29 +380,29 @@ def make_parser() -> argparse.ArgumentParser:
         "--position_extension",
         choices=[str(way) for way in PositionExtension],
         default=str(PositionExtension.SLIDE),
-        help="positions in larger grids: slide a crop of the trained size along (default); go on; "
-        "or compress them into the trained range",
+        help="positions in larger grids: slide a crop of the trained size along (default), go on "
+        "beyond the trained range, or compress into it",
     )
     parser.add_argument(
         "--complete", metavar="INDICES", help="indices whose first --num_images are completed"
     )
     parser.add_argument(
         "--mask",
-        metavar="SIDE:SHARE",
-        help="what stays of them: top, bottom, left or right and a share, or a picture that is "
-        f"white there (default: {KEEP})",
+        metavar="SIDE:FRACTION",
+        help="known part of them: top, bottom, left or right and a fraction, or a picture that is "
+        f"white there (default: {MASK})",
     )
     parser.add_argument(
         "--candidates",
         type=cli.positive,
         default=1,
-        help="draws per image; the one under which the later given cells are most likely is kept "
+        help="samples per image; the one that makes the known indices behind it likeliest stays "
         "(default: 1)",
     )
     parser.add_argument(
         "--variations", type=cli.positive, default=1, help="completions of each image (default: 1)"
     )
-    parser.add_argument("--model_dir", help="tokenizer, to show completions beside what was given")
+    parser.add_argument("--model_dir", help="tokenizer, for a picture of the completions")
     parser.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16"),
@@ -352,7 +412,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="steps as compiled CUDA graphs, on a GPU; pays for many images",
+        help="compiled CUDA graphs, on a GPU; pays for many images",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     parser.add_argument("--text", action="store_true", help="also write indices.txt")

@@ -14,7 +14,7 @@ from PIL import Image
 
 import evaluate
 from tests.conftest import TINY_GPT, write_images
-from tests.test_drawing_scripts import call
+from tests.test_transformer_generation import call
 from transformer import GPT, GPTConfig
 from utils.cli import UserError
 from utils.data.index_dataset import load_conditions, read_conditions, write_conditions
@@ -148,7 +148,7 @@ def models(data: Path) -> GridMeta:
         ("told --conditions other", "but that of other is ffffffffffff"),
         ("told --latent_dim 9,21", "takes grids of its own size (6, 10), got (9, 21)"),
         ("untold --conditions other", "the GPT in untold takes no conditions"),
-        ("always", "draws nothing without a condition"),
+        ("always", "needs a condition"),
     ],
 )
 def test_conditions_that_do_not_fit_the_gpt_are_one_line(

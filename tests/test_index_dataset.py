@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import TINY_GPT, write_images
-from tests.test_drawing_scripts import call
+from tests.test_transformer_generation import call
 from utils.cli import UserError
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.index_dataset import IndexDataset, choose_crops, read_crops

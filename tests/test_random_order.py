@@ -9,7 +9,7 @@ import torch
 
 import train
 from tests.conftest import TINY_GPT
-from tests.test_drawing_scripts import call
+from tests.test_transformer_generation import call
 
 
 def test_nothing_counts_before_the_raster_phase(

@@ -32,7 +32,7 @@ from transformer.sampling import (
     sample_from_probs,
     uniform,
 )
-from utils.data.given import keep_side
+from transformer_generation import known_side
 
 
 def make_model(grid: tuple[int, int] = (4, 6), window: int = 0, **options: object) -> GPT:
@@ -283,18 +283,18 @@ def test_rows_come_one_by_one() -> None:
 
 
 def test_sides() -> None:
-    assert keep_side("top:0.5", (4, 3)).tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
-    assert keep_side("right:0.34", (2, 3)).tolist() == [[False, False, True]] * 2
-    assert keep_side("left:0.5", (2, 2)).tolist() == [[True, False]] * 2
-    assert keep_side("bottom:0.25", (4, 1)).flatten().tolist() == [False, False, False, True]
+    assert known_side("top:0.5", (4, 3)).tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert known_side("right:0.34", (2, 3)).tolist() == [[False, False, True]] * 2
+    assert known_side("left:0.5", (2, 2)).tolist() == [[True, False]] * 2
+    assert known_side("bottom:0.25", (4, 1)).flatten().tolist() == [False, False, False, True]
     for text in ("top", "top:2", "middle:0.5", "left:1", "left:x", "left:nan"):
-        with pytest.raises(ValueError, match=r"expected|nothing to draw"):
-            keep_side(text, (4, 4))
+        with pytest.raises(ValueError, match=r"expected|nothing to sample"):
+            known_side(text, (4, 4))
 
 
 def test_later_known_positions_come_after_a_sampled_one() -> None:
-    assert not later_known_mask(keep_side("top:0.5", (4, 4))).any()
-    assert later_known_mask(keep_side("left:0.5", (2, 2))).tolist() == [
+    assert not later_known_mask(known_side("top:0.5", (4, 4))).any()
+    assert later_known_mask(known_side("left:0.5", (2, 2))).tolist() == [
         [False, False],
         [True, False],
     ]
@@ -322,7 +322,7 @@ def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guida
     """Without guidance and params, which are no part of how likely the model finds a cell."""
     model = make_model(depth=depth)
     prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
-    keep, scores = keep_side(side, (4, 6)), torch.zeros(5)
+    keep, scores = known_side(side, (4, 6)), torch.zeros(5)
     options = {
         "guidance": Guidance(guidance),
         "params": SamplingParams(0.5, top_k=3),
@@ -337,7 +337,7 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with(
     """They were ranked by other positions, which learned ones do not even have."""
     model = make_model(window=3)
     prefix, given = some_indices((6, 9))
-    keep, scores = keep_side("left:0.34", (6, 9)), torch.zeros(3)
+    keep, scores = known_side("left:0.34", (6, 9)), torch.zeros(3)
     options = {
         "known": given,
         "known_mask": keep,
@@ -357,7 +357,7 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with(
 def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) -> None:
     model = make_model()
     prefix, given = some_indices((4, 6), 8)
-    keep = keep_side(side, (4, 6))
+    keep = known_side(side, (4, 6))
     one = complete(model, prefix, given, keep)
     many = complete(model, prefix, given, keep, candidates=8, batch_size=5)
     for drawn in (one, many):
@@ -373,7 +373,7 @@ def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) 
 def test_what_follows_a_kept_cell_is_drawn_given_it() -> None:
     model = make_model()
     prefix, given = some_indices((4, 6), 2)
-    keep = keep_side("top:0.25", (4, 6))
+    keep = known_side("top:0.25", (4, 6))
     one, two = complete(model, prefix, given, keep), generate(model, prefix)
     assert not torch.equal(one[:, 1:], two[:, 1:])
 
@@ -420,7 +420,7 @@ def test_captured_steps_sample_what_eager_ones_sample(
     prefix, known = some_indices(size, 5)
     if model.config.depth == 2:
         known = torch.stack([known, known], dim=-1)
-    known = {"known": known, "known_mask": keep_side("left:0.34", size)}
+    known = {"known": known, "known_mask": known_side("left:0.34", size)}
     params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01)
     options = {"size": size, "batch_size": 2, "guidance": guidance, "params": params}
     eager, scores = generate(model, prefix, **options), torch.zeros(2, 5)

@@ -160,18 +160,18 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--compile",), "--compile is for a CUDA device"),
+        (("--compile",), "--compile needs a CUDA device"),
         (("--complete", "given", "--mask", "top:1.5"), "as top:0.5"),
-        (("--complete", "given", "--mask", "top:1"), "nothing to draw"),
+        (("--complete", "given", "--mask", "top:1"), "nothing to sample"),
         (("--complete", "given", "--mask", "none.png"), "neither a side"),
         (("--complete", "nowhere"), "no indices at nowhere"),
         (("--guidance_scale", "-1"), "guidance_scale"),
         (("--min_p", "2"), "min_p"),
         (("--candidates", "3"), "--complete"),
-        (("--complete", "given", "--latent_dim", "9,21"), "--latent_dim"),
-        (("--mask", "top:0.5"), "--mask is for --complete"),
-        (("--complete", "given", "--labels", "a"), "--labels does not go with --complete"),
-        (("--unconditional", "--labels", "a"), "--labels does not go with --unconditional"),
+        (("--complete", "given", "--latent_dim", "9,21"), "omit --latent_dim"),
+        (("--mask", "top:0.5"), "--mask needs --complete"),
+        (("--complete", "given", "--labels", "a"), "--labels cannot be combined with --complete"),
+        (("--unconditional", "--labels", "a"), "--labels cannot be combined with --unconditional"),
         (("--complete", "given", "--candidates", "2"), "--mask top:0.5 leaves none there"),
         (("--complete", "given", "--model_dir", "foreign"), "belongs to the tokenizer"),
         (("--temperature", "nan"), "temperature must be 0 or more and finite, got nan"),
@@ -196,7 +196,7 @@ def test_guidance_needs_something_to_compare(
     flags = ("--device", "cpu", "--num_images", 1)
     guided = (*flags, "--guidance_scale", 2)
     error = error_of("transformer_generation", "--model_path", "plain", *guided)
-    assert "knows neither classes nor conditions" in error
+    assert "has neither classes nor conditions" in error
     write_gpt("always", Vocabulary(CODES, GRID, class_names=("a", "b")), class_dropout=0.0)
     for more in (guided, (*flags, "--unconditional")):
         call("transformer_generation", "--model_path", "always", *more, "--output_dir", "drawn")
@@ -221,7 +221,7 @@ def test_what_comes_next_can_be_typed(models: Path, capsys: pytest.CaptureFixtur
     call("transformer_generation", *MODELS, *flags)
     said = capsys.readouterr().out
     assert said.rstrip().endswith("--model_dir TOKENIZER")
-    assert "given, drawn and original are shown with --model_dir" in said
+    assert "known, completed and original images: with --model_dir" in said
 
 
 def test_bfloat16_draws_with_positions_of_full_precision(models: Path) -> None:
