@@ -12,7 +12,7 @@ TERMS = {
     r"draw_samples|draw_one|distribution\.draw|\bdrawn_\w+": "sample",
     r"\binformed\b": "cond (logits)",
     r"\bShaping\b|\bshaping\b": "SamplingParams",
-    r"\bBeyond\b|--beyond\b": "PositionExtension, --position_extension",
+    r"\bBeyond\.|class Beyond|--beyond\b": "PositionExtension, --position_extension",
     r"\bPlaces\b": "GridPositions",
     r"laid_over": "aligned_positions",
     r"size_in_cells": "--latent_dim",
@@ -56,13 +56,22 @@ TERMS = {
     r"bit for bit": "bitwise identical",
     r"\bspoilt\b": "corrupted",
 }
+HISTORY = ("tests/test_terms.py", "CHANGELOG.md")  # these name what was renamed
 # Terms that still occur. To be emptied while the restructuring goes on.
-EXEMPT: set[str] = set(TERMS)
+EXEMPT: set[str] = {
+    r"\bby_cell\b|bits_by_cell|\bcells?\b",
+    r"stands? still",
+    r"\bJudge\b|\bjudge[ds]?\b",
+    r"refuse_idle",
+    r"cli\.build\b",
+    r"(does|do) not go with",
+    r"\bspoilt\b",
+}
 
 
 @pytest.fixture(scope="module")
 def texts() -> dict[str, str]:
-    paths = [path for path in tracked(".py") + tracked(".md") if path != "tests/test_terms.py"]
+    paths = [path for path in tracked(".py") + tracked(".md") if path not in HISTORY]
     return {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
 
 
