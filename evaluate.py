@@ -72,7 +72,7 @@ def evaluate_reconstructions(flags: argparse.Namespace) -> None:
     opened = published.open_network(flags.features, flags.feature_weights, device)
     lpips, lpips_protocol = None, None
     if flags.lpips:
-        lpips = cli.build(PerceptualLoss, flags.lpips, flags.lpips_weights).to(device)
+        lpips = cli.build_or_error(PerceptualLoss, flags.lpips, flags.lpips_weights).to(device)
         lpips_protocol = {"network": flags.lpips, "sha256": features.weights_sha256(lpips)}
     data = {"path_to_data": read_images(flags, "path_to_data", tokenizer.model.config)}
     dataset = data["path_to_data"]

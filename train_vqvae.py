@@ -1,11 +1,12 @@
 """Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
 
 import argparse
+import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -94,16 +95,25 @@ def given_settings(flags: cli.Flags) -> dict[str, Any]:
     return {name: getattr(flags, name) for name in names & flags.given}
 
 
-def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
+def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
     """The tokenizer of --init_from, if there is one, and the settings of the one to train.
 
-    Raises:
-        UserError: no such tokenizer, or flags that contradict it.
+    A UserError if there is no such tokenizer, or flags contradict it or each other.
     """
+    start, model_config = _read_start(config.init_from, flags)
+    name = model_config.quantizer
+    if config.reset_codebook_on_collapse and not QUANTIZERS[name].supports_reset:
+        raise cli.UserError(
+            f"--reset_codebook_on_collapse has no effect with the quantizer {name}; leave it out"
+        )
+    return start, model_config
+
+
+def _read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
     given = given_settings(flags)
     if not init_from:
         preset = flags.preset or "vqvae-small"
-        return None, cli.build(VQVAEConfig.from_preset, preset, **given)
+        return None, cli.build_or_error(VQVAEConfig.from_preset, preset, **given)
     if flags.preset:
         raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
     start = load_model(init_from, VQVAE)
@@ -114,7 +124,23 @@ def read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQ
                 f"--{name} {given[name]} contradicts {init_from}, where it is {settings[name]}; "
                 "leave it out"
             )
-    return start, cli.build(VQVAEConfig.create, **settings | given)
+    return start, cli.build_or_error(VQVAEConfig.create, **settings | given)
+
+
+def read_images(
+    data: DataConfig, config: VQVAEConfig, seed: int, group: Distributed
+) -> tuple[ImageDataset, Tensor, Tensor]:
+    """The images, and the rows of them to train on and to validate."""
+    dataset = ImageDataset(
+        data.path_to_data,
+        data,
+        size=config.image_size,
+        channels=config.in_channels,
+        random_crop=data.random_crop,
+        processes=group.world_size,
+    )
+    rows = sources.split_rows(dataset.rows, val_fraction=data.val_fraction, seed=seed)
+    return dataset, *rows
 
 
 def build_model(
@@ -122,7 +148,7 @@ def build_model(
 ) -> VQVAE:
     """The tokenizer for these images, with the weights of `start` if there is one."""
     found = {"in_channels": dataset.channels, "image_size": dataset.size}
-    model = VQVAE(cli.build(replace, config, **found))
+    model = VQVAE(cli.build_or_error(replace, config, **found))
     if start is not None:
         model.load_state_dict(start.model.state_dict())
     return model.to(device).to(memory_format=torch.channels_last)
@@ -135,7 +161,7 @@ def build_adversary(
     if config.disc_weight == 0:
         return None
     sizes = dataset.channels, dataset.size, schedule.total_steps
-    adversary = cli.build(AdversarialLoss, config, *sizes)
+    adversary = cli.build_or_error(AdversarialLoss, config, *sizes)
     if adversary.schedule.needs_more_evaluations(schedule.evaluate_every):
         group.print(
             f"warning: evaluations are {schedule.evaluate_every:,} steps apart, but the "
@@ -241,68 +267,74 @@ def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, row
     print(f"best: {in_words(values)}\n{run.ui_hint}")
 
 
+class Configs(NamedTuple):
+    """What the flags say, one dataclass for each concern."""
+
+    training: TrainingConfig
+    data: DataConfig
+    start: StartConfig
+    losses: LossConfig
+    adversarial: AdversarialConfig
+
+
+def read_configs(flags: argparse.Namespace) -> Configs:
+    kinds = typing.get_type_hints(Configs).values()
+    configs = Configs(*(cli.read_flags(kind, flags) for kind in kinds))
+    for config in configs:
+        cli.reject_unused_flags(config, flags)
+    metrics.sign_of(configs.training.best_metric, BEST_METRICS)  # refuses unknown metrics
+    return configs
+
+
+def make_state(
+    configs: Configs,
+    schedule: Schedule,
+    group: Distributed,
+    model: VQVAE,
+    adversary: AdversarialLoss | None,
+    parts: dict[str, Any],
+    measured: dict[str, str],
+) -> TrainState:
+    """Optimisers, settings and parts of a training; `measured` settings are not flags."""
+    config = configs.training
+    optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
+    if adversary is not None:
+        optimizers["disc_optimizer"] = make_optimizer(adversary, config, betas=(0.5, 0.9))
+    settings = model.config.to_dict()
+    for one in configs:
+        settings |= asdict(one)
+    changed = [x for x in (model.quantizer, adversary) if x is not None]
+    parts = {"adversary": adversary, **parts}
+    settings |= measured
+    return TrainState(config, schedule, group, model, optimizers, settings, parts, changed)
+
+
 def main(arguments: argparse.Namespace) -> None:
-    config = cli.read_flags(TrainingConfig, arguments)
-    data = cli.read_flags(DataConfig, arguments)
-    start_config = cli.read_flags(StartConfig, arguments)
-    loss_config = cli.read_flags(LossConfig, arguments)
-    adversarial_config = cli.read_flags(AdversarialConfig, arguments)
-    for terms in (loss_config, adversarial_config):
-        cli.refuse_idle(terms, arguments)
-    metrics.sign_of(config.best_metric, BEST_METRICS)  # refuses unknown ones
+    configs = read_configs(arguments)
+    config, data = configs.training, configs.data
     resumed = find_checkpoint(config.resume, config.output_dir)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
-
-    start, model_config = read_start(start_config.init_from, cast(cli.Flags, arguments))
-    resets = start_config.reset_codebook_on_collapse
-    if resets and not QUANTIZERS[model_config.quantizer].supports_reset:
-        raise cli.UserError(
-            "--reset_codebook_on_collapse has no effect with the quantizer "
-            f"{model_config.quantizer}; leave it out"
-        )
-    losses = cli.build(ReconstructionLoss, loss_config).to(group.device)
-    dataset = ImageDataset(
-        data.path_to_data,
-        data,
-        size=model_config.image_size,
-        channels=model_config.in_channels,
-        random_crop=data.random_crop,
-        processes=group.world_size,
-    )
-    train_rows, val_rows = sources.split_rows(
-        dataset.rows, val_fraction=data.val_fraction, seed=config.seed
-    )
+    start, model_config = read_start(configs.start, cast(cli.Flags, arguments))
+    losses = cli.build_or_error(ReconstructionLoss, configs.losses).to(group.device)
+    dataset, train_rows, val_rows = read_images(data, model_config, config.seed, group)
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
-    cli.build(losses.check, dataset.channels, dataset.size)
+    cli.build_or_error(losses.check, dataset.channels, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
-    optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
-    adversary = build_adversary(adversarial_config, dataset, schedule, group)
-    if adversary is not None:
-        optimizers["disc_optimizer"] = make_optimizer(adversary, config, betas=(0.5, 0.9))
+    adversary = build_adversary(configs.adversarial, dataset, schedule, group)
+    reset = configs.start.reset_codebook_on_collapse
+    monitor = CollapseMonitor(model.quantizer, group.device, reset=reset)
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
-    monitor = CollapseMonitor(model.quantizer, group.device, reset=resets)
-    settings = asdict(data) | model.config.to_dict() | asdict(start_config)
-    settings |= asdict(loss_config) | asdict(adversarial_config)
-    state = TrainState(
-        config,
-        schedule,
-        group,
-        model,
-        optimizers,
-        settings | {"data_sha256": fingerprint(dataset.rows), "precision": precision},
-        parts={"counts": counts, "adversary": adversary, "collapse_monitor": monitor},
-        changed_by_forward=[x for x in (model.quantizer, adversary) if x is not None],
-    )
+    parts = {"counts": counts, "collapse_monitor": monitor}
+    measured = {"data_sha256": fingerprint(dataset.rows), "precision": precision}
+    state = make_state(configs, schedule, group, model, adversary, parts, measured)
     state.checkpoint.restore(resumed)
     if config.compile:
         compile_model(model, adversary)
-    forward = group.wrap(model)
+    forward, last_layer = group.wrap(model), model.decoder.conv_out.weight
     load = partial(load_images, dataset, data, state)
-    last_layer = model.decoder.conv_out.weight
     options = {"accumulate": config.accumulate, "adversary": adversary, "last_layer": last_layer}
-
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     name = config.run_name or f"{name}-f{model.config.downsampling}"
     output_dir = find_output_dir(config.output_dir, resumed, name)
@@ -311,8 +343,7 @@ def main(arguments: argparse.Namespace) -> None:
     checkpoints = Checkpointer(run, state.checkpoint, origin, resumed)
     if group.is_main:
         dataset.write_skipped(output_dir)
-    group.print(dataset)
-    group.print(f"{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
+    group.print(f"{dataset}\n{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
     group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
 
     with loop.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:

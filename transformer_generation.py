@@ -102,7 +102,7 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
     if indices.meta is not None:
         vocabulary.check_tokenizer(indices.meta.tokenizer_sha256, path)
     if text.partition(":")[0] in SIDES:
-        mask = cli.build(known_side, text, indices.latent_dim)
+        mask = cli.build_or_error(known_side, text, indices.latent_dim)
     else:
         mask = torch.from_numpy(read_mask(text, indices.latent_dim))
     if arguments.candidates > 1 and not later_known_mask(mask).any():
@@ -236,7 +236,7 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     check_flags(arguments, device)
-    guidance = cli.build(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
+    guidance = cli.build_or_error(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
     params = cli.read_flags(SamplingParams, arguments)
     gpt = load_model(arguments.model_path, GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
@@ -259,7 +259,9 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         labels, size = known.labels, tuple(known.mask.shape)
     extension = PositionExtension(arguments.position_extension)
-    cli.build(gpt.model.grid_positions, size, extension)  # fails before anything is written
+    cli.build_or_error(
+        gpt.model.grid_positions, size, extension
+    )  # fails before anything is written
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 

@@ -75,9 +75,9 @@ class Dependent:
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("--bound 2", "--bound needs --weight above 0, else"),
-        ("--weight 0 --bound 1", "--bound needs --weight"),
-        ("--width 2", "--width needs --soft, else"),
+        ("--bound 2", "--bound has no effect without --weight above 0;"),
+        ("--weight 0 --bound 1", "--bound has no effect without --weight"),
+        ("--width 2", "--width has no effect without --soft;"),
         ("--weight 1 --bound 2 --soft --width 3", ""),
         ("", ""),
     ],
@@ -88,10 +88,10 @@ def test_flags_that_do_nothing_without_another(words: str, complaint: str) -> No
     flags = parser.parse_args(words.split())
     config = cli.read_flags(Dependent, flags)
     if not complaint:
-        cli.refuse_idle(config, flags)
+        cli.reject_unused_flags(config, flags)
         return
     with pytest.raises(cli.UserError, match=complaint):
-        cli.refuse_idle(config, flags)
+        cli.reject_unused_flags(config, flags)
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files.check_unused(folder)
     weights = foreign.read_state_dict(arguments.checkpoint).tensors
-    model = cli.build(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
+    model = cli.build_or_error(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     classes = tuple(map(str, range(config.num_classes)))
     vocabulary = Vocabulary(config.codebook_size, config.latent_dim, class_names=classes)

@@ -16,7 +16,7 @@ from pathlib import Path
 # What takes less memory, by the flag that a script may have for it.
 LESS_MEMORY = {
     "batch_size": "a smaller --batch_size",
-    "accumulate": "--accumulate N (the same batch in N parts)",
+    "accumulate": "--accumulate N (the same batch in N micro-batches)",
     "image_size": "a smaller --image_size",
     "num_workers": "fewer --num_workers",
 }
@@ -81,19 +81,13 @@ def flag(
 ) -> typing.Any:
     """A field of a config dataclass that is also a flag with this help text.
 
-    Metadata: `choices`, `metavar`, and `needs` (see `refuse_idle`).
+    Metadata: `choices`, `metavar`, and `needs` (see `reject_unused_flags`).
     """
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
-    """Add one flag for each field of a config dataclass that carries a help text.
-
-    Args:
-        parser: where to.
-        config_class: the dataclass.
-        title: of these flags in the help.
-    """
+    """Add a flag for each field of a config dataclass with a help text, under a title."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -114,40 +108,27 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
 
 
 def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
-    """Build a config from the parsed flags; `known` are fields that are found out otherwise.
-
-    Raises:
-        UserError: a value is out of its range.
-    """
+    """A config from the parsed flags; `known` are fields without one. See `build_or_error`."""
     names = {field.name for field in dataclasses.fields(config_class) if "help" in field.metadata}
     values = {name: getattr(arguments, name) for name in names} | known
-    return build(config_class, **values)
+    return build_or_error(config_class, **values)
 
 
-def refuse_idle(config: typing.Any, flags: argparse.Namespace) -> None:
-    """Refuse flags that were given to no effect.
-
-    A field whose metadata say that it `needs` another of the config does nothing where that one
-    is 0 or off.
-
-    Raises:
-        UserError: there is one.
-    """
+def reject_unused_flags(config: typing.Any, flags: argparse.Namespace) -> None:
+    """A UserError for a given flag without effect: another that its field `needs` is 0 or off."""
     for field in dataclasses.fields(config):
         needed = field.metadata.get("needs")
         if needed and field.name in flags.given and not getattr(config, needed):
             above = "" if isinstance(getattr(config, needed), bool) else " above 0"
             raise UserError(
-                f"--{field.name} needs --{needed}{above}, else it does nothing; leave it out"
+                f"--{field.name} has no effect without --{needed}{above}; leave it out, or set both"
             )
 
 
-def build(make: Callable[..., typing.Any], *arguments: object, **values: object) -> typing.Any:
-    """`make(*arguments, **values)`, whose complaint about a value is the user's to read.
-
-    Raises:
-        UserError: a value is out of its range, or something that it needs is not there.
-    """
+def build_or_error(
+    make: Callable[..., typing.Any], *arguments: object, **values: object
+) -> typing.Any:
+    """`make(*arguments, **values)`; a UserError if it rejects a value, or lacks something."""
     try:
         return make(*arguments, **values)
     except (ValueError, ImportError, OSError) as error:
@@ -162,11 +143,7 @@ def positive(text: str) -> int:
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags.
-
-    Attributes:
-        given: names of those that stand on the command line: no default, and no preset's value.
-    """
+    """Parsed flags; `given` are the names of those on the command line (no default, no preset)."""
 
     __slots__ = ("given",)  # apart from the flags themselves, which are vars()
 
@@ -260,34 +237,35 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
     configure_process()
     try:
         main(arguments)
-    except UserError as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if arguments.debug or not out_of_memory(error):
-            raise
-        ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
-        ways = ways or ["a machine with more"]
-        said = printable(one_line(error))
-        print(f"error: out of memory: {said}; use {', or '.join(ways)}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(
-            f"error: no room is left on the disk ({error}); what was saved before is whole: make "
-            "room, and run it again (a training with --resume)",
-            file=sys.stderr,
-        )
-        sys.exit(2)
     except Stopped as stop:
-        print(f"{stop}; what it had is saved", file=sys.stderr)
+        print(f"{stop}; its state is saved", file=sys.stderr)
         sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    except (UserError, MemoryError, RuntimeError, OSError) as error:
+        line = error_line(error, arguments)
+        if not line or (arguments.debug and not isinstance(error, UserError)):
+            raise
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"error: {printable(line)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def error_line(error: BaseException, arguments: argparse.Namespace) -> str:
+    """What went wrong and what to do, for an error that a user can cause; "" for others."""
+    if isinstance(error, UserError):
+        return str(error)
+    if out_of_memory(error):
+        ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
+        return f"out of memory: {one_line(error)}; use {', '.join(ways) or 'a machine with more'}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return (
+            f"no room is left on the disk ({error}); what was saved before is intact: make room, "
+            "and run it again (a training with --resume)"
+        )
+    return ""
 
 
 def out_of_memory(error: BaseException) -> bool:

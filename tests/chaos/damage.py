@@ -18,7 +18,7 @@ import torch
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
 from utils import provenance
-from utils.cli import UserError, build
+from utils.cli import UserError, build_or_error
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
@@ -120,7 +120,7 @@ def _make_files() -> dict[str, Reader]:
 
     def read_logs() -> Any:
         found = sync.read_events(out), sync.read_metrics(out)
-        build(report.write, out)
+        build_or_error(report.write, out)
         (out / report.FILE).unlink()
         return found
 

@@ -138,7 +138,7 @@ def _read_backbone() -> Any:
     """As `vqvae.losses` reads its weights, into a network that is made at once."""
     tiny = {"tiny": (torch.nn.Identity, losses.BACKBONES["vgg"][1])}
     with unittest.mock.patch.dict(losses.BACKBONES, tiny):
-        return cli.build(losses.read_backbone, "tiny", "lpips.pth")
+        return cli.build_or_error(losses.read_backbone, "tiny", "lpips.pth")
 
 
 def run(count: int) -> Result:

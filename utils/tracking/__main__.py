@@ -20,7 +20,7 @@ def main(arguments: argparse.Namespace) -> None:
         counts = [f"{count:,} {kind}" for kind, count in sent.items() if count]
         print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
     elif (home / sync.METRICS).is_file():
-        print(cli.build(report.write, home))
+        print(cli.build_or_error(report.write, home))
     else:
         raise cli.UserError(
             f"{home} is no output folder of a training: it has no {sync.METRICS}; name one "

@@ -42,11 +42,7 @@ class Schedule:
     def __init__(
         self, config: TrainingConfig, num_train: int, num_val: int, world_size: int = 1
     ) -> None:
-        """Plan a training on `num_train` rows, evaluated on `num_val`.
-
-        Raises:
-            UserError: there are too few rows, or the batch does not divide.
-        """
+        """Plan a training; a UserError for too few rows, or a batch that does not divide."""
         if num_train < config.batch_size:
             raise UserError(
                 f"{num_train} training images are too few for one batch of {config.batch_size}; "
@@ -142,20 +138,12 @@ class Averages:
 
 @dataclass
 class TrainState:
-    """All that the steps of a training read and change.
+    """All that the steps of a training read and change; `checkpoint` saves and restores it.
 
-    Attributes:
-        config, schedule: what was planned.
-        group: the processes.
-        model: what is trained; `ema.model` is what is evaluated and kept.
-        optimizers: by name; the norm of their gradients is logged as gradient_norm for optimizer.
-        settings: plain values of the other configs, which a resumed training must have, too.
-        parts: further parts of a checkpoint by name, see `CheckpointState`.
-        changed_by_forward: modules that a forward pass changes already, such as a codebook of
-            moving averages; they are put back when a batch is skipped.
-        progress: where the training stands.
-        averages: of the numbers since the last log.
-        checkpoint: the parts as files and back.
+    `ema.model` is what is evaluated and kept. The gradient norm of an optimiser is logged under
+    its name, with gradient_norm for optimizer. `settings` and `parts`: see `CheckpointState`.
+    `changed_by_forward` are modules that a forward pass changes already, such as a codebook of
+    moving averages; they are restored when a batch is skipped.
     """
 
     config: TrainingConfig
@@ -192,13 +180,8 @@ def batches(
 
     The order of an epoch is a function of seed and epoch, so a resumed training continues with
     the rows that come next. Rows that fill no batch are left out of this epoch. If the data cannot
-    be read, a training in one process is saved before it ends.
-
-    Args:
-        state: its epoch and offset advance here, its step in `optimizer_step`.
-        checkpoints: where the training is saved.
-        rows: row numbers of the training data.
-        load: (row numbers of this process for each batch, epoch) -> the batches.
+    be read, a training in one process is saved before it ends. `load` turns the row numbers of
+    this process for each batch, and the epoch, into the batches.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
 
@@ -241,18 +224,9 @@ def optimizer_step(
 ) -> bool:
     """Clip the gradients and take a step, unless a number is NaN or infinite in any process.
 
-    Args:
-        state: its averages get the values, the gradient norms and the learning rate.
-        rows: row numbers of this batch in all processes.
-        values: losses and other numbers of this batch.
-        row_name: what a message calls a row.
-
-    Returns:
-        Whether the step was taken; False if the batch was skipped (--on_nonfinite skip).
-
-    Raises:
-        UserError: a number is not finite, and no (further) batch may be skipped. Of several
-            processes the main one raises it.
+    The losses in `values`, gradient norms and learning rate go into the averages; a message names
+    `rows`, the row numbers in all processes, by `row_name`. Returns False if the batch was
+    skipped (--on_nonfinite skip). A UserError if no (further) batch may be skipped.
     """
     group, progress = state.group, state.progress
     learning_rate = state.schedule.learning_rate(progress.step)
@@ -350,13 +324,9 @@ def keep_best(
 def end_step(
     state: TrainState, checkpoints: Checkpointer, stop: StopSignals, *, evaluated: bool
 ) -> bool:
-    """The tail of a step: save if it is time, stop if a signal came.
+    """The tail of a step: save if it is time, and raise `Stopped` if a signal came.
 
-    Returns:
-        Whether to end the training early (--patience).
-
-    Raises:
-        Stopped: this process or another received a signal; the training is saved.
+    Returns whether to end the training early (--patience).
     """
     group, config, progress, schedule = state.group, state.config, state.progress, state.schedule
     due = bool(schedule.save_every) and progress.step % schedule.save_every == 0
