@@ -2,8 +2,9 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,6 @@ from utils.provenance import Provenance, Stage
 @dataclass(frozen=True)
 class NetConfig:
     width: int = 3
-    shape: tuple[int, ...] = (2, 2)
-
-    def __post_init__(self) -> None:
-        if self.width < 1:
-            raise ValueError(f"width must be at least 1, got {self.width}")
 
 
 class Net(nn.Module):
@@ -39,9 +35,14 @@ class Net(nn.Module):
         self.register_buffer("scalar", torch.tensor(7))
         self.register_buffer("turned", torch.randn(4, 4).T)
 
+    def pretrained_config(self) -> dict[str, Any]:
+        return asdict(self.config)
 
-class Other(Net):
-    pass
+    @classmethod
+    def from_pretrained(cls, folder: Path, device: str) -> "Net":
+        net = cls(NetConfig(**json.loads((folder / "config.json").read_text())))
+        net.load_state_dict(read_tensors(folder / "model.safetensors"))
+        return net.eval().to(device)
 
 
 PROVENANCE = Provenance("run", 5, 0.2, (Stage("gpt", "python train.py", {"indices": "ab"}),))
@@ -91,12 +92,6 @@ def test_what_is_no_model(tmp_path: Path) -> None:
         find_model_folder(tmp_path)
 
 
-def test_wrong_kind(tmp_path: Path) -> None:
-    saved(tmp_path / "net")
-    with pytest.raises(UserError, match="holds a Net, but a Other is needed here"):
-        load_model(tmp_path / "net", Other)
-
-
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
 def test_a_flipped_bit_is_noticed(tmp_path: Path, name: str) -> None:
     """safetensors does not notice; and a digit of config.json may be another model."""
@@ -124,25 +119,11 @@ def test_without_checksums_damage_is_still_one_line(tmp_path: Path) -> None:
             load_model(tmp_path / "net", Net)
 
 
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"width": 4}, "do not fit together"),
-        ({"width": 0}, "net.*width must be at least 1, got 0"),
-        ({"width": None}, r"config\.json is damaged: width must be int, got None"),
-        ({"width": True}, r"config\.json is damaged: width must be int, got True"),
-        ({"width": 10**30}, r"config\.json is damaged: width must be int"),
-        ({"width": 10**9}, "do not fit together"),  # 4 exabytes, of which none is taken
-        ({"shape": [2, "2"]}, r"config\.json is damaged: shape must be"),
-        ({"colour": "red"}, r"config\.json is damaged: 'colour' is unknown"),
-    ],
-)
-def test_a_config_that_does_not_fit(tmp_path: Path, change: dict, complaint: str) -> None:
+def test_what_the_model_refuses_is_one_line(tmp_path: Path) -> None:
     saved(tmp_path / "net")
     (tmp_path / "net" / "sha256.json").unlink()
-    file = tmp_path / "net" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(UserError, match=complaint):
+    (tmp_path / "net" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"cannot read .*net: "):
         load_model(tmp_path / "net", Net)
 
 
@@ -264,4 +245,4 @@ def test_no_pickle_is_written(tmp_path: Path) -> None:
     names = sorted(file.name for file in (tmp_path / "net").iterdir())
     assert names == ["config.json", "model.safetensors", "provenance.json", "sha256.json"]
     config = json.loads((tmp_path / "net" / "config.json").read_text())
-    assert config == {"model": "Net", "width": 3, "shape": [2, 2]}
+    assert config == {"width": 3}

@@ -29,7 +29,9 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(4)
         self.dropout = nn.Dropout(0.5)
         self.linear = nn.Linear(4, 1)
-        self.config = TrainingConfig()
+
+    def pretrained_config(self) -> dict[str, int]:
+        return {"size": 4}
 
     def forward(self, rows: Tensor) -> Tensor:
         return self.linear(self.dropout(self.norm(self.embedding(rows % 9))))

@@ -259,7 +259,8 @@ def error_line(error: BaseException, arguments: argparse.Namespace) -> str:
         return str(error)
     if out_of_memory(error):
         ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
-        return f"out of memory: {one_line(error)}; use {', '.join(ways) or 'a machine with more'}"
+        advice = ", or ".join(ways) or "a machine with more"
+        return f"out of memory: {one_line(error)}; use {advice}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no room is left on the disk ({error}); what was saved before is intact: make room, "
