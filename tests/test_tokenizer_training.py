@@ -178,13 +178,16 @@ def test_levels_override_the_codebook_of_a_preset() -> None:
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ("--lecam_weight 0.1", "--lecam_weight needs --disc_weight above 0"),
-        ("--no-disc_adaptive_schedule", "--disc_adaptive_schedule needs --disc_weight above 0"),
+        ("--lecam_weight 0.1", "--lecam_weight has no effect without --disc_weight above 0"),
+        (
+            "--no-disc_adaptive_schedule",
+            "--disc_adaptive_schedule has no effect without --disc_weight",
+        ),
         (
             "--disc_weight 1 --no-disc_adaptive_schedule --disc_bound 1",
-            "needs --disc_adaptive_schedule, else",
+            "has no effect without --disc_adaptive_schedule;",
         ),
-        ("--lpips_network alex", "--lpips_network needs --perceptual_weight above 0"),
+        ("--lpips_network alex", "--lpips_network has no effect without --perceptual_weight"),
         (
             "--quantizer fsq --commitment_cost 1",
             "commitment_cost has no effect with the quantizer fsq",

@@ -306,6 +306,14 @@ class StopSignals(AbstractContextManager):
                 os._exit(128 + number)  # an exception would wait for all that is left to send
         self.number = number
 
+    def stop_if_requested(self, group: Distributed, checkpoints: Checkpointer) -> None:
+        """If this process or another received a signal, save and raise `Stopped`."""
+        number = group.all_reduce_max(self.number)
+        if number:
+            checkpoints.save()
+            group.shutdown()
+            raise Stopped(number)
+
 
 def keep_best(
     state: TrainState, checkpoints: Checkpointer, score: float, *, always: bool = False
@@ -338,11 +346,7 @@ def end_step(
         state.saved_at = time.monotonic()
     if evaluated:
         state.averages.restart()
-    number = group.all_reduce_max(stop.number)
-    if number:
-        checkpoints.save()
-        group.shutdown()
-        raise Stopped(number)
+    stop.stop_if_requested(group, checkpoints)
     if 0 < config.patience <= progress.evaluations_without_improvement:
         metric, patience = config.best_metric, config.patience
         group.print(f"no better {metric} in {patience} evaluations: stopping")

@@ -23,17 +23,11 @@ TENSORS, RECORDS = "training.safetensors", "training.json"
 # Settings of which another value makes another training ...
 REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
 # ... and those that leave the result as it is.
-FREE: tuple[str, ...] = (
-    "output_dir",
-    "run_name",
-    "experiment",
-    "device",
-    "num_workers",
-    "resume",
-    "path_to_data",
+FREE = (
+    *("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data"),
+    *("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths"),
+    "register",
 )
-FREE += ("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths")
-FREE += ("register",)
 
 
 @dataclass
