@@ -25,7 +25,16 @@ EVERYTHING = SOURCES | {
     for text in [(ROOT / path).read_text(encoding="utf-8")]
 }
 SCRIPTS = set(ENTRY_POINTS)
-BOTTOM = ("cli", "files", "addresses", "distributed", "provenance", "figures")
+BOTTOM = (
+    "cli",
+    "files",
+    "foreign",
+    "model_folder",
+    "addresses",
+    "distributed",
+    "provenance",
+    "figures",
+)
 LAYERS = {  # part of utils: the parts that it may import beside itself
     **dict.fromkeys(BOTTOM, BOTTOM),
     "data": BOTTOM,
@@ -66,7 +75,6 @@ def part_of(module: str) -> str:
     return module.removesuffix(".py").replace("/", ".").split(".")[1]
 
 
-@not_yet
 @pytest.mark.parametrize("package", ["vqvae", "transformer"])
 def test_the_models_need_only_torch(package: str) -> None:
     allowed = {package, "torch", "torchvision", "safetensors", "lpips"} | sys.stdlib_module_names
@@ -97,7 +105,6 @@ def test_utils_import_no_model() -> None:
         assert not {"vqvae", "transformer"} & tops(imports(source)), source.path
 
 
-@not_yet
 def test_layers_of_utils() -> None:
     graph = import_graph(SOURCES)
     for source in in_package("utils"):
@@ -110,7 +117,6 @@ def test_layers_of_utils() -> None:
         assert below <= allowed, f"{source.path} imports utils.{below - allowed}"
 
 
-@not_yet
 def test_only_scripts_import_tracking() -> None:
     for path, source in SOURCES.items():
         if path not in SCRIPTS and not path.startswith("utils/tracking/"):
@@ -118,12 +124,10 @@ def test_only_scripts_import_tracking() -> None:
             assert not found, path
 
 
-@not_yet
 def test_no_import_cycles() -> None:
     assert cycles(import_graph(SOURCES)) == []
 
 
-@not_yet
 def test_only_two_files_import_mlflow_and_late() -> None:
     for path, source in SOURCES.items():
         if path not in ("utils/tracking/store.py", "utils/addresses.py"):
@@ -131,13 +135,16 @@ def test_only_two_files_import_mlflow_and_late() -> None:
         assert "mlflow" not in tops(imports(source, only_at_import=True)), path
 
 
-@not_yet
 def test_one_file_of_utils_and_one_of_vqvae_communicate() -> None:
     found = [
         path
         for path, source in SOURCES.items()
         if any(name.startswith("torch.distributed") for name in imports(source))
-        or "torch.distributed." in ast.unparse(source.tree)
+        or any(
+            ast.unparse(node).startswith("torch.distributed.")
+            for node in ast.walk(source.tree)
+            if isinstance(node, ast.Attribute)
+        )
     ]
     assert [path.split("/")[0] for path in sorted(found)] == ["utils", "vqvae"], found
     assert "utils/distributed.py" in found
@@ -150,7 +157,6 @@ def test_scripts_never_import_scripts() -> None:
             assert not imports(source) & (modules - {source.module}), path
 
 
-@not_yet
 def test_nothing_is_pickled() -> None:
     for path, source in EVERYTHING.items():
         assert not tops(imports(source)) & set(PICKLES), path
@@ -164,7 +170,6 @@ def test_nothing_is_pickled() -> None:
                 assert "allow_pickle=False" in ast.unparse(call), path
 
 
-@not_yet
 def test_nothing_is_mocked_outside_tests() -> None:
     for path, source in EVERYTHING.items():
         assert not any(name.startswith("unittest") for name in imports(source)), path
@@ -193,7 +198,6 @@ def environment_edits(tree: ast.AST) -> Iterator[ast.AST]:
             yield node
 
 
-@not_yet
 def test_one_function_changes_the_environment() -> None:
     for path, source in SOURCES.items():
         allowed = [
