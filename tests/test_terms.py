@@ -62,9 +62,6 @@ EXEMPT: set[str] = {
     r"\bby_cell\b|bits_by_cell|\bcells?\b",
     r"stands? still",
     r"\bJudge\b|\bjudge[ds]?\b",
-    r"refuse_idle",
-    r"cli\.build\b",
-    r"(does|do) not go with",
     r"\bspoilt\b",
 }
 
