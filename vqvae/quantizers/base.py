@@ -1,9 +1,8 @@
 """The contract of all quantizers: options, the grid around the vectors, and what several share."""
 
 import types
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from math import inf
+from math import isfinite
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -13,13 +12,13 @@ MAX_CODES = 1 << 24  # over all depths; every code is counted
 
 
 def option(default: Any, description: str, **metadata: Any) -> Any:
-    """A field of an options dataclass.
+    """A field of an options dataclass, which `check_fields` checks.
 
     Args:
-        default: its value where none is given.
+        default: its value where none is given; None: it follows from other fields or the data.
         description: one line for the user.
-        metadata: `choices`; `training_only=True` where the value changes neither the weights'
-            shapes nor what a trained model computes.
+        metadata: `min`, `max` (of each element of a tuple), `choices`; `training_only=True` where
+            the value changes neither the weights' shapes nor what a trained model computes.
     """
     return field(default=default, metadata={"help": description, **metadata})
 
@@ -35,69 +34,34 @@ def entropy_weight(default: float) -> Any:
     return option(default, description, training_only=True)
 
 
-@dataclass(frozen=True)
-class QuantizerOptions:
-    """What all quantizers have; a quantizer adds its own fields in a subclass.
+def check_fields(config: Any) -> None:
+    """Give the fields of a frozen dataclass their types (JSON has lists and whole floats).
 
     Numbers with a fraction are weights and thresholds: finite and not negative.
 
     Raises:
-        ValueError: a value is out of its range.
+        ValueError: a value has another type, or is not within `min`, `max` or `choices`.
     """
-
-    codebook_size: int = option(512, "number of codes K")
-    codebook_dim: int = option(8, "dimension D of a code")
-
-    def __post_init__(self) -> None:
-        for name, least in (("codebook_size", 2), ("codebook_dim", 1), ("depth", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        for each in fields(self):
-            value, choices = getattr(self, each.name), each.metadata.get("choices")
-            if isinstance(value, float) and not 0 <= value < inf:
-                raise ValueError(f"{each.name} must be a number of 0 or more, got {value}")
-            if choices and value not in choices:
-                raise ValueError(f"{each.name} must be one of {choices}, got {value!r}")
-        if self.num_codes > MAX_CODES:
-            raise ValueError(
-                f"codebook_size (over all depths) must be at most {MAX_CODES:,}, as every code is "
-                f"counted; got {self.num_codes:,}"
-            )
-
-    @property
-    def depth(self) -> int:
-        """Codes per latent position."""
-        return 1
-
-    @property
-    def num_codes(self) -> int:
-        """Codes of all depths together."""
-        return self.codebook_size * self.depth
-
-    @classmethod
-    def resolve_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Given values with those that follow from them; overridden where values depend on others.
-
-        Raises:
-            ValueError: the values contradict each other.
-        """
-        return values
-
-
-def check_types(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Values from a JSON file as the types of a dataclass's fields; lists become tuples.
-
-    Raises:
-        ValueError: a value has another type.
-    """
-    hints, checked = get_type_hints(cls), {}
-    for name, value in values.items():
+    hints = get_type_hints(type(config))
+    for each in fields(config):
+        name, value, limits = each.name, getattr(config, each.name), each.metadata
+        if value is None and each.default is None:
+            continue
         try:
-            checked[name] = _convert(value, hints[name])
+            value = _convert(value, hints[name])
         except TypeError as error:
             kind = getattr(hints[name], "__name__", hints[name])
             raise ValueError(f"{name} must be {kind}, got {value!r:.80}") from error
-    return checked
+        object.__setattr__(config, name, value)
+        for x in value if isinstance(value, tuple) else (value,):
+            low, high = limits.get("min", 0 if type(x) is float else None), limits.get("max")
+            if "choices" in limits and x not in limits["choices"]:
+                choices = ", ".join(map(str, limits["choices"]))
+                raise ValueError(f"{name} must be one of {choices}, got {x!r:.80}")
+            if low is not None and not (x >= low and isfinite(x)):
+                raise ValueError(f"{name} must be at least {low}, got {x}")
+            if high is not None and x > high:
+                raise ValueError(f"{name} must be at most {high}, got {x}")
 
 
 def _convert(value: Any, kind: Any) -> Any:
@@ -111,9 +75,46 @@ def _convert(value: Any, kind: Any) -> Any:
         return tuple(map(_convert, value, kinds))
     if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
-    if type(value) is not kind or (kind is int and abs(value) >= 1 << 63):
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
         raise TypeError
     return value
+
+
+@dataclass(frozen=True)
+class QuantizerOptions:
+    """What all quantizers have; a quantizer adds its own fields in a subclass.
+
+    Raises:
+        ValueError: a value is out of its range, or contradicts another.
+    """
+
+    codebook_size: int = option(512, "number of codes K", min=2, max=MAX_CODES)
+    codebook_dim: int = option(8, "dimension D of a code", min=1, max=1 << 16)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.num_codes > MAX_CODES:
+            raise ValueError(f"all depths together must have at most {MAX_CODES:,} codes")
+
+    def derive(self, **values: Any) -> None:
+        """Set fields that were not given to values that follow from others."""
+        for name, value in values.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{name} {getattr(self, name)} contradicts the other options, which give "
+                    f"{value}; leave it out"
+                )
+            object.__setattr__(self, name, value)
+
+    @property
+    def depth(self) -> int:
+        """Codes per latent position."""
+        return 1
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of all depths together."""
+        return self.codebook_size * self.depth
 
 
 class Quantized(NamedTuple):

@@ -5,7 +5,6 @@ The statistics are those of the global batch: this is the one file of vqvae with
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -29,40 +28,33 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 def all_reduce_mean(values: Tensor) -> Tensor:
     """The mean of `values` over all processes, in place."""
-    if dist.is_initialized():
-        all_reduce_sum(values).div_(dist.get_world_size())
-    return values
+    return all_reduce_sum(values).div_(dist.get_world_size() if dist.is_initialized() else 1)
 
 
 def all_gather(rows: Tensor) -> Tensor:
     """The rows of all processes in the order of their ranks; each has equally many."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if not dist.is_initialized():
         return rows
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.cat(parts)
 
 
-def nearest_codes(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Codebook lookup: the index of the nearest row of `codebook` (K, D) to each of `vectors`
-    (N, D), as (N,). Ties go to the lowest index.
+def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = None) -> Tensor:
+    """Codebook lookup: argmin over k of offsets[k] - v . codebook[k] for each v of `vectors`.
+
+    By default the nearest code: |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 is the same for all
+    codes. Memory does not grow with N x K. Ties go to the lowest index.
+
+    Args:
+        vectors: (N, D).
+        codebook: (K, D).
+        offsets: (K,); default: half the squared length of each code.
     """
-    # |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 does not change which code is nearest.
-    return argmin_distance(vectors, codebook, codebook.square().sum(dim=1) / 2)
-
-
-def argmin_distance(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
-    """argmin over k of offsets[k] - v . codebook[k] for each vector v of (N, D), as (N,).
-
-    Its memory does not grow with N x K. codebook: (K, D); offsets: (K,).
-    """
-    rows = max(1, CHUNK // len(codebook))
-    return torch.cat(
-        [
-            torch.addmm(offsets, chunk, codebook.T, alpha=-1).argmin(dim=1)
-            for chunk in vectors.split(rows)
-        ]
-    )
+    if offsets is None:
+        offsets = codebook.square().sum(dim=1) / 2
+    chunks = vectors.split(max(1, CHUNK // len(codebook)))
+    return torch.cat([torch.addmm(offsets, x, codebook.T, alpha=-1).argmin(dim=1) for x in chunks])
 
 
 def codebook_entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
@@ -94,11 +86,7 @@ def kmeans(
 ) -> Tensor:
     """`size` centres of the vectors (N, D) of all processes, (size, D).
 
-    Args:
-        vectors: this process's part.
-        size: number of centres.
-        rng_offset: the counter for `next_generator`.
-        project: maps a mean to a valid code, for example onto the unit sphere.
+    `project` maps a mean to a valid code, for example onto the unit sphere.
     """
     vectors = all_gather(vectors)
     order = torch.randperm(max(len(vectors), size), generator=next_generator(rng_offset))
@@ -115,8 +103,7 @@ def kmeans(
 def update_usage(usage_ema: Tensor, indices: Tensor, dead_code_threshold: float) -> Tensor:
     """Update the moving average of each code's usage (K,) by the indices (N,) of this process.
 
-    Returns:
-        The dead codes (n,): those used less than `dead_code_threshold` of 1/K.
+    Returns the dead codes (n,): those used less than `dead_code_threshold` of 1/K.
     """
     counts = all_reduce_sum(torch.bincount(indices, minlength=len(usage_ema)).float())
     usage_ema.lerp_(counts / counts.sum(), 1 - DECAY)
@@ -141,9 +128,7 @@ class CodebookOptions(QuantizerOptions):
 
     entropy_weight: float = entropy_weight(0.0)
     dead_code_threshold: float = option(
-        0.03,
-        "reset codes used less than this share of 1/K; 0: never",
-        training_only=True,
+        0.03, "reset codes used less than this share of 1/K; 0: never", training_only=True
     )
 
 
@@ -163,7 +148,7 @@ class CodebookQuantizer(Quantizer):
     Options = CodebookOptions
     supports_reset = True
     uncompiled = ("assign_and_update",)
-    usage_hint: ClassVar[str] = (
+    usage_hint = (
         "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
         "learning_rate"
     )
@@ -187,11 +172,9 @@ class CodebookQuantizer(Quantizer):
         return self.project(self.embedding.weight.float())
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,)."""
         return nearest_codes(self.project(vectors), self.codebook)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (N,) -> codes (N, D)."""
         return self.codebook[indices]
 
     @torch.no_grad()
@@ -208,21 +191,18 @@ class CodebookQuantizer(Quantizer):
         if self.options.dead_code_threshold > 0:
             dead = update_usage(self.usage_ema, indices, self.options.dead_code_threshold)
             if len(dead) > 0:
-                self._reset_codes(dead, self.project(vectors), indices)
+                vectors = self.project(vectors)
+                errors = (vectors - self.lookup(indices)).square().sum(dim=1)
+                self.set_codes(dead, sample_by_error(vectors, errors, len(dead), self.rng_offset))
+                self.usage_ema[dead] = 1 / self.options.codebook_size
                 indices = self.assign(vectors)
         return indices
-
-    def _reset_codes(self, dead: Tensor, vectors: Tensor, indices: Tensor) -> None:
-        errors = (vectors - self.lookup(indices)).square().sum(dim=1)
-        self.set_codes(dead, sample_by_error(vectors, errors, len(dead), self.rng_offset))
-        self.usage_ema[dead] = 1 / self.options.codebook_size
 
     def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
         """Set the codes of the given numbers (n,) to vectors (n, D)."""
         self.embedding.weight[numbers] = vectors
 
     def reset_codebook(self) -> None:
-        """Reinitialise the codes from the next training batch."""
         self.initialised.fill_(False)
         self.usage_ema.fill_(1 / self.options.codebook_size)
 

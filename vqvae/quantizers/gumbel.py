@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vqvae.quantizers.base import Quantizer, entropy, entropy_weight
 from vqvae.quantizers.codebook import (
     CodebookOptions,
-    argmin_distance,
+    nearest_codes,
     next_generator,
     update_usage,
 )
@@ -53,15 +53,12 @@ class GumbelQuantizer(Quantizer):
         self.register_buffer("rng_offset", torch.tensor(0))
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> the codes with the highest logits (N,)."""
-        return argmin_distance(vectors, self.proj.weight, -self.proj.bias)
+        return nearest_codes(vectors, self.proj.weight, -self.proj.bias)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (N,) -> codes (N, D)."""
         return self.embedding.weight[indices]
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
         if not torch.is_grad_enabled() and not self.training:
             indices = self.assign(vectors)  # without N x K logits
             return self.lookup(indices), indices, {}

@@ -35,7 +35,6 @@ class ResidualQuantizer(Quantizer):
         self.layers = cast(list[EMAQuantizer], layers)
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N, depth)."""
         indices = []
         for layer in self.layers:
             indices.append(layer.assign(vectors))
@@ -43,12 +42,10 @@ class ResidualQuantizer(Quantizer):
         return torch.stack(indices, dim=1)
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (N, depth) -> sums of codes (N, D)."""
         codes = [layer.lookup(indices[:, depth]) for depth, layer in enumerate(self.layers)]
         return sum(codes[1:], start=codes[0])
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N, depth), losses."""
         residual, indices = vectors, []
         losses: dict[str, Tensor] = {}
         for layer in self.layers:
@@ -62,16 +59,14 @@ class ResidualQuantizer(Quantizer):
         return GRADIENTS[self.options.gradient](vectors, codes), stacked, losses
 
     def reset_codebook(self) -> None:
-        """Reinitialise the codes of all depths from the next training batch."""
         for layer in self.layers:
             layer.reset_codebook()
 
     def codes(self, numbers: Tensor) -> Tensor:
-        """The codes of all depths, those of the first before those of the second: (n, D)."""
+        # Those of the first depth come before those of the second, and so on.
         return torch.cat([layer.codebook for layer in self.layers])[numbers]
 
     def count(self, indices: Tensor) -> Tensor:
-        """How often each code of each depth occurs in (..., depth): (depth*codebook_size,)."""
         size, depth = self.options.codebook_size, self.options.depth
         shifted = indices + size * torch.arange(depth, device=indices.device)
         return torch.bincount(shifted.flatten(), minlength=size * depth)

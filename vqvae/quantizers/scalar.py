@@ -1,24 +1,23 @@
 """Scalar quantizers: each dimension by itself, without a codebook to learn: `fsq` and `lfq`."""
 
 from dataclasses import dataclass
-from math import log2, prod
-from typing import Any
+from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.quantizers.base import (
+    MAX_CODES,
     Quantizer,
     QuantizerOptions,
+    check_fields,
     commitment_cost,
     entropy,
     entropy_weight,
     option,
     straight_through,
 )
-
-MAX_DIM = 24  # two levels in each of more dimensions are more codes than allowed
 
 
 def levels_for(codebook_size: int) -> tuple[int, ...]:
@@ -27,7 +26,7 @@ def levels_for(codebook_size: int) -> tuple[int, ...]:
     Raises:
         ValueError: it is not.
     """
-    bits = round(log2(codebook_size))
+    bits = codebook_size.bit_length() - 1
     if codebook_size != 2**bits or bits < 4:
         raise ValueError(
             f"fsq has no levels for codebook_size {codebook_size}; use a power of two of at least "
@@ -39,29 +38,17 @@ def levels_for(codebook_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class FSQOptions(QuantizerOptions):
-    """Options of `fsq`. codebook_size is the product of the levels, codebook_dim their number."""
+    """Options of `fsq`. codebook_size is the product of `levels`, codebook_dim their number."""
 
-    codebook_dim: int = option(3, "dimension D of a code")
-    levels: tuple[int, ...] = option((8, 8, 8), "levels of each dimension, as 8,5,5,5")
+    codebook_size: int = option(None, "number of codes K", min=2, max=MAX_CODES)
+    codebook_dim: int = option(None, "dimension D of a code", min=1)
+    levels: tuple[int, ...] = option(None, "levels of each dimension, as 8,5,5,5", min=2)
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        levels = self.levels or levels_for(self.codebook_size or 512)
+        self.derive(levels=levels, codebook_size=prod(levels), codebook_dim=len(levels))
         super().__post_init__()
-        if (len(self.levels), prod(self.levels)) != (self.codebook_dim, self.codebook_size):
-            raise ValueError(
-                f"levels {self.levels} do not give codebook_size {self.codebook_size} and "
-                f"codebook_dim {self.codebook_dim}; leave these out"
-            )
-
-    @classmethod
-    def resolve_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """Levels from the codebook size or vice versa, and the dimension from both."""
-        levels = values.get("levels") or levels_for(values.get("codebook_size", cls.codebook_size))
-        if len(levels) > MAX_DIM:
-            raise ValueError(f"levels must be {MAX_DIM} at most, got {len(levels)}")
-        if min(levels) < 2:
-            raise ValueError(f"levels must be at least 2 each, got {levels}")
-        sizes = {"codebook_size": prod(levels), "codebook_dim": len(levels)}
-        return sizes | values | {"levels": levels}
 
 
 class FiniteScalarQuantizer(Quantizer):
@@ -92,7 +79,6 @@ class FiniteScalarQuantizer(Quantizer):
         return (vectors + (offset / spread).atanh()).tanh() * spread - offset + middle
 
     def round(self, steps: Tensor) -> Tensor:
-        """Steps (N, D) -> the nearest whole ones."""
         return steps.round().clamp(min=0).minimum(self.levels - 1)
 
     def values(self, steps: Tensor) -> Tensor:
@@ -104,15 +90,12 @@ class FiniteScalarQuantizer(Quantizer):
         return (steps.long() * self.strides).sum(dim=1)
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,)."""
         return self.index(self.round(self.steps(vectors)))
 
     def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (N,) -> codes (N, D)."""
         return self.values(indices[:, None] // self.strides % self.levels)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), no losses."""
         steps = self.steps(vectors)
         rounded = self.round(steps.detach())
         return straight_through(self.values(steps), self.values(rounded)), self.index(rounded), {}
@@ -122,28 +105,19 @@ class FiniteScalarQuantizer(Quantizer):
 class LFQOptions(QuantizerOptions):
     """Options of `lfq`. codebook_size is 2^codebook_dim."""
 
-    codebook_dim: int = option(9, "dimension D of a code")
+    codebook_size: int = option(None, "number of codes K", min=2)
+    codebook_dim: int = option(None, "dimension D of a code", min=1, max=24)
     commitment_cost: float = commitment_cost()
     entropy_weight: float = entropy_weight(0.1)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.codebook_size != 2**self.codebook_dim:
-            raise ValueError(
-                f"codebook_size {self.codebook_size} is not 2 to the power of codebook_dim "
-                f"{self.codebook_dim}; leave one of them out"
-            )
-
-    @classmethod
-    def resolve_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
-        """The dimension from the codebook size, a power of two, or vice versa."""
-        dim = values.get("codebook_dim", cls.codebook_dim)
-        if dim > MAX_DIM:
-            raise ValueError(f"lfq can have a codebook_dim of at most {MAX_DIM}, got {dim}")
-        size = values.get("codebook_size", 2**dim)
-        if size < 2 or size != 2 ** round(log2(size)):
+        check_fields(self)
+        size = self.codebook_size or 512
+        dim = self.codebook_dim or size.bit_length() - 1
+        if self.codebook_dim is None and size != 2**dim:
             raise ValueError(f"lfq needs a codebook_size that is a power of two, got {size}")
-        return {"codebook_size": size, "codebook_dim": round(log2(size))} | values
+        self.derive(codebook_size=2**dim, codebook_dim=dim)
+        super().__post_init__()
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -167,7 +141,6 @@ class LookupFreeQuantizer(Quantizer):
         self.register_buffer("bits", 2 ** torch.arange(options.codebook_dim), persistent=False)
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,)."""
         return ((vectors > 0) * self.bits).sum(dim=1)
 
     def lookup(self, indices: Tensor) -> Tensor:
@@ -175,7 +148,6 @@ class LookupFreeQuantizer(Quantizer):
         return torch.where((indices[:, None] & self.bits) > 0, 1.0, -1.0)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
         indices = self.assign(vectors)
         codes = self.lookup(indices)
         losses = {"commitment": self.options.commitment_cost * F.mse_loss(vectors, codes)}

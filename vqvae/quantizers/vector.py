@@ -12,8 +12,8 @@ from vqvae.quantizers.codebook import (
     CodebookOptions,
     CodebookQuantizer,
     all_reduce_sum,
-    argmin_distance,
     codebook_entropy_loss,
+    nearest_codes,
 )
 
 
@@ -29,13 +29,10 @@ def rotation(z_e: Tensor, z_q: Tensor) -> Tensor:
     middle = F.normalize(before + after, dim=1)
     scale = z_q.norm(dim=1, keepdim=True) / z_e.detach().norm(dim=1, keepdim=True).clamp_min(1e-6)
     # R = I - 2 m m' + 2 a b', never written out as a matrix.
-    rotated = z_e - 2 * middle * _dot(middle, z_e) + 2 * after * _dot(before, z_e)
+    along_middle = (middle * z_e).sum(dim=1, keepdim=True)
+    along_before = (before * z_e).sum(dim=1, keepdim=True)
+    rotated = z_e - 2 * middle * along_middle + 2 * after * along_before
     return straight_through(scale * rotated, z_q)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Row by row, as (N, 1)."""
-    return (left * right).sum(dim=1, keepdim=True)
 
 
 GRADIENTS = {"straight_through": straight_through, "rotation": rotation}
@@ -62,7 +59,6 @@ class VectorQuantizer(CodebookQuantizer):
     Options = VQOptions
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
         indices = self.assign_and_update(vectors.detach())
         vectors, codes = self.project(vectors), self.lookup(indices)
         z_q = GRADIENTS[self.options.gradient](vectors, codes)
@@ -99,10 +95,7 @@ class EMAQuantizer(VectorQuantizer):
         self.register_buffer("sums", self.embedding.weight.detach().clone())
 
     def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """The encoder's terms; the codes have no loss."""
-        losses = super().losses(vectors, codes)
-        del losses["codebook"]
-        return losses
+        return {k: v for k, v in super().losses(vectors, codes).items() if k != "codebook"}
 
     @torch.no_grad()
     def assign_and_update(self, vectors: Tensor) -> Tensor:
@@ -120,7 +113,6 @@ class EMAQuantizer(VectorQuantizer):
         return indices
 
     def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
-        """Set the codes of the given numbers (n,) to vectors (n, D), each counted once."""
         super().set_codes(numbers, vectors)
         self.sums[numbers] = vectors
         self.counts[numbers] = 1.0
@@ -133,7 +125,6 @@ class CosineQuantizer(VectorQuantizer):
     """
 
     def project(self, vectors: Tensor) -> Tensor:
-        """Vectors (..., D) -> the same at unit length."""
         return F.normalize(vectors, dim=-1)
 
 
@@ -158,12 +149,10 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
     ENTROPY_TEMPERATURE = 0.01  # section 4.1 of the paper
 
     def assign(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,)."""
         codebook = self.codebook
-        return argmin_distance(vectors, codebook, codebook.new_zeros(len(codebook)))
+        return nearest_codes(vectors, codebook, codebook.new_zeros(len(codebook)))
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Vectors (N, D) -> z_q (N, D), indices (N,), losses."""
         indices = self.assign_and_update(vectors.detach())
         z_q = codes = self.lookup(indices)
         learns = torch.is_grad_enabled()  # otherwise the N x K logits are not needed
