@@ -332,9 +332,10 @@ def main(arguments: argparse.Namespace) -> None:
     state.checkpoint.restore(resumed)
     if config.compile:
         compile_model(model, adversary)
-    forward, last_layer = group.wrap(model), model.decoder.conv_out.weight
+    forward = group.wrap(model)
     load = partial(load_images, dataset, data, state)
-    options = {"accumulate": config.accumulate, "adversary": adversary, "last_layer": last_layer}
+    options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
+    options["last_layer"] = model.decoder.conv_out.weight
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     name = config.run_name or f"{name}-f{model.config.downsampling}"
     output_dir = find_output_dir(config.output_dir, resumed, name)

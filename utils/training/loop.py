@@ -20,7 +20,7 @@ from utils.data.sources import epoch_order
 from utils.distributed import Distributed
 from utils.training.checkpoint import Checkpointer
 from utils.training.config import TrainingConfig, checkpoint_interval
-from utils.training.optim import EMA, clip_gradients, take_step
+from utils.training.optim import EMA
 from utils.training.state import CheckpointState, Progress
 
 T = TypeVar("T")
@@ -232,7 +232,8 @@ def optimizer_step(
     learning_rate = state.schedule.learning_rate(progress.step)
     values = dict(values)
     for name, optimizer in state.optimizers.items():
-        norm = clip_gradients(optimizer, state.config.max_grad_norm)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, state.config.max_grad_norm)
         values[name.replace("optimizer", "gradient_norm")] = norm
     progress.step += 1
     numbers = torch.stack([x.to(group.device, torch.float32) for x in values.values()])
@@ -248,8 +249,12 @@ def optimizer_step(
         _skip_batch(state, f"step {progress.step}: {', '.join(odd)} {where}")
         return False
     for optimizer in state.optimizers.values():
-        take_step(optimizer, learning_rate)
-    state.ema.update(state.model, progress.step)
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if state.config.ema_decay:
+        state.ema.update(state.model, progress.step)
     state.averages.add({**values, "learning_rate": learning_rate})
     return True
 

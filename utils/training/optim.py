@@ -94,32 +94,24 @@ def make_optimizer(
     return CombinedOptimizer(muon, adamw)
 
 
-def clip_gradients(optimizer: Optimizer, max_grad_norm: float) -> Tensor:
-    """Clip the gradients of all parameters together. Returns their norm before clipping."""
+def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> Tensor:
+    """Clip all gradients together, take a step, clear them. Returns the norm before clipping.
+
+    The trainers' `loop.optimizer_step` does the same, unless a number is NaN or infinite.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-
-
-def take_step(optimizer: Optimizer, learning_rate: float) -> None:
-    """Take a step with this learning rate, and clear the gradients."""
+    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> Tensor:
-    """`clip_gradients` and `take_step`. Returns the norm before clipping."""
-    norm = clip_gradients(optimizer, max_grad_norm)
-    take_step(optimizer, learning_rate)
     return norm
 
 
 class EMA(Generic[Model]):
     """Exponential moving average of a model's trained parameters; all else is the latest.
 
-    Attributes:
-        model: with the averaged weights, in eval mode; with decay 0 the trained model itself.
+    `model` has the averaged weights and is in eval mode; with decay 0 it is the trained model.
     """
 
     def __init__(self, model: Model, decay: float) -> None:
@@ -133,8 +125,6 @@ class EMA(Generic[Model]):
 
         d = min(decay, step / (step + 9)), so that the average follows quickly at first.
         """
-        if not self.decay:
-            return
         decay = min(self.decay, step / (step + 9))
         pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
         trained = [(own, other.detach()) for own, other in pairs if other.requires_grad]
@@ -148,14 +138,9 @@ class EMA(Generic[Model]):
             own.copy_(other)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged weights; {} without an average."""
-        return self.model.state_dict() if self.decay else {}
+        """All weights, the averaged ones and the latest."""
+        return self.model.state_dict()
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`.
-
-        Raises:
-            RuntimeError: it is of another model, or has no average.
-        """
-        if self.decay:
-            self.model.load_state_dict(tensors)
+        """Continue from `state_dict`; a RuntimeError if it is of another model."""
+        self.model.load_state_dict(tensors)
