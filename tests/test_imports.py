@@ -15,6 +15,7 @@ from benchmarks.reading import (
     import_graph,
     read_sources,
     tracked,
+    walk,
 )
 
 SOURCES = read_sources()
@@ -51,8 +52,7 @@ SLOW += ("torch._dynamo", "torch.nn.attention.flex_attention", "skimage")
 def imports(source: Source, *, only_at_import: bool = False) -> set[str]:
     """Every module that a file imports; `from a import b` counts as a and as a.b."""
     found = set()
-    nodes = list(source.tree.body) if only_at_import else list(ast.walk(source.tree))
-    for node in nodes:
+    for node in walk(source.tree, late=not only_at_import):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -45,10 +45,11 @@ def test_files_of_a_step() -> None:
     assert over.keys() <= EXEMPT, over
 
 
-def graph(**texts: str) -> dict[str, set[str]]:
+def graph(*, late: bool = True, **texts: str) -> dict[str, set[str]]:
     """The imports of files, whose names are given with __ for a slash."""
     paths = {name.replace("__", "/") + ".py": text for name, text in texts.items()}
-    return reading.import_graph({p: Source(p, t, ast.parse(t)) for p, t in paths.items()})
+    sources = {path: Source(path, text, ast.parse(text)) for path, text in paths.items()}
+    return reading.import_graph(sources, late=late)
 
 
 def test_imports_are_found_wherever_they_stand() -> None:
@@ -59,6 +60,23 @@ def test_imports_are_found_wherever_they_stand() -> None:
     assert reading.cycles(found) == [["a.py", "b/c.py"]]
     assert reading.closure("d.py", found) == {"a.py", "b/c.py", "d.py"}
     assert reading.closure("a.py", found) == {"a.py", "b/c.py"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import b",
+        "class A:\n    import b",
+        "if TYPE_CHECKING:\n    import b",
+        "try:\n    import b\nexcept ImportError:\n    b = None",
+    ],
+)
+def test_what_importing_a_file_executes(text: str) -> None:
+    text += "\ndef f():\n    import d\nclass C:\n    async def g(self):\n        import d\n"
+    files = {"a": text, "b": "import c", "c": "", "d": "import e", "e": ""}
+    at_import = {"a.py", "b.py", "c.py"}
+    assert reading.closure("a.py", graph(late=False, **files)) == at_import
+    assert reading.closure("a.py", graph(**files)) == at_import | {"d.py", "e.py"}
 
 
 def test_no_cycle_where_files_only_share_what_they_import() -> None:
