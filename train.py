@@ -219,7 +219,7 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     by_position = evaluate(model, batches, validation.precision, group)
     values["bits_per_token"] = float(by_position.mean())
     run.metrics("val", values | validation.baselines, step)
-    run.picture("pictures/bits_by_cell", figures.heat(by_position), step)
+    run.picture("pictures/bits_by_position", figures.heat(by_position), step)
     if group.is_main:
         run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
     group.print(f"step {step:>6,}  val {values['bits_per_token']:.3f} bits per token")

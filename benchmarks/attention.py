@@ -96,7 +96,7 @@ def main(flags: argparse.Namespace) -> None:
         f"forward and backward, 1 x {flags.heads} heads of {HEAD_DIM}, window {flags.window}, "
         f"fp32, {flags.device}, {torch.get_num_threads()} threads, medians of {flags.repeats}\n"
     )
-    print("| cells | " + " | ".join(f"{way}, s | MiB" for way in ways) + " |")
+    print("| positions | " + " | ".join(f"{way}, s | MiB" for way in ways) + " |")
     print("|---" * (1 + 2 * len(ways)) + "|")
     results = {}
     for side in flags.sides:

@@ -101,7 +101,7 @@ def train_step(
 
 def cache_memory(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
     """KiB of the cache for tall grids, with a window and without."""
-    print("\ncache of a model of 16x16 cells, 4 layers of 192, one grid\n")
+    print("\ncache of a model of 16x16 latent positions, 4 layers of 192, one grid\n")
     print("| window | 16x16, KiB | 256x16, KiB |\n|---|---|---|")
     results = {}
     for window in (0, 8, 16):

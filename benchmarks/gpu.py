@@ -51,8 +51,8 @@ def flops_a_token(model: GPT) -> float:
     """Of forward and backward (arXiv 2204.02311, appendix B): 6 a weight, and the attention."""
     config = model.config
     matrices = sum(p.numel() for p in (*model.blocks.parameters(), model.head.weight))
-    cells = config.latent_dim[0] * config.latent_dim[1]
-    return 6 * matrices + 12 * config.num_layers * config.dim * cells
+    positions = config.latent_dim[0] * config.latent_dim[1]
+    return 6 * matrices + 12 * config.num_layers * config.dim * positions
 
 
 def training(flags: argparse.Namespace) -> dict[str, float]:
@@ -87,7 +87,7 @@ def training(flags: argparse.Namespace) -> dict[str, float]:
 def drawing(flags: argparse.Namespace, side: int, count: int, scale: float) -> dict[str, float]:
     """ms a step in bf16, and how near that comes to the time in which memory is read once.
 
-    What a step must read: all weights but the embeddings, and keys and values of the cells before.
+    What a step must read: all weights but the embeddings, and earlier keys and values.
     All that `generate` does counts: the step and its draw, which are one graph if compiled.
     """
     model = GPT(make_config(flags, side)).to(flags.device).to(torch.bfloat16).eval()

@@ -1,4 +1,4 @@
-"""Does `evaluate.py likelihood` find spoilt images? A mixture is made, ranked, and looked at.
+"""Does `evaluate.py likelihood` find corrupted images? A mixture is made, ranked, and looked at.
 
 Clean images of a CSV, others with 5 % of their pixels replaced at random, others inverted, and for
 comparison others turned by 90 degrees: clean, but lying as no image of the training data does.
@@ -70,8 +70,8 @@ def main(flags: argparse.Namespace) -> None:
         kind: torch.tensor([float(x["bits_per_token"]) for x in lines if x["label"] == kind])
         for kind in KINDS
     }
-    spoilt = {"noisy or inverted": torch.cat([bits["noisy"], bits["inverted"]])}
-    found = spoilt | {kind: bits[kind] for kind in KINDS[1:]}
+    corrupted = {"noisy or inverted": torch.cat([bits["noisy"], bits["inverted"]])}
+    found = corrupted | {kind: bits[kind] for kind in KINDS[1:]}
     results = {kind: auroc(bits["clean"], values) for kind, values in found.items()}
     print(f"\n{flags.count} images of each kind, without labels\n")
     print("| against clean | AUROC |\n|---|---|")

@@ -61,11 +61,11 @@ def evaluate(model: VQVAE, dataset: ImageDataset, rows: Tensor) -> dict[str, flo
         error += float(metrics.squared_error(images, model.decode(indices)).sum())
         counts += model.quantizer.count(indices)
     config = model.config
-    cells = math.prod(config.latent_dim) * config.depth
+    tokens = math.prod(config.latent_dim) * config.depth
     return {
         "MSE": error / len(rows),
         **metrics.codebook_metrics(counts),
-        "bits": cells * math.log2(config.codebook_size),
+        "bits": tokens * math.log2(config.codebook_size),
     }
 
 

@@ -281,7 +281,7 @@ def trace_steps() -> dict[str, set[str]]:
     )
     sample = ("transformer_generation", "--model_path", "gpt", "--num_images", 1)
     with in_new_folder(), contextlib.redirect_stdout(sys.stderr):
-        grids = [" ".join(str((row * cell) % 7) for cell in range(16)) for row in range(16)]
+        grids = [" ".join(str((row * column) % 7) for column in range(16)) for row in range(16)]
         Path("indices.txt").write_text("\n".join(grids) + "\n", encoding="utf-8")
         return {
             "one GPT training step": Tracer(at_loop).run(

@@ -23,7 +23,7 @@ OUTPUT = Path("outputs/showcase")
 GAP = 4  # pixels between strips
 DRAW = "transformer_generation.py --model_path {model_path} --num_images 1000"
 COMPLETE = DRAW + " --model_dir {model_dir} --complete {work}/test --mask top:0.5"
-JUDGED = {  # folder: how it is drawn
+SAMPLED = {  # folder: how it is drawn
     "completed": COMPLETE,
     "completed-without-labels": COMPLETE + " --unconditional",
     "drawn": DRAW,
@@ -34,7 +34,7 @@ TEST = (
     "--output_dir {work}/test"
 )
 DECODE = "vqvae/images_from_indexes.py --indexes_path {work}/{name} --model_dir {model_dir}"
-JUDGE = (
+EVALUATE = (
     "evaluate.py samples --images {work}/{name}-images --path_to_data {data}/train.csv "
     "--path_to_test {data}/test.csv"
 )
@@ -85,15 +85,15 @@ def call(output_dir: str, command: str, **values: object) -> None:
         raise cli.UserError(f"the step above failed with exit code {code}")
 
 
-def judge(**values: object) -> dict[str, float]:
+def label_agreements(**values: object) -> dict[str, float]:
     """The share of each set of images in which a classifier sees the label, in percent."""
     call("{work}/test", TEST, **values)
     agreements = {}
-    for name, command in JUDGED.items():
+    for name, command in SAMPLED.items():
         call(f"{{work}}/{name}", command, **values)
         call(f"{{work}}/{name}-images", DECODE, name=name, **values)
-        call(f"{{work}}/{name}-judged", JUDGE, name=name, **values)
-        found = json.loads(Path(f"{values['work']}/{name}-judged/samples.json").read_text())
+        call(f"{{work}}/{name}-evaluated", EVALUATE, name=name, **values)
+        found = json.loads(Path(f"{values['work']}/{name}-evaluated/samples.json").read_text())
         agreements[name] = 100 * found["metrics"]["label_agreement"]["value"]
     return agreements
 
@@ -120,7 +120,7 @@ def main(flags: argparse.Namespace) -> None:
             stack(sorted((work / "images").glob("[0-9]*.png"))).save(pictures / "panorama.png")
             continue
         values = {name: getattr(flags, name) for name in ("model_path", "model_dir", "data")}
-        agreements = judge(work=work, **values)
+        agreements = label_agreements(work=work, **values)
         shutil.copy(work / "completed" / "completions.png", pictures)
         call("{work}/likelihood", LIKELIHOOD, work=work, **values)
         print("\n| 1,000 images | show their label, % |\n|---|---|")

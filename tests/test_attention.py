@@ -30,8 +30,8 @@ def sees(query: int, key: int, width: int, window: int, prefix: int, depth: int)
         return False
     if key < prefix or window == 0:
         return True
-    cell, cell_key = (query - prefix) // depth, (key - prefix) // depth
-    (i, j), (i_key, j_key) = divmod(cell, width), divmod(cell_key, width)
+    position, position_key = (query - prefix) // depth, (key - prefix) // depth
+    (i, j), (i_key, j_key) = divmod(position, width), divmod(position_key, width)
     return i - i_key < window and abs(j - j_key) < window
 
 

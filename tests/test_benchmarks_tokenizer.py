@@ -23,12 +23,12 @@ def test_operations_are_those_of_the_convolutions() -> None:
     from benchmarks.presets import operations
 
     config = VQVAEConfig.create(image_size=(8, 8), in_channels=1, channels=2, codebook_size=16)
-    cells, wide = 4, 9 * 2 * 2  # multiplications of a 3x3 convolution from 2 to 2 channels
+    positions, wide = 4, 9 * 2 * 2  # multiplications of a 3x3 convolution from 2 to 2 channels
     encode = 9 * 16 * 2 + 4 * wide + 9 * 2 * 8 + 16 * 8
     decode = 9 * 8 * 2 + 6 * wide + 9 * 2 * 16
     found = operations(config)
-    assert found["encode"] == pytest.approx(2 * cells * encode / 1e9)
-    assert found["decode"] == pytest.approx(2 * cells * decode / 1e9)
+    assert found["encode"] == pytest.approx(2 * positions * encode / 1e9)
+    assert found["decode"] == pytest.approx(2 * positions * decode / 1e9)
 
 
 def test_half_the_resolution_halves_the_cost_of_the_published_networks(

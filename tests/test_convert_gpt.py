@@ -64,7 +64,7 @@ def norm(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def reference(weights: dict[str, Tensor], classes: Tensor, indices: Tensor, kv: int) -> Tensor:
-    """Logits of all cells, (B, h*w, CODES): neighbouring pairs turned as complex numbers."""
+    """Logits of all positions, (B, h*w, CODES): neighbouring pairs turned as complex numbers."""
     head_dim = DIM // HEADS
     turns = turning(indices.shape[1:], head_dim)[:-1]
     x = torch.cat(

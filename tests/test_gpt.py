@@ -65,11 +65,11 @@ def test_the_future_changes_nothing(variant: dict) -> None:
     model = make_gpt(**variant)
     prefix, indices = some_indices()
     before = model.logits(prefix, indices)
-    cell = 20
-    indices.flatten(1)[:, cell] = (indices.flatten(1)[:, cell] + 1) % 11
+    position = 20
+    indices.flatten(1)[:, position] = (indices.flatten(1)[:, position] + 1) % 11
     after = model.logits(prefix, indices)
-    torch.testing.assert_close(after[:, : cell + 1], before[:, : cell + 1])
-    assert (after[:, cell + 1] != before[:, cell + 1]).any()
+    torch.testing.assert_close(after[:, : position + 1], before[:, : position + 1])
+    assert (after[:, position + 1] != before[:, position + 1]).any()
 
 
 def test_one_layer_sees_its_window_and_the_prefix() -> None:
@@ -84,7 +84,7 @@ def test_one_layer_sees_its_window_and_the_prefix() -> None:
     for i in range(row, row + window):
         for j in range(column - window + 1, column + window):
             if (i, j) >= (row, column):
-                expected[i * GRID[1] + j + 1] = True  # what a cell sees shows in the next one
+                expected[i * GRID[1] + j + 1] = True  # a logit depends on the position before it
     assert changed.equal(expected)
     assert ((model.logits((prefix + 1) % 4, indices) - before).abs().amax(dim=(0, 2)) > 1e-5).all()
 
@@ -122,7 +122,7 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
 
 
 def test_it_learns_a_rule_of_rows_and_columns() -> None:
-    """Every cell repeats the one above it: only the first row has any information."""
+    """Every position repeats the one above it: only the first row has any information."""
     torch.manual_seed(0)
     grid = (5, 4)
     model = GPT(
@@ -211,18 +211,18 @@ def test_a_prefix_is_the_class_and_the_cells_of_the_condition() -> None:
         model.logits(torch.tensor([0]), torch.zeros(1, 4, 4, dtype=torch.long))
 
 
-def test_every_cell_of_the_condition_changes_every_logit() -> None:
+def test_every_position_of_the_condition_changes_every_logit() -> None:
     model = make_model(prefix=5, window=1)
     prefix, indices = some_input(model)
     before = model.logits(prefix, indices)
-    for cell in range(1, 5):
+    for position in range(1, 5):
         other = prefix.clone()
-        other[:, cell] = (other[:, cell] + 1) % CONDITIONS
+        other[:, position] = (other[:, position] + 1) % CONDITIONS
         assert (model.logits(other, indices) != before).any(dim=2).all()
 
 
 def test_a_condition_lies_over_the_image() -> None:
-    """A cell of it and the image's cell at the same place are turned alike, at any two sizes."""
+    """A position of it and the same one of the image have equal rotary angles, at any two sizes."""
     same = GridPositions((4, 6), (4, 6))
     image = same.coordinates(same.raster())
     torch.testing.assert_close(same.aligned_positions((4, 6), image.device), image)
@@ -274,7 +274,7 @@ def test_a_condition_is_bound_to_the_size_of_the_image() -> None:
 
 
 def test_it_learns_what_the_condition_tells() -> None:
-    """Random grids that the condition names cell by cell in other words: all is known with it."""
+    """Random grids that the condition determines, index by index."""
     torch.manual_seed(0)
     grid, codes = (2, 3), 4
     grids = {"latent_dim": grid, "condition_latent_dim": grid, "condition_codebook_size": codes}
@@ -299,7 +299,7 @@ def test_it_learns_what_the_condition_tells() -> None:
 
 
 def test_a_code_changes_only_what_comes_after_it() -> None:
-    """Within a cell the earlier depths are known, the later ones are not."""
+    """Within a position the earlier depths are known, the later ones are not."""
     model = make_model((3, 4), depth=3)
     prefix, indices = some_input(model)
     before = model.logits(prefix, indices)
@@ -400,25 +400,25 @@ def test_orders_are_permutations_of_which_a_share_is_random() -> None:
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: str) -> None:
-    """Logits of cell pi(t) depend on the cells pi(< t), on all of them, and on no other."""
+    """Logits of position pi(t) depend on the positions pi(< t), on all of them, and on no other."""
     model = make_model((3, 3), depth=depth, prefix=5, positions=positions, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
     torch.manual_seed(4)
     order = sample_permutations(indices, 1.0)
     before = model.logits(prefix, indices, order)
-    for cell in range(9):
+    for position in range(9):
         other = indices.clone().flatten(1, 2)
-        other[:, cell] = (other[:, cell] + 1) % CODES
+        other[:, position] = (other[:, position] + 1) % CODES
         after = model.logits(prefix, other.view_as(indices), order)
         changed = (after != before).any(dim=2).view(3, 9, depth)
         for row in range(3):
-            place = order[row].tolist().index(cell)
+            place = order[row].tolist().index(position)
             assert not changed[row, :place].any()
             assert not changed[row, place, 0]
             assert changed[row, place + 1 :].all()
 
 
-def test_a_permuted_loss_is_that_of_the_permuted_cells() -> None:
+def test_a_permuted_loss_is_that_of_the_permuted_positions() -> None:
     model = make_model((3, 3), depth=2, order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model)
     order = sample_permutations(indices, 1.0)
@@ -432,7 +432,7 @@ def test_a_permuted_loss_is_that_of_the_permuted_cells() -> None:
 
 
 def test_position_and_target_are_told_in_any_order() -> None:
-    """Without the target, who has seen the same cells could not know which one is asked for."""
+    """Without the target, who has seen the same positions could not know which one is asked for."""
     model = make_model((2, 2), order_anneal=(0.5, 0.75))
     prefix, indices = some_input(model, 1)
     orders = torch.tensor([[0, 1, 2, 3], [0, 2, 1, 3]])

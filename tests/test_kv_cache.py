@@ -1,7 +1,7 @@
 """Two ways to the same result: cached and at once, ring and full cache, batch and single rows.
 
 Over square, wide and tall grids, windows of 0, 1, 3 and more than the grid, prefixes of 1 and 5
-(a class and a condition of 2x2 cells), one and two indices per position, in float64 and float32.
+(a class and a 2x2 condition), one and two indices per position, in float64 and float32.
 """
 
 import pytest

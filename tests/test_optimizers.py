@@ -63,7 +63,7 @@ def test_the_learning_rate_reaches_all_parts() -> None:
 
 
 def test_it_learns_a_rule_of_rows() -> None:
-    """Every cell repeats the one above it: only the first row has any information."""
+    """Every position repeats the one above it: only the first row has any information."""
     model = make_gpt()
     config = TrainingConfig(learning_rate=1e-2)
     optimizer = make_optimizer(model, config, (0.9, 0.95), matrices(model))

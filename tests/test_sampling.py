@@ -250,7 +250,7 @@ def test_guidance() -> None:
 
 def test_guidance_schedules_begin_at_1_and_end_at_the_scale() -> None:
     for schedule in ("linear", "cosine"):
-        scales = [Guidance(5.0, schedule).at(cell, 9) for cell in range(9)]
+        scales = [Guidance(5.0, schedule).at(position, 9) for position in range(9)]
         assert scales == sorted(scales)
         assert scales[0] == pytest.approx(1)
         assert scales[4] == pytest.approx(3)
@@ -319,7 +319,7 @@ def log_likelihood(
 @pytest.mark.parametrize("side", ["left:0.5", "bottom:0.25", "right:0.34"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guidance) -> None:
-    """Without guidance and params, which are no part of how likely the model finds a cell."""
+    """Without guidance and params, which are no part of how likely the model finds a token."""
     model = make_model(depth=depth)
     prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
     keep, scores = known_side(side, (4, 6)), torch.zeros(5)

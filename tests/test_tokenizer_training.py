@@ -256,7 +256,7 @@ def test_the_adversary_comes_in_step_by_step(train: Train) -> None:
     for name in ("disc_loss", "disc_real", "disc_fake"):
         assert list(column(logged, f"train/{name}")) == [100, 150, 200]
     errors = column(logged, "val/mse")
-    assert errors[50] == errors[100] != errors[150]  # alone, from a tokenizer that stands still
+    assert errors[50] == errors[100] != errors[150]  # discriminator only: the generator is frozen
     tensors = read_tensors(find_checkpoint("out", "") / TENSORS)
     assert any(name.startswith("adversary.") for name in tensors)
 

@@ -27,8 +27,8 @@ CELLS = st.one_of(
 )
 
 
-def _lines(cells: st.SearchStrategy[str], separators: list[str]) -> st.SearchStrategy[str]:
-    line = st.tuples(st.lists(cells, max_size=6), st.sampled_from(separators))
+def _lines(fields: st.SearchStrategy[str], separators: list[str]) -> st.SearchStrategy[str]:
+    line = st.tuples(st.lists(fields, max_size=6), st.sampled_from(separators))
     joined = line.map(lambda pair: pair[1].join(pair[0]))
     return st.tuples(
         st.lists(joined, max_size=8), st.sampled_from(["\n", "\r\n", "\r", "\n\n"])

@@ -177,7 +177,9 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
         )
     keep = np.asarray(mask) >= 128
     if keep.all():
-        raise UserError(f"--mask {path} leaves nothing to draw; black cells are drawn")
+        raise UserError(
+            f"--mask {path} leaves nothing to sample; paint the positions to sample black"
+        )
     return keep
 
 
