@@ -17,7 +17,7 @@ from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import features, image_sets, published, records, report
 from utils.evaluation.records import Record
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel, Split
+from utils.provenance import LoadedModel
 from vqvae import VQVAE
 from vqvae.losses import BACKBONES, PerceptualLoss
 
@@ -103,7 +103,7 @@ def evaluate_samples(flags: argparse.Namespace) -> None:
     samples = image_sets.read_samples(*source, tokenizer, flags.image_size, **options)
     split = samples.split
     if tokenizer is not None:
-        split = Split(tokenizer.provenance.val_fraction, tokenizer.provenance.seed)
+        split = tokenizer.provenance.split
     resize = bool(flags.image_size or flags.indexes_path)
     paths, images = (flags.path_to_data, flags.path_to_test), samples.images.images
     real = image_sets.read_real(*paths, split, images, resize=resize, **options)

@@ -36,7 +36,7 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path) -> None:
-    lineage = provenance.of_picture(Path("images/00000.png"))
+    lineage, _ = provenance.of_picture(Path("images/00000.png"))
     assert sampling_run(lineage) == runs_of(done)["gpt"].info.run_id
     assert sampling_run(lineage[:3]) == sampling_run(()) == ""
 
@@ -182,7 +182,7 @@ def test_what_does_not_lead_back(error_of: Call, own_folder: Path) -> None:
     )
     assert "is damaged" in say(picture(own_folder / "cut.png", '[{"name": "tok'))
     assert "is not a readable PNG file" in say(write_images(own_folder / "data"))
-    assert "is no model folder" in say(own_folder / "data")
+    assert "is not a model folder" in say(own_folder / "data")
 
 
 def bomb(path: Path, side: int) -> Path:
@@ -203,16 +203,16 @@ def test_a_picture_that_would_fill_the_memory(error_of: Call, own_folder: Path) 
 
 
 def test_a_picture_says_how_its_training_split_the_data(done: Path, own_folder: Path) -> None:
-    found = provenance.split_of_picture(done / "images" / "grid.png")
+    _, found = provenance.of_picture(done / "images" / "grid.png")
     assert found == provenance.Split(val_fraction=0.34, seed=0)
     old = picture(own_folder / "old.png", None)
-    assert provenance.split_of_picture(old) is None
+    assert provenance.of_picture(old) == ((), None)
     for text in ("[0.1, 0]", '{"seed": 0}', '{"seed": 0.5, "val_fraction": 0.1}', "{"):
         info = provenance.PngInfo()
         info.add_text(provenance.SPLIT_KEY, text)
         Image.new("L", (8, 8)).save(old, pnginfo=info)
         with pytest.raises(UserError, match=r"the split of the data in .* is damaged"):
-            provenance.split_of_picture(old)
+            provenance.of_picture(old)
 
 
 def test_other_bits_are_a_failure(
@@ -233,7 +233,7 @@ def test_other_bits_are_a_failure(
 
 def test_programs_say_how_they_are_called(capsys: pytest.CaptureFixture) -> None:
     """They called themselves lineage.py and __main__.py, which start nothing."""
-    for name in ("tracking", "tracking.lineage", "datasets"):
+    for name in ("tracking", "tracking.lineage", "data.download"):
         path = f"utils.{name}" + ".__main__" * (name == "tracking")
         usage = importlib.import_module(path).make_parser().format_usage()
         assert f"usage: python -m utils.{name} " in usage

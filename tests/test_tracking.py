@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from utils import tracking
 from utils.cli import Stopped, UserError
 from utils.tracking import report, sync
 from utils.tracking import run as tracking_run
-from utils.tracking.sync import Metrics
+from utils.tracking.sync import METRICS, Event
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -261,9 +260,11 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
         for step in (1, 2, 3):
             run.metrics("train", {"loss": float(step)}, step)
     # Killed before it was sent; what follows the checkpoint is logged again.
-    sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 2, {"val/mse": 0.5}))
+    again = Event(7.0, run.run_id, step=2, values={"val/mse": 0.5})
+    sync.append(run.output_dir / METRICS, again)
     size = (run.output_dir / "metrics.jsonl").stat().st_size
-    sync.append_metrics(run.output_dir, Metrics(7.0, run.run_id, 3, {"val/mse": 0.25}))
+    again = Event(7.0, run.run_id, step=3, values={"val/mse": 0.25})
+    sync.append(run.output_dir / METRICS, again)
     with open_run(logged=size, run_id=run.run_id, continued=True) as again:
         again.metrics("train", {"loss": 3.0}, 3)
         again.metrics("val", {"mse": 0.25}, 3)
@@ -282,20 +283,6 @@ def test_a_sample_system() -> None:
     assert 0 <= values["cpu_utilization_percentage"] <= 100
     assert 0 < values["process_memory_usage_megabytes"] < values["system_memory_usage_megabytes"]
     assert all(isinstance(value, float | int) for value in values.values())
-
-
-def test_samples_until_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking_run, "SYSTEM_SECONDS", 0.01)
-    taken: list[dict[str, float]] = []
-    closing = threading.Event()
-
-    def log(values: dict[str, float]) -> None:
-        taken.append(values)
-        if len(taken) == 3:
-            closing.set()
-
-    tracking_run.log_system(log, closing)
-    assert len(taken) == 3
 
 
 def test_closing_does_not_wait_for_the_next_sample(store: Any) -> None:

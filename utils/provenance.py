@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,11 +56,16 @@ class Stage:
         return cls(name, command_line(), dict(inputs), run_id, *code, processes)
 
 
-class Split(NamedTuple):
+@dataclass(frozen=True)
+class Split:
     """How a training split data whose CSV has no split column."""
 
     val_fraction: float
     seed: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.val_fraction <= 1:
+            raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
 
 
 Lineage = tuple[Stage, ...]  # in the order in which they were run
@@ -68,17 +74,12 @@ Lineage = tuple[Stage, ...]  # in the order in which they were run
 @functools.cache
 def git_commit() -> str:
     """The commit that is checked out, with a + if tracked files differ; "" outside of git."""
-    if not (ROOT / ".git").exists():
-        return ""
-    try:
-        answers = [
-            subprocess.run(["git", "-C", ROOT, *words], capture_output=True, text=True, check=True)
-            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        ]
-    except (OSError, subprocess.CalledProcessError):  # no git, or a checkout without a commit
-        return ""
-    commit, changes = (answer.stdout.strip() for answer in answers)
-    return commit + ("+" if changes else "")
+    describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError):  # no git
+        if (ROOT / ".git").exists():
+            done = subprocess.run([*describe, "--dirty=+"], capture_output=True, text=True)
+            return done.stdout.strip()
+    return ""
 
 
 def finished(lineage: Lineage, sha256: str) -> Lineage:
@@ -126,8 +127,11 @@ class Provenance:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
             raise ValueError(f"run_id is {self.run_id!r:.80}, which is not the id of an MLflow run")
-        if not 0 <= self.val_fraction <= 1:
-            raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
+        _ = self.split
+
+    @property
+    def split(self) -> Split:
+        return Split(self.val_fraction, self.seed)
 
 
 class LoadedModel(NamedTuple):
@@ -162,42 +166,26 @@ def png_info(lineage: Lineage, split: Split) -> PngInfo:
     """The texts of a PNG file that state its origin: the lineage (compressed) and the split."""
     info = PngInfo()
     info.add_text(PNG_KEY, to_json(lineage), zip=True)
-    info.add_text(SPLIT_KEY, json.dumps(split._asdict()))
+    info.add_text(SPLIT_KEY, json.dumps(asdict(split)))
     return info
 
 
-def of_picture(path: Path) -> Lineage:
-    """The lineage in a PNG file; () if it has none.
+def of_picture(path: Path) -> tuple[Lineage, Split | None]:
+    """The lineage in a PNG file, () for none, and the split; its pixels are not decoded.
 
     Raises:
-        UserError: it is not a PNG file, or its lineage is damaged.
+        UserError: it is not a PNG file, or what it states is damaged.
     """
-    return from_json(_png_text(path, PNG_KEY) or "[]", str(path))
-
-
-def split_of_picture(path: Path) -> Split | None:
-    """The split in a PNG file; None if it has none.
-
-    Raises:
-        UserError: it is not a PNG file, or its split is damaged.
-    """
-    text = _png_text(path, SPLIT_KEY)
-    try:
-        split = Split(**json.loads(text)) if text else None
-        if split and (type(split.seed) is not int or not 0 <= split.val_fraction <= 1):
-            raise ValueError(f"got {split}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"the split of the data in {path} is damaged: {error}") from error
-    return split
-
-
-def _png_text(path: Path, key: str) -> str:
-    """A text before the pixels of a PNG file, which are not decoded; "" if there is none."""
     try:
         with path.open("rb") as stream:
-            return str(PngImageFile(stream).info.get(key, ""))
+            texts = PngImageFile(stream).info
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not a readable PNG file: {one_line(error)}") from error
+    try:
+        split = typed(Split, json.loads(texts[SPLIT_KEY])) if SPLIT_KEY in texts else None
+    except (ValueError, TypeError, AttributeError, UserError) as error:
+        raise UserError(f"the split of the data in {path} is damaged: {error}") from error
+    return from_json(texts.get(PNG_KEY, "[]"), str(path)), split
 
 
 def data_set_name(path: str) -> str:

@@ -17,7 +17,7 @@ from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel, Split
+from utils.provenance import LoadedModel
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
@@ -111,7 +111,7 @@ def main(arguments: argparse.Namespace) -> None:
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
     )
-    metadata = provenance.png_info(run.lineage, Split(origin.val_fraction, origin.seed))
+    metadata = provenance.png_info(run.lineage, origin.split)
     prepare(output_dir)
     with run:
         size = arguments.batch_size

@@ -135,7 +135,7 @@ def read_real(
                 f"nothing says which images of {path_to_data} the training has seen; add others by "
                 "--path_to_test, the tokenizer by --model_dir, or a column split"
             )
-        described = {"held_out": "drawn from path_to_data as the training did", **split._asdict()}
+        described = {"held_out": "drawn from path_to_data as the training did", **asdict(split)}
     train, held_out = split_rows(
         real.rows,
         val_fraction=split.val_fraction if split else 0.0,
@@ -195,7 +195,7 @@ def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> S
     images = read_images(table, "--images", size, at_least=SMALLEST, **options)
     folder = table.parent if table.name == LIST else None
     grid = folder / GRID if folder and (folder / GRID).is_file() else None
-    lineage = provenance.of_picture(grid) if grid else ()
+    lineage, split = provenance.of_picture(grid) if grid else ((), None)
     sha256 = hashlib.sha256()
     for file in images.files:
         sha256.update(Path(file).read_bytes())
@@ -204,7 +204,7 @@ def read_pictures(path: Path, size: tuple[int, int] | None, **options: Any) -> S
         folder or table,
         {"samples_sha256": sha256.hexdigest()} | _model_hashes(lineage),
         sampling_run(lineage),
-        provenance.split_of_picture(grid) if grid else None,
+        split,
     )
 
 
@@ -228,7 +228,7 @@ def read_grids(path: Path, tokenizer: LoadedModel) -> Samples:
         | _model_hashes(lineage_of(path))
         | {"tokenizer_sha256": tokenizer.sha256},
         indices.meta.gpt_run_id if indices.meta is not None else "",
-        Split(origin.val_fraction, origin.seed),
+        origin.split,
         model,
     )
 

@@ -17,8 +17,7 @@ def main(arguments: argparse.Namespace) -> None:
         remedy = "fix that and run this again: nothing is sent twice"
         with addresses.store_errors(f"MLflow does not accept all of {home}", remedy):
             sent = sync.replay(addresses.open_client(), home)
-        counts = [f"{count:,} {kind}" for kind, count in sent.items() if count]
-        print(f"sent: {', '.join(counts) or 'nothing, MLflow has it all'}")
+        print(f"sent: {sync.in_words(sent) or 'nothing, MLflow has it all'}")
     elif (home / sync.METRICS).is_file():
         print(cli.build_or_error(report.write, home))
     else:

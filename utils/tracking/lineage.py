@@ -51,11 +51,11 @@ def find(what: str) -> Lineage:
 def of_path(path: Path) -> Lineage:
     """The lineage of a file or folder that a stage wrote."""
     if path.is_file():
-        return of_picture(path)
+        return of_picture(path)[0]
     if (path / indices.META).is_file():
         return indices.lineage_of(path)
     if (path / "grid.png").is_file():
-        return of_picture(path / "grid.png")
+        return of_picture(path / "grid.png")[0]
     folder = find_model_folder(path)
     return finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
 

@@ -23,62 +23,6 @@ WIDTH, HEIGHT, LEFT, BOTTOM = 360, 200, 54, 22  # of a chart, and its margins
 
 Series = dict[str, list[tuple[int, float]]]  # section -> (step, value), in order
 
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --back: #f6f7f9; --card: #fff; --text: #1b2027; --soft: #5d6774;
-  --line: #dde2e8; --a: #1f6fb4; --b: #d9480f; --c: #2b8a3e; --d: #7048b6; }
-@media (prefers-color-scheme: dark) { :root { --back: #14171b; --card: #1d2126; --text: #e6e9ed;
-  --soft: #9aa4b1; --line: #343b44; --a: #6cb2f0; --b: #ff9a62; --c: #7fd193; --d: #b9a0ee; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1.5rem 1rem 4rem; background: var(--back);
-  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
-h1 { margin: 0; font-size: 1.6rem; overflow-wrap: anywhere; }
-h2 { margin: 2.2rem 0 .8rem; font-size: 1.15rem; }
-h3 { margin: 0 0 .4rem; font-size: .95rem; font-weight: 600; }
-p, figcaption { color: var(--soft); margin: .2rem 0; }
-.cards { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); }
-.card { margin: 0; padding: 1rem; background: var(--card); border: 1px solid var(--line);
-  border-radius: .6rem; }
-.card img { display: block; width: 100%; height: auto; image-rendering: pixelated; }
-.card img[hidden] { display: none; }
-input[type=range] { width: 100%; margin: .8rem 0 0; accent-color: var(--a); min-height: 1.5rem; }
-dl { display: grid; gap: .8rem; margin: 1.2rem 0 0;
-  grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); }
-dt { color: var(--soft); font-size: .82rem; overflow-wrap: anywhere; }
-dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums; }
-svg { display: block; width: 100%; height: auto; font-size: 11px; }
-svg text { fill: var(--soft); } svg .grid { stroke: var(--line); }
-svg path { fill: none; stroke-width: 1.8; vector-effect: non-scaling-stroke; }
-.s0 { stroke: var(--a); color: var(--a); } .s1 { stroke: var(--b); color: var(--b); }
-.s2 { stroke: var(--c); color: var(--c); } .s3 { stroke: var(--d); color: var(--d); }
-.key { display: inline-block; margin-right: 1rem; font-size: .82rem; }
-pre { margin: .4rem 0 0; padding: .7rem; background: var(--back); border-radius: .4rem;
-  font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-ol { padding-left: 1.3rem; } li { margin: 0 0 1rem; } li p { font-size: .82rem; }
-summary { cursor: pointer; margin-top: 1rem; color: var(--soft); }
-</style>
-<h1>$title</h1>
-<p>$subtitle</p>
-$body
-<script>
-for (const card of document.querySelectorAll("[data-slider]")) {
-  const range = card.querySelector("input"), images = card.querySelectorAll("img");
-  range.addEventListener("input", () => {
-    images.forEach((image, number) => { image.hidden = number !== Number(range.value); });
-    const step = images[range.value].dataset.step;
-    card.querySelector("output").textContent = "step " + step;
-    range.setAttribute("aria-valuetext", "step " + step);
-  });
-}
-</script>
-</html>
-""")
-
 
 def write(home: Path) -> Path:
     """Write report.html into the output folder of a training; parts without data are left out.
@@ -91,15 +35,20 @@ def write(home: Path) -> Path:
     lineage = provenance.from_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
     config = _text(home / "config.json")
     facts = [lineage[-1].name, f"run {lineage[-1].run_id}"] if lineage else []
+    curves, machine = (
+        charts({name: x for name, x in metrics.items() if ("system" in x) == of_machine})
+        for of_machine in (False, True)
+    )
     parts = [
         summary(metrics),
         section("Pictures", pictures(home)),
-        section("Curves", charts({k: v for k, v in metrics.items() if "system" not in v})),
+        section("Curves", curves),
         commands(lineage),
         details("Settings", f"<pre>{html.escape(config)}</pre>" if config else ""),
-        details("The machine", cards(charts({k: v for k, v in metrics.items() if "system" in v}))),
+        details("The machine", cards(machine)),
     ]
-    page = PAGE.substitute(
+    template = Template(Path(__file__).with_name(FILE).read_text(encoding="utf-8"))
+    page = template.substitute(
         title=html.escape(home.resolve().name),
         subtitle=html.escape(" · ".join(facts)),
         body="\n".join(filter(None, parts)),
@@ -150,31 +99,25 @@ def pictures(home: Path) -> list[str]:
 def picture(name: str, steps: list[tuple[int, Path]]) -> str:
     """A card of one picture: the last of its steps, and a slider to the others."""
     steps = thinned(steps, MOST_STEPS)
-    images = []
-    for count, (step, path) in enumerate(steps, 1):
-        data = base64.b64encode(path.read_bytes()).decode()
-        images.append(
-            f'<img data-step="{step}" alt="{words(name)} at step {step}"'
-            f'{"" if count == len(steps) else " hidden"} src="data:image/png;base64,{data}">'
-        )
-    last = len(steps) - 1
-    title = f"<h3>{words(name)}</h3>"
-    if not last:
-        return f'<figure class="card">{title}{images[0]}</figure>'
-    return (
-        f'<figure class="card" data-slider>{title}{"".join(images)}<input type="range" min="0" '
-        f'max="{last}" value="{last}" aria-label="step of {words(name)}" '
-        f'aria-valuetext="step {steps[-1][0]}"><figcaption><output>step {steps[-1][0]}</output>'
-        "</figcaption></figure>"
+    title, last = words(name), len(steps) - 1
+    images = [
+        f'<img data-step="{step}" alt="{title} at step {step}"{" hidden" * (number < last)} '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        for number, (step, path) in enumerate(steps)
+    ]
+    slider = (
+        f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step of {title}" '
+        f'aria-valuetext="step {steps[-1][0]}">'
+        f"<figcaption><output>step {steps[-1][0]}</output></figcaption>"
     )
+    start = f'<figure class="card"{" data-slider" * bool(last)}><h3>{title}</h3>'
+    return f"{start}{''.join(images)}{slider * bool(last)}</figure>"
 
 
 def charts(metrics: dict[str, Series]) -> list[str]:
-    """A card for each metric that has a curve."""
+    """A card for each metric that has a curve, those of the validation data first."""
     drawn = {n: s for n, s in metrics.items() if any(len(points) > 1 for points in s.values())}
-    # Metrics of the validation data come first: they measure how good the model is.
-    names = sorted(drawn, key=lambda name: ("val" not in drawn[name], name))
-    return [chart(name, drawn[name]) for name in names]
+    return [chart(n, drawn[n]) for n in sorted(drawn, key=lambda n: ("val" not in drawn[n], n))]
 
 
 def chart(name: str, series: Series) -> str:

@@ -8,10 +8,10 @@ neither stops nor slows a training.
 import contextlib
 import csv
 import json
+import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,8 @@ from utils.addresses import OUTPUT_TAG, START_OR_UNSET, find_run, store_errors
 from utils.cli import Stopped, UserError, command_line, one_line
 from utils.provenance import Lineage, Stage
 from utils.tracking import report, store, sync
-from utils.tracking.store import LINEAGE, PARENTS, TABLES, Point
-from utils.tracking.sync import AsyncQueue, EventLog, Metrics
+from utils.tracking.store import LINEAGE, PARENTS, TABLES
+from utils.tracking.sync import AsyncQueue, Event
 
 MAX_PARAMS = 10  # MLflow prints all of them on every image
 SYSTEM_SECONDS = 10  # between samples of the machine
@@ -127,14 +127,15 @@ class Run:
         if len(params) > MAX_PARAMS:
             raise ValueError(f"at most {MAX_PARAMS} params, got {len(params)}: see config.json")
         self.output_dir, self.run_id = output_dir, run_id or ""
-        self._run: Any = None
         self._is_training = continued or run_id is None
-        self._queue: AsyncQueue | None = None  # of metrics and the status; None: closed
-        self._uploads: AsyncQueue | None = None  # of everything else
+        self._log_file = output_dir / f"{part}.{sync.EVENTS}".lstrip(".")
+        self._pictures = output_dir / f"{part}.{sync.PICTURES}".lstrip(".")
+        self._queues: list[AsyncQueue] = []  # of metrics and the status, and of uploads
         self._system: threading.Thread | None = None  # logs metrics of the machine
         self._closing = threading.Event()
         self._sent: set[tuple[str, int]] = set()  # values that MLflow has from before a crash
         self._warned = threading.Lock()  # taken by the first failure
+        self._run: Any = None
         if enabled:
             output_dir.mkdir(parents=True, exist_ok=True)
             self._client = addresses.open_client()
@@ -145,27 +146,16 @@ class Run:
                     experiment or provenance.data_set_name(next(iter(inputs), "images")),
                     run_name or output_dir.name,
                     params,
-                    {OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})},
-                    f"```\n{command_line()}\n```\n\nOutput folder: `{output_dir}`",
+                    {
+                        OUTPUT_TAG: str(output_dir.resolve()),
+                        store.NOTE: f"```\n{command_line()}\n```\n\nOutput folder: `{output_dir}`",
+                        **(tags or {}),
+                    },
                 )
             self.run_id = self._run.info.run_id
         self.lineage = (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
-        self._events = EventLog(output_dir, self.run_id, part)
         if enabled:
-            self._model_id = None if self._is_training else store.newest_model(self._run) or None
-            self._queue, self._uploads = (
-                AsyncQueue(on_error=self._warn_once, is_final=store.is_refusal) for _ in range(2)
-            )
-            self._events.append(**({"status": "RUNNING"} if self._is_training else {}))
-            if logged is not None:
-                sync.rewind_metrics(output_dir, logged)
-            if continued:
-                self._queue.put(partial(self._catch_up, sync.read_metrics(output_dir)))
-            if config is not None:
-                (output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-                self.file(output_dir / "config.json")
-            if self._is_training:
-                self._start_training()
+            self._start(config, logged, continued)
 
     def _reopen(self, run_id: str | None, continued: bool) -> Any:
         """The existing run, or None where a new one is to be created."""
@@ -182,24 +172,40 @@ class Run:
             self._client.update_run(run_id, status="RUNNING")
         return run
 
-    def _start_training(self) -> None:
-        """Log what only a training has: a lineage in its folder, and metrics of the machine."""
+    def _start(self, config: dict[str, Any] | None, logged: int | None, continued: bool) -> None:
+        """Start to send; write what only a training has: a lineage and metrics of the machine."""
+        self._model_id = None if self._is_training else store.newest_model(self._run) or None
+        options = {"on_error": self._warn_once, "is_final": store.is_refusal}
+        self._queues = [AsyncQueue(**options) for _ in range(2)]
+        if logged is not None:
+            sync.rewind_metrics(self.output_dir, logged)
+        if continued:
+            self._queues[0].put(partial(self._catch_up, sync.read_metrics(self.output_dir)))
+        if config is not None:
+            (self.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            self.file(self.output_dir / "config.json")
+        if not self._is_training:
+            return
+        self.note_status("RUNNING")
         if self.lineage:
             staging = self.output_dir / f"{LINEAGE}.tmp"  # a crash leaves no half of the file
             staging.write_text(provenance.to_json(self.lineage, indent=2) + "\n")
             staging.replace(self.output_dir / LINEAGE)
             self._log(lineage=self.lineage)
-        start = self._run.info.start_time / 1000  # also when a run is continued
-
-        def log(values: dict[str, float]) -> None:
-            self.metrics("system", values, round(time.time() - start))
-
-        self._system = threading.Thread(target=log_system, args=(log, self._closing), daemon=True)
+        self._system = threading.Thread(target=self._log_system, daemon=True)
         self._system.start()
 
-    def _catch_up(self, lines: list[Metrics]) -> None:
+    def _log_system(self) -> None:
+        """Log samples of the machine, by seconds since the run was created, until it is closed."""
+        start = self._run.info.start_time / 1000
+        with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
+            while not self._closing.wait(SYSTEM_SECONDS):
+                self.metrics("system", sample_system(), round(time.time() - start))
+
+    def _catch_up(self, lines: list[Event]) -> None:
         """Send the metrics that a crash kept from MLflow."""
-        self._sent = store.logged_steps(self._client, self.run_id)
+        run = self._client.get_run(self.run_id)
+        self._sent = {(key, step) for key, _, step in store.logged_values(self._client, run)}
         for line in lines:
             self._send_metrics(line)
 
@@ -210,50 +216,55 @@ class Run:
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log metrics as section/name: to metrics.jsonl at once, to MLflow soon."""
-        if self._queue is not None:
+        if self._queues:
             values = {f"{section}/{name}": value for name, value in values.items()}
-            line = Metrics(time.time(), self.run_id, step, values)
-            sync.append_metrics(self.output_dir, line)
-            self._queue.put(partial(self._send_metrics, line))
+            line = Event(time.time(), self.run_id, step=step, values=values)
+            sync.append(self.output_dir / sync.METRICS, line)
+            self._queues[0].put(partial(self._send_metrics, line))
 
-    def _send_metrics(self, line: Metrics) -> None:
+    def _send_metrics(self, line: Event) -> None:
         points = [
-            Point(name, value, line.milliseconds, line.step, self._model_id)
+            (name, value, line.milliseconds, line.step, self._model_id)
             for name, value in line.values.items()
             if (name, line.step) not in self._sent
         ]
         store.log_points(self._client, self.run_id, points)
 
-    def _log(self, **fields: Any) -> sync.Event | None:
+    def _log(self, **fields: Any) -> Event:
         """Write an event to the event log at once, and send it to MLflow soon."""
-        if self._uploads is None:
-            return None
-        event = self._events.append(**fields)
-        self._uploads.put(partial(sync.send, self._client, self.output_dir, event))
+        event = Event(time.time(), self.run_id, **fields)
+        if self._queues:
+            sync.append(self._log_file, event)
+            self._queues[1].put(partial(sync.send, self._client, self.output_dir, event))
         return event
+
+    def _relative(self, path: Path) -> str:
+        """A path as the log holds it: relative, thus valid after the output folder is moved."""
+        inside, home = Path(os.path.abspath(path)), Path(os.path.abspath(self.output_dir))
+        return str(inside.relative_to(home) if inside.is_relative_to(home) else inside)
 
     def picture(self, key: str, image: Image, step: int) -> Path:
         """Log an image: a PNG file under pictures/ at once, to MLflow soon."""
-        path = self._events.pictures / f"{key.replace('/', '-')}-{step:08}.png"
-        if self._uploads is not None:
+        path = self._pictures / f"{key.replace('/', '-')}-{step:08}.png"
+        if self._queues:
             path.parent.mkdir(exist_ok=True)
             image.save(path)
-            self._log(picture=self._events.relative(path), key=key, step=step)
+            self._log(picture=self._relative(path), key=key, step=step)
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """Log a table, whose cells may be images; it replaces an earlier table of that name."""
-        if self._uploads is not None:
+        if self._queues:
             write_table(self.output_dir / TABLES, name, columns)
             self._log(table=name)
 
     def folder(self, path: Path, name: str) -> None:
         """Log all files of a folder as artifacts under `name`."""
-        self._log(folder=self._events.relative(path), name=name)
+        self._log(folder=self._relative(path), name=name)
 
     def file(self, path: Path, name: str = "") -> None:
         """Log one file as an artifact in the folder `name`."""
-        self._log(file=self._events.relative(path), name=name)
+        self._log(file=self._relative(path), name=name)
 
     def model(
         self,
@@ -271,9 +282,9 @@ class Run:
         """
         self.folder(folder, f"checkpoints/{folder.name}")
         options = {"values": values, "step": step, "register": register, "lower": lower_is_better}
-        event = self._log(model=self._events.relative(folder), **options)
-        if event is not None:
-            sync.append_metrics(self.output_dir, Metrics(event.time, self.run_id, step, values))
+        event = self._log(model=self._relative(folder), **options)
+        if self._queues:
+            sync.append(self.output_dir / sync.METRICS, event)
 
     def _warn_once(self, error: Exception) -> None:
         if self._warned.acquire(blocking=False):
@@ -299,10 +310,10 @@ class Run:
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is left, and set the status of a training's run."""
-        if self._queue is None or self._uploads is None:
+        if not self._queues:
             return
+        self._closing.set()
         if self._system is not None:
-            self._closing.set()
             self._system.join()
         try:
             if self.lineage and not self._is_training and status == "FINISHED":
@@ -312,17 +323,17 @@ class Run:
                 self.note_status(status)
         finally:  # MLflow gets what it can on a full disk as well
             if self._is_training:
-                self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
-            for queue in (self._queue, self._uploads):
+                self._queues[0].put(lambda: self._client.set_terminated(self.run_id, status))
+            for queue in self._queues:
                 queue.close()
-            for queue in (self._queue, self._uploads):
+            for queue in self._queues:
                 queue.join()
-            self._queue = self._uploads = None
+            self._queues = []
 
     def note_status(self, status: str) -> None:
         """Write to the event log how the run ended, for a replay."""
-        if self._uploads is not None:
-            self._events.append(status=status)
+        if self._queues:
+            sync.append(self._log_file, Event(time.time(), self.run_id, status=status))
 
     def _write_report(self) -> None:
         """Write report.html of this training, or of the one that `output_dir` lies in."""
@@ -356,13 +367,6 @@ def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
         writer.writerows(rows)
     content = {"columns": list(columns), "data": data}
     (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-
-
-def log_system(log: Callable[[dict[str, float]], object], closing: threading.Event) -> None:
-    """Call `log`, which must not wait for a server, with samples of the machine until `closing`."""
-    with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
-        while not closing.wait(SYSTEM_SECONDS):
-            log(sample_system())
 
 
 def sample_system() -> dict[str, float]:

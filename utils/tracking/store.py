@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
@@ -35,20 +35,7 @@ THUMBNAIL = 256  # pixels of the longer side of the images in MLflow's lists
 CHAMPION = "champion"
 
 
-class Point(NamedTuple):
-    """One value of a metric, at a time in milliseconds since 1970.
-
-    It may belong to a logged model, which was measured on a data set.
-    """
-
-    key: str
-    value: float
-    time: int
-    step: int
-    model_id: str | None = None
-    dataset_name: str | None = None
-    dataset_digest: str | None = None
-
+Point = tuple[Any, ...]  # arguments of mlflow.entities.Metric: key, value, milliseconds, step, ...
 
 # --- runs ---
 
@@ -60,31 +47,23 @@ def create_run(
     name: str,
     params: dict[str, Any],
     tags: dict[str, str],
-    note: str,
 ) -> Any:
     """A new MLflow run in an experiment, which is created if it does not exist."""
     from mlflow.entities import Param
     from mlflow.exceptions import MlflowException
 
-    found = client.get_experiment_by_name(experiment)
-    if found is None:
+    if client.get_experiment_by_name(experiment) is None:
         try:
             client.create_experiment(experiment)
         except MlflowException as error:  # another process may have created it meanwhile
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = client.get_experiment_by_name(experiment)
-    tags = {
-        "stage": stage,
-        "mlflow.source.name": Path(sys.argv[0]).name,
-        "mlflow.source.type": "LOCAL",
-        "mlflow.runColor": COLOURS[stage],
-        NOTE: note,
-        **tags,
-    }
-    run = client.create_run(found.experiment_id, run_name=name, tags=tags)
-    logged = [Param(key, str(value)) for key, value in params.items()]
-    client.log_batch(run.info.run_id, params=logged)
+    experiment_id = client.get_experiment_by_name(experiment).experiment_id
+    about = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
+    about |= {"stage": stage, "mlflow.runColor": COLOURS[stage]}
+    run = client.create_run(experiment_id, run_name=name, tags=about | tags)
+    as_text = [Param(key, str(value)) for key, value in params.items()]
+    client.log_batch(run.info.run_id, params=as_text)
     return run
 
 
@@ -143,10 +122,16 @@ def log_points(client: Any, run_id: str, points: Iterable[Point]) -> None:
         client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
 
 
-def logged_steps(client: Any, run_id: str) -> set[tuple[str, int]]:
-    """Name and step of every value that a run has in MLflow."""
-    names = client.get_run(run_id).data.metrics
-    return {(n, point.step) for n in names for point in client.get_metric_history(run_id, n)}
+def logged_values(client: Any, run: Any) -> set[tuple[str, int | None, int]]:
+    """Name, milliseconds and step of every value that a run has in MLflow."""
+    histories = (client.get_metric_history(run.info.run_id, key) for key in run.data.metrics)
+    return {(one.key, one.timestamp, one.step) for history in histories for one in history}
+
+
+def artifacts(client: Any, run_id: str, folder: str) -> dict[str, int]:
+    """Bytes of the artifacts in a folder, by path."""
+    files = client.list_artifacts(run_id, folder if folder != "." else None)
+    return {file.path: file.file_size for file in files}
 
 
 def image_names(key: str, step: int, time: int) -> tuple[str, str]:
@@ -197,25 +182,25 @@ def link(client: Any, lineage: Lineage) -> None:
     newest run of that stage. Each run gets the lineage as an artifact. Runs that are missing from
     this store are skipped.
     """
-    runs = {stage.run_id: _run_or_none(client, stage.run_id) for stage in lineage}
-    last = lineage[-1]
-    own = runs.get(last.run_id)
-    if own is not None and own.data.tags.get("stage") == last.name:
+    found = {stage.run_id: _run_or_none(client, stage.run_id) for stage in lineage}
+    runs = {run_id: run for run_id, run in found.items() if run is not None}
+    stages = {run_id: run.data.tags.get("stage", "upstream") for run_id, run in runs.items()}
+    last, own = lineage[-1], runs.get(lineage[-1].run_id)
+    if own is None:
+        return
+    if stages[last.run_id] == last.name:
         _log_inputs(client, lineage)
-    elif own is not None:  # logged to the run of an earlier stage, whose note has another command
+    else:  # logged to the run of an earlier stage, whose note has another command
         _add_note(client, own, f"{last.name.capitalize()}:\n```\n{last.command}\n```")
     for run_id, other in runs.items():
-        if own is not None and other is not None and run_id != last.run_id:
-            stage = other.data.tags.get("stage", "upstream")
+        if run_id != last.run_id:
             # Samples and images are logged to the run of a GPT, which then is downstream.
-            if (own_stage := own.data.tags.get("stage", last.name)) != stage:
-                client.set_tag(run_id, f"{own_stage}_run_id", last.run_id)
-            client.set_tag(last.run_id, f"{stage}_run_id", run_id)
+            if stages[last.run_id] != stages[run_id]:
+                client.set_tag(run_id, f"{stages[last.run_id]}_run_id", last.run_id)
+            client.set_tag(last.run_id, f"{stages[run_id]}_run_id", run_id)
             _add_note(client, other, f"Downstream: {last.name}, {_link_to(own)}")
-            _add_note(client, own, f"Upstream: {stage}, {_link_to(other)}")
-    for run_id, run in runs.items():
-        if run is not None:
-            client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
+            _add_note(client, own, f"Upstream: {stages[run_id]}, {_link_to(other)}")
+        client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
 
 
 def is_linked(client: Any, lineage: Lineage) -> bool:
@@ -223,8 +208,8 @@ def is_linked(client: Any, lineage: Lineage) -> bool:
     own = _run_or_none(client, lineage[-1].run_id)
     if own is None:
         return True
-    files = {file.path for file in client.list_artifacts(own.info.run_id)}
-    return LINEAGE in files and lineage[-1].command in own.data.tags.get(NOTE, "")
+    noted = lineage[-1].command in own.data.tags.get(NOTE, "")
+    return noted and LINEAGE in artifacts(client, own.info.run_id, ".")
 
 
 def _run_or_none(client: Any, run_id: str) -> Any:
@@ -271,11 +256,8 @@ def _add_note(client: Any, run: Any, line: str) -> None:
 
 def newest_model(run: Any) -> str:
     """The id of the newest model that a run logged; "" for none, or without a run."""
-    return max(_models_of(run), key=lambda one: one.step).model_id if _models_of(run) else ""
-
-
-def _models_of(run: Any) -> list[Any]:
-    return run.outputs.model_outputs if run is not None and run.outputs else []
+    models = run.outputs.model_outputs if run is not None and run.outputs else []
+    return max(models, key=lambda one: one.step).model_id if models else ""
 
 
 def log_model(
@@ -289,25 +271,25 @@ def log_model(
 
     run = client.get_run(run_id)
     experiment_id, stage = run.info.experiment_id, run.data.tags.get("stage", "")
-    of_step = {one.model_id for one in _models_of(run) if one.step == step}
+    of_step = {one.model_id for one in run.outputs.model_outputs if one.step == step}
     found = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     if any(one.status == "READY" and one.model_id in of_step for one in found):
         return
     model = next((one for one in found if one.status == "PENDING"), None)
     if model is None:
         name = re.sub(r"[/:.%\"']+", "-", run.info.run_name)  # forbidden in names of models
-        params = run.data.params
-        tags = {"stage": stage}
-        model = client.create_logged_model(experiment_id, name, run_id, tags, params, stage)
+        about = {"stage": stage}, run.data.params, stage
+        model = client.create_logged_model(experiment_id, name, run_id, *about)
     client.log_model_artifacts(model.model_id, str(folder))
     if model.model_id not in of_step:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
-    data = [(x.dataset.name, x.dataset.digest) for x in run.inputs.dataset_inputs][:1]
-    data_set = data[0] if data else ()
+    data_set: Point = ()
+    for one in run.inputs.dataset_inputs[:1]:
+        data_set = one.dataset.name, one.dataset.digest
     missing = [
-        Point(key, value, time, step, model.model_id, *data_set)
+        (key, value, time, step, model.model_id, *data_set)
         for key, value in values.items()
-        if all(one.step != step for one in client.get_metric_history(run_id, key))
+        if step not in {one.step for one in client.get_metric_history(run_id, key)}
     ]
     log_points(client, run_id, missing)
     client.finalize_logged_model(model.model_id, "READY")
@@ -333,15 +315,15 @@ def register(client: Any, run_id: str, name: str, metric: str, lower_is_better: 
     versions = client.search_model_versions(f"name = '{name}'")
     version = next((one for one in versions if one.source == source), None)
     if version is None:
+        about = f"{metric} {value:.6g}"
         version = client.create_model_version(
-            name, source, run_id, description=f"{metric} {value:.6g}", model_id=model_id
+            name, source, run_id, description=about, model_id=model_id
         )
     done = f"registered as version {version.version} of {name}"
-    aliases = client.get_registered_model(name).aliases
-    if CHAMPION in aliases and aliases[CHAMPION] != version.version:
-        champion = client.get_model_version(name, aliases[CHAMPION])
-        best = client.get_run(champion.run_id).data.metrics.get(metric)
-        named = f"the champion, version {champion.version},"
+    champion = client.get_registered_model(name).aliases.get(CHAMPION, version.version)
+    if champion != version.version:
+        best_run = client.get_run(client.get_model_version(name, champion).run_id)
+        best, named = best_run.data.metrics.get(metric), f"the champion, version {champion},"
         if best is None:
             return f"{done}; {named} has no {metric} to compare with, and stays"
         if not is_better(value, best, lower_is_better):

@@ -5,65 +5,38 @@ metrics.jsonl holds the metrics, a JSON object per line: `step`, `time` (seconds
 """
 
 import json
-import os
 import queue
-import re
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from utils.addresses import find_run
 from utils.cli import UserError
-from utils.files import TABLE_BYTES, check_size, typed
+from utils.files import typed
 from utils.provenance import Stage
 from utils.tracking import store
-from utils.tracking.store import Point
 
 METRICS, EVENTS, PICTURES = "metrics.jsonl", "mlflow.jsonl", "pictures"
 TRAINING = ("train/", "val/")  # prefixes of the metrics that a resumed training logs again
-STATUSES = ("", "RUNNING", "FINISHED", "FAILED", "KILLED")
-MAX_TIME = 1e11  # seconds since 1970
+KINDS = ("picture", "table", "folder", "file", "lineage", "model", "status")  # of events
 RETRY_SECONDS = 10  # between attempts after a call failed
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What the lines of both logs have in common: seconds since 1970, and the MLflow run."""
-
-    time: float
-    run_id: str
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.time < MAX_TIME or not re.fullmatch(r"[\w-]{1,80}", self.run_id, re.ASCII):
-            raise ValueError(f"time or run_id out of range: {self.time}, {self.run_id!r:.80}")
-
-    @property
-    def milliseconds(self) -> int:
-        return int(self.time * 1000)
-
-
-@dataclass(frozen=True)
-class Metrics(Entry):
-    """A line of metrics.jsonl."""
-
-    step: int
-    values: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Event(Entry):
-    """A line of mlflow.jsonl; exactly one of the fields that start a row is set, or none.
+class Event:
+    """A line of mlflow.jsonl, where one of the fields in `KINDS` is set, or of metrics.jsonl.
 
     Paths are relative to the folder of the log if they are inside.
     """
 
+    time: float  # seconds since 1970
+    run_id: str
     picture: str = ""  # a PNG file, logged as `key` at `step`
     key: str = ""
     step: int = 0
@@ -78,53 +51,32 @@ class Event(Entry):
     lower: bool = True  # is better, for the first of `values`
     status: str = ""  # RUNNING when a training opened the run, then how it ended
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.status not in STATUSES or (self.model and not self.values):
-            raise ValueError(f"status {self.status!r:.80}, values {self.values!r:.80}")
+    @property
+    def kind(self) -> str:
+        return next((kind for kind in KINDS if getattr(self, kind)), "metric")
+
+    @property
+    def milliseconds(self) -> int:
+        return int(self.time * 1000)
 
 
-class EventLog:
-    """The event log of one run.
-
-    Attributes:
-        pictures: the folder of its pictures.
-    """
-
-    def __init__(self, folder: Path, run_id: str, part: str = "") -> None:
-        """Name the files; those of a run that writes only a `part` of the folder have a prefix."""
-        prefix = f"{part}." if part else ""
-        self._folder, self._run_id = folder, run_id
-        self._file, self.pictures = folder / f"{prefix}{EVENTS}", folder / f"{prefix}{PICTURES}"
-
-    def append(self, **fields: Any) -> Event:
-        """Write an event to disk."""
-        event = Event(time.time(), self._run_id, **fields)
-        line = {"time": event.time, "run_id": event.run_id, **fields}
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, default=asdict) + "\n")
-        return event
-
-    def relative(self, path: Path) -> str:
-        """A path as the log holds it: relative, thus valid after the output folder is moved."""
-        inside, home = Path(os.path.abspath(path)), Path(os.path.abspath(self._folder))
-        return str(inside.relative_to(home) if inside.is_relative_to(home) else inside)
+def append(path: Path, event: Event) -> None:
+    """Write an event to the end of its log."""
+    line: dict[str, Any] = {"time": event.time, "run_id": event.run_id}
+    if path.name == METRICS:
+        line |= {"step": event.step, **event.values}
+    else:
+        line |= {key: value for key, value in asdict(event).items() if value or key == "lower"}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-def append_metrics(folder: Path, line: Metrics) -> None:
-    content = {"step": line.step, "time": line.time, "run_id": line.run_id, **line.values}
-    with (folder / METRICS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-
-
-def read_metrics(folder: Path) -> list[Metrics]:
+def read_metrics(folder: Path) -> list[Event]:
     """All lines of metrics.jsonl but damaged ones; none before anything was logged."""
 
-    def parse(line: dict[str, Any]) -> Metrics:
-        known: dict[str, Any] = {
-            key: line.pop(key) for key in ("step", "time", "run_id") if key in line
-        }
-        return typed(Metrics, {**known, "values": line})
+    def parse(line: dict[str, Any]) -> Event:
+        known = {key: line.pop(key) for key in ("step", "time", "run_id") if key in line}
+        return typed(Event, {**known, "values": line})
 
     path = folder / METRICS
     return _read_lines(path, parse) if path.is_file() else []
@@ -137,26 +89,22 @@ def read_events(folder: Path) -> list[Event]:
         UserError: there is no event log.
     """
     paths = sorted(folder.glob(f"*{EVENTS}")) or [folder / EVENTS]
-    events = [event for path in paths for event in _read_lines(path, lambda x: typed(Event, x))]
+    events = [event for path in paths for event in _read_lines(path, partial(typed, Event))]
     return sorted(events, key=lambda event: event.time)
 
 
-def _read_lines(path: Path, parse: Callable[[Any], Read]) -> list[Read]:
-    """The lines of a JSON Lines file; damaged ones, as a crash leaves, are counted and skipped."""
+def _read_lines(path: Path, parse: Callable[[Any], Event]) -> list[Event]:
+    """The events of a log; damaged lines, as a crash leaves, are counted and skipped."""
     try:
-        check_size(path, TABLE_BYTES)
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}; give the output folder of a run") from error
     found = []
     for line in lines:
-        try:
+        with suppress(ValueError, TypeError, AttributeError, UserError):
             found.append(parse(json.loads(line)))
-        except (ValueError, TypeError, AttributeError, RecursionError, UserError):
-            continue
-    if len(found) < len(lines):
-        count = len(lines) - len(found)
-        print(f"warning: {path}: {count} damaged lines are skipped", file=sys.stderr)
+    if damaged := len(lines) - len(found):
+        print(f"warning: {path}: {damaged} damaged lines are skipped", file=sys.stderr)
     return found
 
 
@@ -245,6 +193,11 @@ def send(client: Any, home: Path, event: Event) -> None:
             print(store.register(client, run_id, event.register, metric, event.lower))
 
 
+def in_words(counts: Counter[str]) -> str:
+    """`1 model, 2 pictures`."""
+    return ", ".join(f"{n:,} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n)
+
+
 def replay(client: Any, home: Path) -> Counter[str]:
     """Send what the runs of an output folder logged and MLflow does not have; count it by kind.
 
@@ -258,11 +211,13 @@ def replay(client: Any, home: Path) -> Counter[str]:
     for run_id in dict.fromkeys(one.run_id for one in (*events, *lines)):
         run = find_run(run_id, client)
         own = [event for event in events if event.run_id == run_id]
-        sizes = cache(lambda folder, run_id=run_id: _artifacts(client, run_id, folder))
+        listed = cache(partial(store.artifacts, client, run_id))
         for event in own:
-            sent.update(_send_missing(client, run, home, event, sizes))
-        own_lines = [line for line in lines if line.run_id == run_id]
-        sent["metrics"] += _send_missing_metrics(client, run_id, own_lines)
+            if _is_missing(client, run, home, event, listed):
+                send(client, home, event)
+                listed.cache_clear()
+                sent[event.kind] += 1
+        sent["metric"] += _send_metrics(client, run, [x for x in lines if x.run_id == run_id])
         ended = next((event for event in reversed(own) if event.status), None)
         if ended and ended.status not in ("RUNNING", run.info.status):
             client.set_terminated(run_id, ended.status, ended.milliseconds)
@@ -270,53 +225,41 @@ def replay(client: Any, home: Path) -> Counter[str]:
     return sent
 
 
-def _artifacts(client: Any, run_id: str, folder: str) -> dict[str, int]:
-    """Name and bytes of the artifacts in a folder."""
-    return {Path(x.path).name: x.file_size for x in client.list_artifacts(run_id, folder or None)}
-
-
-def _send_missing(
-    client: Any, run: Any, home: Path, event: Event, sizes: Callable[[str], dict[str, int]]
-) -> Counter[str]:
-    """Send an event, or the files of it, that MLflow does not have; count them by kind.
+def _is_missing(
+    client: Any, run: Any, home: Path, event: Event, listed: Callable[[str], dict[str, int]]
+) -> bool:
+    """Whether MLflow lacks what an event sends.
 
     Files outside of the output folder are not sent: the log may be a stranger's.
     """
-    if event.file or event.folder or event.table:
-        count = 0
-        for file, folder in _files(home, event):
-            size = file.stat().st_size
-            if sizes(folder).get(file.name) != size and _is_inside(file, home):
-                client.log_artifact(event.run_id, str(file), folder or None)
-                sizes(folder)[file.name] = size  # as MLflow lists it from now on
-                count += 1
-        if event.table and count:
-            store.list_table(client, event.run_id, event.table)
-        return Counter(tables=min(count, 1)) if event.table else Counter(files=count)
-    kind, missing = "", False
+    if event.lineage:
+        return not store.is_linked(client, event.lineage)
+    if event.model:
+        return not store.newest_model(run) and _is_inside(home / event.model, home)
+    missing = False
+    for artifact, path in _files(home, event):
+        if not _is_inside(path, home):
+            return False
+        there = listed(str(Path(artifact).parent)).get(artifact)
+        missing |= there != path.stat().st_size and (there is None or not event.picture)
+    return missing
+
+
+def _files(home: Path, event: Event) -> Iterator[tuple[str, Path]]:
+    """Each artifact of an event, and the existing file that it is made of."""
     if event.picture:
         names = store.image_names(event.key, event.step, event.milliseconds)
-        missing = not set(names) <= sizes("images").keys()
-        kind, missing = "pictures", missing and _is_inside(home / event.picture, home)
-    elif event.lineage:
-        kind, missing = "links", not store.is_linked(client, event.lineage)
-    elif event.model:
-        missing = not store.newest_model(run) and _is_inside(home / event.model, home)
-        kind = "models"
-    if missing:
-        send(client, home, event)
-    return Counter({kind: int(missing)}) if kind else Counter()
-
-
-def _files(home: Path, event: Event) -> Iterator[tuple[Path, str]]:
-    """Each existing file of a file, folder or table, and its folder among the artifacts."""
-    table = f"{store.TABLES}/{event.table}"
-    tops = [(home / table, table), (home / f"{table}.json", store.TABLES)]
-    for top, name in tops if event.table else [(home / (event.file or event.folder), event.name)]:
+        tops = [(f"images/{name}", home / event.picture) for name in names]
+    elif event.table:
+        table = f"{store.TABLES}/{event.table}"
+        tops = [(name, home / name) for name in (table, f"{table}.json")]
+    else:
+        path = home / (event.folder or event.file)
+        tops = [(event.name if event.folder else f"{event.name}/{path.name}".lstrip("/"), path)]
+    for name, top in tops if event.kind not in ("status", "") else ():
         for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if file.is_file():
-                folder = file.parent.relative_to(top) if top.is_dir() else Path()
-                yield file, (Path(name) / folder).as_posix().removeprefix(".")
+                yield (Path(name) / file.relative_to(top)).as_posix(), file
 
 
 def _is_inside(path: Path, home: Path) -> bool:
@@ -325,25 +268,19 @@ def _is_inside(path: Path, home: Path) -> bool:
     return path.exists() and all(one.is_relative_to(home.resolve()) for one in found)
 
 
-def _send_missing_metrics(client: Any, run_id: str, lines: list[Metrics]) -> int:
-    model_id = store.newest_model(client.get_run(run_id)) or None
-    points = [
-        Point(key, value, line.milliseconds, line.step)
-        for line in lines
-        for key, value in line.values.items()
-    ]
-    there = {
-        (key, one.timestamp, one.step)
-        for key in sorted({one.key for one in points})
-        for one in client.get_metric_history(run_id, key)
-    }
+def _send_metrics(client: Any, run: Any, lines: list[Event]) -> int:
+    """Send the values of a run that MLflow does not have; how many these are."""
+    there = store.logged_values(client, run)
     # A training resumed after a crash logs the metrics of some steps again, at another time.
-    repeated = {(key, step) for key, _, step in there if key.startswith(TRAINING)}
+    there |= {(key, None, step) for key, _, step in there if key.startswith(TRAINING)}
+    model = store.newest_model(client.get_run(run.info.run_id)) or None
     missing = [
         # What a later stage measured belongs to the model.
-        one if one.key.startswith((*TRAINING, "system/")) else one._replace(model_id=model_id)
-        for one in points
-        if (one.key, one.time, one.step) not in there and (one.key, one.step) not in repeated
+        (*point, None if key.startswith((*TRAINING, "system/")) else model)
+        for line in lines
+        for key, value in line.values.items()
+        for point in [(key, value, line.milliseconds, line.step)]
+        if not there & {(key, line.milliseconds, line.step), (key, None, line.step)}
     ]
-    store.log_points(client, run_id, missing)
+    store.log_points(client, run.info.run_id, missing)
     return len(missing)
