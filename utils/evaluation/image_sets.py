@@ -1,6 +1,7 @@
 """The images that an evaluation compares: rows of data sets and samples, read and checked."""
 
 import hashlib
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
