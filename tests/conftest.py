@@ -1,6 +1,8 @@
 """What the tests share: small images, scripts called as a user would, an MLflow store."""
 
+import contextlib
 import importlib
+import io
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.reading import call_script
 from utils import cli, tracking
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,16 +57,19 @@ def write_images(
 
 
 def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
-    """Run a script of the repository as a process, from the current folder."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0 or not check, done.stderr
-    return done
+    """Run a script of the repository from the current folder, in this process: PyTorch is loaded.
+
+    Tests of a whole pipeline use it; those of signals and of several processes start processes.
+    """
+    out, error, code = io.StringIO(), io.StringIO(), 0
+    module = script.removesuffix(".py").replace("/", ".")
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+        try:
+            call_script(module, *arguments)
+        except SystemExit as end:
+            code = end.code
+    assert code in (0, None) or not check, error.getvalue()
+    return subprocess.CompletedProcess(arguments, code or 0, out.getvalue(), error.getvalue())
 
 
 @pytest.fixture
