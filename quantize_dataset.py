@@ -57,15 +57,8 @@ def quantize_crops(
 ) -> None:
     """Write crops.npy, (N, grids, h, w[, depth]): random crops, then with `flip` mirrored ones.
 
-    Args:
-        folder: an indices folder.
-        model: the tokenizer.
-        dataset: of images that are larger than the crops, or of the images themselves.
-        meta: of the folder.
-        crops: of each image; 0: the image itself.
-        flip: also the mirror image of each.
-        batch_size: images at once.
-        seed: a crop is a function of seed, row and its number.
+    Of each image of `dataset`, which is larger than the crops, there are `crops`, or for 0 the
+    image itself. A crop is a function of seed, row and its number.
     """
     device = next(model.parameters()).device
     shape = len(dataset), grids_per_image(crops, flip), *meta.shape
@@ -83,31 +76,17 @@ def quantize_crops(
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
-    """Refuse flags that would separate an image from its condition.
-
-    Raises:
-        UserError: there are such.
-    """
-    if arguments.condition_model_dir is None:
-        return
-    if arguments.skip_bad_images:
-        raise cli.UserError(
-            "--skip_bad_images cannot be combined with --condition_model_dir, because an image and "
-            "its condition belong together; remove bad images from the CSV"
-        )
-    if arguments.crops or arguments.flip:
-        raise cli.UserError(
-            "--crops and --flip cannot be combined with --condition_model_dir, whose images would "
-            "have to be cropped alike; omit one of them"
-        )
+    """A UserError for flags that would separate an image from its condition."""
+    for name in ("skip_bad_images", "crops", "flip"):
+        if arguments.condition_model_dir is not None and getattr(arguments, name):
+            raise cli.UserError(
+                f"--{name} cannot be combined with --condition_model_dir, because an image and its "
+                "condition belong together; leave one of them out"
+            )
 
 
 def load_condition_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    """The tokenizer of the conditions.
-
-    Raises:
-        UserError: it has a depth above 1.
-    """
+    """The tokenizer of the conditions; a UserError for a depth above 1."""
     tokenizer = load_model(address, VQVAE, device)
     depth = tokenizer.model.config.depth
     if depth > 1:
@@ -131,12 +110,10 @@ def with_splits(rows: list[Row], origin: Provenance) -> list[Row]:
     Without a split column they are split as they were for the tokenizer, whose validation images
     are then new to the transformer as well.
     """
-    _, val_rows = split_rows(rows, val_fraction=origin.val_fraction, seed=origin.seed)
-    validation = set(val_rows.tolist())
-    return [
-        row._replace(split="val" if number in validation else "train")
-        for number, row in enumerate(rows)
-    ]
+    splits = ["train"] * len(rows)
+    for row in split_rows(rows, val_fraction=origin.val_fraction, seed=origin.seed)[1].tolist():
+        splits[row] = "val"
+    return [row._replace(split=split) for row, split in zip(rows, splits, strict=True)]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -211,37 +188,23 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints"
+    add = parser.add_argument
+    add("--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints")
+    add("--path_to_data", required=True, metavar="CSV", help="CSV of the images to quantize")
+    condition = "tokenizer of the images in the column condition_path, the conditions of the GPT"
+    add("--condition_model_dir", help=f"{condition} (default: no conditions)")
+    add("--run_id", help="MLflow run to log to (default: the tokenizer's)")
+    folder = "indices folder to write (default: indices/<CSV name> beside the tokenizer)"
+    add("--output_dir", help=folder)
+    crops = (
+        "also quantize N random crops of each image, an eighth larger; train.py then uses another "
+        "of them in every epoch, and validates on the whole images (default: none)"
     )
-    parser.add_argument(
-        "--path_to_data", required=True, metavar="CSV", help="CSV of the images to quantize"
-    )
-    parser.add_argument(
-        "--condition_model_dir",
-        help="tokenizer of the images in the column condition_path, which become the conditions of "
-        "the GPT (default: no conditions)",
-    )
-    parser.add_argument("--run_id", help="MLflow run to log to (default: the tokenizer's)")
-    parser.add_argument(
-        "--output_dir",
-        help="indices folder to write (default: indices/<CSV name> beside the tokenizer)",
-    )
-    parser.add_argument(
-        "--crops",
-        type=cli.positive,
-        default=0,
-        metavar="N",
-        help="also quantize N random crops of each image, an eighth larger; train.py then uses "
-        "another of them in every epoch, and validates on the whole images (default: none)",
-    )
-    parser.add_argument(
-        "--flip",
-        action="store_true",
-        help="also quantize mirror images: of the crops, or else of each image",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the crops (default: 0)")
-    parser.add_argument("--text", action="store_true", help="also write indices.txt")
+    add("--crops", type=cli.positive, default=0, metavar="N", help=crops)
+    flip = "also quantize mirror images: of the crops, or else of each image"
+    add("--flip", action="store_true", help=flip)
+    add("--seed", type=int, default=0, help="of the crops (default: 0)")
+    add("--text", action="store_true", help="also write indices.txt")
     cli.add_inference_flags(parser, batch_size=128)
     cli.add_flags(parser, ImageConfig, "images")
     return parser

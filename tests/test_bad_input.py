@@ -92,7 +92,7 @@ def test_empty_csv(error_of: Call, data: Path) -> None:
     data.write_text("image_path,label\n")
     assert "lists no images" in train_tokenizer(error_of, data)
     data.write_text("")
-    assert "is not a valid UTF-8 CSV" in train_tokenizer(error_of, data)
+    assert "has no column image_path" in train_tokenizer(error_of, data)
 
 
 def test_missing_files_are_counted_and_the_first_five_named(error_of: Call, data: Path) -> None:
@@ -235,10 +235,10 @@ def test_a_vocabulary_of_another_gpt(error_of: Call, gpt: Path, own_folder: Path
 
 
 def test_another_grid(error_of: Call, indices: Path) -> None:
-    flags = ("--path_to_data", indices, "--latent_dim", "10,6")
+    flags = ("--path_to_data", indices, "--latent_dim", "(10, 6)")
     error = error_of("train", *flags, *TINY_GPT)
     assert "10,6" in error
-    assert "6,10" in error
+    assert "(6, 10)" in error
 
 
 def test_indices_of_another_tokenizer(error_of: Call, indices: Path, own_folder: Path) -> None:
@@ -266,7 +266,7 @@ def test_indices_of_another_tokenizer(error_of: Call, indices: Path, own_folder:
         ("1 2 3 4\n1 2 3\n", "the number of columns changed from 4 to 3 at row 2"),
         ("1 2 x 4\n", "line 1, number 3: 'x' is not an index"),
         ("1 2 -3 4\n", "line 1, number 3: '-3' is not an index"),
-        ("1 2 3\n", "lines of 3 indices are not a square grid"),
+        ("1 2 3\n", "it has 3 indices, but a grid of 1,1 takes 1"),
         ("", "holds no index"),
     ],
 )

@@ -212,7 +212,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        ("none.png", "1 of 2 files .* do not exist: none.png"),
+        ("none.png", "1 of 2 files .* do not exist, .*: none.png"),
         ("", "row 2: condition_path is empty"),
     ],
 )

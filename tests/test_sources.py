@@ -48,15 +48,18 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
-        ("", "not a valid UTF-8 CSV"),
+        ("", "no column image_path"),
         ("path,label\na.png,1\n", "no column image_path; its first line is 'path,label'"),
         ("image_path,label\n", "lists no images"),
         ("image_path,label\na.png,1\nb.png,2,3\n", "row 2: 3 fields, but the first line has 2"),
         ("image_path,label\na.png,1,2\nb.png,2\n", "row 1: 3 fields"),
-        ("image_path,label\na.png,1\nb.png,2,3,4\n", "3 fields in line 3, saw 4; quote"),
+        (
+            "image_path,label\na.png,1\nb.png,2,3,4\n",
+            "row 2: 4 fields, but .* has 2; quote",
+        ),
         ("image_path,label\na.png\n", "row 1: 1 fields, but the first line has 2"),
         ("image_path,split\na.png,train\nb.png,test\n", "row 2: split is 'test'; use train or"),
-        ("image_path,split\na.png,\n", "row 1: split is ''"),
+        ("image_path,split\na.png,\n", "row 1: split is empty"),
         ("image_path,label\n,1\n", "row 1: image_path is empty"),
         ('image_path\n"a.png', "not a valid UTF-8 CSV"),
         ("image_path\na\0.png\n", "1 of 1 files .* do not exist"),

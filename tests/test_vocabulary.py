@@ -89,7 +89,6 @@ def test_what_is_no_vocabulary(tmp_path: Path) -> None:
         '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": [["a"]]}',
         '{"codebook_size": 4, "latent_dim": [7, 0]}',
         '{"codebook_size": true, "latent_dim": [7, 4]}',
-        '{"codebook_size": 4, "latent_dim": [7, 4], "class_names": ["a"], "no_class": 0}',
     ],
 )
 def test_damaged(tmp_path: Path, content: str) -> None:

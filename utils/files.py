@@ -66,14 +66,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
         for path in (*staging.iterdir(), staging):
             flush(path)
+        replace_folder(staging, folder)
+        flush(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise UserError(
             f"cannot write {folder} ({error}); what was saved before is intact: make room on the "
             "disk, then run it again (a training with --resume)"
         ) from error
-    replace_folder(staging, folder)
-    flush(folder.parent)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def replace_folder(staging: Path, folder: Path) -> None:

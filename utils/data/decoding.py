@@ -37,9 +37,8 @@ class Header(NamedTuple):
 def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """An image file of one of `FORMATS`, whose pixels are read on first use.
 
-    Raises:
-        Exception: of any type, where Pillow cannot read the file; Image.DecompressionBombError
-            where its header, or a frame of it, says more than `max_pixels`.
+    Raises an exception of any type where Pillow cannot read the file, and DecompressionBombError
+    where its header, or a frame of it, says more than `max_pixels`.
     """
     logger, limit = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS
     level = logger.level
@@ -85,11 +84,7 @@ def _or_complaint(read: Callable[..., T]) -> Callable[..., T | str]:
 
 @_or_complaint
 def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header:
-    """The header of an image file, or the reason why it cannot be read, as a string.
-
-    Raises:
-        MemoryError: too little memory, whatever the file holds.
-    """
+    """The header of an image file, or the reason why it cannot be read, as a string."""
     with open_image(file, max_pixels) as image:
         width, height = image.size
         # Pillow has already swapped those of a TIFF file.
@@ -137,11 +132,7 @@ def read_image(
     Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, and of an animation
     the first frame is used. With 1 or 3 channels, transparency becomes white.
 
-    Returns:
-        the pixels, or the reason why the file cannot be read, as a string.
-
-    Raises:
-        MemoryError: too little memory, whatever the file holds.
+    Returns the reason as a string where the file cannot be read; only MemoryError is raised.
     """
     height, width = size
     with open_image(file, max_pixels) as image:
@@ -162,14 +153,14 @@ def read_image(
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
 
 
+@_or_complaint
+def _shrink(path: str, size: tuple[int, int]) -> Image.Image:
+    with open_image(path) as picture:
+        return picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
+
+
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
-    """The known positions, (h, w), bool: where a picture, shrunk to the latent grid, is light.
-
-    Raises:
-        UserError: no picture, or no position is left to sample.
-        MemoryError: too little memory to read it.
-    """
-
+    """The known positions, (h, w), bool: where a picture, shrunk to the latent grid, is light."""
     mask = _shrink(path, size)
     if isinstance(mask, str):
         raise UserError(
@@ -181,9 +172,3 @@ def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
             f"--mask {path} leaves nothing to sample; paint the positions to sample black"
         )
     return keep
-
-
-@_or_complaint
-def _shrink(path: str, size: tuple[int, int]) -> Image.Image:
-    with open_image(path) as picture:
-        return picture.convert("L").resize(size[::-1], Image.Resampling.BOX)

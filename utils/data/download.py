@@ -9,6 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from utils import cli
+from utils.data.sources import Row
 from utils.data.sources.csv import read_table, write_table
 
 # name: (class in torchvision.datasets, address it downloads from)
@@ -39,11 +40,7 @@ def write_images(folder: Path, name: str, items: Iterable[Item], total: int | No
 
 
 def write_download(name: str, folder: Path) -> None:
-    """Download a data set with torchvision and write train.csv and test.csv.
-
-    Raises:
-        UserError: it cannot be downloaded.
-    """
+    """Download a data set with torchvision and write train.csv and test.csv."""
     from torchvision import datasets
 
     class_name, address = DOWNLOADS[name]
@@ -85,14 +82,14 @@ def write_pairs(folder: Path) -> None:
     """Write the digits and each of them shrunk to 4x4 pixels: pairs.csv of both, low.csv."""
     write_digits(folder)
     (folder / "low").mkdir(exist_ok=True)
-    rows = read_table(folder / "digits.csv")
-    rows["condition_path"] = rows["image_path"].str.replace("digits/", "low/")
-    for image_path, condition_path in zip(rows["image_path"], rows["condition_path"], strict=True):
-        with Image.open(folder / image_path) as image:
-            image.reduce(2).save(folder / condition_path)
-    low = rows.drop(columns="image_path").rename(columns={"condition_path": "image_path"})
-    for name, table in (("pairs", rows), ("low", low)):
-        table.to_csv(folder / f"{name}.csv", index=False)
+    _, rows = read_table(folder / "digits.csv")
+    pairs = [row._replace(condition_path=row.image_path.replace("digits/", "low/")) for row in rows]
+    for row in pairs:
+        with Image.open(folder / row.image_path) as image:
+            image.reduce(2).save(folder / row.condition_path)
+    write_table(folder / "pairs.csv", Row._fields, pairs)
+    low = [(row.condition_path, row.label, row.split) for row in pairs]
+    write_table(folder / "low.csv", Row._fields[:3], low)
 
 
 def write_photographs(folder: Path) -> None:

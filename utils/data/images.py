@@ -1,10 +1,11 @@
 """Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
-import multiprocessing
+import itertools
 import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,21 +72,17 @@ class Augmentation(NamedTuple):
 
     def apply(self, images: Tensor, random: Tensor, size: tuple[int, int]) -> Tensor:
         """(B, C, *resize_size) and the numbers (B, 3) of their rows -> (B, C, *size), uint8."""
-        # Its import takes as long as that of torch, and most commands do not need it.
-        from torchvision.transforms.v2 import functional as F
-
         if self.random_crop:
             spare = torch.tensor([images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1])
             corners = (random[:, :2] * spare).long().tolist()
-            images = torch.stack(
-                [
-                    F.crop_image(image, top, left, *size)
-                    for image, (top, left) in zip(images, corners, strict=True)
-                ]
-            )
+            crops = [
+                image[:, top : top + size[0], left : left + size[1]]
+                for image, (top, left) in zip(images, corners, strict=True)
+            ]
+            images = torch.stack(crops)
         if self.horizontal_flip:
             mirrored = (random[:, 2] < 0.5)[:, None, None, None]
-            images = torch.where(mirrored, F.horizontal_flip_image(images), images)
+            images = torch.where(mirrored, images.flip(3), images)
         return images
 
 
@@ -128,9 +125,8 @@ class ImageDataset:
             processes: the number of processes that share this machine's memory.
             max_memory: bytes that the images may take; None: half of what is free.
 
-        Raises:
-            UserError: see `read_rows`; files that are not images or, in memory, cannot be decoded;
-                different sizes without `size`; a missing column; a worker that dies or hangs.
+        A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
+        missing column, and a worker that dies or hangs.
         """
         self.path, config = Path(path), config or ImageConfig()
         self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
@@ -200,8 +196,7 @@ class ImageDataset:
     ) -> Iterator[Tensor]:
         """The images of each batch of row numbers, as (B, channels, *size) float in [-1, 1].
 
-        Raises:
-            UserError: a file that cannot be decoded, named with its row.
+        A UserError for a file that cannot be decoded, named with its row.
         """
         if augmentation is not None:
             random = augmentation.random_numbers(len(self))
@@ -224,33 +219,32 @@ class ImageDataset:
         lists = [rows.tolist() for rows in batches_of_rows]
         batches = load_files(self._decode, self.files, lists, self.num_workers)
         for numbers, images in zip(lists, batches, strict=True):
-            found = zip(numbers, images, strict=True)
-            self._refuse({row: image for row, image in found if isinstance(image, str)})
+            bad = {n: x for n, x in zip(numbers, images, strict=True) if isinstance(x, str)}
+            if bad:
+                raise self._refusal(bad)
             yield torch.from_numpy(np.stack(images))
 
     def _read_all(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
         """read(file) of each file, by workers where there are many; bad files are skipped."""
-        pieces = [range(len(self))[start : start + CHUNK] for start in range(0, len(self), CHUNK)]
-        num_workers = self.num_workers if self.num_workers > 1 and len(pieces) > 3 else 0
+        lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
+        num_workers = self.num_workers if self.num_workers > 1 and len(lists) > 3 else 0
         bad: dict[int, str] = {}
         with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
-            for rows, results in zip(
-                pieces, load_files(read, self.files, pieces, num_workers), strict=True
-            ):
-                for row, result in zip(rows, results, strict=True):
-                    if isinstance(result, str):
-                        bad[row] = result
-                    else:
-                        yield result
-                bar.update(len(rows))
+            results = load_files(read, self.files, lists, num_workers)
+            for row, result in enumerate(itertools.chain.from_iterable(results)):
+                if isinstance(result, str):
+                    bad[row] = result
+                else:
+                    yield result
+                bar.update()
         self._skip(bad)
 
     def _skip(self, bad: dict[int, str]) -> None:
-        """Remove rows, by number with a complaint, or refuse if they are too many."""
+        """Remove rows, by number with a complaint; a UserError if they are too many."""
         if not bad:
             return
         if len(self.skipped) + len(bad) > self._skippable or len(bad) == len(self):
-            self._refuse(bad)
+            raise self._refusal(bad)
         for row, complaint in bad.items():
             path = getattr(self.rows[row], self._column)
             self.skipped.append((self._numbers[row], path, complaint))
@@ -258,10 +252,8 @@ class ImageDataset:
         self._numbers = [self._numbers[row] for row in kept]
         self.rows = [self.rows[row] for row in kept]
 
-    def _refuse(self, bad: dict[int, str]) -> None:
-        """Raise if there are bad files, by row."""
-        if not bad:
-            return
+    def _refusal(self, bad: dict[int, str]) -> UserError:
+        """The error for bad files, by row."""
         count, total = len(bad) + len(self.skipped), len(self) + len(self.skipped)
         named = first_few([f"{self.name(row)} ({text})" for row, text in bad.items()])
         ways = ["replace them", "remove them from the CSV"]
@@ -269,7 +261,7 @@ class ImageDataset:
             ways.insert(0, "raise --max_pixels if you trust them")
         if count < total:  # skipping all of them would leave nothing
             ways.append(f"where a script has the flag, leave them out: --skip_bad_images {count}")
-        raise UserError(
+        return UserError(
             f"{count} of {total} files in {self.path} cannot be read as images: {named}; "
             f"{', '.join(ways[:-1])}, or {ways[-1]}"
         )
@@ -282,12 +274,11 @@ class ImageDataset:
 
     def _common_size(self, headers: Sequence[Header]) -> tuple[int, int]:
         """The size of all images."""
-        sizes: dict[tuple[int, int], int] = {}
-        for row, header in enumerate(headers):
-            sizes.setdefault(header.size, row)
+        sizes: dict[tuple[int, int], str] = {}
+        for header, row in zip(headers, self.rows, strict=True):
+            sizes.setdefault(header.size, getattr(row, self._column))
         if len(sizes) > 1:
-            paths = [getattr(row, self._column) for row in self.rows]
-            found = [f"{h}x{w} ({paths[row]})" for (h, w), row in sizes.items()]
+            found = [f"{height}x{width} ({path})" for (height, width), path in sizes.items()]
             raise UserError(
                 f"the images in {self.path} have {len(sizes)} sizes: {first_few(found)}; "
                 "--image_size H,W resizes and crops them to one"
@@ -320,10 +311,7 @@ def load_files(
 ) -> Iterator[list[Any]]:
     """`[read(files[row]) for row in batch]` of each batch, in order, by `num_workers` processes.
 
-    Errors of `read`, such as MemoryError, are raised here.
-
-    Raises:
-        UserError: a worker died or hung.
+    Errors of `read`, such as MemoryError, are raised here. A UserError if a worker died or hung.
     """
     loader = DataLoader(
         _Files(read, files),
@@ -334,17 +322,44 @@ def load_files(
         timeout=TIMEOUT if num_workers else 0,
         generator=torch.Generator(),  # it would take a number from PyTorch's global one
     )
+    iterator: Any = None
     try:
-        yield from loader
+        with _deaths_raise():
+            iterator = iter(loader)
+        while True:
+            with _deaths_raise():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
-        for worker in multiprocessing.active_children():
-            worker.kill()  # one that hangs would be waited for
         raise UserError(
             f"a process that reads images died or hung ({error}); if memory ran out use fewer "
             "--num_workers (0: none)"
         ) from error
+    finally:
+        if num_workers and iterator is not None:
+            for worker in iterator._workers:
+                worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
+            iterator._shutdown_workers()
+
+
+@contextmanager
+def _deaths_raise() -> Iterator[None]:
+    """Raise a RuntimeError for a dead worker, also for one that died before.
+
+    PyTorch raises it wherever the main process is, such as inside a training step, whose state
+    could then not be saved.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        signal.signal(signal.SIGCHLD, lambda *_: torch._C._error_if_any_worker_fails())
+        torch._C._error_if_any_worker_fails()
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def _ignore_signals(_: int) -> None:

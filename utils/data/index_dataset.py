@@ -6,7 +6,7 @@ crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror image
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError, flag
-from utils.data.indices import Indices, IndicesMeta, open_grids, read_indices, smallest_type
+from utils.data.indices import Indices, open_grids, read_indices, smallest_type
 from utils.data.sources import Row, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, Vocabulary
 from utils.provenance import LoadedModel
@@ -66,9 +66,7 @@ class IndexDataset:
         """Read all indices, and split them by their manifest, or else by `seed`.
 
         `latent_dim` and `val_fraction` are of a text file; `seed` is also of the choice of crops.
-
-        Raises:
-            UserError: no indices, damaged ones, or those of another `tokenizer`.
+        A UserError if there are no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
         indices = read_indices(path, latent_dim=latent_dim, depth=None)
@@ -136,11 +134,7 @@ def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor
 
 
 def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
-    """crops.npy of an indices folder, memory-mapped; None where it has none.
-
-    Raises:
-        UserError: see `open_grids`.
-    """
+    """crops.npy of an indices folder, memory-mapped; None where it has none."""
     if not (folder / CROPS).is_file():
         return None
     shape = len(indices), None, *indices.meta.shape
@@ -148,11 +142,7 @@ def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
 
 
 def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
-    """condition.npy of an indices folder; None where it has none.
-
-    Raises:
-        UserError: see `open_grids`.
-    """
+    """condition.npy of an indices folder; None where it has none."""
     meta = indices.meta.condition if indices.meta is not None else None
     if meta is None:
         return None
@@ -182,9 +172,6 @@ def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Cond
 
     With `allow_images`, a folder without condition.npy gives its own grids, which is what
     quantize_dataset.py makes of a CSV of conditioning images.
-
-    Raises:
-        UserError: there are none, or they are of another kind.
     """
     indices = read_indices(path, depth=None)
     grids = read_conditions(path, indices)
@@ -203,19 +190,16 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
     meta = indices.meta
     if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
-        size, sha256, run_id = max(2, indices.largest() + 1), "", ""
+        meta = GridMeta(max(2, indices.largest() + 1), indices.latent_dim)
         if tokenizer is not None:
-            size, sha256 = tokenizer.model.config.codebook_size, tokenizer.sha256
-            run_id = tokenizer.provenance.run_id
-        meta = IndicesMeta(size, indices.latent_dim, sha256, run_id, indices.depth)
+            origin = tokenizer.sha256, tokenizer.provenance.run_id
+            meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
+    names = tuple(sorted({row.label for row in indices.rows} - {""}))
     return Vocabulary(
-        codebook_size=meta.codebook_size,
-        latent_dim=meta.latent_dim,
-        tokenizer_sha256=meta.tokenizer_sha256,
-        tokenizer_run_id=meta.tokenizer_run_id,
-        class_names=tuple(sorted({row.label for row in indices.rows} - {""})),
-        depth=meta.depth,
-        condition=meta.condition,
+        *(getattr(meta, field.name) for field in fields(GridMeta)),
+        class_names=names,
+        depth=indices.depth,
+        condition=getattr(meta, "condition", None),
     )
 
 

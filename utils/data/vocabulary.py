@@ -9,6 +9,7 @@ from utils.cli import UserError, first_few
 from utils.files import read_json, typed, verify
 
 FILE = "vocabulary.json"
+DERIVED = ("prefix_tokens", "no_class")  # in the file for its readers, from class_names
 LARGEST_CODEBOOK = 1 << 32  # of text files and .npy files of uint32
 
 
@@ -44,16 +45,10 @@ class GridMeta:
         config: Any = None,
         owner: str | Path = "the GPT",
     ) -> None:
-        """Refuse a tokenizer, or grids, that these grids of `owner` do not belong to.
+        """A UserError for a tokenizer, or grids, that these grids of `owner` do not belong to.
 
-        Args:
-            sha256: of the tokenizer's model.safetensors, "" if not known.
-            where: its folder, or the path of the grids.
-            config: of the tokenizer, or the `GridMeta` of the grids, where available.
-            owner: of these grids, for the message.
-
-        Raises:
-            UserError: the SHA-256 are known and differ, or the config does not fit.
+        `sha256` is that of the tokenizer ("" if not known) and `where` its folder, or the path of
+        the grids; `config` is that of the tokenizer, or the `GridMeta` of the grids.
         """
         if self.tokenizer_sha256 != sha256 and "" not in (self.tokenizer_sha256, sha256):
             raise UserError(
@@ -115,11 +110,7 @@ class Vocabulary(GridMeta):
         }
 
     def tokens(self, labels: Sequence[str]) -> list[int]:
-        """Prefix tokens of labels; the empty label is "no class".
-
-        Raises:
-            UserError: labels that are not a class.
-        """
+        """Prefix tokens of labels; the empty label is "no class". A UserError for unknown ones."""
         tokens = self.prefix_tokens | {"": self.no_class}
         unknown = sorted(set(labels) - tokens.keys())
         if unknown:
@@ -131,11 +122,7 @@ class Vocabulary(GridMeta):
         return [tokens[label] for label in labels]
 
     def check_model(self, config: Any, folder: Path) -> None:
-        """Refuse a GPT (by its config) that this vocabulary does not belong to.
-
-        Raises:
-            UserError: they differ.
-        """
+        """A UserError for the config of a GPT that this vocabulary does not belong to."""
         for name, own in self.model_values.items():
             theirs = getattr(config, name)
             if own != theirs:
@@ -146,15 +133,11 @@ class Vocabulary(GridMeta):
 
     def content(self) -> dict[str, Any]:
         """The values in vocabulary.json."""
-        return asdict(self) | {"prefix_tokens": self.prefix_tokens, "no_class": self.no_class}
+        return asdict(self) | {name: getattr(self, name) for name in DERIVED}
 
 
 def find_vocabulary(path: str | Path) -> Path:
-    """vocabulary.json: the file, in its folder, or in an output folder with `best` in it.
-
-    Raises:
-        UserError: no such file.
-    """
+    """vocabulary.json: the file, in its folder, or in an output folder with `best` in it."""
     path = Path(path)
     for candidate in (path, path / FILE, path / "best" / FILE):
         if candidate.is_file():
@@ -163,23 +146,12 @@ def find_vocabulary(path: str | Path) -> Path:
 
 
 def read_vocabulary(path: str | Path) -> Vocabulary:
-    """Read vocabulary.json, see `find_vocabulary`.
-
-    Raises:
-        UserError: no such file, or not a vocabulary.
-    """
+    """Read vocabulary.json, see `find_vocabulary`; a UserError if there is none."""
     file = find_vocabulary(path)
     verify(file)
     values = read_json(file)
-    derived = {name: values.pop(name, None) for name in ("prefix_tokens", "no_class")}
+    values = {name: x for name, x in values.items() if name not in DERIVED}
     try:
-        vocabulary = typed(Vocabulary, values)
+        return typed(Vocabulary, values)
     except UserError as error:
         raise UserError(f"{file} is not a vocabulary: {error}") from error
-    for name, value in derived.items():
-        if value not in (None, getattr(vocabulary, name)):
-            raise UserError(
-                f"{file} is not a vocabulary: its {name} does not follow from its class_names; "
-                "remove it"
-            )
-    return vocabulary

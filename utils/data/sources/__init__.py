@@ -39,9 +39,8 @@ class Row(NamedTuple):
 def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row]:
     """The rows of a data set, with all files checked to exist.
 
-    Raises:
-        UserError: nothing readable at the path, no rows, files that are missing or outside the
-            root folder, or one file on both sides of the split.
+    A UserError for nothing readable at the path, no rows, files that are missing or outside the
+    root folder, or one file on both sides of the split.
     """
     path = Path(path)
     rows = _source_of(path).read_rows(path)
@@ -97,16 +96,14 @@ def _check_files(path: Path, names: Sequence[str], allow_outside_paths: bool) ->
             file = os.path.realpath(file) if os.path.islink(file) else file
             if not file.startswith(root + os.sep):
                 outside.append(name)
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(names)} files in {path} do not exist: {first_few(missing)}; "
-            f"paths are relative to {root_of(path)}"
-        )
-    if outside:
-        raise UserError(
-            f"{len(outside)} of {len(names)} files in {path} are outside its folder: "
-            f"{first_few(outside)}; --allow_outside_paths accepts them"
-        )
+    for found, problem in (
+        (missing, f"do not exist, relative to {root_of(path)}"),
+        (outside, "are outside its folder, which --allow_outside_paths accepts"),
+    ):
+        if found:
+            raise UserError(
+                f"{len(found)} of {len(names)} files in {path} {problem}: {first_few(found)}"
+            )
 
 
 def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -116,16 +113,13 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
     by a hash of seed and path, so that all rows of one file are on the same side.
     """
     if rows[0].split:
-        validation = {number for number, row in enumerate(rows) if row.split == "val"}
+        is_val = torch.tensor([row.split == "val" for row in rows])
     else:
         names = [os.path.normpath(row.image_path) for row in rows]
-        shuffled = sorted(
-            set(names), key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        )
-        chosen = set(shuffled[: round(val_fraction * len(shuffled))])
-        validation = {number for number, name in enumerate(names) if name in chosen}
-    train = [number for number in range(len(rows)) if number not in validation]
-    return torch.tensor(train, dtype=torch.long), torch.tensor(sorted(validation), dtype=torch.long)
+        hashes = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names}
+        chosen = set(sorted(hashes, key=hashes.__getitem__)[: round(val_fraction * len(hashes))])
+        is_val = torch.tensor([name in chosen for name in names])
+    return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
 
 def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:

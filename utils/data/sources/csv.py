@@ -1,10 +1,11 @@
 """A CSV as a data source: columns image_path[,label][,split][,condition_path], in any order."""
 
-from collections.abc import Iterable
+import csv
+from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
+from tqdm import tqdm
 
 from utils.cli import UserError, one_line
 from utils.data.sources import FILE_COLUMNS, SPLITS, Row
@@ -16,74 +17,56 @@ def accepts(path: Path) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV.
-
-    Raises:
-        UserError: no such file, no column image_path, a row with too many or too few fields, an
-            empty path, or an unknown split.
-    """
+    """The rows of a CSV; a UserError for what `read_table` refuses, and for an empty value."""
     if not path.is_file():
         raise UserError(f"no such CSV file: {path}; --path_to_data takes a CSV of image paths")
-    table = read_table(path)
-    if "image_path" not in table:
-        raise UserError(
-            f"{path} has no column image_path; its first line is {','.join(table.columns)!r:.200}"
-        )
-    for name in table.columns.intersection(FILE_COLUMNS):
-        if (table[name] == "").any():
-            raise UserError(f"{path} row {_first(table[name] == '')}: {name} is empty")
-    if "split" in table and not table["split"].isin(SPLITS).all():
-        row = _first(~table["split"].isin(SPLITS))
-        raise UserError(
-            f"{path} row {row}: split is {table['split'].iloc[row - 1]!r}; use train or val"
-        )
-    return to_rows(table)
+    header, rows = read_table(path)
+    for name in {"split", *FILE_COLUMNS}.intersection(header):
+        for number, value in enumerate(map(itemgetter(Row._fields.index(name)), rows), 1):
+            if not value:
+                raise UserError(f"{path} row {number}: {name} is empty; fill it in")
+    return rows
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV in UTF-8 with a header. All values are text: 0001 stays 0001, and NA stays NA.
+def read_table(path: Path) -> tuple[list[str], list[Row]]:
+    """The header and the rows of a CSV in UTF-8. Values are text: 0001 stays 0001, NA stays NA.
 
-    Raises:
-        UserError: not such a file, a row with too many or too few fields, or a repeated column.
+    A UserError for another file, no column image_path, a repeated column, an unknown split, or a
+    row with too many or too few fields.
     """
-    options: dict[str, Any] = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
-    options |= {"header": None, "index_col": False}
-    options["engine"] = "python"  # which fills missing fields with NaN, and so tells them from ""
-    check_size(path, TABLE_BYTES)
     try:
-        width = pd.read_csv(path, nrows=1, **options).shape[1]
-        # One column too many: pandas would shift or cut rows that are longer than the first.
-        table = pd.read_csv(path, names=range(width + 1), **options)
-    except ValueError as error:
+        check_size(path, TABLE_BYTES)
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            lines = tqdm(file, path.name, unit=" lines", disable=None, leave=False, delay=1)
+            reader = csv.reader(lines, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            table = [fields for fields in reader if fields]
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise UserError(
             f"{path} is not a valid UTF-8 CSV: {one_line(error)}; quote values that contain a comma"
         ) from error
-    header = [name.strip() for name in table.iloc[0, :width]]
+    if "image_path" not in header:
+        raise UserError(
+            f"{path} has no column image_path; its first line is {','.join(header)!r:.200}"
+        )
     if len(set(header)) != len(header):
         raise UserError(f"{path} repeats a column: {','.join(header)!r:.200}")
-    table = table.iloc[1:]
-    fields = table.notna().sum(axis=1)
-    if (fields != width).any():
-        row = _first(fields != width)
-        raise UserError(
-            f"{path} row {row}: {fields.iloc[row - 1]} fields, but the first line has {width}; "
-            "quote values that contain a comma"
-        )
-    return table.iloc[:, :width].set_axis(header, axis=1)
+    # Of a missing column, the "" that is appended to each row.
+    chosen = itemgetter(*(header.index(n) if n in header else -1 for n in Row._fields))
+    rows = []
+    for number, fields in enumerate(table, 1):
+        if len(fields) != len(header):
+            raise UserError(
+                f"{path} row {number}: {len(fields)} fields, but the first line has "
+                f"{len(header)}; quote values that contain a comma"
+            )
+        rows.append(Row._make(chosen((*fields, ""))))
+        if rows[-1].split not in ("", *SPLITS):
+            raise UserError(f"{path} row {number}: split is {rows[-1].split!r}; use train or val")
+    return header, rows
 
 
-def write_table(path: Path, columns: Iterable[str], rows: Iterable[tuple]) -> None:
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV in UTF-8 that `read_table` reads back unchanged."""
-    table = pd.DataFrame(list(rows), columns=list(columns), dtype=str)
-    table.to_csv(path, index=False, lineterminator="\r\n")
-
-
-def to_rows(table: pd.DataFrame) -> list[Row]:
-    """The rows of a table, with "" for missing columns."""
-    table = table.reindex(columns=Row._fields, fill_value="")
-    return [Row(*values) for values in table.itertuples(index=False, name=None)]
-
-
-def _first(found: pd.Series) -> int:
-    """The number, from 1, of the first row where `found` is true."""
-    return int(found.to_numpy().argmax()) + 1
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([columns, *rows])
