@@ -96,15 +96,6 @@ def test_the_first_loss_is_that_of_a_guess() -> None:
     assert loss.item() == pytest.approx(math.log(11), rel=1e-6)
 
 
-def test_residual_branches_start_smaller_in_deeper_models() -> None:
-    config = {"codebook_size": 11, "latent_dim": GRID, "dim": 64}
-    spread = {
-        layers: GPT(GPTConfig(num_layers=layers, **config)).blocks[0].feed_forward.out.weight.std()
-        for layers in (1, 16)
-    }
-    assert float(spread[1] / spread[16]) == pytest.approx(4, rel=0.05)
-
-
 def test_rotary_scores_depend_on_the_distance_alone() -> None:
     """<R_a q, R_b k> is a function of the difference of two positions, in rows and columns."""
     q, k = torch.randn(2, 16)

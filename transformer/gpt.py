@@ -27,6 +27,7 @@ from transformer.kv_cache import KVCache
 from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, rotate
 
 EPSILON = 1e-5  # of all norms, as in LlamaGen
+STD = 0.02  # of the initial weights
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin
@@ -208,15 +209,20 @@ class GPT(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal weights of deviation 0.02; what ends a residual branch shrinks with the depth.
+        """Normal matrices and embeddings of deviation 0.02, as in GPT-2 and LlamaGen.
 
-        The head starts at zero, so that the first loss is log(codebook_size) exactly.
+        What ends a residual branch starts smaller in deeper models, as in GPT-2. The head starts
+        at zero, as in LlamaGen, so that the first loss is log(codebook_size) exactly. Gains of
+        norms keep the 1 that they are built with.
         """
-        for name, parameter in self.named_parameters():
-            if parameter.dim() > 1:
-                ends_a_branch = name.endswith(("attention.out.weight", "feed_forward.out.weight"))
-                depth = 2 * self.config.num_layers if ends_a_branch else 1
-                nn.init.normal_(parameter, std=0.02 * depth**-0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=STD)
+        if self.config.positions == "learned":
+            nn.init.normal_(self.position_embedding, std=STD)
+        for block in self.blocks:
+            for layer in (block.attention.out, block.feed_forward.out):
+                nn.init.normal_(layer.weight, std=STD * (2 * len(self.blocks)) ** -0.5)
         nn.init.zeros_(self.head.weight)
 
     def forward(
