@@ -17,8 +17,9 @@ BIN := .env/bin
 demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 	$(BIN)/python -m utils.demo
 
+# Two processes of one thread are faster than one process of two on small tensors.
 test: .env/.installed-dev  ## all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 from benchmarks.reading import call_script
@@ -28,6 +29,26 @@ TINY_TOKENIZER = (
 )
 PICTURE = Image.new("RGB", (8, 8), (200, 0, 0))
 TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_size", "4")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Two workers (make test) take one file at a time; the files that share the pipeline are one.
+
+    What takes longest comes first, so that no worker ends long before the other.
+    """
+    long = ("test_docs", "pipeline")
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    for path, inside in files.items():
+        shares = any("pipeline" in getattr(item, "fixturenames", ()) for item in inside)
+        for item in inside:
+            item.add_marker(pytest.mark.xdist_group("pipeline" if shares else path.stem))
+
+    def is_short(item: pytest.Item) -> bool:
+        return item.get_closest_marker("xdist_group").args[0] not in long
+
+    items.sort(key=is_short)  # stable: the order within a file stays
 
 
 @pytest.fixture(autouse=True)
@@ -140,10 +161,8 @@ def environment(**values: str) -> dict[str, str]:
     return kept | {"PYTHONPATH": str(ROOT)} | values
 
 
-@pytest.fixture(scope="session")
-def first_starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A folder in which two processes opened a run in the same moment; what each had to say."""
-    folder = tmp_path_factory.mktemp("first")
+def start_twice(folder: Path) -> list[str]:
+    """Open a run in two processes in the same moment; the run's id or the error of each."""
     # MLflow takes such a file for a store, of a kind that it then refuses.
     (folder / "mlruns" / "0").mkdir(parents=True)
     (folder / "mlruns" / "0" / "meta.yaml").write_text("artifact_location: x\n")
@@ -164,11 +183,26 @@ def first_starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[s
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = []
+    results = []
     for process in processes:
-        out, error = process.communicate(timeout=60)
-        said.append(out.strip() if process.returncode == 0 else error)
-    return folder, said
+        out, error = process.communicate(timeout=200)
+        results.append(out.strip() if process.returncode == 0 else error)
+    return results
+
+
+@pytest.fixture(scope="session")
+def first_starts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A folder in which two processes opened a run in the same moment; the result of each.
+
+    It takes long, so that the first of several workers makes it for all; no test changes it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "first"
+    results = folder / "results.json"
+    with FileLock(f"{folder}.lock"):
+        if not results.is_file():
+            results.write_text(json.dumps(start_twice(folder)))
+    return folder, json.loads(results.read_text())
 
 
 @pytest.fixture
