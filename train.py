@@ -279,8 +279,7 @@ def main(arguments: argparse.Namespace) -> None:
     model_config = cli.read_flags(GPTConfig, arguments, **data.vocabulary.model_values)
     model_config = model_config.resolve_defaults()
     model = build_model(model_config, group.device, flex_attention=arguments.flex_attention)
-    muon = optimizer_config.optimizer == "muon"
-    for_muon = [p for p in model.blocks.parameters() if muon and p.dim() == 2]
+    for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     settings = asdict(optimizer_config) | asdict(source) | asdict(model_config)
     settings |= {"data_sha256": fingerprint(data.rows, *data.arrays), "precision": precision}

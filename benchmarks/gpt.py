@@ -17,6 +17,8 @@ from benchmarks import record
 from transformer import GPT, GPTConfig, generate
 from transformer.sampling import probabilities, random_keys, sample_from_probs, uniform
 from utils import cli, distributed
+from utils.training.config import TrainingConfig
+from utils.training.optim import make_optimizer
 
 GRID, CODES = (7, 7), 512  # as on MNIST
 TOKENS = GRID[0] * GRID[1]
@@ -153,6 +155,24 @@ def training(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
     return results
 
 
+def optimizers(flags: argparse.Namespace) -> dict[str, float]:
+    """Seconds of one step of each optimiser alone: AdamW, our Muon, PyTorch's in bfloat16."""
+    model = make_gpt()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    config, maps = TrainingConfig(), model.linear_maps()
+    ways: dict[str, torch.optim.Optimizer] = {
+        "AdamW": make_optimizer(model, config, (0.9, 0.95)),
+        "Muon": make_optimizer(model, config, (0.9, 0.95), maps),
+        "torch.optim.Muon alone": torch.optim.Muon(list(maps), lr=1e-3),
+    }
+    print("\na step of the optimiser\n\n| | ms |\n|---|---|")
+    seconds = medians({name: way.step for name, way in ways.items()}, flags.rounds)
+    for name, value in seconds.items():
+        print(f"| {name} | {1000 * value:.1f} |")
+    return seconds
+
+
 def table(seconds: dict[str, float], count: int) -> dict[str, float]:
     """Print seconds and tokens/s of each way, and how the first compares."""
     first = next(iter(seconds.values()))
@@ -162,7 +182,12 @@ def table(seconds: dict[str, float], count: int) -> dict[str, float]:
     return seconds
 
 
-PARTS = {"cache": cache_memory, "sampling": sampling, "training": training}
+PARTS = {
+    "cache": cache_memory,
+    "sampling": sampling,
+    "training": training,
+    "optimizers": optimizers,
+}
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -333,6 +333,17 @@ class GPT(nn.Module):
         hidden = (forward or self)(tokens, positions, prefix=prefix)
         return self.head(hidden[:, :-1], tokens)
 
+    def linear_maps(self) -> dict[nn.Parameter, list[int]]:
+        """The matrices of the blocks, each with the rows of the linear maps that it stacks."""
+        maps: dict[nn.Parameter, list[int]] = {}
+        for block in self.blocks:
+            attention, feed_forward = block.attention, block.feed_forward
+            maps[attention.qkv.weight] = [x * attention.head_dim for x in attention.heads]
+            maps[feed_forward.gate_and_value.weight] = [self.config.hidden_dim] * 2
+            for layer in (attention.out, feed_forward.out):
+                maps[layer.weight] = [layer.out_features]
+        return maps
+
     def grid_positions(
         self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
     ) -> GridPositions:

@@ -1,7 +1,7 @@
 """AdamW, Muon, a step of either, and the moving average of the weights."""
 
 import copy
-from collections.abc import Collection
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +25,74 @@ class OptimizerConfig:
         "muon: Muon for the matrices of the blocks, AdamW for all else",
         choices=("adamw", "muon"),
     )
+
+
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """U V^T, nearly, of each matrix U S V^T: its singular values move into about [0.7, 1.2].
+
+    Newton-Schulz iteration of degree 5 with Keller Jordan's coefficients
+    (https://kellerjordan.github.io/posts/muon). It is made for bfloat16, which CPUs mostly lack or
+    emulate: there it runs in float32.
+
+    Args:
+        matrices: (n, rows, columns).
+        steps: iterations.
+
+    Returns:
+        (n, rows, columns), of the type of `matrices`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x if wide else x.mT).type_as(matrices)
+
+
+class Muon(Optimizer):
+    """Nesterov momentum, orthogonalized: every direction of a matrix gets a step of equal size.
+
+    A parameter that stacks several linear maps, as queries, keys and values, is orthogonalized map
+    by map. Steps are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one
+    learning rate fits both. Maps of one shape are computed in one batch.
+    """
+
+    def __init__(
+        self,
+        maps: Mapping[nn.Parameter, Sequence[int]],
+        lr: float,
+        weight_decay: float,
+        momentum: float = 0.95,
+    ) -> None:
+        """Take the parameters, each (rows, columns) with the rows of the maps that it stacks."""
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__([{"params": [*maps]}], defaults)
+        self.rows = [list(rows) for rows in maps.values()]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take a step, if there are gradients."""
+        group = self.param_groups[0]
+        lr, momentum = group["lr"], group["momentum"]
+        by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        for parameter, rows in zip(group["params"], self.rows, strict=True):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(parameter.grad)
+            average = state["momentum_buffer"].lerp_(parameter.grad, 1 - momentum)
+            update = parameter.grad.lerp(average, momentum)
+            parameter.mul_(1 - lr * group["weight_decay"])
+            for weight, part in zip(parameter.split(rows), update.split(rows), strict=True):
+                by_shape.setdefault(part.shape, []).append((weight, part))
+        for shape, pairs in by_shape.items():
+            updates = orthogonalize(torch.stack([part for _, part in pairs]))
+            for (weight, _), update in zip(pairs, updates, strict=True):
+                weight.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
 
 
 class CombinedOptimizer(Optimizer):
@@ -59,7 +127,7 @@ def make_optimizer(
     model: nn.Module,
     config: TrainingConfig,
     betas: tuple[float, float],
-    for_muon: Collection[nn.Parameter] = (),
+    for_muon: Mapping[nn.Parameter, Sequence[int]] | None = None,
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101) with decay of layer weights, but not of biases, gains, embeddings.
 
@@ -67,10 +135,9 @@ def make_optimizer(
         model: what to train.
         config: learning rate and weight decay.
         betas: of AdamW.
-        for_muon: matrices of the model that Muon trains instead. Its steps are scaled to the
-            size of AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate fits both.
+        for_muon: matrices of the model that `Muon` trains instead.
     """
-    excluded = {id(parameter) for parameter in for_muon}
+    excluded = {id(parameter) for parameter in for_muon or ()}
     weights = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
@@ -85,13 +152,7 @@ def make_optimizer(
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     if not for_muon:
         return adamw
-    muon = torch.optim.Muon(
-        for_muon,
-        lr=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return CombinedOptimizer(muon, adamw)
+    return CombinedOptimizer(Muon(for_muon, config.learning_rate, config.weight_decay), adamw)
 
 
 def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> Tensor:
