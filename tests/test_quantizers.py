@@ -146,6 +146,7 @@ def test_every_quantizer_learns_digits(name: str) -> None:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        model.quantizer.end_step()
     model.eval()
     with torch.inference_mode():
         indices = model.encode(held_out)
@@ -247,23 +248,28 @@ def test_residual_codes_have_an_entropy_term_also_where_nothing_is_left_over() -
     assert vectors.grad.isfinite().all()
 
 
-def test_a_dead_code_of_gumbel_splits_a_frequent_one_without_changing_the_output() -> None:
-    quantizer = make("gumbel", codebook_size=8)
-    vectors = torch.randn(500, 8)
-    with torch.no_grad():
-        quantizer.proj.bias[5:] = -50.0  # which therefore are never chosen
-    quantizer.usage_ema.copy_(torch.tensor([0.2] * 5 + [0.0] * 3))
-
-    def output() -> Tensor:
-        return quantizer.proj(vectors).softmax(dim=1) @ quantizer.embedding.weight
-
-    before = output()
+def test_gumbel_starts_from_k_means_with_every_code_in_use() -> None:
+    """It started from random codes, most of which no vector ever chose."""
+    quantizer = make("gumbel", codebook_size=64)
+    centres = torch.randn(64, 8) * 3
+    vectors = (centres[:, None] + 0.1 * torch.randn(64, 20, 8)).flatten(0, 1)
     quantizer.quantize(vectors)
-    torch.testing.assert_close(output(), before, atol=1e-5, rtol=1e-4)
-    assert (quantizer.proj.bias > -10).all()
-    assert len(quantizer.embedding.weight.unique(dim=0)) == 5
-    assert float(quantizer.usage_ema.sum()) == pytest.approx(1, abs=1e-3)
-    assert (quantizer.usage_ema > 0).all()
+    distances = torch.cdist(vectors, quantizer.codebook).square()
+    spread = distances.min(dim=1).values.mean()
+    logits = quantizer.proj(vectors)
+    expected = (-distances / spread).softmax(dim=1)
+    torch.testing.assert_close(logits.softmax(dim=1), expected, atol=1e-3, rtol=1e-3)
+    assert len(quantizer.assign(vectors).unique()) > 0.9 * 64
+
+
+def test_the_temperature_of_gumbel_falls_exponentially_to_its_final_value() -> None:
+    quantizer = make("gumbel", temperature=1.0, final_temperature=0.01, temperature_steps=2)
+    found = []
+    for _ in range(4):
+        found.append(float(quantizer.current_temperature()))
+        quantizer.end_step()
+    assert found == pytest.approx([1, 0.1, 0.01, 0.01])
+    assert float(make("gumbel").current_temperature()) == 1
 
 
 def test_residual_comes_closer_with_every_depth() -> None:

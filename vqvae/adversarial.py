@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae.losses import check_non_negative
-from vqvae.quantizers.base import option
-from vqvae.quantizers.codebook import all_reduce_mean
+from vqvae.quantizers.base import all_reduce_mean, option
 
 LECAM_DECAY = 0.999  # of the moving averages of the logits
 Phase = Literal["reconstruction only", "discriminator only", "joint"]

@@ -61,9 +61,14 @@ def forward_backward(
     if adversary is not None and phase == "joint":
         adversary.schedule.advance()
     frozen = phase == "discriminator only"  # the tokenizer, whose codes must not follow the batch
+    tokenizer = getattr(model, "module", model)
+    micro_batches = images.chunk(accumulate)
+    if not frozen:
+        with autocast():
+            tokenizer.quantizer.begin_step(tokenizer.encoder, micro_batches)
     values: Values = {}
     indices = []
-    for micro_batch in images.chunk(accumulate):
+    for micro_batch in micro_batches:
         if frozen:
             model.eval()
         with torch.set_grad_enabled(not frozen), autocast():
@@ -93,4 +98,5 @@ def forward_backward(
         for name, value in logged.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate
         indices.append(quantized.indices)
+    tokenizer.quantizer.end_step()
     return values, torch.cat(indices)

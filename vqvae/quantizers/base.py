@@ -1,14 +1,20 @@
-"""The contract of all quantizers: options, the grid around the vectors, and what several share."""
+"""The contract of all quantizers: options, the grid around the vectors, and the global batch.
+
+This is the one file of vqvae with collectives: statistics are those of all processes.
+"""
 
 import types
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import Any, ClassVar, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 MAX_CODES = 1 << 24  # over all depths; every code is counted
+Encode = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> z_e (B, D, h, w)
 
 
 def option(default: Any, description: str, **metadata: Any) -> Any:
@@ -137,6 +143,10 @@ class Quantizer(nn.Module):
     A subclass has its own `Options` and defines `quantize`, `assign` and `lookup`, whose indices
     are (N, depth) for a depth above 1.
 
+    A training calls `end_step()` once per optimiser step, after its forward passes. Where these are
+    several (micro-batches), or of several processes, what a quantizer learns from its vectors is
+    what it learns from the global batch in one pass; see `begin_step`.
+
     Attributes:
         Options: the dataclass of its settings.
         usage_hint: what to change when few of its codes are in use.
@@ -147,11 +157,12 @@ class Quantizer(nn.Module):
     Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions
     usage_hint: ClassVar[str] = "use a smaller codebook_size or learning_rate"
     supports_reset: ClassVar[bool] = False
-    uncompiled: ClassVar[tuple[str, ...]] = ()
+    uncompiled: ClassVar[tuple[str, ...]] = ("batch_mean",)
 
     def __init__(self, options: QuantizerOptions) -> None:
         super().__init__()
         self.options = options
+        self.batch_means: list[Tensor] = []  # see `observe`
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> z_q (N, D) with its gradient, indices (N,), losses."""
@@ -168,6 +179,61 @@ class Quantizer(nn.Module):
     def reset_codebook(self) -> None:
         """Reinitialise the codes from the next training batch, where `supports_reset`."""
         raise NotImplementedError
+
+    def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
+        """Vectors (N, D) -> logits (N, K) of their soft assignments, of each part of the code."""
+        raise NotImplementedError
+
+    def entropy_loss(self, vectors: Tensor) -> Tensor:
+        """Mean entropy of the assignments of vectors (N, D) minus that of their mean, in nats.
+
+        It is low for confident, evenly used codes (arXiv 2310.05737, equation 6). The mean is that
+        over the global batch; its gradient is that of these vectors alone, as gradients are
+        averaged over processes and micro-batches.
+        """
+        loss = vectors.new_zeros(())
+        for part, logits in enumerate(self.entropy_logits(vectors)):
+            one, mean = assignment_entropy(logits)
+            mean = mean + (self.batch_mean(part, mean.detach()) - mean.detach())
+            # The mean of a code far from all vectors underflows to 0, where log has no slope.
+            loss = loss + one + (mean * mean.clamp_min(1e-20).log()).sum()
+        return loss
+
+    def batch_mean(self, part: int, mean: Tensor) -> Tensor:
+        """The mean assignment over the global batch, (K,), given that over these vectors."""
+        return self.batch_means[part] if self.batch_means else all_reduce_mean(mean.clone())
+
+    def needs_batch(self) -> bool:
+        """Whether the next step depends on its batch as a whole."""
+        return getattr(self.options, "entropy_weight", 0) > 0
+
+    @torch.no_grad()
+    def begin_step(self, encode: Encode, micro_batches: Sequence[Tensor]) -> None:
+        """Prepare a step of several forward passes, of images of equal numbers.
+
+        Args:
+            encode: the encoder. It runs on all images once more where the quantizer `needs_batch`.
+            micro_batches: the images of each forward pass.
+        """
+        if len(micro_batches) > 1 and self.needs_batch():
+            vectors = [_to_vectors(encode(images)) for images in micro_batches]
+            with torch.autocast(vectors[0].device.type, enabled=False):
+                self.observe(vectors)
+
+    def observe(self, micro_batches: list[Tensor]) -> None:
+        """Keep the mean assignments of all vectors of the step to come, (N, D) each."""
+        if getattr(self.options, "entropy_weight", 0) > 0:
+            means = [
+                [assignment_entropy(logits)[1] for logits in self.entropy_logits(vectors)]
+                for vectors in micro_batches
+            ]
+            self.batch_means = [
+                all_reduce_mean(torch.stack(part).mean(dim=0)) for part in zip(*means, strict=True)
+            ]
+
+    def end_step(self) -> None:
+        """Learn from the vectors that were quantized in training mode since the last call."""
+        self.batch_means = []
 
     def forward(self, z_e: Tensor) -> Quantized:
         """Encodings (B, D, h, w) -> `Quantized`."""
@@ -197,8 +263,8 @@ class Quantizer(nn.Module):
 
 
 def _to_vectors(z_e: Tensor) -> Tensor:
-    """(B, D, h, w) of any float type -> (B*h*w, D) in float32."""
-    return z_e.float().permute(0, 2, 3, 1).flatten(0, 2)
+    """(B, D, h, w) of any float type -> (B*h*w, D) in float32, or float64 for tests."""
+    return z_e.to(torch.promote_types(z_e.dtype, torch.float32)).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _to_grid(vectors: Tensor, grid: torch.Size) -> Tensor:
@@ -211,15 +277,29 @@ def straight_through(z_e: Tensor, z_q: Tensor) -> Tensor:
     return z_q.detach() + (z_e - z_e.detach())
 
 
-def entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean entropy of assignments given by logits (N, K), and entropy of their mean, in nats.
-
-    Confident, evenly used codes have a low first and a high second value: the loss is their
-    difference (arXiv 2310.05737, equation 6).
-    """
+def assignment_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean entropy, in nats, of assignments given by logits (N, K), and their mean (K,)."""
     log_probs = logits.log_softmax(dim=1)
     probs = log_probs.exp()
-    mean = probs.mean(dim=0)
-    # The mean probability of a code far from all vectors underflows to 0, where log has no slope.
-    log_mean = mean.clamp_min(1e-20).log()
-    return -(probs * log_probs).sum(dim=1).mean(), -(mean * log_mean).sum()
+    return -(probs * log_probs).sum(dim=1).mean(), probs.mean(dim=0)
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """The sum of `values` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def all_reduce_mean(values: Tensor) -> Tensor:
+    """The mean of `values` over all processes, in place."""
+    return all_reduce_sum(values).div_(dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def all_gather(rows: Tensor) -> Tensor:
+    """The rows of all processes in the order of their ranks; each has equally many."""
+    if not dist.is_initialized():
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.cat(parts)

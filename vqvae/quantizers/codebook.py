@@ -1,7 +1,4 @@
-"""Learned codebooks: lookup, k-means initialisation, usage, dead-code reset, collapse.
-
-The statistics are those of the global batch: this is the one file of vqvae with collectives.
-"""
+"""Learned codebooks: lookup, k-means initialisation, usage, dead-code reset, collapse."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,34 +7,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqvae.quantizers.base import Quantizer, QuantizerOptions, entropy, entropy_weight, option
+from vqvae.quantizers.base import (
+    Quantizer,
+    QuantizerOptions,
+    all_gather,
+    all_reduce_sum,
+    entropy_weight,
+    option,
+)
 
 # The lookup computes at most this many distances at once (64 MiB in float32).
 CHUNK = 1 << 24
 KMEANS_STEPS = 10
+MAX_PASSES = 1024  # forward passes in one step
 DECAY = 0.99  # of moving averages over batches
 ENTROPY_TEMPERATURE = 0.01  # of soft assignments, relative to the codes' mean squared length
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """The sum of `values` over all processes, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(values)
-    return values
-
-
-def all_reduce_mean(values: Tensor) -> Tensor:
-    """The mean of `values` over all processes, in place."""
-    return all_reduce_sum(values).div_(dist.get_world_size() if dist.is_initialized() else 1)
-
-
-def all_gather(rows: Tensor) -> Tensor:
-    """The rows of all processes in the order of their ranks; each has equally many."""
-    if not dist.is_initialized():
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = None) -> Tensor:
@@ -55,20 +39,6 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = No
         offsets = codebook.square().sum(dim=1) / 2
     chunks = vectors.split(max(1, CHUNK // len(codebook)))
     return torch.cat([torch.addmm(offsets, x, codebook.T, alpha=-1).argmin(dim=1) for x in chunks])
-
-
-def codebook_entropy_loss(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """The entropy loss of vectors (N, D) softly assigned to codes (K, D) by squared distance.
-
-    Its memory grows with N x K.
-    """
-    half_norms = codebook.square().sum(dim=1) / 2
-    # Codes of a deeper residual layer are all 0 where the layer before it leaves no residual.
-    norm = codebook.detach().square().sum(dim=1).mean()
-    scale = 2 / (ENTROPY_TEMPERATURE * norm).clamp_min(1e-12)
-    # The vectors' own squared length is the same for all codes and drops out of the softmax.
-    one, mean = entropy((vectors @ codebook.T - half_norms) * scale)
-    return one - mean
 
 
 def next_generator(rng_offset: Tensor) -> torch.Generator:
@@ -100,28 +70,6 @@ def kmeans(
     return centres
 
 
-def update_usage(usage_ema: Tensor, indices: Tensor, dead_code_threshold: float) -> Tensor:
-    """Update the moving average of each code's usage (K,) by the indices (N,) of this process.
-
-    Returns the dead codes (n,): those used less than `dead_code_threshold` of 1/K.
-    """
-    counts = all_reduce_sum(torch.bincount(indices, minlength=len(usage_ema)).float())
-    usage_ema.lerp_(counts / counts.sum(), 1 - DECAY)
-    return (usage_ema < dead_code_threshold / len(usage_ema)).nonzero().flatten()
-
-
-def sample_by_error(vectors: Tensor, errors: Tensor, number: int, rng_offset: Tensor) -> Tensor:
-    """`number` of the vectors (N, D) of all processes, sampled in proportion to `errors` (N,).
-
-    With squared errors this is how k-means++ samples its centres.
-    """
-    # A batch that is not finite has no largest error; the training reports it elsewhere.
-    weights = all_gather(errors).cpu().double().nan_to_num(0, 0) + 1e-12
-    generator = next_generator(rng_offset)
-    sampled = torch.multinomial(weights, number, replacement=True, generator=generator)
-    return all_gather(vectors)[sampled.to(vectors.device)]
-
-
 @dataclass(frozen=True)
 class CodebookOptions(QuantizerOptions):
     """Options of quantizers whose codes are learned."""
@@ -136,9 +84,8 @@ class CodebookQuantizer(Quantizer):
     """A learned codebook (K, D) that is initialised from data and whose dead codes are reset.
 
     The codes start as the k-means centres of the first training batch. A code whose usage (a
-    moving average) falls below `dead_code_threshold / codebook_size` is dead: it is reset to a
-    vector of the current batch, sampled by its squared error. Several processes do both as one
-    process does on the global batch.
+    moving average) falls below `dead_code_threshold / codebook_size` is dead: at the end of the
+    step it is reset to a vector of the batch, sampled by its squared error.
     """
 
     options: CodebookOptions
@@ -147,7 +94,7 @@ class CodebookQuantizer(Quantizer):
     rng_offset: Tensor
     Options = CodebookOptions
     supports_reset = True
-    uncompiled = ("assign_and_update",)
+    uncompiled = ("batch_mean", "assign_and_record")
     usage_hint = (
         "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
         "learning_rate"
@@ -161,6 +108,7 @@ class CodebookQuantizer(Quantizer):
         self.register_buffer("usage_ema", torch.full((size,), 1 / size))
         self.register_buffer("initialised", torch.tensor(False))
         self.register_buffer("rng_offset", torch.tensor(0))
+        self.recorded: list[tuple[Tensor, Tensor]] = []  # vectors and indices of this step
 
     def project(self, vectors: Tensor) -> Tensor:
         """Vectors (..., D) in the space in which they are compared; here unchanged."""
@@ -169,7 +117,7 @@ class CodebookQuantizer(Quantizer):
     @property
     def codebook(self) -> Tensor:
         """The codes (K, D) as they are compared and decoded."""
-        return self.project(self.embedding.weight.float())
+        return self.project(self.embedding.weight)
 
     def assign(self, vectors: Tensor) -> Tensor:
         return nearest_codes(self.project(vectors), self.codebook)
@@ -177,27 +125,68 @@ class CodebookQuantizer(Quantizer):
     def lookup(self, indices: Tensor) -> Tensor:
         return self.codebook[indices]
 
-    @torch.no_grad()
-    def assign_and_update(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,); in training also initialises and resets codes."""
-        if not self.training:
-            return self.assign(vectors)
+    def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
+        # Codes of a deeper residual layer are all 0 where the layer before it leaves no residual.
+        norm = self.codebook.detach().square().sum(dim=1).mean()
+        scale = 2 / (ENTROPY_TEMPERATURE * norm).clamp_min(1e-12)
+        # The vectors' own squared length is the same for all codes and drops out of the softmax.
+        half_norms = self.codebook.square().sum(dim=1) / 2
+        return [(self.project(vectors) @ self.codebook.T - half_norms) * scale]
+
+    def needs_batch(self) -> bool:
+        return super().needs_batch() or not self.initialised
+
+    def observe(self, micro_batches: list[Tensor]) -> None:
         if not self.initialised:
-            size = self.options.codebook_size
-            centres = kmeans(self.project(vectors), size, self.rng_offset, self.project)
-            self.set_codes(torch.arange(size, device=vectors.device), centres)
-            self.initialised.fill_(True)
+            self.initialise(torch.cat(micro_batches))
+        super().observe(micro_batches)
+
+    @torch.no_grad()
+    def initialise(self, vectors: Tensor) -> None:
+        """Set the codes to the k-means centres of the vectors (N, D) of all processes."""
+        size, vectors = self.options.codebook_size, self.project(vectors)
+        centres = kmeans(vectors, size, self.rng_offset, self.project)
+        self.set_codes(torch.arange(size, device=vectors.device), centres)
+        self.initialised.fill_(True)
+
+    @torch.no_grad()
+    def assign_and_record(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> indices (N,); in training mode `end_step` will learn from them."""
+        if self.training and not self.initialised:
+            self.initialise(vectors)
         indices = self.assign(vectors)
-        if self.options.dead_code_threshold > 0:
-            dead = update_usage(self.usage_ema, indices, self.options.dead_code_threshold)
-            if len(dead) > 0:
-                vectors = self.project(vectors)
-                errors = (vectors - self.lookup(indices)).square().sum(dim=1)
-                self.set_codes(dead, sample_by_error(vectors, errors, len(dead), self.rng_offset))
-                self.usage_ema[dead] = 1 / self.options.codebook_size
-                indices = self.assign(vectors)
+        if self.training:
+            if len(self.recorded) > MAX_PASSES:
+                raise RuntimeError("call end_step() of the quantizer after each optimiser step")
+            self.recorded.append((self.project(vectors), indices))
         return indices
 
+    @torch.no_grad()
+    def end_step(self) -> None:
+        super().end_step()
+        if self.recorded:
+            vectors, indices = (torch.cat(part) for part in zip(*self.recorded, strict=True))
+            self.recorded.clear()
+            self.learn(vectors, indices)
+
+    def learn(self, vectors: Tensor, indices: Tensor) -> None:
+        """Update the codes' usage, and reset dead ones, by this process's vectors of a step."""
+        counts = torch.bincount(indices, minlength=len(self.usage_ema)).to(self.usage_ema)
+        counts = all_reduce_sum(counts)
+        self.usage_ema.lerp_(counts / counts.sum(), 1 - DECAY)
+        threshold = self.options.dead_code_threshold / self.options.codebook_size
+        dead = (self.usage_ema < threshold).nonzero().flatten()
+        if len(dead) > 0:
+            # As k-means++ samples its centres. A batch that is not finite has no largest error;
+            # the training reports it elsewhere.
+            errors = all_gather((vectors - self.lookup(indices)).square().sum(dim=1))
+            weights = errors.cpu().double().nan_to_num(0, 0) + 1e-12
+            generator = next_generator(self.rng_offset)
+            rows = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
+            self.set_codes(dead, all_gather(vectors)[rows.to(vectors.device)])
+            self.usage_ema[dead] = 1 / self.options.codebook_size
+
+    @torch.no_grad()
     def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
         """Set the codes of the given numbers (n,) to vectors (n, D)."""
         self.embedding.weight[numbers] = vectors

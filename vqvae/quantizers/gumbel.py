@@ -1,18 +1,22 @@
 """`gumbel`: the encoder scores all codes; training samples one of them."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from vqvae.quantizers.base import Quantizer, entropy, entropy_weight
-from vqvae.quantizers.codebook import (
-    CodebookOptions,
-    nearest_codes,
-    next_generator,
-    update_usage,
+from vqvae.quantizers.base import (
+    Encode,
+    Quantized,
+    all_reduce_mean,
+    assignment_entropy,
+    entropy_weight,
+    option,
 )
+from vqvae.quantizers.codebook import CodebookOptions, CodebookQuantizer, nearest_codes
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,22 @@ class GumbelOptions(CodebookOptions):
     """Options of `gumbel`."""
 
     entropy_weight: float = entropy_weight(5e-4)
+    temperature: float = option(
+        1.0, "of the softmax whose gradient the logits get", min=1e-3, training_only=True
+    )
+    final_temperature: float = option(
+        1.0, "temperature after temperature_steps", min=1e-3, training_only=True
+    )
+    temperature_steps: int = option(
+        0,
+        "training steps in which the temperature falls to its final value, exponentially; "
+        "0: constant",
+        min=0,
+        training_only=True,
+    )
 
 
-class GumbelQuantizer(Quantizer):
+class GumbelQuantizer(CodebookQuantizer):
     """Logits of all codes for each vector, in training with Gumbel noise (arXiv 1611.01144).
 
     The decoder always gets one whole code. The gradient is that of the softmax of logits and noise
@@ -30,65 +47,90 @@ class GumbelQuantizer(Quantizer):
     softmax from uniform, in nats, which keeps codes in use (arXiv 2102.12092, section 2.1).
     Training computes N x K logits: for codebooks of moderate size.
 
-    Codes and encodings are in different spaces, so the codes cannot be initialised from data. A
-    dead code, which rarely has the highest logit, splits a frequent one: both get its code and its
-    logits minus the logarithm of their number, which does not change the expected output.
+    A code is set to a vector c, at the start and on a reset, with the logit |v|^2/e - |v - c|^2/e,
+    whose first term is the same for all codes; e is the mean squared distance of vectors from
+    their codes. The noise depends on the step and the image's number in the global batch.
     """
 
     options: GumbelOptions
-    usage_ema: Tensor  # (K,)
-    rng_offset: Tensor
+    spread: Tensor  # e
+    step: Tensor
     Options = GumbelOptions
+    uncompiled = (*CodebookQuantizer.uncompiled, "noise")
     usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
-    uncompiled = ("_split_codes",)
-    TEMPERATURE = 1.0
 
     def __init__(self, options: GumbelOptions) -> None:
         super().__init__(options)
-        size, dim = options.codebook_size, options.codebook_dim
-        self.proj = nn.Linear(dim, size)
-        self.embedding = nn.Embedding(size, dim)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-        self.register_buffer("usage_ema", torch.full((size,), 1 / size))
-        self.register_buffer("rng_offset", torch.tensor(0))
+        self.proj = nn.Linear(options.codebook_dim, options.codebook_size)
+        self.register_buffer("spread", torch.tensor(1.0))
+        self.register_buffer("step", torch.tensor(0))
+        self.positions = 1  # of one image
+        self.images_before = 0  # of this process in this step
+        self.images_of_step = 0  # of a process; 0: those of one forward pass
 
     def assign(self, vectors: Tensor) -> Tensor:
         return nearest_codes(vectors, self.proj.weight, -self.proj.bias)
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        return self.embedding.weight[indices]
+    def begin_step(self, encode: Encode, micro_batches: Sequence[Tensor]) -> None:
+        self.images_of_step = sum(map(len, micro_batches))
+        super().begin_step(encode, micro_batches)
+
+    def end_step(self) -> None:
+        super().end_step()
+        self.images_before = self.images_of_step = 0
+        self.step.add_(1)
+
+    @torch.no_grad()
+    def initialise(self, vectors: Tensor) -> None:
+        super().initialise(vectors)
+        errors = (vectors - self.codebook[nearest_codes(vectors, self.codebook)]).square()
+        # Not 0 where there are more codes than vectors, of lengths which set the scale.
+        lengths = vectors.square().sum(dim=1).mean()
+        self.spread.copy_(all_reduce_mean(errors.sum(dim=1).mean() + 1e-4 * lengths))
+        self.set_codes(torch.arange(len(self.codebook), device=vectors.device), 1 * self.codebook)
+
+    @torch.no_grad()
+    def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
+        weight = 2 * vectors / self.spread
+        bias = -vectors.square().sum(dim=1) / self.spread
+        if len(numbers) < self.options.codebook_size:
+            # Training changes the scale of logits: a new code is the likeliest at its own vector.
+            bias = 1 + self.proj(vectors).amax(dim=1) - (weight * vectors).sum(dim=1)
+        self.proj.weight[numbers], self.proj.bias[numbers] = weight, bias
+        super().set_codes(numbers, vectors)
+
+    def forward(self, z_e: Tensor) -> Quantized:
+        self.positions = z_e[0, 0].numel()
+        return super().forward(z_e)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         if not torch.is_grad_enabled() and not self.training:
             indices = self.assign(vectors)  # without N x K logits
             return self.lookup(indices), indices, {}
-        if self.training and self.options.dead_code_threshold > 0:
-            self._split_codes(vectors.detach())
+        self.assign_and_record(vectors.detach())
         logits = self.proj(vectors)  # (N, K)
-        noisy = logits
-        if self.training:
-            noisy = logits - torch.empty_like(logits).exponential_().log()
+        noisy = logits + self.noise(logits) if self.training else logits
         indices = noisy.argmax(dim=1)
-        soft = (noisy / self.TEMPERATURE).softmax(dim=1) @ self.embedding.weight.detach()
+        soft = (noisy / self.current_temperature()).softmax(dim=1) @ self.codebook.detach()
         # The chosen code gets the decoder's gradient, the logits that of the soft code.
         z_q = self.lookup(indices) + (soft - soft.detach())
-        uncertainty, _ = entropy(logits)
-        divergence = math.log(self.options.codebook_size) - uncertainty
+        divergence = math.log(self.options.codebook_size) - assignment_entropy(logits)[0]
         return z_q, indices, {"entropy": self.options.entropy_weight * divergence}
 
-    @torch.no_grad()
-    def _split_codes(self, vectors: Tensor) -> None:
-        """Update the usage by vectors (N, D), and let dead codes split frequent ones."""
-        threshold = self.options.dead_code_threshold
-        dead = update_usage(self.usage_ema, self.assign(vectors), threshold)
-        if len(dead) == 0:
-            return
-        weights = self.usage_ema.index_fill(0, dead, 0.0).cpu().double() + 1e-12
-        generator = next_generator(self.rng_offset)
-        sampled = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
-        parents = sampled.to(dead.device)
-        copies = torch.bincount(parents, minlength=len(self.usage_ema)) + 1.0
-        self.proj.bias.sub_(copies.log())
-        self.usage_ema.div_(copies)
-        for values in (self.proj.weight, self.proj.bias, self.embedding.weight, self.usage_ema):
-            values[dead] = values[parents]
+    def current_temperature(self) -> Tensor:
+        """The temperature of this step, ()."""
+        first, last = self.options.temperature, self.options.final_temperature
+        progress = (self.step / max(1, self.options.temperature_steps)).clamp(max=1)
+        return first * (last / first) ** progress
+
+    def noise(self, logits: Tensor) -> Tensor:
+        """Gumbel noise for logits (N, K) of the next images of this step."""
+        images = len(logits) // self.positions
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        first = rank * (self.images_of_step or images) + self.images_before
+        self.images_before += images
+        generator = torch.Generator(logits.device)
+        noise = torch.empty_like(logits)
+        for number, rows in enumerate(noise.split(self.positions), start=first):
+            rows.exponential_(generator=generator.manual_seed((int(self.step) << 24) + number))
+        return -noise.log()

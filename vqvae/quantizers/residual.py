@@ -58,6 +58,18 @@ class ResidualQuantizer(Quantizer):
         codes = self.lookup(stacked)
         return GRADIENTS[self.options.gradient](vectors, codes), stacked, losses
 
+    def needs_batch(self) -> bool:
+        return any(layer.needs_batch() for layer in self.layers)
+
+    def observe(self, micro_batches: list[Tensor]) -> None:
+        for layer in self.layers:
+            layer.observe(micro_batches)
+            micro_batches = [x - layer.lookup(layer.assign(x)) for x in micro_batches]
+
+    def end_step(self) -> None:
+        for layer in self.layers:
+            layer.end_step()
+
     def reset_codebook(self) -> None:
         for layer in self.layers:
             layer.reset_codebook()

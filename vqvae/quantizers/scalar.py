@@ -13,7 +13,6 @@ from vqvae.quantizers.base import (
     QuantizerOptions,
     check_fields,
     commitment_cost,
-    entropy,
     entropy_weight,
     option,
     straight_through,
@@ -155,13 +154,11 @@ class LookupFreeQuantizer(Quantizer):
             losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
         return straight_through(vectors, codes), indices, losses
 
-    def entropy_loss(self, vectors: Tensor) -> Tensor:
-        """Mean entropy of the assignments minus the entropy of their mean, in nats."""
-        loss = vectors.new_zeros(())
+    def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
+        parts = []
         for group in vectors.split(self.GROUP, dim=1):
             bits = torch.arange(group.shape[1], device=group.device)
             corners = torch.arange(2 ** len(bits), device=group.device)[:, None] >> bits & 1
             # -|v - c|^2 is 2 v.c plus a term that is equal for all corners.
-            one, mean = entropy(2 / self.SOFTNESS * group @ (2.0 * corners - 1).T)
-            loss = loss + one - mean
-        return loss
+            parts.append(2 / self.SOFTNESS * group @ (2.0 * corners - 1).T.to(group))
+        return parts

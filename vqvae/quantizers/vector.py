@@ -6,15 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.quantizers.base import commitment_cost, entropy, entropy_weight, option, straight_through
-from vqvae.quantizers.codebook import (
-    DECAY,
-    CodebookOptions,
-    CodebookQuantizer,
+from vqvae.quantizers.base import (
     all_reduce_sum,
-    codebook_entropy_loss,
-    nearest_codes,
+    commitment_cost,
+    entropy_weight,
+    option,
+    straight_through,
 )
+from vqvae.quantizers.codebook import DECAY, CodebookOptions, CodebookQuantizer, nearest_codes
 
 
 def rotation(z_e: Tensor, z_q: Tensor) -> Tensor:
@@ -59,7 +58,7 @@ class VectorQuantizer(CodebookQuantizer):
     Options = VQOptions
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        indices = self.assign_and_update(vectors.detach())
+        indices = self.assign_and_record(vectors.detach())
         vectors, codes = self.project(vectors), self.lookup(indices)
         z_q = GRADIENTS[self.options.gradient](vectors, codes)
         return z_q, indices, self.losses(vectors, codes)
@@ -72,16 +71,14 @@ class VectorQuantizer(CodebookQuantizer):
             "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
         }
         if self.options.entropy_weight > 0:
-            entropy_loss = codebook_entropy_loss(vectors, self.codebook)
-            losses["entropy"] = self.options.entropy_weight * entropy_loss
+            losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
         return losses
 
 
 class EMAQuantizer(VectorQuantizer):
-    """Codes are moving averages of their vectors: online k-means (arXiv 1711.00937, appendix A.1).
+    """Codes are moving averages of their vectors, as in online k-means.
 
-    A batch moves the codes only just before the next one is quantized, so that `lookup` of a
-    batch's indices returns the codes it was quantized with.
+    arXiv 1711.00937, appendix A.1.
     """
 
     counts: Tensor  # (K,)
@@ -97,21 +94,17 @@ class EMAQuantizer(VectorQuantizer):
     def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
         return {k: v for k, v in super().losses(vectors, codes).items() if k != "codebook"}
 
-    @torch.no_grad()
-    def assign_and_update(self, vectors: Tensor) -> Tensor:
-        """Vectors (N, D) -> indices (N,); in training also moves the codes by the last batch."""
-        if not self.training:
-            return super().assign_and_update(vectors)
-        alive = self.counts > self.MIN_COUNT
-        self.embedding.weight[alive] = self.sums[alive] / self.counts[alive, None]
-        indices = super().assign_and_update(vectors)
-        counts = torch.bincount(indices, minlength=len(self.counts)).float()
+    def learn(self, vectors: Tensor, indices: Tensor) -> None:
+        counts = torch.bincount(indices, minlength=len(self.counts)).to(self.counts)
         sums = torch.zeros_like(self.sums).index_add_(0, indices, vectors)
-        # An unused code stays where it is, while both of its averages decay.
         self.counts.lerp_(all_reduce_sum(counts), 1 - DECAY)
         self.sums.lerp_(all_reduce_sum(sums), 1 - DECAY)
-        return indices
+        # An unused code stays where it is, while both of its averages decay.
+        alive = self.counts > self.MIN_COUNT
+        self.embedding.weight[alive] = self.sums[alive] / self.counts[alive, None]
+        super().learn(vectors, indices)
 
+    @torch.no_grad()
     def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
         super().set_codes(numbers, vectors)
         self.sums[numbers] = vectors
@@ -152,13 +145,15 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
         codebook = self.codebook
         return nearest_codes(vectors, codebook, codebook.new_zeros(len(codebook)))
 
+    def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
+        return [vectors @ self.codebook.T / self.ENTROPY_TEMPERATURE]
+
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        indices = self.assign_and_update(vectors.detach())
+        indices = self.assign_and_record(vectors.detach())
         z_q = codes = self.lookup(indices)
         learns = torch.is_grad_enabled()  # otherwise the N x K logits are not needed
         if learns:
-            logits = vectors @ self.codebook.T
-            soft = logits.softmax(dim=1) @ self.codebook.detach()
+            soft = (vectors @ self.codebook.T).softmax(dim=1) @ self.codebook.detach()
             z_q = codes + (soft - soft.detach())  # one-hot + softmax - its value, times the codes
         losses = {
             # Double quantization loss (equation 5): also through the indices. Beta weights the
@@ -169,6 +164,5 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
             "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
         }
         if self.options.entropy_weight > 0 and learns:
-            one, mean = entropy(logits / self.ENTROPY_TEMPERATURE)
-            losses["entropy"] = self.options.entropy_weight * (one - mean)
+            losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
         return z_q, indices, losses
