@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from PIL import Image
@@ -27,7 +27,6 @@ from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
 from utils.evaluation import metrics
-from utils.evaluation.samples import SampleEvaluator
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance, joined
 from utils.training import loop
@@ -36,7 +35,6 @@ from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
 from utils.training.state import fingerprint
-from vqvae import VQVAE
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images generated at each evaluation
@@ -52,7 +50,7 @@ class Validation(NamedTuple):
 
     data: IndexDataset
     tokenizer: LoadedModel | None
-    evaluator: SampleEvaluator | None
+    evaluator: Any  # `SampleEvaluator` with --fd_samples, else None
     precision: str
     baselines: dict[str, float]
 
@@ -68,6 +66,8 @@ def make_validation(
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     evaluator = None
     if source.fd_samples:
+        from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
+
         splits = data.train_rows, data.val_rows[: source.fd_samples]
         evaluator = SampleEvaluator(
             tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
@@ -77,6 +77,15 @@ def make_validation(
     names = "unigram_bits_per_token", "bigram_bits_per_token"
     baselines = dict(zip(names, bits, strict=True))
     return Validation(data, tokenizer, evaluator, precision, baselines)
+
+
+def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
+    """The tokenizer that decodes samples; None without one, when its package is not imported."""
+    if not address:
+        return None
+    from vqvae import VQVAE
+
+    return load_model(address, VQVAE, device)
 
 
 def build_model(config: GPTConfig, device: torch.device, *, flex_attention: bool) -> GPT:
@@ -265,7 +274,7 @@ def main(arguments: argparse.Namespace) -> None:
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
-    tokenizer = load_model(source.model_dir, VQVAE, group.device) if source.model_dir else None
+    tokenizer = load_tokenizer(source.model_dir, group.device)
     data = IndexDataset(
         addresses.fetch(source.path_to_data),
         tokenizer,
