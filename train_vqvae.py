@@ -320,7 +320,7 @@ def main(arguments: argparse.Namespace) -> None:
     losses = cli.build_or_error(ReconstructionLoss, configs.losses).to(group.device)
     dataset, train_rows, val_rows = read_images(data, model_config, config.seed, group)
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
-    cli.build_or_error(losses.check, dataset.channels, dataset.size)
+    cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
     adversary = build_adversary(configs.adversarial, dataset, schedule, group)
     reset = configs.start.reset_codebook_on_collapse
@@ -331,7 +331,7 @@ def main(arguments: argparse.Namespace) -> None:
     state = make_state(configs, schedule, group, model, adversary, parts, measured)
     state.checkpoint.restore(resumed)
     if config.compile:
-        compile_model(model, adversary)
+        compile_model(model)
     forward = group.wrap(model)
     load = partial(load_images, dataset, data, state)
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}

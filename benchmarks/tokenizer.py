@@ -58,7 +58,7 @@ def make_step(
         against = make_optimizer(adversary, rates, betas=(0.5, 0.9))
         acting = {"adversary": adversary, "last_layer": model.decoder.conv_out.weight}
     if flags.compile:
-        compile_model(model, adversary)
+        compile_model(model)
     autocast = partial(distributed.autocast, device, flags.precision)
 
     def step(images: torch.Tensor) -> None:

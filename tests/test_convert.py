@@ -165,14 +165,17 @@ def test_averages_of_the_codes_come_along(tmp_path: Path) -> None:
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "first_stage_model."])
-def test_a_tokenizer_within_another_model(prefix: str) -> None:
+@pytest.mark.parametrize("prefix", ["model.", "vqgan.", "module._orig_mod.", "first_stage_model."])
+def test_a_tokenizer_within_another_model(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     state = reference_weights("taming")
     nested = {prefix + name: weight for name, weight in state.items()}
     nested["transformer.head.weight"] = torch.zeros(1)
-    model, ignored = import_weights("taming", nested, IMAGE)
-    assert ignored == ["transformer.head.weight"]
-    back = export_weights("taming", model)
+    torch.save({"state_dict": nested}, tmp_path / "a.ckpt")
+    run("source", "taming", tmp_path / "a.ckpt", tmp_path / "own", image_size=IMAGE)
+    assert f"read: state_dict.{prefix}; not read: nothing" in capsys.readouterr().out
+    back = export_weights("taming", load_model(tmp_path / "own", VQVAE).model)
     assert all(torch.equal(back[name], weight) for name, weight in state.items())
 
 
@@ -186,8 +189,8 @@ def test_llamagen_s_average_is_what_counts_and_is_named(
     model = load_model(tmp_path / "own", VQVAE).model
     assert (model.encoder.quant_conv.bias == 7).all()
     printed = capsys.readouterr().out
-    assert "read: ema; not read: model" in printed
-    assert "ignored, not part of the model: epoch" in printed
+    assert "read: ema.; not read: model." in printed
+    assert "ignored, not part of the model: ema.epoch, steps" in printed
 
 
 @pytest.mark.parametrize("target", ["taming", "llamagen", "diffusers", "source"])
@@ -206,7 +209,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "last.ckpt")
     run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", image_size=(64, 64))
     run("target", "taming", tmp_path / "own", tmp_path / "back")
-    settings = convert.read_config("taming", tmp_path / "back" / "config.yaml")
+    _, settings = convert.read_config("taming", tmp_path / "back" / "config.yaml")
     config = load_model(tmp_path / "own", VQVAE).model.config
     assert settings.items() <= config.to_dict().items()
     assert settings["quantizer"] == "gumbel"
@@ -214,7 +217,7 @@ def test_taming_gets_its_config_file(tmp_path: Path) -> None:
     run("source", "taming", tmp_path / "back" / "taming.ckpt", tmp_path / "again", **again)
 
 
-def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
+def small_model() -> VQVAE:
     config = VQVAEConfig.create(
         image_size=(16, 24),
         in_channels=3,
@@ -225,11 +228,15 @@ def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
         codebook_size=16,
         codebook_dim=4,
     )
-    model = VQVAE(config)
+    return VQVAE(config)
+
+
+def test_diffusers_folders_from_before_safetensors(tmp_path: Path) -> None:
+    model = small_model()
     torch.save(export_weights("diffusers", model), own_file := tmp_path / "old.bin")
     (tmp_path / "theirs").mkdir()
     own_file.rename(tmp_path / "theirs" / "diffusion_pytorch_model.bin")
-    content = write_diffusers(config) | {"sample_size": [16, 24]}
+    content = write_diffusers(model.config) | {"sample_size": [16, 24]}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(content))
     run("source", "diffusers", tmp_path / "theirs", tmp_path / "own")
     found = load_model(tmp_path / "own", VQVAE).model
@@ -324,19 +331,21 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
-        ("n_embed: 41", "codebook_size is 40 in its weights, but 41 in its config"),
-        ("attn_resolutions: [32]", r"attention_levels is \(2,\) in its weights, but \(1,\)"),
+        ("n_embed: 41", "n_embed is 40 in the weights, but 41 in the config"),
+        ("attn_resolutions: [32]", r"attn_resolutions is \[16\] in the weights, but \[32\]"),
+        ("double_z: true", "double_z is False in the weights, but True"),
         ("kl_weight: 1.0e-08\n    embed_dim: 8", "quantizer is vq in its weights, but gumbel"),
         ("n_embed: [", "cannot read"),
-        ("n_embeds: 40", "not the config of a taming tokenizer: KeyError.'n_embed'"),
+        ("resolutions: 64", "not the config of a taming tokenizer: KeyError.'resolution'"),
     ],
 )
 def test_a_config_of_another_checkpoint_is_refused(
     wrong: str, complaint: str, tmp_path: Path
 ) -> None:
     torch.save({"state_dict": reference_weights("taming")}, tmp_path / "last.ckpt")
-    right = wrong.split(":")[0].replace("n_embeds", "n_embed").replace("kl_weight", "embed_dim")
-    text = re.sub(rf"{right}: (\[\d+\]|\d+)", wrong, TAMING_YAML)
+    name = wrong.split(":")[0]
+    name = {"resolutions": "resolution", "kl_weight": "embed_dim"}.get(name, name)
+    text = re.sub(rf"\b{name}: (\[\d+\]|\w+)", wrong, TAMING_YAML)
     (tmp_path / "project.yaml").write_text(text)
     config_file = str(tmp_path / "project.yaml")
     with pytest.raises(cli.UserError, match=complaint):
@@ -347,17 +356,20 @@ def test_a_config_of_another_checkpoint_is_refused(
 def test_llamagen_has_no_config_and_diffusers_only_the_model_that_is_read(tmp_path: Path) -> None:
     with pytest.raises(cli.UserError, match="no config files"):
         convert.read_config("llamagen", tmp_path / "config.yaml")
-    (tmp_path / "config.json").write_text('{"_class_name": "VQModel", "norm_type": "spatial"}')
-    with pytest.raises(cli.UserError, match="norm_type is 'spatial', but only 'group'"):
-        convert.read_config("diffusers", tmp_path / "config.json")
+    path = tmp_path / "theirs"
+    torch.save(export_weights("diffusers", small_model()), tmp_path / "a.bin")
+    path.mkdir()
+    (tmp_path / "a.bin").rename(path / "diffusion_pytorch_model.bin")
+    for odd in ({"norm_type": "spatial"}, {"block_out_channels": ["a"]}, {"act_fn": 3}):
+        content = write_diffusers(small_model().config) | odd
+        (path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(cli.UserError, match=f"{next(iter(odd))} is .* but .* in the config"):
+            run("source", "diffusers", path, tmp_path / "own")
 
 
 @pytest.mark.parametrize(
     "odd",
     [
-        {"block_out_channels": ["a"]},
-        {"block_out_channels": 3},
-        {"down_block_types": [1]},
         {"sample_size": "large"},
         {"sample_size": [1, 2, 3]},
     ],

@@ -21,6 +21,7 @@ from utils.provenance import Provenance, Stage
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
 CLASSES, CODES = "cls_embedding.embedding_table.weight", "tok_embeddings.weight"
+QKV = "layers.0.attention.wqkv.weight"
 # LlamaGen's keys by ours; {i} is the number of a layer. Several are concatenated by rows.
 KEYS: dict[str, tuple[str, ...]] = {
     "prefix_embedding.weight": (CLASSES,),
@@ -39,46 +40,42 @@ LAYER_KEYS = {
     ),
     "blocks.{i}.feed_forward.out.weight": ("layers.{i}.feed_forward.w2.weight",),
 }
-BUFFERS = ("freqs_cis", "causal_mask")  # not used here
-LAYER = re.compile(r"layers\.(\d+)\.")
+BUFFERS = {"freqs_cis", "causal_mask"}  # not used here
 
 
 def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int = 0) -> GPT:
-    """A class-conditional GPT of LlamaGen, with the same logits.
+    """A class-conditional GPT of LlamaGen, with the same logits, in eval mode and float32.
 
     Args:
         weights: its state dict.
         latent_dim: rows and columns (h, w) of the grid it was trained on.
         heads: attention heads; 0: those of LlamaGen's model of this width.
 
-    Returns:
-        The model in eval mode, float32.
-
     Raises:
         ValueError: weights that are missing, left over, or of a text-to-image model.
     """
     if CLASSES not in weights:
         raise ValueError("not a class-conditional GPT of LlamaGen: it has no cls_embedding table")
+    num_layers = len({name.split(".")[1] for name in weights if re.match(r"layers\.\d+\.", name)})
     keys: dict[str, tuple[str, ...]] = dict(KEYS)
-    numbers = {found[1] for found in map(LAYER.match, weights) if found}
-    for i in range(len(numbers)):
+    for i in range(num_layers):
         for ours, theirs in LAYER_KEYS.items():
             keys[ours.format(i=i)] = tuple(key.format(i=i) for key in theirs)
-    model = GPT(_infer_config(weights, latent_dim, heads, len(numbers)))
-    state = {}
+    try:
+        model = GPT(_infer_config(weights, latent_dim, heads, num_layers))
+        state = {
+            ours: torch.cat([weights[key].float() for key in theirs])
+            for ours, theirs in keys.items()
+        }
+    except KeyError as error:
+        raise ValueError(f"the checkpoint has no {error}") from error
     for name, own in model.state_dict().items():
-        try:
-            weight = torch.cat([weights[key].float() for key in keys[name]])
-        except KeyError as error:
-            raise ValueError(f"the checkpoint has no {error}") from error
-        if weight.shape != own.shape:
-            raise ValueError(
-                f"{' + '.join(keys[name])} must be {tuple(own.shape)}, got {tuple(weight.shape)}"
-            )
+        if state[name].shape != own.shape:
+            found = tuple(state[name].shape)
+            raise ValueError(f"{' + '.join(keys[name])} must be {tuple(own.shape)}, got {found}")
         if name.endswith("qkv.weight"):
-            weight = _rotate_halves(weight, model.config)
-        state[name] = weight
-    unknown = set(weights) - {key for group in keys.values() for key in group} - set(BUFFERS)
+            state[name] = _rotate_halves(state[name], model.config)
+    unknown = weights.keys() - BUFFERS - {key for group in keys.values() for key in group}
     if unknown:
         raise ValueError(f"the checkpoint has unknown weights: {cli.first_few(sorted(unknown))}")
     model.load_state_dict(state)
@@ -88,33 +85,26 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
 def _infer_config(
     weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int, num_layers: int
 ) -> GPTConfig:
-    """The sizes of the model that a checkpoint's shapes show, or a ValueError."""
-
-    def shape(key: str) -> tuple[int, int]:
-        if key not in weights:
-            raise ValueError(f"the checkpoint has no {key!r}")
+    """The sizes of the model that a checkpoint's shapes show."""
+    for key in (CODES, CLASSES, QKV, "layers.0.feed_forward.w1.weight"):
         if weights[key].dim() != 2:
             raise ValueError(f"{key!r} must be 2-D, got {tuple(weights[key].shape)}")
-        rows, columns = weights[key].shape
-        return rows, columns
-
-    codebook_size, dim = shape(CODES)
+    codebook_size, dim = weights[CODES].shape
     heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
     if heads < 1 or dim % heads:
         raise ValueError(f"a width of {dim} has no {heads} heads; set their number (num_heads)")
-    qkv = "layers.0.attention.wqkv.weight"
-    kv_heads = (shape(qkv)[0] - dim) // (2 * (dim // heads))
+    kv_heads = (len(weights[QKV]) - dim) // (2 * (dim // heads))
     if kv_heads < 1:
-        raise ValueError(f"{qkv!r} has no keys and values")
+        raise ValueError(f"{QKV!r} has no keys and values")
     return GPTConfig(
         codebook_size=codebook_size,
-        num_classes=shape(CLASSES)[0] - 1,
+        num_classes=len(weights[CLASSES]) - 1,
         latent_dim=latent_dim,
         num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         dim=dim,
-        hidden_dim=shape("layers.0.feed_forward.w1.weight")[0],
+        hidden_dim=len(weights["layers.0.feed_forward.w1.weight"]),
         qk_norm=False,
         blank_prefix=True,
     )
@@ -134,7 +124,7 @@ def _rotate_halves(qkv: Tensor, config: GPTConfig) -> Tensor:
 def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files.check_unused(folder)
-    weights = foreign.read_state_dict(arguments.checkpoint).tensors
+    weights = foreign.read_state_dict(arguments.checkpoint, CODES).tensors
     model = cli.build_or_error(from_llamagen, weights, arguments.latent_dim, arguments.num_heads)
     config = model.config
     classes = tuple(map(str, range(config.num_classes)))
@@ -147,31 +137,20 @@ def main(arguments: argparse.Namespace) -> None:
         f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "
         f"{config.num_classes} classes, {config.codebook_size} codes: written to {folder}"
     )
-    print(
-        cli.next_command("transformer_generation.py", "--model_path", folder, "--num_images", "8")
-    )
+    words = ("transformer_generation.py", "--model_path", folder, "--num_images", "8")
+    print(cli.next_command(*words))
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m transformer.convert")
-    parser.add_argument(
-        "--from", choices=("llamagen",), required=True, help="project to import from"
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE", help="such as c2i_B_256.pt")
-    parser.add_argument("--output_dir", required=True, help="model folder to write")
-    parser.add_argument(
-        "--latent_dim",
-        type=cli.height_and_width,
-        default=(16, 16),
-        metavar="H,W",
-        help="grid it was trained on: 16 for 256 pixels (default), 24 for 384",
-    )
-    parser.add_argument(
-        "--num_heads",
-        type=cli.positive,
-        default=0,
-        help="attention heads (default: follows from the width)",
-    )
+    add = parser.add_argument
+    add("--from", choices=("llamagen",), required=True, help="project to import from")
+    add("--checkpoint", required=True, metavar="FILE", help="such as c2i_B_256.pt")
+    add("--output_dir", required=True, help="model folder to write")
+    size = "grid it was trained on: 16 for 256 pixels (default), 24 for 384"
+    add("--latent_dim", type=cli.height_and_width, default=(16, 16), help=size)
+    heads = "attention heads (default: follows from the width)"
+    add("--num_heads", type=cli.positive, default=0, help=heads)
     return parser
 
 

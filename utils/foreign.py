@@ -1,88 +1,123 @@
-"""State dicts in files of torch.save, which are zipped pickles: read without running any code."""
+"""Tensors in checkpoints of other projects, in any wrapper, read without running any code."""
 
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from utils.cli import UserError, one_line
-from utils.files import check_size
+from utils.files import check_size, read_tensors
 
 CHECKPOINT_BYTES = 64 << 30
-NESTS = ("state_dict", "model", "module", "ema")  # keys under which projects store it
-MAX_NESTING = 3
+PREFERRED = ("ema", "first_stage_model")  # of several state dicts, in this order
 
 
 class StateDict(NamedTuple):
-    """Content of a checkpoint.
+    """A state dict in a checkpoint.
 
     Attributes:
-        tensors: by name.
-        nest: the keys, joined by dots, under which they were; "": at the top.
-        beside: other keys of state dicts, which were not read.
-        ignored: names between the tensors whose values are not tensors.
+        tensors: by name, without the wrapper.
+        wrapper: what stood before their names: keys of outer dicts and modules, joined by dots.
+        others: wrappers of other state dicts of the same kind, which were not read.
+        ignored: everything else in the checkpoint, by its name there.
     """
 
     tensors: dict[str, Tensor]
-    nest: str
-    beside: list[str]
+    wrapper: str
+    others: list[str]
     ignored: list[str]
 
 
-def read_state_dict(path: str | Path, nests: Sequence[str] = NESTS) -> StateDict:
-    """The plain tensors of a .ckpt, .pt, .pth or .bin file.
+def read_state_dict(path: str | Path, marker: str) -> StateDict:
+    """The state dict in a checkpoint (torch.save or safetensors) that holds the name `marker`.
 
-    Args:
-        path: the file.
-        nests: keys under which they may be; the first that occurs is read.
+    It may lie within other dicts and below prefixes such as `module.` and `_orig_mod.`. Averaged
+    weights (`ema`) are preferred. Without the marker, all tensors are returned.
 
-    Raises:
-        UserError: no such file; one that holds other objects, or no tensors; one that would take
-            more memory than its size.
+    A UserError for a file that cannot be read, holds no tensors, or would take more memory than
+    its size.
     """
     path = Path(path)
+    items = _flatten(_read(path))
+    if not any(isinstance(value, Tensor) for value in items.values()):
+        raise UserError(f"{path} holds no state dict; give the file of the trained model")
+    found = (name for name in items if f".{name}".endswith(f".{marker}"))
+    wrapper, *others = sorted((name.removesuffix(marker) for name in found), key=_rank) or [""]
+    apart = tuple(x for x in others if x and not wrapper.startswith(x))
+    tensors = {
+        name.removeprefix(wrapper): value
+        for name, value in items.items()
+        if isinstance(value, Tensor) and name.startswith(wrapper) and not name.startswith(apart)
+    }
+    for name, tensor in tensors.items():
+        if not _is_plain(tensor):
+            raise UserError(f"{path}: {name:.80} is not a plain tensor with its own memory")
+    read = {wrapper + name for name in tensors}
+    ignored = [name for name in items if name not in read and not name.startswith(apart)]
+    return StateDict(tensors, wrapper, others, ignored)
+
+
+def _rank(wrapper: str) -> tuple[Any, ...]:
+    return (*(name not in wrapper for name in PREFERRED), len(wrapper), wrapper)
+
+
+def _flatten(content: Any) -> dict[str, Any]:
+    """All values in nested dicts, by their keys joined with dots."""
+    values: dict[str, Any] = {}
+    seen: set[int] = set()  # a dict may hold itself
+    remaining = [("", content)]
+    while remaining:
+        name, value = remaining.pop()
+        if not isinstance(value, Mapping):
+            values[name.removesuffix(".")] = value
+        elif id(value) not in seen:
+            seen.add(id(value))
+            remaining += [(f"{name}{key}.", one) for key, one in reversed(value.items())]
+    return values
+
+
+class _Placeholder:
+    """Stands for every object of a checkpoint that is not a tensor; nothing of it is run."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
     try:
         check_size(path, CHECKPOINT_BYTES)
+        names: list[str] = []
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.save does not compress
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
                     raise UserError(f"{path} is a compressed archive, not a file of torch.save")
-        with warnings.catch_warnings(action="ignore"):  # of unusual pickles
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # A class for each name: what a checkpoint calls is compared with them one by one.
+        placeholders = [(type("Placeholder", (_Placeholder,), {}), name) for name in names]
+        with (
+            warnings.catch_warnings(action="ignore"),  # of unusual pickles
+            torch.serialization.safe_globals(placeholders),
+        ):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # unpickling raises errors of many types
         if type(error).__name__ != "UnpicklingError":
             raise UserError(f"cannot read {path}: {one_line(error)}") from error
         raise UserError(
-            f"{path} holds Python objects besides its tensors, or is damaged. Reading such objects "
-            "can run any code of whoever made the file, so they are never read here; ask for a "
-            "file of the tensors alone (.safetensors), or see docs/pretrained.md for a way if you "
-            "trust its maker"
+            f"{path} holds objects that are never read here, as reading them can run any code of "
+            "whoever made the file, or is damaged; ask for a file of the tensors alone "
+            "(.safetensors)"
         ) from error
-    taken: list[str] = []
-    beside: list[str] = []
-    for _ in range(MAX_NESTING):
-        inner = content if isinstance(content, dict) else {}
-        found = [nest for nest in nests if isinstance(inner.get(nest), dict) and inner[nest]]
-        if not found:
-            break
-        content = inner[found[0]]
-        beside += [".".join([*taken, nest]) for nest in found[1:]]
-        taken.append(found[0])
-    items = content.items() if isinstance(content, dict) else ()
-    tensors = {str(key): value for key, value in items if isinstance(value, Tensor)}
-    if not tensors:
-        raise UserError(f"{path} holds no state dict; give the file of the trained model")
-    for name, tensor in tensors.items():
-        if not _is_plain(tensor):
-            raise UserError(f"{path}: {name:.80} is not a plain tensor with its own memory")
-    ignored = [str(key) for key, _ in items if str(key) not in tensors]
-    return StateDict(tensors, ".".join(taken), beside, ignored)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -1,73 +1,53 @@
 """Adversarial loss of the tokenizer: PatchGAN, adaptive weight, LeCam, R1, and their schedule."""
 
 from dataclasses import dataclass
-from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vqvae.losses import check_non_negative
-from vqvae.quantizers.base import all_reduce_mean, option
+from vqvae.quantizers.base import all_reduce_mean, check_fields, option
 
 LECAM_DECAY = 0.999  # of the moving averages of the logits
+LOSSES = ("hinge", "vanilla", "non_saturating")
+ADAPTIVE = "disc_adaptive_schedule"
 Phase = Literal["reconstruction only", "discriminator only", "joint"]
+
+
+def _part(default: Any, description: str, needs: str = "disc_weight", **metadata: Any) -> Any:
+    return option(default, description, needs=needs, **metadata)
 
 
 @dataclass(frozen=True)
 class AdversarialConfig:
-    """Discriminator, its losses and its schedule; `disc_weight` 0 trains without one.
-
-    A field whose metadata name another field under `needs` has no effect while that one is 0.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
+    """Discriminator, its losses and its schedule; `disc_weight` 0 trains without one."""
 
     disc_weight: float = option(0.0, "weight of the adversarial loss; 0.8 in VQGAN, 0: none")
-    disc_loss: str = option(
-        "hinge",
-        "loss of the discriminator",
-        choices=("hinge", "vanilla", "non_saturating"),
-        needs="disc_weight",
-    )
-    disc_start: float = option(
-        0.5, "fraction of the training before the discriminator starts", needs="disc_weight"
-    )
-    disc_adaptive_schedule: bool = option(
+    disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
+    disc_start: float = _part(0.5, "fraction of the training before the discriminator starts")
+    disc_adaptive_schedule: bool = _part(
         True,
         "ramp the adversarial loss up, and down again if reconstructions get worse; without it, "
         "full weight from disc_start on",
-        needs="disc_weight",
     )
-    disc_warmup: float = option(
-        0.05, "fraction of the training for the discriminator only", needs="disc_adaptive_schedule"
-    )
-    disc_ramp: float = option(
-        0.2, "fraction of the training for the ramp up", needs="disc_adaptive_schedule"
-    )
-    disc_bound: float = option(
-        0.1, "tolerated rise of the validation MSE, a fraction", needs="disc_adaptive_schedule"
-    )
-    disc_adaptive_max: float = option(
-        1e4, "maximum of the loss's adaptive weight; 0: not adaptive", needs="disc_weight"
-    )
-    disc_channels: int = option(64, "width of the discriminator", needs="disc_weight")
-    disc_layers: int = option(3, "downsampling layers of the discriminator", needs="disc_weight")
-    lecam_weight: float = option(0.0, "weight of the LeCam regularisation", needs="disc_weight")
-    r1_weight: float = option(0.0, "weight of the R1 gradient penalty", needs="disc_weight")
+    disc_warmup: float = _part(0.05, "fraction for the discriminator only", ADAPTIVE)
+    disc_ramp: float = _part(0.2, "fraction of the training for the ramp up", ADAPTIVE)
+    disc_bound: float = _part(0.1, "tolerated rise of the validation MSE, a fraction", ADAPTIVE)
+    disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: not adaptive")
+    disc_channels: int = _part(64, "width of the discriminator", min=1)
+    disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
+    lecam_weight: float = _part(0.0, "weight of the LeCam regularisation")
+    r1_weight: float = _part(0.0, "weight of the R1 gradient penalty")
 
     def __post_init__(self) -> None:
-        check_non_negative(self)
+        check_fields(self)
         warmup = self.disc_warmup if self.disc_adaptive_schedule else 0.0
         if self.disc_start + warmup >= 1:
             raise ValueError(
                 "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1, to "
                 "leave steps of joint training"
             )
-        if min(self.disc_channels, self.disc_layers) < 1:
-            raise ValueError("disc_channels and disc_layers must be at least 1")
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
@@ -89,14 +69,12 @@ def adaptive_weight(
 
     A constant in [0, maximum], averaged over all processes.
     """
-    norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm()
-        for loss in (reconstruction, adversarial)
-    ]
-    return all_reduce_mean((norms[0] / (norms[1] + 1e-4)).clamp(0, maximum).detach())
+    losses = reconstruction, adversarial
+    gradients = (torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in losses)
+    first, second = (gradient.norm() for gradient in gradients)
+    return all_reduce_mean((first / (second + 1e-4)).clamp(0, maximum).detach())
 
 
-@dataclass
 class DiscriminatorSchedule:
     """Strength of the adversarial loss from step to step.
 
@@ -104,32 +82,17 @@ class DiscriminatorSchedule:
     `warmup` steps only the discriminator trains, on the outputs of a frozen generator. After that
     both train (joint), and the strength grows linearly to 1 within `ramp` steps. The schedule is
     adaptive: whenever an evaluation finds the validation error more than `bound` above the baseline
-    evaluation, the strength is halved and the rest of the ramp takes twice as long.
-
-    Attributes:
-        start, warmup, ramp: in steps.
-        bound: tolerated relative increase of the validation error; inf: not adaptive.
-        strength: in [0, 1].
-        ramp_factor: the ramp currently takes `ramp_factor * ramp` steps.
-        baseline: validation error of the last evaluation before joint training; 0: none yet.
+    (the last error before joint training), the strength and its growth are halved.
     """
 
-    start: int
-    warmup: int
-    ramp: int
-    bound: float
-    strength: float = 0.0
-    ramp_factor: float = 1.0
-    baseline: float = 0.0
-
-    @classmethod
-    def from_config(cls, config: AdversarialConfig, total_steps: int) -> "DiscriminatorSchedule":
-        """The schedule of a training of `total_steps`."""
+    def __init__(self, config: AdversarialConfig, total_steps: int) -> None:
         fractions = (config.disc_start, config.disc_warmup, config.disc_ramp)
-        start, warmup, ramp = (round(fraction * total_steps) for fraction in fractions)
-        if not config.disc_adaptive_schedule:
-            return cls(start, 0, 0, inf)
-        return cls(start, warmup, ramp, config.disc_bound)
+        self.start, self.warmup, self.ramp = (round(x * total_steps) for x in fractions)
+        self.adaptive, self.bound = config.disc_adaptive_schedule, config.disc_bound
+        if not self.adaptive:
+            self.warmup = self.ramp = 0
+        self.strength, self.ramp_factor = 0.0, 1.0
+        self.baseline = 0.0  # 0: not known yet
 
     def phase(self, step: int) -> Phase:
         """What step `step` (from 0) trains."""
@@ -139,7 +102,7 @@ class DiscriminatorSchedule:
 
     def needs_baseline(self, steps: int) -> bool:
         """Whether the baseline evaluation is due after `steps` steps: joint training is next."""
-        return self.bound < inf and steps == self.start + self.warmup
+        return self.adaptive and steps == self.start + self.warmup
 
     def advance(self) -> float:
         """Move one step of joint training forward; the strength of that step."""
@@ -151,19 +114,18 @@ class DiscriminatorSchedule:
         """Account for a validation error; whether the strength was reduced because of it."""
         if self.strength == 0:
             self.baseline = error
-            return False
-        if not self.baseline or error <= self.baseline * (1 + self.bound):
-            return False
-        self.strength, self.ramp_factor = self.strength / 2, self.ramp_factor * 2
-        return True
+        worse = self.adaptive and 0 < self.baseline * (1 + self.bound) < error
+        if worse:
+            self.strength, self.ramp_factor = self.strength / 2, self.ramp_factor * 2
+        return worse
 
     def needs_more_evaluations(self, evaluate_every: int) -> bool:
         """Whether evaluations this many steps apart may all miss the ramp."""
-        return self.bound < inf and evaluate_every > self.ramp
+        return self.adaptive and evaluate_every > self.ramp
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log at an evaluation."""
-        baseline = {"disc_baseline": self.baseline} if self.baseline and self.bound < inf else {}
+        baseline = {"disc_baseline": self.baseline} if self.baseline and self.adaptive else {}
         return {"disc_strength": self.strength, **baseline}
 
 
@@ -171,9 +133,6 @@ class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images (B, C, H, W) -> a logit for each patch (B, 1, h', w').
 
     4x4 convolutions, `layers` of stride 2 and two of stride 1, with BatchNorm between them.
-
-    Raises:
-        ValueError: the images are too small for so many layers.
     """
 
     def __init__(
@@ -210,15 +169,9 @@ class PatchDiscriminator(nn.Module):
 
 
 class AdversarialLoss(nn.Module):
-    """A discriminator and the losses of both sides; its schedule is a part of its state dict.
+    """A discriminator for images (in_channels, *image_size) and the losses of both sides.
 
-    Args:
-        config: weights, sizes and schedule.
-        in_channels, image_size: of the images, (in_channels, *image_size).
-        total_steps: length of the training.
-
-    Raises:
-        ValueError: the images are too small for the discriminator.
+    Its schedule, of a training of `total_steps`, is a part of its state dict.
     """
 
     logits: Tensor  # moving averages of the logits of real and fake images, (2,)
@@ -232,7 +185,7 @@ class AdversarialLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.schedule = DiscriminatorSchedule.from_config(config, total_steps)
+        self.schedule = DiscriminatorSchedule(config, total_steps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same in every process
             self.discriminator = PatchDiscriminator(
@@ -257,9 +210,8 @@ class AdversarialLoss(nn.Module):
         self.discriminator.requires_grad_(False)  # this loss trains the generator alone
         loss = generator_loss(self.config.disc_loss, self.logits_of(reconstructions))
         self.discriminator.requires_grad_(True)
-        weight = torch.ones_like(loss)
-        if self.config.disc_adaptive_max > 0:
-            maximum = self.config.disc_adaptive_max
+        weight, maximum = torch.ones_like(loss), self.config.disc_adaptive_max
+        if maximum > 0:
             weight = adaptive_weight(reconstruction_loss, loss, last_layer, maximum)
         term = self.schedule.strength * self.config.disc_weight * weight * loss
         return term, {"adversarial_loss": term.detach(), "adaptive_weight": weight}
@@ -270,25 +222,20 @@ class AdversarialLoss(nn.Module):
         """The discriminator's loss, given both (B, C, H, W), and numbers to log."""
         images = images.detach().requires_grad_(self.config.r1_weight > 0)
         real, fake = self.logits_of(images), self.logits_of(reconstructions.detach())
-        loss = discriminator_loss(self.config.disc_loss, real, fake)
-        values = {
-            "disc_loss": loss.detach(),
-            "disc_real": real.detach().mean(),
-            "disc_fake": fake.detach().mean(),
-        }
+        terms = {"disc_loss": discriminator_loss(self.config.disc_loss, real, fake)}
+        means = torch.stack([real.detach().mean(), fake.detach().mean()])
+        values = {"disc_real": means[0], "disc_fake": means[1]}
         if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
-            averages = torch.stack([values["disc_real"], values["disc_fake"]])
-            self.logits.lerp_(all_reduce_mean(averages), 1 - LECAM_DECAY)
+            self.logits.lerp_(all_reduce_mean(means.clone()), 1 - LECAM_DECAY)
             distance = (real - self.logits[1]).relu().square().mean()
             distance = distance + (self.logits[0] - fake).relu().square().mean()
-            values["lecam_loss"] = self.config.lecam_weight * distance.detach()
-            loss = loss + self.config.lecam_weight * distance
+            terms["lecam_loss"] = self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
             (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
             penalty = slope.square().sum(dim=(1, 2, 3)).mean()
-            values["r1_loss"] = self.config.r1_weight / 2 * penalty.detach()
-            loss = loss + self.config.r1_weight / 2 * penalty
-        return loss, values
+            terms["r1_loss"] = self.config.r1_weight / 2 * penalty
+        logged = {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum(), values | logged
 
     def get_extra_state(self) -> Tensor:
         """The schedule's strength, ramp factor and baseline, (3,)."""

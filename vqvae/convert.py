@@ -1,9 +1,9 @@
 """Tokenizers of taming-transformers, LlamaGen and diffusers: into a model folder, and back."""
 
 import argparse
-import shutil
+import io
 import sys
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,101 +17,60 @@ from utils import cli, files, foreign
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
 from vqvae import VQVAE, VQVAEConfig
-from vqvae.formats import FORMATS, export_weights, import_weights
+from vqvae.formats import FIRST_KEY, FORMATS, export_weights, import_weights
 
-# Their names of settings of `VQVAEConfig`.
-TAMING_NETWORK = {
-    "in_channels": "in_channels",
-    "channels": "ch",
-    "channel_multipliers": "ch_mult",
-    "num_res_blocks": "num_res_blocks",
-    "z_channels": "z_channels",
-}
-TAMING_PARAMS = {"codebook_size": "n_embed", "codebook_dim": "embed_dim"}
-DIFFUSERS = {
-    "in_channels": "in_channels",
-    "num_res_blocks": "layers_per_block",
-    "mid_attention": "mid_block_add_attention",
-    "z_channels": "latent_channels",
-    "codebook_size": "num_vq_embeddings",
-    "codebook_dim": "vq_embed_dim",
-}
 # Values without which a VQModel of diffusers is another network.
 DIFFUSERS_FIXED: dict[str, object] = {"_class_name": "VQModel", "act_fn": "silu"}
 DIFFUSERS_FIXED |= {"norm_num_groups": 32, "norm_type": "group"}
 # Parameters that taming's classes require.
 TAMING_LOSS = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
+WARM_UP = {"warm_up_steps": 0, "max_decay_steps": 1000001, "lr_start": 0.9, "lr_max": 0.9}
 GUMBEL_TEMPERATURE = {
     "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
-    "params": {
-        "warm_up_steps": 0,
-        "max_decay_steps": 1000001,
-        "lr_start": 0.9,
-        "lr_max": 0.9,
-        "lr_min": 1e-6,
-    },
+    "params": WARM_UP | {"lr_min": 1e-6},
 }
+CONFIG_BYTES = 1 << 18
+NOT_COMPARED = ("lossconfig", "temperature_scheduler_config", "sample_size")
 
 
-def read_taming(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in taming's configs/*.yaml, of a tokenizer or of the GPT that holds it."""
+def write_taming(config: VQVAEConfig) -> dict[str, Any]:
+    """The parameters of a tokenizer in taming's configs/*.yaml."""
+    assert config.image_size is not None
+    side = max(config.image_size)  # it has squares only
+    params: dict[str, Any] = {
+        "embed_dim": config.codebook_dim,
+        "n_embed": config.codebook_size,
+        "ddconfig": {
+            "double_z": False,
+            "z_channels": config.z_channels,
+            "resolution": side,
+            "in_channels": config.in_channels,
+            "out_ch": config.in_channels,
+            "ch": config.channels,
+            "ch_mult": list(config.channel_multipliers),
+            "num_res_blocks": config.num_res_blocks,
+            "attn_resolutions": [side >> level for level in config.attention_levels],
+            "dropout": config.dropout,
+        },
+        "lossconfig": TAMING_LOSS,
+    }
+    if config.quantizer == "gumbel":
+        params["kl_weight"] = config.to_dict()["entropy_weight"]
+        params["temperature_scheduler_config"] = GUMBEL_TEMPERATURE
+    return params
+
+
+def read_taming(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The parameters of a tokenizer, or of the one in a GPT's config; and what weights lack."""
     params = content["model"]["params"]
     params = params.get("first_stage_config", {}).get("params", params)
     network = params["ddconfig"]
     side, levels = network["resolution"], range(len(network["ch_mult"]))
-    settings = {
-        **{ours: network[theirs] for ours, theirs in TAMING_NETWORK.items()},
-        **{ours: params[theirs] for ours, theirs in TAMING_PARAMS.items()},
-        "image_size": (side, side),
-        "channel_multipliers": tuple(network["ch_mult"]),
-        "attention_levels": tuple(i for i in levels if side >> i in network["attn_resolutions"]),
-        "dropout": float(network.get("dropout", 0.0)),
-    }
+    occurring = [side >> i for i in levels if side >> i in network["attn_resolutions"]]
+    settings = {"image_size": (side, side), "dropout": float(network.get("dropout", 0.0))}
     if "kl_weight" in params:
         settings |= {"quantizer": "gumbel", "entropy_weight": float(params["kl_weight"])}
-    return settings
-
-
-def write_taming(config: VQVAEConfig) -> dict[str, Any]:
-    """The content of taming's configs/*.yaml for a tokenizer, without losses and data."""
-    assert config.image_size is not None
-    side = max(config.image_size)  # it has squares only
-    network = {theirs: getattr(config, ours) for ours, theirs in TAMING_NETWORK.items()}
-    network |= {
-        "ch_mult": list(config.channel_multipliers),
-        "double_z": False,
-        "resolution": side,
-        "out_ch": config.in_channels,
-        "attn_resolutions": [side >> level for level in config.attention_levels],
-        "dropout": config.dropout,
-    }
-    params = {theirs: getattr(config, ours) for ours, theirs in TAMING_PARAMS.items()}
-    params |= {"ddconfig": network, "lossconfig": TAMING_LOSS}
-    if config.quantizer == "gumbel":
-        params["kl_weight"] = config.to_dict()["entropy_weight"]
-        params["temperature_scheduler_config"] = GUMBEL_TEMPERATURE
-    name = {"gumbel": "GumbelVQ", "ema": "EMAVQ"}.get(config.quantizer, "VQModel")
-    return {"model": {"target": f"taming.models.vqgan.{name}", "params": params}}
-
-
-def read_diffusers(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in the config.json of a diffusers `VQModel`; absent ones are left out."""
-    for name, needed in DIFFUSERS_FIXED.items():
-        if content.get(name, needed) != needed:
-            raise ValueError(f"{name} is {content[name]!r}, but only {needed!r} can be read")
-    size = content.get("sample_size", 256)
-    height, width = (size, size) if isinstance(size, int) else size
-    settings: dict[str, Any] = {"image_size": (int(height), int(width))}
-    for ours, theirs in DIFFUSERS.items():
-        if content.get(theirs) is not None:
-            settings[ours] = content[theirs]
-    if widths := content.get("block_out_channels"):
-        settings["channels"] = widths[0]
-        settings["channel_multipliers"] = tuple(width // widths[0] for width in widths)
-    if kinds := content.get("down_block_types"):
-        levels = (i for i, kind in enumerate(kinds) if kind.startswith("Attn"))
-        settings["attention_levels"] = tuple(levels)
-    return settings
+    return params | {"ddconfig": network | {"attn_resolutions": occurring}}, settings
 
 
 def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
@@ -120,26 +79,34 @@ def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
     levels = range(len(config.channel_multipliers))
     attention = ["Attn" if level in config.attention_levels else "" for level in levels]
     return DIFFUSERS_FIXED | {
-        **{theirs: getattr(config, ours) for ours, theirs in DIFFUSERS.items()},
+        "in_channels": config.in_channels,
+        "out_channels": config.in_channels,
         "block_out_channels": [config.channels * m for m in config.channel_multipliers],
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attention],
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
-        "out_channels": config.in_channels,
+        "layers_per_block": config.num_res_blocks,
+        "mid_block_add_attention": config.mid_attention,
+        "latent_channels": config.z_channels,
+        "num_vq_embeddings": config.codebook_size,
+        "vq_embed_dim": config.codebook_dim,
         "sample_size": config.image_size[0],  # an integer there
     }
 
 
-CONFIG_READERS = {"taming": read_taming, "diffusers": read_diffusers}
-CONFIG_BYTES = 1 << 18
+def read_diffusers(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of a `VQModel`, and those that its weights lack."""
+    size = content.get("sample_size", 256)
+    height, width = (size, size) if isinstance(size, int) else size
+    return content, {"image_size": (int(height), int(width))}
 
 
-def read_config(project: str, path: Path) -> dict[str, Any]:
-    """The settings in another project's config file, JSON or YAML.
+READERS = {"taming": read_taming, "diffusers": read_diffusers}
+WRITERS = {"taming": write_taming, "diffusers": write_diffusers}
 
-    Raises:
-        UserError: no such file, one of something else, or a project without config files.
-    """
-    if project not in CONFIG_READERS:
+
+def read_config(project: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tokenizer's part of another project's config file, and settings beside the weights'."""
+    if project not in READERS:
         raise cli.UserError(
             f"{project} has no config files; leave out --config: all settings but --image_size "
             "follow from the weights"
@@ -149,14 +116,23 @@ def read_config(project: str, path: Path) -> dict[str, Any]:
     try:
         files.check_size(path, CONFIG_BYTES)
         content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        return READERS[project](content)
+    except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
         raise cli.UserError(f"cannot read {path}: {cli.one_line(error)}") from error
-    try:
-        return CONFIG_READERS[project](content)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise cli.UserError(
             f"{path} is not the config of a {project} tokenizer: {error!r:.200}"
         ) from error
+
+
+def contradiction(written: Any, found: Any, name: str = "") -> str:
+    """Where a config file differs from the one we write for the same model; "": nowhere."""
+    if written == found or found is None or name in NOT_COMPARED:
+        return ""
+    if isinstance(written, dict) and isinstance(found, dict):
+        inner = (contradiction(written[key], found[key], key) for key in written if key in found)
+        return next(filter(None, inner), "")
+    return f"{name} is {written} in the weights, but {found!s:.80} in the config"
 
 
 # --- the script -----------------------------------------------------------------------------------
@@ -168,45 +144,38 @@ OLD_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.bin"
 OLD_DIFFUSERS_KEYS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def read_diffusers_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict in a diffusers folder, under the keys of today.
-
-    Raises:
-        UserError: there is none.
-    """
-    if (folder / DIFFUSERS_WEIGHTS).exists() or not (folder / OLD_DIFFUSERS_WEIGHTS).exists():
-        state = files.read_tensors(folder / DIFFUSERS_WEIGHTS)
-    else:
-        state = foreign.read_state_dict(folder / OLD_DIFFUSERS_WEIGHTS).tensors
-    for old, new in OLD_DIFFUSERS_KEYS.items():
-        state = {key.replace(f".{old}.", f".{new}."): value for key, value in state.items()}
-    return state
+def read_weights(path: Path, project: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict of a checkpoint, and the names of what else it holds."""
+    if project == "diffusers":
+        new = path / DIFFUSERS_WEIGHTS
+        path = path / OLD_DIFFUSERS_WEIGHTS if not new.exists() else new
+    found = foreign.read_state_dict(path, FIRST_KEY)
+    tensors = found.tensors
+    if project == "diffusers":
+        for old, name in OLD_DIFFUSERS_KEYS.items():
+            tensors = {key.replace(f".{old}.", f".{name}."): x for key, x in tensors.items()}
+    others = cli.first_few(found.others) or "nothing"
+    print(f"read: {found.wrapper or 'all'}; not read: {others}")
+    return tensors, found.ignored
 
 
 def import_checkpoint(arguments: argparse.Namespace) -> None:
     """Convert a checkpoint of another project to a model folder."""
     path, project = Path(arguments.checkpoint), arguments.source
-    config_file, not_tensors = arguments.config, []
-    if project == "diffusers":
-        state = read_diffusers_weights(path)
-        config_file = config_file or path / "config.json"
-    elif path.suffix == ".safetensors":
-        state = files.read_tensors(path)
-    else:
-        found = foreign.read_state_dict(path, FORMATS[project].nests)
-        state, not_tensors = found.tensors, found.ignored
-        print(f"read: {found.nest or 'all'}; not read: {cli.first_few(found.beside) or 'nothing'}")
-    settings = read_config(project, Path(config_file)) if config_file else {}
+    config_file = arguments.config or (path / "config.json" if project == "diffusers" else "")
+    state, outside = read_weights(path, project)
+    content, settings = read_config(project, Path(config_file)) if config_file else ({}, {})
     size = settings.pop("image_size", DEFAULT_SIZE)
-    size = arguments.image_size or size
     try:
         model, ignored = import_weights(project, state, size, settings)
+        if content and (line := contradiction(WRITERS[project](model.config), content)):
+            raise ValueError(line)
+        model.config = replace(model.config, image_size=arguments.image_size or size)
     except ValueError as error:
         raise cli.UserError(f"{path}: {error}") from error
     if "quantize.used" in ignored:
         print("warning: the checkpoint's remap of used codes is ignored: indices are unmapped")
-    ignored += not_tensors
-    print(f"ignored, not part of the model: {cli.first_few(ignored) or 'nothing'}")
+    print(f"ignored, not part of the model: {cli.first_few(ignored + outside) or 'nothing'}")
     inputs = {arguments.checkpoint: files.sha256(path)} if path.is_file() else {}
     origin = Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))
     folder = Path(arguments.output_dir)
@@ -215,11 +184,10 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}, "
         f"{config.codebook_size} codes of {config.codebook_dim} dimensions ({config.quantizer}), "
-        f"images of {size[0]}x{size[1]}"
+        f"images of {'x'.join(map(str, config.image_size or ()))}"
     )
-    print(
-        cli.next_command("quantize_dataset.py", "--model_dir", folder, "--path_to_data", "DATA.csv")
-    )
+    words = ("quantize_dataset.py", "--model_dir", folder, "--path_to_data", "DATA.csv")
+    print(cli.next_command(*words))
 
 
 def export_checkpoint(arguments: argparse.Namespace) -> None:
@@ -232,33 +200,22 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise cli.UserError(f"{loaded.folder}: {error}") from error
     if project == "diffusers":
-        files.write_folder(
-            folder, {"config.json": write_diffusers(config), DIFFUSERS_WEIGHTS: state}
-        )
+        content = {"config.json": write_diffusers(config), DIFFUSERS_WEIGHTS: state}
+        files.write_folder(folder, content)
     else:
-        settings = write_taming(config) if project == "taming" else None
-        _write_checkpoint(folder, f"{project}.ckpt", {FORMATS[project].nest: state}, settings)
+        with files.new_folder(folder) as staging:
+            buffer = io.BytesIO()  # onto a full disk, torch.save raises no OSError
+            torch.save({FORMATS[project].nest: state}, buffer)
+            (staging / f"{project}.ckpt").write_bytes(buffer.getbuffer())
+            if project == "taming":
+                import yaml  # comes with MLflow
+
+                name = "GumbelVQ" if config.quantizer == "gumbel" else "VQModel"
+                target = f"taming.models.vqgan.{name}"
+                model = {"target": target, "params": write_taming(config)}
+                text = yaml.safe_dump({"model": model}, sort_keys=False)
+                (staging / "config.yaml").write_text(text, encoding="utf-8")
     print(f"written: {folder}")
-
-
-def _write_checkpoint(
-    folder: Path, name: str, content: dict[str, Any], settings: dict[str, Any] | None
-) -> None:
-    """Write a file of torch.save and a config.yaml into a new folder, or nothing."""
-    staging = folder.with_name(folder.name + files.TEMPORARY)
-    shutil.rmtree(staging, ignore_errors=True)
-    try:
-        staging.mkdir(parents=True)
-        torch.save(content, staging / name)
-        if settings is not None:
-            import yaml  # comes with MLflow
-
-            text = yaml.safe_dump(settings, sort_keys=False)
-            (staging / "config.yaml").write_text(text, encoding="utf-8")
-        staging.rename(folder)
-    except (OSError, RuntimeError) as error:  # the latter is torch's for a full disk
-        shutil.rmtree(staging, ignore_errors=True)
-        raise cli.UserError(f"cannot write {folder} ({error}); free space on the disk") from error
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -275,29 +232,19 @@ def main(arguments: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m vqvae.convert")
     direction = parser.add_mutually_exclusive_group(required=True)
-    names = tuple(FORMATS)
+    names, add = tuple(FORMATS), parser.add_argument
     direction.add_argument("--from", dest="source", choices=names, help="project to import from")
     direction.add_argument("--to", dest="target", choices=names, help="project to export to")
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="PATH",
-        help="--from: file, or folder of diffusers; --to: model folder, or runs:/...",
+    source = "--from: file, or folder of diffusers; --to: model folder, or runs:/..."
+    add("--checkpoint", required=True, metavar="PATH", help=source)
+    config = (
+        "--from: config file of the checkpoint (taming: .yaml; diffusers: the folder's), for image "
+        "size, dropout and loss weights, which do not show in the weights; the rest must agree"
     )
-    parser.add_argument(
-        "--config",
-        metavar="PATH",
-        help="--from: config file of the checkpoint (taming: .yaml; diffusers: the folder's), for "
-        "image size, dropout and loss weights, which do not show in the weights; the rest must "
-        "agree",
-    )
-    parser.add_argument("--output_dir", required=True, help="new folder to write")
-    parser.add_argument(
-        "--image_size",
-        type=cli.height_and_width,
-        metavar="H,W",
-        help="--from: size of the data (default: that of --config, else 256)",
-    )
+    add("--config", metavar="PATH", help=config)
+    add("--output_dir", required=True, help="new folder to write")
+    size = "--from: size of the data (default: that of --config, else 256)"
+    add("--image_size", type=cli.height_and_width, help=size)
     return parser
 
 

@@ -36,9 +36,7 @@ class Format:
     decoder_from_top: bool = False  # decoder level 0 is that of the highest resolution
     ignored: tuple[str, ...] = ()  # beginnings of keys that are not part of the model
     buffers: Mapping[str, int] = field(default_factory=dict)  # that it expects: length of zeros
-    # Keys of a file that may hold the state dict, the preferred one first; the key to write.
-    nests: tuple[str, ...] = ("state_dict", "model", "module", "ema")
-    nest: str = "state_dict"
+    nest: str = "state_dict"  # key of the state dict in the files that are written
 
     def key(self, ours: str, levels: int = 0) -> str:
         """Their key of a weight; `levels` is the number of levels, for those of the decoder."""
@@ -78,7 +76,7 @@ FORMATS = {
         commitment_cost=LEGACY_COMMITMENT_COST,
         required={**FIXED, "mid_attention": True},
         decoder_from_top=True,
-        ignored=("loss.", "model_ema.", "quantize.used"),
+        ignored=("loss.", "model_ema.", "quantize.used", "colorize"),
     ),
     # github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
     "llamagen": Format(
@@ -99,7 +97,6 @@ FORMATS = {
         },
         ignored=("quantize.codebook_used",),
         buffers={"quantize.codebook_used": 65536},
-        nests=("ema", "model", "module", "state_dict"),  # its own scripts prefer the average
         nest="model",
     ),
     # github.com/huggingface/diffusers, models/autoencoders/vq_model.py
@@ -123,8 +120,6 @@ FORMATS = {
         required=FIXED,
     ),
 }
-# Beginnings of keys in larger models and in wrappers, of which the tokenizer is a part.
-PREFIXES = ("module.", "_orig_mod.", "first_stage_model.")
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
 MAX_LEVELS = 32
 # Settings that do not show in the weights.
@@ -141,7 +136,7 @@ def import_weights(
 
     Args:
         project: a key of `FORMATS`.
-        state: its state dict, not nested; the keys may begin with one of `PREFIXES`.
+        state: its state dict.
         image_size: height and width, which do not show in the weights.
         settings: of its config file: those of `NOT_IN_WEIGHTS` are used, the others must agree.
 
@@ -150,9 +145,6 @@ def import_weights(
             settings that contradict the weights.
     """
     layout = FORMATS[project]
-    prefix = next((x for x in PREFIXES if x + FIRST_KEY in state and FIRST_KEY not in state), "")
-    outside = [key for key in state if not key.startswith(prefix)]
-    state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
     unseen = {name: settings[name] for name in NOT_IN_WEIGHTS if name in settings}
     try:
         inferred = infer_settings(layout, state) | unseen
@@ -182,23 +174,18 @@ def import_weights(
     if "quantizer.initialised" in own:
         own["quantizer.initialised"] = torch.tensor(True)
     model.load_state_dict(own)
-    return model.eval(), outside + ignored
+    return model.eval(), ignored
 
 
 def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The settings of `VQVAEConfig` that follow from the keys and shapes of a state dict.
+    """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout."""
 
-    Raises:
-        KeyError: the state dict has another layout.
-        ValueError: it is a network that `VQVAE` does not cover.
-    """
-
-    def has(key: str) -> bool:
-        return layout.key(key) in state
+    def numbers(key: str) -> list[int]:
+        """Those numbers that make it a key of the state dict."""
+        return [i for i in range(MAX_LEVELS) if layout.key(key.format(i=i)) in state]
 
     down = "encoder.down"
-    levels = [i for i in range(MAX_LEVELS) if has(f"{down}.{i}.block.0.conv1.weight")]
-    blocks = [i for i in range(MAX_LEVELS) if has(f"{down}.0.block.{i}.conv1.weight")]
+    levels = numbers(down + ".{i}.block.0.conv1.weight")
     channels, in_channels = state[FIRST_KEY].shape[:2]
     widths = [len(state[layout.key(f"{down}.{i}.block.0.conv2.weight")]) for i in levels or [0]]
     if any(width % channels for width in widths):
@@ -212,10 +199,10 @@ def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any
         "patch_size": 1,
         "channels": channels,
         "channel_multipliers": tuple(width // channels for width in widths),
-        "num_res_blocks": len(blocks),
-        "attention_levels": tuple(i for i in levels if has(f"{down}.{i}.attn.0.norm.weight")),
+        "num_res_blocks": len(numbers(down + ".0.block.{i}.conv1.weight")),
+        "attention_levels": tuple(numbers(down + ".{i}.attn.0.norm.weight")),
         "mid_blocks": 2,
-        "mid_attention": has("encoder.mid.1.norm.weight"),
+        "mid_attention": layout.key("encoder.mid.1.norm.weight") in state,
         "z_channels": len(state["encoder.conv_out.weight"]),
         "quantizer": quantizer,
         "codebook_size": len(codes),
@@ -231,13 +218,15 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
         ValueError: the other project has no such network.
     """
     layout, config = FORMATS[project], model.config
-    required: dict[str, Any] = {"quantizer": tuple(layout.quantizers), **layout.required}
-    if project == "llamagen":
-        required["attention_levels"] = (len(config.channel_multipliers) - 1,)
-    for name, value in required.items():
-        found = getattr(config, name)
-        if found != value and not (name == "quantizer" and found in value):
-            raise ValueError(f"{project} has no tokenizer with {name} {found}, only {value}")
+    last = len(config.channel_multipliers) - 1
+    for name, values in {
+        "quantizer": tuple(layout.quantizers),
+        **{name: (value,) for name, value in layout.required.items()},
+        **({"attention_levels": ((last,),)} if project == "llamagen" else {}),
+    }.items():
+        if (found := getattr(config, name)) not in values:
+            only = ", ".join(map(str, values))
+            raise ValueError(f"{project} has no tokenizer with {name} {found}, only {only}")
     for wrong, what in (
         (config.z_channels == 0, "without quant_conv (z_channels 0)"),
         (config.channels % 32 != 0, "with channels in other than 32 groups"),

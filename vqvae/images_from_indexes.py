@@ -17,7 +17,6 @@ from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
@@ -25,11 +24,7 @@ LIST = "images.csv"
 
 
 def prepare(folder: Path) -> None:
-    """Make the folder, or remove the images of an earlier call from it.
-
-    Raises:
-        UserError: the folder holds something else.
-    """
+    """Make the folder, or remove the images of an earlier call; a UserError if it holds others."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / LIST).is_file():
         raise cli.UserError(
@@ -39,24 +34,16 @@ def prepare(folder: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return load_model(address, VQVAE, device)
-
-
+@torch.inference_mode()
 def decode_conditions(address: str, path: Path, indices: Indices, device: torch.device) -> Tensor:
-    """The conditions of the first images, at most SHOWN, as images (N, C, H, W) in [-1, 1].
-
-    Raises:
-        UserError: the indices have no conditions, or those of another tokenizer.
-    """
+    """The conditions of the first images, at most SHOWN, as images (N, C, H, W) in [-1, 1]."""
     conditions = read_conditions(path, indices)
     if conditions is None or not (indices.meta and indices.meta.condition):
         raise cli.UserError(f"{path} has no conditions; leave out --condition_model_dir")
-    tokenizer = load_tokenizer(address, device)
+    tokenizer = load_model(address, VQVAE, device)
     owner = f"the condition of {path}"
     indices.meta.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
-    with torch.inference_mode():
-        return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
+    return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
 
 
 @torch.inference_mode()
@@ -82,7 +69,7 @@ def write_images(
 
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
-    tokenizer = load_tokenizer(arguments.model_dir, device)
+    tokenizer = load_model(arguments.model_dir, VQVAE, device)
     path = addresses.fetch(arguments.indexes_path)
     config, origin = tokenizer.model.config, tokenizer.provenance
     indices = read_indices(
@@ -98,10 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
     conditions = None
     if arguments.condition_model_dir:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
-    if arguments.output_dir:
-        output_dir = Path(arguments.output_dir)
-    else:
-        output_dir = cli.unused(path.with_name(f"{path.stem}-images"))
+    output_dir = Path(arguments.output_dir or cli.unused(path.with_name(f"{path.stem}-images")))
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -127,26 +111,16 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--indexes_path", required=True, help="indices folder, or a text file of indices"
-    )
-    parser.add_argument(
-        "--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints"
-    )
-    parser.add_argument(
-        "--condition_model_dir",
-        help="tokenizer of the conditions, to show them beside the images in grid.png",
-    )
-    parser.add_argument(
-        "--latent_dim",
-        type=cli.height_and_width,
-        metavar="H,W",
-        help="grid of a text file (default: a square)",
-    )
-    parser.add_argument("--run_id", help="MLflow run to log to (default: the indices')")
-    parser.add_argument(
-        "--output_dir", help="folder of PNG files (default: <indices>-images beside the indices)"
-    )
+    add = parser.add_argument
+    add("--indexes_path", required=True, help="indices folder, or a text file of indices")
+    add("--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints")
+    shown = "tokenizer of the conditions, to show them beside the images in grid.png"
+    add("--condition_model_dir", help=shown)
+    grid = "grid of a text file (default: a square)"
+    add("--latent_dim", type=cli.height_and_width, help=grid)
+    add("--run_id", help="MLflow run to log to (default: the indices')")
+    folder = "folder of PNG files (default: <indices>-images beside the indices)"
+    add("--output_dir", help=folder)
     cli.add_inference_flags(parser, batch_size=64)
     return parser
 

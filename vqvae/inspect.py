@@ -33,11 +33,11 @@ def reconstruct(
     keep: int,
     weight: float = 1.0,
 ) -> Reconstructions:
-    """Encode and decode images with a tokenizer in eval mode.
+    """Encode and decode batches of images (B, C, H, W) in [-1, 1] with a tokenizer in eval mode.
 
     Args:
         model: its training mode is restored afterwards.
-        batches: of images (B, C, H, W) in [-1, 1]; at least one.
+        batches: at least one.
         measure: (images, reconstructions) -> means over the batch, by name.
         keep: number of images to return.
         weight: of the batches in sums and counts; 0 ignores them.
@@ -80,13 +80,7 @@ class CodebookStats(NamedTuple):
 def inspect_codebook(
     model: VQVAE, counts: Tensor, max_projected: int = 4096, max_decoded: int = 256
 ) -> CodebookStats:
-    """Usage, projection and decoded images of a codebook, learned or implicit.
-
-    Args:
-        model: its decoder runs in eval mode.
-        counts: how often each code was chosen, as `Quantizer.count` orders them.
-        max_projected, max_decoded: number of codes to project and to decode, at most.
-    """
+    """Statistics of a codebook, learned or implicit; counts as `Quantizer.count` orders them."""
     usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
     codes = model.quantizer.codes(order[:max_projected])
     training = model.training

@@ -2,33 +2,25 @@
 
 import warnings
 from dataclasses import dataclass
-from math import inf
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from vqvae.quantizers.base import option
+from vqvae.quantizers.base import check_fields, option
 
-LPIPS_MIN_SIDE = 32  # pixels, enough for both backbones
 # Backbone of LPIPS by name: torchvision's network and its weights.
 BACKBONES = {
     "vgg": (models.vgg16, models.VGG16_Weights.IMAGENET1K_V1),
     "alex": (models.alexnet, models.AlexNet_Weights.IMAGENET1K_V1),
 }
+MIN_SIDES = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish in the backbone
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the reconstruction terms; a term of weight 0 is neither built nor computed.
-
-    A field whose metadata name another field under `needs` has no effect while that one is 0.
-
-    Raises:
-        ValueError: a weight is negative or not finite, or all weights are 0.
-    """
+    """Weights of the reconstruction terms; a term of weight 0 is neither built nor computed."""
 
     l1_weight: float = option(0.0, "weight of |x - x'|, images in [-1, 1]")
     l2_weight: float = option(1.0, "weight of |x - x'|^2, images in [-1, 1]")
@@ -43,24 +35,13 @@ class LossConfig:
     )
 
     def __post_init__(self) -> None:
-        check_non_negative(self)
+        check_fields(self)
         if self.l1_weight + self.l2_weight + self.perceptual_weight == 0:
             raise ValueError("one of l1_weight, l2_weight, perceptual_weight must be above 0")
 
 
-def check_non_negative(config: Any) -> None:
-    """Raise a ValueError unless every float of a config is finite and at least 0."""
-    for name, value in vars(config).items():
-        if isinstance(value, float) and not 0 <= value < inf:
-            raise ValueError(f"{name} must be a number of 0 or more, got {value}")
-
-
 class ReconstructionLoss(nn.Module):
-    """The weighted terms that compare a reconstruction with its image.
-
-    Raises:
-        OSError, ImportError: see `PerceptualLoss`.
-    """
+    """The weighted terms that compare a reconstruction with its image."""
 
     def __init__(self, config: LossConfig) -> None:
         super().__init__()
@@ -69,24 +50,15 @@ class ReconstructionLoss(nn.Module):
         if config.perceptual_weight > 0:
             self.perceptual = PerceptualLoss(config.lpips_network, config.lpips_weights)
 
-    @torch.no_grad()
-    def check(self, channels: int, image_size: tuple[int, int]) -> None:
-        """Evaluate the terms once on images of this size.
-
-        Raises:
-            ValueError: the images are too small for LPIPS.
-        """
-        device = next(self.parameters(), torch.empty(0)).device
-        images = torch.zeros(1, channels, *image_size, device=device)
-        try:
-            self(images, images)
-        except RuntimeError as error:
-            height, width = image_size
+    def check(self, image_size: tuple[int, int]) -> None:
+        """A ValueError if images of this size are too small for LPIPS."""
+        least = MIN_SIDES[self.config.lpips_network] if self.perceptual is not None else 0
+        if min(image_size) < least:
             raise ValueError(
-                f"images of {height}x{width} pixels are too small for LPIPS with the network "
-                f"{self.config.lpips_network}; use a larger image_size ({LPIPS_MIN_SIDE} is "
-                "enough), or perceptual_weight 0"
-            ) from error
+                f"images of {image_size[0]}x{image_size[1]} pixels are too small for LPIPS with "
+                f"the network {self.config.lpips_network}; use an image_size of at least {least}, "
+                "or perceptual_weight 0"
+            )
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> dict[str, Tensor]:
         """Both (B, C, H, W) in [-1, 1] -> weighted scalar terms by name; the loss is their sum."""
@@ -148,22 +120,22 @@ def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
         OSError: the weights cannot be read or downloaded, or belong to another network.
     """
     make, weights = BACKBONES[network]
-    remedy = f"download {weights.url} and pass its path as lpips_weights, or do without LPIPS"
-    try:
-        if path:
-            with warnings.catch_warnings(action="ignore"):  # of unusual pickles
-                state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = weights.get_state_dict(check_hash=True, weights_only=True, map_location="cpu")
-    except Exception as error:  # no network, no such file, or not a state dict: of many types
-        line = " ".join(str(error).split())[:150]
-        raise OSError(f"LPIPS needs the weights of {network} ({line}); {remedy}") from error
     prefix = "features."
     try:
+        with warnings.catch_warnings(action="ignore"):  # of unusual pickles
+            if path:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            else:
+                options = {"check_hash": True, "weights_only": True, "map_location": "cpu"}
+                state = weights.get_state_dict(**options)
         state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         with torch.device("meta"):
             make().features.load_state_dict(state, assign=True)  # checks names and shapes
-    except Exception as error:  # the file may hold anything
-        source = path or "the download"
-        raise OSError(f"{source} does not hold the weights of {network}; {remedy}") from error
+    except Exception as error:  # no network, no such file, or a file of anything
+        line = " ".join(str(error).split())[:150]
+        raise OSError(
+            f"LPIPS needs the weights of {network}, which {path or 'the download'} does not hold "
+            f"({line}); download {weights.url} and pass its path as lpips_weights, or do without "
+            "LPIPS"
+        ) from error
     return state

@@ -15,12 +15,8 @@ Values = dict[str, Tensor]  # scalars to log, by name
 Autocast = Callable[[], AbstractContextManager]
 
 
-def compile_model(model: nn.Module, adversary: AdversarialLoss | None) -> None:
+def compile_model(model: nn.Module) -> None:
     """Compile a `VQVAE` in place, for `forward_backward`."""
-    if adversary is not None:
-        # The adaptive weight runs backward through the graph before the loss does. By default a
-        # compiled backward pass may reuse the graph's buffers, which then are gone.
-        functorch_config.donated_buffer = False
     for module in model.modules():
         for name in getattr(module, "uncompiled", ()):
             # Decorated where it is defined, each import of vqvae would load the compiler.
@@ -28,6 +24,9 @@ def compile_model(model: nn.Module, adversary: AdversarialLoss | None) -> None:
     model.compile()
 
 
+# The adaptive weight runs backward through the graph before the loss does. By default a compiled
+# backward pass reuses the graph's buffers, which then are gone.
+@functorch_config.patch(donated_buffer=False)
 def forward_backward(
     model: nn.Module,
     images: Tensor,
@@ -50,8 +49,7 @@ def forward_backward(
         losses: the reconstruction terms.
         autocast: makes the context in which the networks run.
         accumulate: number of micro-batches the batch is split into.
-        adversary: discriminator and its losses, if there is one.
-        last_layer: weight of the decoder's last convolution, see `AdversarialLoss.generator_term`.
+        adversary: discriminator and its losses; last_layer: see `AdversarialLoss.generator_term`.
         step: of the training, from 0.
 
     Returns:
