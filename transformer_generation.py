@@ -22,7 +22,6 @@ from transformer import (
     later_known_mask,
     make_prefix,
 )
-from transformer.sampling import SCHEDULES
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.decoding import read_mask
 from utils.data.index_dataset import Conditions, load_conditions, write_conditions
@@ -236,7 +235,7 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     check_flags(arguments, device)
-    guidance = cli.build_or_error(Guidance, arguments.guidance_scale, arguments.guidance_schedule)
+    guidance = cli.read_flags(Guidance, arguments)
     params = cli.read_flags(SamplingParams, arguments)
     gpt = load_model(arguments.model_path, GPT, device)
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
@@ -333,91 +332,64 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--model_path", required=True, help="GPT: a folder, or runs:/<run id>/checkpoints"
-    )
-    parser.add_argument(
-        "--vocabulary_path", help="vocabulary.json of the GPT (default: beside the model)"
-    )
-    parser.add_argument("--run_id", help="MLflow run to log to (default: the GPT's)")
-    parser.add_argument(
-        "--output_dir", help="indices folder to write (default: samples beside the GPT)"
-    )
-    parser.add_argument(
-        "--num_images", type=cli.positive, default=64, help="how many (default: 64)"
-    )
-    parser.add_argument(
-        "--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--model_path", required=True, help="GPT: a folder, or runs:/<run id>/checkpoints")
+    add("--vocabulary_path", help="vocabulary.json of the GPT (default: beside the model)")
+    add("--run_id", help="MLflow run to log to (default: the GPT's)")
+    add("--output_dir", help="indices folder to write (default: samples beside the GPT)")
+    add("--num_images", type=cli.positive, default=64, help="how many (default: 64)")
+    add("--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)")
+    add(
         "--conditions",
         metavar="INDICES",
         help="indices folder whose conditions, or grids if it has none, condition the samples, in "
         "turn (default: those of --complete, or none)",
     )
-    parser.add_argument(
-        "--unconditional", action="store_true", help='sample images of "no class" in particular'
-    )
+    add("--unconditional", action="store_true", help='sample images of "no class" in particular')
     cli.add_flags(parser, SamplingParams, "distribution")
-    parser.add_argument(
-        "--guidance_scale",
-        type=float,
-        default=1.0,
-        help="classifier-free guidance: above 1 samples follow class and condition more closely "
-        "(default: 1, none)",
-    )
-    parser.add_argument(
-        "--guidance_schedule",
-        choices=SCHEDULES,
-        default="constant",
-        help="how the scale rises from 1 over the tokens (default: constant, no rise)",
-    )
-    parser.add_argument(
+    cli.add_flags(parser, Guidance, "guidance")
+    add(
         "--latent_dim",
         type=cli.height_and_width,
         metavar="H,W",
         help="size of the grids, larger than trained if need be (default: as trained)",
     )
-    parser.add_argument(
+    add(
         "--position_extension",
         choices=[str(way) for way in PositionExtension],
         default=str(PositionExtension.SLIDE),
         help="positions in larger grids: slide a crop of the trained size along (default), go on "
         "beyond the trained range, or compress into it",
     )
-    parser.add_argument(
-        "--complete", metavar="INDICES", help="indices whose first --num_images are completed"
-    )
-    parser.add_argument(
+    add("--complete", metavar="INDICES", help="indices whose first --num_images are completed")
+    add(
         "--mask",
         metavar="SIDE:FRACTION",
         help="known part of them: top, bottom, left or right and a fraction, or a picture that is "
         f"white there (default: {MASK})",
     )
-    parser.add_argument(
+    add(
         "--candidates",
         type=cli.positive,
         default=1,
         help="samples per image; the one that makes the known indices behind it likeliest stays "
         "(default: 1)",
     )
-    parser.add_argument(
-        "--variations", type=cli.positive, default=1, help="completions of each image (default: 1)"
-    )
-    parser.add_argument("--model_dir", help="tokenizer, for a picture of the completions")
-    parser.add_argument(
+    add("--variations", type=cli.positive, default=1, help="completions of each image (default: 1)")
+    add("--model_dir", help="tokenizer, for a picture of the completions")
+    add(
         "--precision",
         choices=("auto", "fp32", "bf16"),
         default="auto",
         help="bf16: weights and cache in bfloat16; auto: on a GPU that has it (default: auto)",
     )
-    parser.add_argument(
+    add(
         "--compile",
         action="store_true",
         help="compiled CUDA graphs, on a GPU; pays for many images",
     )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: 0)")
-    parser.add_argument("--text", action="store_true", help="also write indices.txt")
+    add("--seed", type=int, default=0, help="same seed, same images (default: 0)")
+    add("--text", action="store_true", help="also write indices.txt")
     cli.add_inference_flags(parser, batch_size=256)
     return parser
 

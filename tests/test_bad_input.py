@@ -221,7 +221,7 @@ def test_unknown_label(error_of: Call, gpt: Path) -> None:
 
 def test_sampling_values_out_of_range(error_of: Call, gpt: Path) -> None:
     error = error_of("transformer_generation", "--model_path", gpt, "--temperature", -1)
-    assert "temperature must be 0 or more" in error
+    assert "temperature must be at least 0" in error
     error = error_of("transformer_generation", "--model_path", gpt, "--top_p", 1.5)
     assert "top_p" in error
 

@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 
-from transformer.cpu import rms_norm, scaled_dot_product_attention
-from transformer.gpt import RMSNorm
+from transformer.attention import scaled_dot_product_attention
+from transformer.layers import RMSNorm, rms_norm
 
 
 def test_norm_and_its_gradient() -> None:

@@ -22,16 +22,8 @@ from transformer import (
     later_known_mask,
     sampling,
 )
-from transformer.sampling import (
-    DecodeStep,
-    generate_rows,
-    make_step,
-    next_logits,
-    probabilities,
-    random_keys,
-    sample_from_probs,
-    uniform,
-)
+from transformer.filters import probabilities, random_keys, sample_from_probs, uniform
+from transformer.sampling import DecodeStep, generate_rows, make_step, next_logits
 from transformer_generation import known_side
 
 

@@ -174,10 +174,10 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
         (("--unconditional", "--labels", "a"), "--labels cannot be combined with --unconditional"),
         (("--complete", "given", "--candidates", "2"), "--mask top:0.5 leaves none there"),
         (("--complete", "given", "--model_dir", "foreign"), "belongs to the tokenizer"),
-        (("--temperature", "nan"), "temperature must be 0 or more and finite, got nan"),
-        (("--temperature", "inf"), "temperature must be 0 or more and finite, got inf"),
-        (("--guidance_scale", "nan"), "guidance_scale must be 0 or more and finite"),
-        (("--guidance_scale", "inf"), "guidance_scale must be 0 or more and finite"),
+        (("--temperature", "nan"), "temperature must be at least 0, got nan"),
+        (("--temperature", "inf"), "temperature must be below inf, got inf"),
+        (("--guidance_scale", "nan"), "guidance_scale must be at least 0, got nan"),
+        (("--guidance_scale", "inf"), "guidance_scale must be below inf, got inf"),
     ],
 )
 def test_what_cannot_be_is_one_line(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.cpu import scaled_dot_product_attention
+from transformer.rope import visible_mask, window_is_full
 
 # Sides of a tile in latent positions: large enough for efficient matrix products, small beside
 # the window.
@@ -25,36 +25,17 @@ TOKENS_IN_ONE_TILE = 512
 TOKENS_PER_CALL = 4096
 
 
-def window_is_full(window: int, grid: tuple[int, int]) -> bool:
-    """Whether the window includes every earlier position of a grid (h, w)."""
-    return window == 0 or window >= max(grid)
-
-
-def visible_mask(
-    queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
-    """The definition above as a mask: True at [q, k] where token queries[q] attends to keys[k].
-
-    Args:
-        queries: (Q,) places in the sequence; 0 .. prefix - 1 are the prefix.
-        keys: (S,) places in the sequence.
-        width: columns of the grid.
-        window: extent of the window in latent positions; 0 for none.
-        prefix: number of prefix tokens.
-        depth: tokens per latent position.
-
-    Returns:
-        (Q, S), bool.
-    """
-    q, k = queries[:, None], keys[None, :]
-    causal = k <= q
-    if window == 0:
-        return causal
-    latent_q, latent_k = (q - prefix) // depth, (k - prefix) // depth
-    row_q, column_q = latent_q // width, latent_q % width
-    row_k, column_k = latent_k // width, latent_k % width
-    near = (row_q - row_k < window) & ((column_q - column_k).abs() < window)
-    return causal & (near | (k < prefix))
+    """PyTorch's own, in float32 on a CPU, where a training step in bfloat16 takes 31 % longer."""
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=attn_mask, is_causal=is_causal
+        )
+    return y.type_as(q)
 
 
 class _Tiling(NamedTuple):

@@ -1,7 +1,8 @@
 """Configuration of a GPT: its flags, and the named sizes."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
+import operator
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 # num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
@@ -12,8 +13,51 @@ SIZES = {
     "L": (24, 16, 1024, 2816),
     "XL": (36, 20, 1280, 3584),
 }
-MAX_LAYERS = 1000  # above, a config file has been tampered with
 FORMAT_VERSION = 1  # of config.json
+LIMITS = {
+    "min": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "max": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A field that is a flag with this help, and whose `choices` or `LIMITS` are checked."""
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def check_fields(config: Any) -> None:
+    """Check types, `choices` and `LIMITS` of all fields; a list, as in JSON, becomes a tuple.
+
+    Raises:
+        ValueError: with the name of the field and its value.
+    """
+    hints = get_type_hints(type(config))
+    for each in fields(config):
+        name, value = each.name, getattr(config, each.name)
+        if value is None and each.default is None:
+            continue
+        if isinstance(value, list):
+            value = tuple(value)
+            object.__setattr__(config, name, value)
+        kind = (get_args(hints[name]) or (hints[name],))[0]  # X of X | None
+        kinds, parts = get_args(kind) or (kind,), value if isinstance(value, tuple) else (value,)
+        fits = len(kinds) == len(parts) and all(
+            isinstance(x, (int, float) if wanted is float else wanted)
+            and isinstance(x, bool) == (wanted is bool)
+            for x, wanted in zip(parts, kinds, strict=True)
+        )
+        if not fits:
+            wanted = getattr(kind, "__name__", kind)
+            raise ValueError(f"{name} must be of type {wanted}, got {value!r:.80}")
+        choices = each.metadata.get("choices", (value,))
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value:.80}")
+        for key, (words, holds) in LIMITS.items():
+            limit = each.metadata.get(key)
+            if limit is not None and not all(holds(x, limit) for x in parts):
+                raise ValueError(f"{name} must be {words} {limit}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -24,129 +68,102 @@ class GPTConfig:
         ValueError: a value is out of its range.
     """
 
-    codebook_size: int  # number of codebook indices K
-    depth: int = 1  # indices per latent position (residual quantization)
-    num_classes: int = 0  # without "no class", which has an embedding as well
+    codebook_size: int = field(metadata={"min": 2})  # number of codebook indices K
+    # Indices per latent position (residual quantization).
+    depth: int = field(default=1, metadata={"min": 1})
+    # Without "no class", which has an embedding as well.
+    num_classes: int = field(default=0, metadata={"min": 0})
     condition_codebook_size: int = 0  # of a conditioning grid before the image's; 0: none
     condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
-    latent_dim: tuple[int, int] | None = field(
-        default=None,
-        metadata={"help": "side, or H,W, of the latent grid; default: that of the indices"},
+    latent_dim: tuple[int, int] | None = option(
+        None, "side, or H,W, of the latent grid; default: that of the indices", min=1
     )
-    size: str = field(
-        default="tiny",
-        metadata={
-            "help": "preset for the dimensions below; each flag overrides it: "
-            + ", ".join(f"{name} {shape[0]} x {shape[2]}" for name, shape in SIZES.items()),
-            "choices": tuple(SIZES),
-        },
+    size: str = option(
+        "tiny",
+        "preset for the dimensions below; each flag overrides it: "
+        + ", ".join(f"{name} {shape[0]} x {shape[2]}" for name, shape in SIZES.items()),
+        choices=tuple(SIZES),
     )
-    num_layers: int = field(default=0, metadata={"help": "transformer blocks; 0: --size's"})
-    num_heads: int = field(default=0, metadata={"help": "attention heads; 0: --size's"})
-    num_kv_heads: int = field(
-        default=0, metadata={"help": "heads of keys and values; 0: as many as --num_heads"}
+    num_layers: int = option(0, "transformer blocks; 0: --size's", min=0, max=1000)
+    num_heads: int = option(0, "attention heads; 0: --size's", min=0)
+    num_kv_heads: int = option(0, "heads of keys and values; 0: as many as --num_heads", min=0)
+    dim: int = option(0, "width of the transformer; 0: --size's", min=0)
+    hidden_dim: int = option(
+        0, "width of its feed-forward layers; 0: --size's, or 8/3 of another --dim", min=0
     )
-    dim: int = field(default=0, metadata={"help": "width of the transformer; 0: --size's"})
-    hidden_dim: int = field(
-        default=0,
-        metadata={"help": "width of its feed-forward layers; 0: --size's, or 8/3 of another --dim"},
+    positions: str = option(
+        "rotary",
+        "rotary: rotate queries and keys by row and column; learned: add an embedding of each "
+        "position",
+        choices=("rotary", "learned"),
     )
-    positions: str = field(
-        default="rotary",
-        metadata={
-            "help": "rotary: rotate queries and keys by row and column; "
-            "learned: add an embedding of each position",
-            "choices": ("rotary", "learned"),
-        },
+    window_size: int = option(
+        0,
+        "each latent position attends to those less than this many rows above and columns beside "
+        "it; 0: to all earlier ones",
+        min=0,
     )
-    window_size: int = field(
-        default=0,
-        metadata={
-            "help": "each latent position attends to those less than this many rows above and "
-            "columns beside it; 0: to all earlier ones"
-        },
+    dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
+    class_dropout: float = option(
+        0.1,
+        "fraction of training images whose class is replaced by 'no class'",
+        min=0,
+        below=1,
     )
-    dropout: float = field(default=0.1, metadata={"help": "dropout after each layer"})
-    class_dropout: float = field(
-        default=0.1,
-        metadata={"help": "fraction of training images whose class is replaced by 'no class'"},
+    condition_dropout: float = option(
+        0.1, "fraction of training images whose condition, if any, is dropped", min=0, below=1
     )
-    condition_dropout: float = field(
-        default=0.1,
-        metadata={"help": "fraction of training images whose condition, if any, is dropped"},
-    )
-    order_anneal: tuple[float, float] | None = field(
-        default=None,
-        metadata={
-            "help": "fractions of the training, as 0.5,0.75: random orders up to the first, raster "
-            "order from the second on, a falling mix between (RAR); default: raster order",
-            "metavar": "START,END",
-        },
+    order_anneal: tuple[float, float] | None = option(
+        None,
+        "fractions of the training, as 0.5,0.75: random orders up to the first, raster order from "
+        "the second on, a falling mix between (RAR); default: raster order",
+        metavar="START,END",
+        min=0,
+        max=1,
     )
 
     qk_norm: bool = True  # LlamaGen has neither this
     blank_prefix: bool = False  # nor a class token with a rotary angle: its keys are zeros
 
     def __post_init__(self) -> None:
-        num_layers, num_heads, num_kv_heads, dim, hidden_dim = self._shape()
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
-        if self.latent_dim is not None and min(self.latent_dim) < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {self.latent_dim}")
-        if min(num_layers, num_heads, num_kv_heads, dim, hidden_dim) < 1:
-            raise ValueError(
-                "num_layers, num_heads, num_kv_heads, dim and hidden_dim must be at least 1"
-            )
-        if num_layers > MAX_LAYERS:
-            raise ValueError(f"num_layers must be at most {MAX_LAYERS}, got {num_layers}")
+        check_fields(self)
+        shape = self._shape()
+        num_heads, num_kv_heads, dim = shape["num_heads"], shape["num_kv_heads"], shape["dim"]
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
             )
-        if self.num_classes < 0 or self.window_size < 0:
-            raise ValueError("num_classes and window_size must not be negative")
         if dim % (4 * num_heads):
             raise ValueError(f"dim {dim} must be a multiple of 4 * num_heads = {4 * num_heads}")
-        if self.depth < 1:
-            raise ValueError(f"depth must be at least 1, got {self.depth}")
         if bool(self.condition_codebook_size) != (self.condition_latent_dim is not None):
             raise ValueError("condition_codebook_size and condition_latent_dim go together")
         if self.order_anneal is not None:
-            if not 0 <= self.order_anneal[0] <= self.order_anneal[1] <= 1:
-                raise ValueError(f"order_anneal must rise within [0, 1], got {self.order_anneal}")
+            if self.order_anneal[0] > self.order_anneal[1]:
+                raise ValueError(f"order_anneal must rise, got {self.order_anneal}")
             if self.window_size:
                 raise ValueError(
                     f"order_anneal needs window_size 0, got {self.window_size}: a random order "
                     "has no rows above"
                 )
-        for name in ("dropout", "class_dropout", "condition_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if self.positions not in ("rotary", "learned"):
-            raise ValueError(f"positions must be rotary or learned, got {self.positions}")
 
-    def _shape(self) -> tuple[int, int, int, int, int]:
-        """num_layers, num_heads, num_kv_heads, dim and hidden_dim, each 0 replaced by its value."""
-        if self.size not in SIZES:
-            raise ValueError(f"size must be one of {tuple(SIZES)}, got {self.size}")
+    def _shape(self) -> dict[str, Any]:
+        """The dimensions, each 0 replaced by its value."""
         num_layers, num_heads, dim, hidden_dim = SIZES[self.size]
         if self.dim not in (0, dim):
             # About as many weights as a plain layer of width 4 * dim, in whole 64s.
             hidden_dim = -(-8 * self.dim // (3 * 64)) * 64
         num_heads = self.num_heads or num_heads
-        return (
-            self.num_layers or num_layers,
-            num_heads,
-            self.num_kv_heads or num_heads,
-            self.dim or dim,
-            self.hidden_dim or hidden_dim,
-        )
+        return {
+            "num_layers": self.num_layers or num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": self.num_kv_heads or num_heads,
+            "dim": self.dim or dim,
+            "hidden_dim": self.hidden_dim or hidden_dim,
+        }
 
     def resolve_defaults(self) -> "GPTConfig":
         """This config with the dimensions that are 0 replaced by those of `size`."""
-        names = ("num_layers", "num_heads", "num_kv_heads", "dim", "hidden_dim")
-        shape: dict[str, Any] = dict(zip(names, self._shape(), strict=True))
-        return replace(self, **shape)
+        return replace(self, **self._shape())
 
     def to_json(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -157,10 +174,10 @@ class GPTConfig:
         """The config that the content of a config.json describes.
 
         Raises:
-            ValueError: another kind of model, a newer format, or a value of a wrong type.
+            TypeError: it has another form, or unknown keys.
+            ValueError: another kind of model, a newer format, or a wrong value.
         """
-        if not isinstance(values, dict):
-            raise ValueError("it is not a JSON object")
+        values = dict(values)
         model, version = values.pop("model", None), values.pop("format_version", 1)
         if model != "GPT":
             raise ValueError(f"it holds a {model!s:.80}, but a GPT is needed here")
@@ -169,20 +186,7 @@ class GPTConfig:
                 f"its format_version is {version!r:.80}, but this version of the code reads up to "
                 f"{FORMAT_VERSION}; update the code"
             )
-        types = get_type_hints(cls)
-        for name, value in values.items():
-            kind = types.get(name)
-            if isinstance(value, list):  # a pair, which is always optional
-                fits = len(value) == 2 and {int, float}.issuperset(map(type, value))
-                fits = fits and type(None) in get_args(kind)
-            else:
-                fits = type(value) in (kind, *get_args(kind)) or (type(value), kind) == (int, float)
-            if not fits:
-                raise ValueError(f"{name:.80} is {value!r:.80}: unknown, or of a wrong type")
-        pairs: dict[str, Any] = {
-            name: tuple(x) if isinstance(x, list) else x for name, x in values.items()
-        }
-        return cls(**pairs)
+        return cls(**values)
 
     @property
     def no_class(self) -> int:

@@ -1,9 +1,8 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices.
 
-One forward serves training, prefill and decoding. A sequence is the prefix, P tokens, and then the
-grid, `depth` tokens per latent position. The prefix is (B,) where a model takes only a class, else
-(B, 1 + hc * wc): the class, and the indices of a conditioning grid in raster order (arXiv
-2012.09841, section 3.2). Both have embeddings of their own, each with one more for "not given".
+One forward serves training, prefill and decoding. A sequence is the prefix, P tokens (see
+`make_prefix`), and then the grid, `depth` tokens per latent position. Class and condition have
+embeddings of their own, each with one more for "not given".
 """
 
 import json
@@ -18,156 +17,14 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from transformer import attention
 from transformer.config import GPTConfig
-from transformer.cpu import rms_norm
 from transformer.kv_cache import KVCache
-from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, rotate
+from transformer.layers import Block, Head, RMSNorm, Rotary
+from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin
 
-EPSILON = 1e-5  # of all norms, as in LlamaGen
 STD = 0.02  # of the initial weights
-MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
-
-Rotary = tuple[Tensor, Tensor]  # cos and sin
-# Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` that keeps the type of its input, see `rms_norm`."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, eps=EPSILON)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim) -> the same shape and type."""
-        return (rms_norm(x, EPSILON) * self.weight).type_as(x)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head attention with normalised queries and keys (QK-norm, arXiv 2302.05442).
-
-    With fewer heads of keys and values than of queries, these share them in equal groups
-    (grouped-query attention, arXiv 2305.13245), and the cache shrinks accordingly.
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
-        self.head_dim = config.head_dim
-        self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)
-        # of queries, of keys
-        self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim)) if config.qk_norm else None
-        self.out = nn.Linear(config.dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        """States (B, T, dim) -> (B, T, dim).
-
-        Args:
-            x: of T tokens.
-            rotary: cos and sin, (T, head_dim / 2) each or (B, 1, T, head_dim / 2).
-            attend: attention over the tokens that are visible.
-        """
-        queries, keys, values = self.heads
-        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = qkv.split([queries + keys, values], dim=1)  # (B, heads + kv_heads, T, d), ...
-        if self.gain is not None:
-            of_queries, of_keys = self.gain.flatten(1)
-            gain = [of_queries.expand(queries, 1, -1), of_keys.expand(keys, 1, -1)]
-            qk = rms_norm(qk, EPSILON) * torch.cat(gain)
-        if rotary is not None:
-            qk = rotate(qk, *rotary)
-        q, k = qk.split([queries, keys], dim=1)
-        return self.out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
-
-
-class SwiGLU(nn.Module):
-    """Feed-forward layer (arXiv 2002.05202)."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.gate_and_value = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
-        self.out = nn.Linear(config.hidden_dim, config.dim, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """States (..., dim) -> (..., dim)."""
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: attention, then the feed-forward layer, each added to x."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.norm_attention = RMSNorm(config.dim)
-        self.attention = SelfAttention(config)
-        self.norm_feed_forward = RMSNorm(config.dim)
-        self.feed_forward = SwiGLU(config)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        """States (B, T, dim) -> (B, T, dim); see `SelfAttention` for the arguments."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), rotary, attend))
-        return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
-
-
-class Head(nn.Linear):
-    """Hidden states to logits, one linear map per depth, or to the loss in chunks."""
-
-    def __init__(self, dim: int, codebook_size: int, depth: int = 1) -> None:
-        super().__init__(dim, depth * codebook_size, bias=False)
-        self.codebook_size, self.depth = codebook_size, depth
-
-    def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, *, depth: int | None = None
-    ) -> Tensor:
-        """Logits, or the cross-entropy of `targets`.
-
-        Args:
-            hidden: (B, n, dim), states that predict all depths of n / depth positions in turn.
-            targets: (B, n) indices; their loss is computed in chunks where the logits are large.
-            depth: the depth that all `hidden` (..., dim) predict instead.
-
-        Returns:
-            (B, n, codebook_size) or (..., codebook_size); with `targets` (B, n), nats, float32.
-        """
-        weights = self.weight.chunk(self.depth)  # (K, dim) each
-        if depth is not None:
-            return F.linear(hidden, weights[depth])
-        if self.depth == 1:
-            return (
-                F.linear(hidden, self.weight)
-                if targets is None
-                else self._loss(hidden, self.weight, targets)
-            )
-        by_depth = hidden.unflatten(1, (-1, self.depth)).unbind(2)
-        if targets is None:
-            parts = [F.linear(*x) for x in zip(by_depth, weights, strict=True)]
-        else:
-            indices = targets.unflatten(1, (-1, self.depth)).unbind(2)
-            parts = [self._loss(*x) for x in zip(by_depth, weights, indices, strict=True)]
-        return torch.stack(parts, dim=2).flatten(1, 2)
-
-    @staticmethod
-    def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy (B, t) of hidden states (B, t, dim), one depth's weight, and targets."""
-
-        def nats(hidden: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
-
-        hidden, indices = hidden.flatten(0, 1), targets.flatten()
-        chunks = math.ceil(len(hidden) * len(weight) / MAX_LOGITS)
-        if chunks <= 1:
-            return nats(hidden, indices).view(targets.shape)
-        # The backward pass computes the logits of each chunk again.
-        losses = [
-            checkpoint(nats, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in zip(hidden.chunk(chunks), indices.chunk(chunks), strict=True)
-        ]
-        return torch.cat(losses).view(targets.shape)
 
 
 class GPT(nn.Module):
@@ -263,19 +120,15 @@ class GPT(nn.Module):
             x = x + self._absolute_positions(grid, positions, begins)
         if config.order_anneal is not None:
             if next_positions is None:
+                last = positions[..., -1:, :]
+                last = grid.next(last) if last.numel() else grid.raster(x.device)[:1]
                 following = positions if begins else positions[..., 1:, :]
-                last = (
-                    self.grid.raster(x.device)[:1]
-                    if positions.shape[-2] == 0
-                    else grid.next(positions[..., -1:, :])
-                )
                 next_positions = torch.cat([following, last], dim=-2)
             target = self.target_embedding(grid.embedding_rows(next_positions))
             x = x + F.pad(target, (0, 0, x.shape[1] - target.shape[-2], 0))
 
-        rotary = None
-        if config.positions == "rotary":
-            rotary = self._rotary(grid, positions, begins)
+        is_rotary = config.positions == "rotary"
+        rotary = self._rotary(grid, positions, begins) if is_rotary else None
         attend_in = self._attention(grid, positions, cache, begins)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
@@ -353,18 +206,17 @@ class GPT(nn.Module):
             ValueError: another size than the trained one, with a condition, which covers that; or
                 with absolute positions, which can only slide.
         """
-        config = self.config
-        if size != config.latent_dim and config.condition_latent_dim is not None:
+        config, slides = self.config, extension == PositionExtension.SLIDE
+        if size != self.grid.size and config.condition_latent_dim is not None:
             raise ValueError(
-                f"a GPT with conditions takes grids of its own size {config.latent_dim}, got {size}"
+                f"a GPT with conditions takes grids of its own size {self.grid.size}, got {size}"
             )
-        slides = extension == PositionExtension.SLIDE
-        if size != config.latent_dim and config.has_absolute_positions and not slides:
+        if size != self.grid.size and config.has_absolute_positions and not slides:
             raise ValueError(
                 "learned positions (also those of order_anneal) can neither be extrapolated nor "
                 "interpolated"
             )
-        return GridPositions(size, config.latent_dim, config.depth, extension)
+        return GridPositions(size, self.grid.size, config.depth, extension)
 
     def make_cache(
         self,
@@ -373,18 +225,8 @@ class GPT(nn.Module):
         extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
         """An empty cache for grids of `size`, see `grid_positions`; default: the trained size."""
-        config, weight = self.config, self.token_embedding.weight
-        return KVCache(
-            num_layers=config.num_layers,
-            batch_size=batch_size,
-            kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            grid=self.grid_positions(size or config.latent_dim, extension),
-            window=config.window_size,
-            prefix=self.prefix_length,
-            device=weight.device,
-            dtype=weight.dtype,
-        )
+        grid, like = self.grid_positions(size or self.grid.size, extension), self.head.weight
+        return KVCache(self.config, batch_size, grid, device=like.device, dtype=like.dtype)
 
     def pretrained_config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -396,7 +238,7 @@ class GPT(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(self.pretrained_config(), indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
@@ -409,7 +251,7 @@ class GPT(nn.Module):
         path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
         try:
             config = GPTConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, ArithmeticError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
         try:
             tensors = safetensors.torch.load_file(weights)
@@ -457,7 +299,7 @@ class GPT(nn.Module):
                 parts.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
             prefix = torch.cat(parts).expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        cos, sin = rotary_cos_sin(coordinates, config.dim // config.num_heads)
+        cos, sin = rotary_cos_sin(coordinates, config.head_dim)
         if begins and config.blank_prefix:
             cos = torch.cat([torch.zeros_like(cos[..., :1, :]), cos[..., 1:, :]], dim=-2)
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])

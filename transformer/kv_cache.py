@@ -4,8 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.attention import visible_mask, window_is_full
-from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin, rotate
+from transformer.config import GPTConfig
+from transformer.rope import (
+    GridPositions,
+    PositionExtension,
+    rotary_cos_sin,
+    rotate,
+    visible_mask,
+    window_is_full,
+)
 
 
 class KVCache:
@@ -27,24 +34,21 @@ class KVCache:
 
     def __init__(
         self,
-        num_layers: int,
+        config: GPTConfig,
         batch_size: int,
-        kv_heads: int,
-        head_dim: int,
-        *,
         grid: GridPositions,
-        window: int,
-        prefix: int,
+        *,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.grid, self.prefix, self.device = grid, prefix, device
+        self.grid, self.prefix, self.device = grid, config.prefix_length, device
         height, self.width = grid.size
-        self.window = 0 if window_is_full(window, grid.size) else window
+        self.window = 0 if window_is_full(config.window_size, grid.size) else config.window_size
         self.ring = min(self.window or height, height) * self.width * grid.depth
-        shape = (batch_size, kv_heads, prefix + self.ring, head_dim)
+        slots = self.prefix + self.ring
+        shape = (config.num_layers, batch_size, config.num_kv_heads, slots, config.head_dim)
         self.keys, self.values = (
-            [torch.zeros(shape, device=device, dtype=dtype) for _ in range(num_layers)]
+            [torch.zeros(shape[1:], device=device, dtype=dtype) for _ in range(shape[0])]
             for _ in range(2)
         )
         self._prefix_keys: list[Tensor]  # as a position inside the trained grid attends to them

@@ -1,4 +1,4 @@
-"""Positions in the latent grid: 2-D rotary embeddings, and grids larger than the trained one."""
+"""Positions in the latent grid: 2-D rotary embeddings, larger grids, windows, random orders."""
 
 from enum import StrEnum
 
@@ -142,6 +142,40 @@ class GridPositions:
         product of a rotated query and a rotated key depends on their distance alone.
         """
         return positions[..., :2] - self.trained_positions(positions)
+
+
+def window_is_full(window: int, grid: tuple[int, int]) -> bool:
+    """Whether the window includes every earlier position of a grid (h, w)."""
+    return window == 0 or window >= max(grid)
+
+
+def visible_mask(
+    queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
+) -> Tensor:
+    """The 2-D window as a mask: True at [q, k] where token queries[q] attends to keys[k].
+
+    A prefix token attends to the prefix up to itself; see `transformer.attention`.
+
+    Args:
+        queries: (Q,) places in the sequence; 0 .. prefix - 1 are the prefix.
+        keys: (S,) places in the sequence.
+        width: columns of the grid.
+        window: extent of the window in latent positions; 0 for none.
+        prefix: number of prefix tokens.
+        depth: tokens per latent position.
+
+    Returns:
+        (Q, S), bool.
+    """
+    q, k = queries[:, None], keys[None, :]
+    causal = k <= q
+    if window == 0:
+        return causal
+    latent_q, latent_k = (q - prefix) // depth, (k - prefix) // depth
+    row_q, column_q = latent_q // width, latent_q % width
+    row_k, column_k = latent_k // width, latent_k % width
+    near = (row_q - row_k < window) & ((column_q - column_k).abs() < window)
+    return causal & (near | (k < prefix))
 
 
 def random_order_probability(anneal: tuple[float, float], progress: float) -> float:
