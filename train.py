@@ -30,7 +30,7 @@ from utils.evaluation import metrics
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance, joined
 from utils.training import loop
-from utils.training.checkpoint import Checkpointer, find_checkpoint, find_output_dir
+from utils.training.checkpoint import Checkpointer, continue_training, find_output_dir
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
@@ -224,7 +224,9 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     if validation.evaluator is not None:
         inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
         values |= validation.evaluator.metrics(partial(generate, model.eval(), inputs))
-    batches = load_batches(data, group.device, group.shard(data.val_rows).split(config.batch_size))
+    rows = group.shard(data.val_rows)  # none, where there are fewer rows than processes
+    parts = rows.split(config.batch_size) if len(rows) else ()
+    batches = load_batches(data, group.device, parts)
     by_position = evaluate(model, batches, validation.precision, group)
     values["bits_per_token"] = float(by_position.mean())
     run.metrics("val", values | validation.baselines, step)
@@ -266,11 +268,11 @@ def report_best(state: TrainState, run: tracking.Run, validation: Validation) ->
 
 
 def main(arguments: argparse.Namespace) -> None:
+    resumed = continue_training(cast(cli.Flags, arguments))
     config = cli.read_flags(TrainingConfig, arguments)
     optimizer_config = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
     metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
-    resumed = find_checkpoint(config.resume, config.output_dir)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
@@ -342,7 +344,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    cli.add_flags(parser, IndicesConfig, "indices")
+    cli.add_flags(parser, IndicesConfig, "indices", required=False)
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, GPTConfig, "transformer")
     cli.add_flags(parser, OptimizerConfig, "optimiser")
@@ -354,4 +356,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), torchrun=True)

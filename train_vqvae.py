@@ -19,7 +19,7 @@ from utils.evaluation import metrics
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, Provenance
 from utils.training import loop
-from utils.training.checkpoint import Checkpointer, find_checkpoint, find_output_dir
+from utils.training.checkpoint import Checkpointer, continue_training, find_output_dir
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
@@ -90,9 +90,9 @@ def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: i
 
 
 def given_settings(flags: cli.Flags) -> dict[str, Any]:
-    """The tokenizer's settings on the command line, as `VQVAEConfig.create` takes them."""
+    """The tokenizer's settings by flags or `--resume`, as `VQVAEConfig.create` takes them."""
     names = {field.name for field in (*fields(VQVAEConfig), *fields(all_options()))}
-    return {name: getattr(flags, name) for name in names & flags.given}
+    return {name: getattr(flags, name) for name in names & (flags.given | flags.stored)}
 
 
 def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
@@ -310,9 +310,9 @@ def make_state(
 
 
 def main(arguments: argparse.Namespace) -> None:
+    resumed = continue_training(cast(cli.Flags, arguments))
     configs = read_configs(arguments)
     config, data = configs.training, configs.data
-    resumed = find_checkpoint(config.resume, config.output_dir)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
@@ -393,7 +393,7 @@ def make_parser() -> argparse.ArgumentParser:
             for name, preset in PRESETS.items()
         }
     )
-    cli.add_flags(parser, DataConfig, "images")
+    cli.add_flags(parser, DataConfig, "images", required=False)
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, VQVAEConfig, "tokenizer")
     cli.add_flags(parser, all_options(), "quantizer")
@@ -404,4 +404,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), torchrun=True)

@@ -7,6 +7,7 @@ import itertools
 import os
 import shlex
 import sys
+import tempfile
 import traceback
 import types
 import typing
@@ -86,8 +87,13 @@ def flag(
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
-    """Add a flag for each field of a config dataclass with a help text, under a title."""
+def add_flags(
+    parser: argparse.ArgumentParser, config_class: type, title: str, *, required: bool = True
+) -> None:
+    """Add a flag for each field of a config dataclass with a help text, under a title.
+
+    Fields without a default are `required`, unless `main` finds their values elsewhere.
+    """
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
@@ -95,7 +101,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
             continue
         options: dict[str, typing.Any] = {"help": field.metadata["help"].replace("%", "%%")}
         if field.default is dataclasses.MISSING:
-            options["required"] = True
+            options["required"] = required
         else:
             options["default"] = field.default
         if hints[field.name] is bool:
@@ -143,9 +149,14 @@ def positive(text: str) -> int:
 
 
 class Flags(argparse.Namespace):
-    """Parsed flags; `given` are the names of those on the command line (no default, no preset)."""
+    """Parsed flags.
 
-    __slots__ = ("given",)  # apart from the flags themselves, which are vars()
+    Attributes:
+        given: names of those on the command line (no default, no preset).
+        stored: names of those whose values are those of the training that `--resume` continues.
+    """
+
+    __slots__ = ("given", "stored")  # apart from the flags themselves, which are vars()
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -206,6 +217,7 @@ class Parser(argparse.ArgumentParser):
         super().parse_known_args(args, probe)
         flags, rest = super().parse_known_args(args, namespace or Flags())
         flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
+        flags.stored = frozenset()
         return flags, rest
 
 
@@ -227,15 +239,33 @@ def configure_process() -> None:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 
-def run(main: Callable[[argparse.Namespace], None], parser: argparse.ArgumentParser) -> None:
-    """Parse the flags, run `main`, and exit: 0, 2 after an error of the user, 130 or 143."""
-    run_with(main, parser.parse_args())
+def run(
+    main: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    *,
+    torchrun: bool = False,
+) -> None:
+    """Parse the flags, run `main`, and exit: 0, 2 after an error of the user, 130 or 143.
+
+    `torchrun`: whether several processes may share the work of this script.
+    """
+    arguments = parser.parse_args()
+    if not torchrun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("RANK") == "0":
+            print(
+                f"error: {parser.prog} runs in one process; start it with python, not torchrun",
+                file=sys.stderr,
+            )
+        sys.exit(2)
+    run_with(main, arguments)
 
 
 def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
     """`run` with flags that are parsed already."""
     configure_process()
     try:
+        if getattr(arguments, "output_dir", None):
+            check_writable(Path(arguments.output_dir))
         main(arguments)
     except Stopped as stop:
         print(f"{stop}; its state is saved", file=sys.stderr)
@@ -253,6 +283,18 @@ def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Nam
         sys.exit(2)
 
 
+def check_writable(folder: Path) -> None:
+    """A UserError if `folder` cannot be made or written, before any work is done for it."""
+    nearest = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder}: {error.strerror}; choose another --output_dir"
+        ) from error
+
+
 def error_line(error: BaseException, arguments: argparse.Namespace) -> str:
     """What went wrong and what to do, for an error that a user can cause; "" for others."""
     if isinstance(error, UserError):
@@ -266,6 +308,10 @@ def error_line(error: BaseException, arguments: argparse.Namespace) -> str:
             f"no room is left on the disk ({error}); what was saved before is intact: make room, "
             "and run it again (a training with --resume)"
         )
+    if isinstance(error, PermissionError) or (
+        isinstance(error, OSError) and error.errno == errno.EROFS
+    ):
+        return f"cannot use {error.filename}: {error.strerror}; check who may read or write it"
     return ""
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from torch import nn
 
 from utils.addresses import fetch, has_artifacts, output_dir_of
-from utils.cli import Stopped, UserError, one_line, unused
+from utils.cli import Flags, Stopped, UserError, one_line, unused
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
@@ -125,6 +125,24 @@ def _last_run_id(home: Path) -> str:
         return read_json(checkpoints_in(home)[-1] / RECORDS)["progress"]["run_id"]
     except (UserError, LookupError, TypeError):
         return ""
+
+
+def continue_training(flags: Flags) -> Path | None:
+    """The checkpoint of `--resume`, whose settings take the place of flags that are not given.
+
+    A UserError as of `find_checkpoint`, or if no flag or checkpoint names the data.
+    """
+    resumed = find_checkpoint(flags.resume, flags.output_dir)
+    if resumed is not None:
+        settings = read_json(resumed / RECORDS).get("settings", {})
+        stored = vars(flags).keys() & settings.keys() - flags.given - {"resume", "output_dir"}
+        for name in stored:
+            value = settings[name]
+            setattr(flags, name, tuple(value) if isinstance(value, list) else value)
+        flags.stored = frozenset(stored)
+    if not flags.path_to_data:
+        raise UserError("--path_to_data is required, or --resume with the folder of a training")
+    return resumed
 
 
 def find_output_dir(output_dir: str, resumed: Path | None, default_name: str) -> Path:

@@ -50,7 +50,7 @@ class TrainingConfig:
         0.0, "evaluate and keep a moving average of the weights, as 0.999; 0: none"
     )
     max_epochs: int = flag(20, "passes over the training data")
-    max_steps: int = flag(0, "stop after this many steps; 0: no limit")
+    max_steps: int = flag(0, "train for this many steps instead of --max_epochs; 0: by epochs")
     evaluate_every: int = flag(0, "steps between evaluations; 0: an epoch")
     best_metric: str = flag("mse", "validation metric by which the best model is chosen")
     patience: int = flag(0, "stop after this many evaluations without a better one; 0: never")

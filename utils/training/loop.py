@@ -61,7 +61,7 @@ class Schedule:
         self.steps_per_epoch = num_train // config.batch_size
         self.total_steps = self.steps_per_epoch * config.max_epochs
         if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
+            self.total_steps = config.max_steps
         self.evaluate_every = config.evaluate_every or self.steps_per_epoch
         self.save_every, self.save_seconds = checkpoint_interval(config.checkpoint_every)
         self._config = config
@@ -282,20 +282,26 @@ def _skip_batch(state: TrainState, problem: str) -> None:
 
 
 class StopSignals(AbstractContextManager):
-    """Records SIGINT, SIGTERM and SIGUSR1, so that the loop can end after its step.
+    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
 
     A second signal ends the process at once, even while it waits for a server. SIGUSR1, which
-    batch systems send before the time is up, counts as SIGTERM.
+    batch systems send before the time is up, and SIGHUP of a closed terminal count as SIGTERM.
+    Under nohup, which ignores SIGHUP, the training continues.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
     def __init__(self, end_at_once: Callable[[int], object]) -> None:
         """`end_at_once(exit code)` is called after a second signal; it must be quick."""
         self.number, self._end_at_once = 0, end_at_once
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in self.SIGNALS
+            if not (nohup and number == signal.SIGHUP)
+        }
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -303,7 +309,7 @@ class StopSignals(AbstractContextManager):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        number = signal.SIGTERM if number == signal.SIGUSR1 else number
+        number = number if number == signal.SIGINT else signal.SIGTERM
         if self.number:
             try:
                 self._end_at_once(128 + number)

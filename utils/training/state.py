@@ -151,7 +151,7 @@ class CheckpointState:
         if refused := [changes[name] for name in REFUSED if name in changes]:
             raise UserError(
                 f"{folder} is of another training: {', '.join(refused)}; resume with the data and "
-                "the flags it began with"
+                "flags it began with (--accumulate N saves memory at the same --batch_size)"
             )
         if changes and self._is_main:
             print(

@@ -1,0 +1,117 @@
+"""Trainings that continue or stop as their flags, the shell and the machine ask for."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train
+from tests.conftest import write_images
+from utils import cli
+from utils.training.config import TrainingConfig
+from utils.training.loop import Schedule, StopSignals
+
+SMALL = "--dim 16 --num_layers 1 --num_heads 1 --dropout 0 --device cpu --precision fp32"
+
+
+def write_indices(path: str = "indices.txt") -> None:
+    grids = torch.randint(7, (40, 16), generator=torch.Generator().manual_seed(0))
+    Path(path).write_text("\n".join(" ".join(map(str, row.tolist())) for row in grids))
+
+
+def run_train(flags: str) -> None:
+    train.main(train.make_parser().parse_args(flags.split()))
+
+
+def test_resume_alone_continues_with_the_settings_of_the_folder(
+    store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_indices()
+    flags = f"--path_to_data indices.txt {SMALL} --batch_size 8 --learning_rate 5e-3"
+    run_train(f"{flags} --max_steps 3 --output_dir a")
+    run_train("--resume a")
+    assert "warning: resuming" not in capsys.readouterr().err
+    run_train("--resume a --max_steps 5")
+    assert "max_steps 3 -> 5" in capsys.readouterr().err
+    status = json.loads(Path("a/status.json").read_text())
+    config = json.loads(Path("a/best/config.json").read_text())
+    assert (status["step"], config["dim"]) == (5, 16)
+    with pytest.raises(cli.UserError, match=r"batch_size 8 -> 4.*--accumulate"):
+        run_train("--resume a --batch_size 4")
+
+
+def test_data_are_required_where_nothing_is_resumed(store: Any) -> None:
+    with pytest.raises(cli.UserError, match="--path_to_data is required"):
+        run_train(f"{SMALL} --output_dir a")
+
+
+def test_max_steps_counts_beyond_max_epochs() -> None:
+    config = TrainingConfig(batch_size=8, max_epochs=2, max_steps=500)
+    assert Schedule(config, 40, 4).total_steps == 500
+
+
+@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
+def test_torchrun_before_a_script_of_one_process_is_refused_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, lines: int
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda arguments: None, cli.make_parser(None))
+    assert capsys.readouterr().err.count("error: ") == lines
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["x.py", "--output_dir", str(tmp_path / "file" / "new")])
+    parser = cli.make_parser(None)
+    parser.add_argument("--output_dir")
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(lambda arguments: pytest.fail("it worked"), parser)
+    assert "choose another --output_dir" in capsys.readouterr().err
+
+
+def test_a_file_without_rights_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(arguments: object) -> None:
+        raise PermissionError(13, "Permission denied", "data/a.png")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit, match="2"):
+        cli.run(main, cli.make_parser(None))
+    assert "error: cannot use data/a.png: Permission denied" in capsys.readouterr().err
+
+
+def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
+    with StopSignals(lambda code: None) as stop:
+        signal.raise_signal(signal.SIGHUP)
+        assert stop.number == signal.SIGTERM
+
+
+def test_nohup_keeps_a_training_alive() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals(lambda code: None) as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.number == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_tokenizer_resumes_by_its_folder_alone(store: Any) -> None:
+    import train_vqvae
+
+    write_images(Path("data"), count=24)
+    flags = "--path_to_data data/data.csv --channels 8 --quantizer fsq --levels 4,4 --patch_size 4"
+    flags += " --batch_size 8 --num_workers 0 --device cpu --max_steps 2 --output_dir t"
+    for words in (flags, "--resume t --max_steps 3"):
+        train_vqvae.main(train_vqvae.make_parser().parse_args(words.split()))
+    assert json.loads(Path("t/status.json").read_text())["step"] == 3
