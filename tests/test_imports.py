@@ -43,7 +43,6 @@ LAYERS = {  # part of utils: the parts that it may import beside itself
     "training": (*BOTTOM, "data", "evaluation"),
     "tracking": (*BOTTOM, "data"),
 }
-not_yet = pytest.mark.xfail(reason="the restructuring goes on", strict=False)
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
 SLOW = ("mlflow", "pandas", "matplotlib", "scipy", "sklearn", "pyarrow", "lpips", "transformers")
 SLOW += ("torch._dynamo", "torch.nn.attention.flex_attention", "skimage")
@@ -89,7 +88,6 @@ def test_the_models_do_not_import_each_other(package: str, other: str) -> None:
         assert not (path.startswith(f"{package}/") and other in tops(imports(source))), path
 
 
-@not_yet
 @pytest.mark.parametrize("package", ["vqvae", "transformer"])
 def test_the_models_mention_no_flags(package: str) -> None:
     for source in in_package(package):
@@ -223,7 +221,6 @@ def test_nothing_happens_at_import() -> None:
                     assert not name.endswith(forbidden), f"{path}: {name} at import"
 
 
-@not_yet
 def test_importing_the_scripts_imports_nothing_slow() -> None:
     """`import torch` takes most of the time that --help does."""
     names = [SOURCES[path].module for path in sorted(SCRIPTS) if path in SOURCES]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision import models
 
 from vqvae.losses import BACKBONES, LossConfig, PerceptualLoss, ReconstructionLoss
 
@@ -37,8 +38,7 @@ def test_perceptual_weights_are_read_from_a_file(network: str, tmp_path: Path) -
     """The distance is LPIPS' formula on the file's network (equation 1), with its own heads."""
     lpips = pytest.importorskip("lpips")
     torch.manual_seed(0)
-    make, _ = BACKBONES[network]
-    features = make().features
+    features = models.get_model(BACKBONES[network]).features
     torch.save({f"features.{k}": v for k, v in features.state_dict().items()}, tmp_path / "w.pth")
     distance = PerceptualLoss(network, str(tmp_path / "w.pth"))
     images, others = torch.rand(2, 2, 3, 32, 32) * 2 - 1

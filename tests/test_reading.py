@@ -12,7 +12,6 @@ from benchmarks.reading import BUDGETS, SCRIPTS, Source
 EXEMPT = {
     "source lines",
     "lines of the longest file",
-    "train.py: files imported",
     "train.py: lines imported",
     "files of one GPT training step",
 }

@@ -84,12 +84,12 @@ class GPTConfig:
         + ", ".join(f"{name} {shape[0]} x {shape[2]}" for name, shape in SIZES.items()),
         choices=tuple(SIZES),
     )
-    num_layers: int = option(0, "transformer blocks; 0: --size's", min=0, max=1000)
-    num_heads: int = option(0, "attention heads; 0: --size's", min=0)
-    num_kv_heads: int = option(0, "heads of keys and values; 0: as many as --num_heads", min=0)
-    dim: int = option(0, "width of the transformer; 0: --size's", min=0)
+    num_layers: int = option(0, "transformer blocks; 0: from size", min=0, max=1000)
+    num_heads: int = option(0, "attention heads; 0: from size", min=0)
+    num_kv_heads: int = option(0, "heads of keys and values; 0: as many as num_heads", min=0)
+    dim: int = option(0, "width of the transformer; 0: from size", min=0)
     hidden_dim: int = option(
-        0, "width of its feed-forward layers; 0: --size's, or 8/3 of another --dim", min=0
+        0, "width of its feed-forward layers; 0: from size, or 8/3 of another dim", min=0
     )
     positions: str = option(
         "rotary",

@@ -6,15 +6,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision import models
 
 from vqvae.quantizers.base import check_fields, option
 
-# Backbone of LPIPS by name: torchvision's network and its weights.
-BACKBONES = {
-    "vgg": (models.vgg16, models.VGG16_Weights.IMAGENET1K_V1),
-    "alex": (models.alexnet, models.AlexNet_Weights.IMAGENET1K_V1),
-}
+BACKBONES = {"vgg": "vgg16", "alex": "alexnet"}  # of LPIPS: torchvision's name of the network
 MIN_SIDES = {"vgg": 16, "alex": 31}  # pixels; smaller images vanish in the backbone
 
 
@@ -119,7 +114,9 @@ def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
     Raises:
         OSError: the weights cannot be read or downloaded, or belong to another network.
     """
-    make, weights = BACKBONES[network]
+    from torchvision import models  # slow to import
+
+    weights = models.get_model_weights(BACKBONES[network]).IMAGENET1K_V1
     prefix = "features."
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles
@@ -130,7 +127,8 @@ def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
                 state = weights.get_state_dict(**options)
         state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
         with torch.device("meta"):
-            make().features.load_state_dict(state, assign=True)  # checks names and shapes
+            model = models.get_model(BACKBONES[network])
+        model.features.load_state_dict(state, assign=True)  # checks names and shapes
     except Exception as error:  # no network, no such file, or a file of anything
         line = " ".join(str(error).split())[:150]
         raise OSError(

@@ -253,7 +253,7 @@ class Run:
         return path
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
-        """Log a table, whose cells may be images; it replaces an earlier table of that name."""
+        """Log a table, whose values may be images; it replaces an earlier table of that name."""
         if self._queues:
             write_table(self.output_dir / TABLES, name, columns)
             self._log(table=name)
@@ -347,19 +347,19 @@ class Run:
 
 
 def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
-    """Write `name`.csv, the same as MLflow's JSON, and the images among the cells to `name`/."""
+    """Write `name`.csv, the same as MLflow's JSON, and the images among its values to `name`/."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     rows, data = [], []
     for number, row in enumerate(zip(*columns.values(), strict=True)):
-        cells, entries = dict(zip(columns, row, strict=True)), list(row)
-        for place, (key, cell) in enumerate(cells.items()):
-            if isinstance(cell, Image):
-                cells[key] = f"{name}/{key}-{number:05}.png"
-                cell.save(folder / cells[key])
-                path = f"{TABLES}/{cells[key]}"  # among the artifacts
+        values, entries = dict(zip(columns, row, strict=True)), list(row)
+        for place, (key, value) in enumerate(values.items()):
+            if isinstance(value, Image):
+                values[key] = f"{name}/{key}-{number:05}.png"
+                value.save(folder / values[key])
+                path = f"{TABLES}/{values[key]}"  # among the artifacts
                 # MLflow's type; its lists show the second path, which may be a thumbnail.
                 entries[place] = {"type": "image", "filepath": path, "compressed_filepath": path}
-        rows.append(cells)
+        rows.append(values)
         data.append(entries)
     with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)

@@ -284,6 +284,11 @@ def assignment_entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return -(probs * log_probs).sum(dim=1).mean(), probs.mean(dim=0)
 
 
+def process_rank() -> int:
+    """The number of this process, 0 where there is one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """The sum of `values` over all processes, in place."""
     if dist.is_initialized():

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqvae.quantizers.base import (
@@ -14,6 +13,7 @@ from vqvae.quantizers.base import (
     all_reduce_sum,
     entropy_weight,
     option,
+    process_rank,
 )
 
 # The lookup computes at most this many distances at once (64 MiB in float32).
@@ -248,6 +248,5 @@ class CollapseMonitor:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue: the first process takes the counts of all."""
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        self.counts.copy_(state["counts"] if first else torch.zeros_like(self.counts))
+        self.counts.copy_(state["counts"] if process_rank() == 0 else torch.zeros_like(self.counts))
         self.num_resets = int(state["num_resets"])

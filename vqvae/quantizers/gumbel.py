@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from vqvae.quantizers.base import (
@@ -15,6 +14,7 @@ from vqvae.quantizers.base import (
     assignment_entropy,
     entropy_weight,
     option,
+    process_rank,
 )
 from vqvae.quantizers.codebook import CodebookOptions, CodebookQuantizer, nearest_codes
 
@@ -126,8 +126,7 @@ class GumbelQuantizer(CodebookQuantizer):
     def noise(self, logits: Tensor) -> Tensor:
         """Gumbel noise for logits (N, K) of the next images of this step."""
         images = len(logits) // self.positions
-        rank = dist.get_rank() if dist.is_initialized() else 0
-        first = rank * (self.images_of_step or images) + self.images_before
+        first = process_rank() * (self.images_of_step or images) + self.images_before
         self.images_before += images
         generator = torch.Generator(logits.device)
         noise = torch.empty_like(logits)
