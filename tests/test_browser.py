@@ -50,9 +50,11 @@ def server(pipeline: Path) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     ) as process:
-        wait_for(lambda: answers(f"{address}/health"))
-        yield address
-        os.killpg(process.pid, signal.SIGKILL)
+        try:
+            wait_for(lambda: answers(f"{address}/health"))
+            yield address
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="module")
