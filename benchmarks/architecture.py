@@ -16,8 +16,8 @@ BOXES = {
     "utils/evaluation": (4.6, 4.4),
     "utils/data": (4.6, 2.7),
     "utils": (3.2, 0.9),
-    "vqvae": (7.9, 4.6),
-    "transformer": (10.4, 4.6),
+    "vqvae": (7.6, 4.6),
+    "transformer": (10.7, 4.6),
 }
 
 
