@@ -126,12 +126,18 @@ class LookupFreeQuantizer(Quantizer):
     and all combinations of bits common. Combinations are taken within groups of up to GROUP bits:
     exact up to K = 2^GROUP, beyond it an upper bound on the mean's entropy (arXiv 2409.04410,
     section 3.1).
+
+    The paper weights its losses, 0.25 and 0.1, against a reconstruction loss of order 1 (with LPIPS
+    and a discriminator), and the error of codes of fixed length does not shrink with the vectors
+    as that of learned codes does. `SCALE` brings both terms to the scale of a squared error of
+    images in [-1, 1].
     """
 
     options: LFQOptions
     bits: Tensor  # (D,)
     Options = LFQOptions
     usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
+    SCALE = 1 / 32
     GROUP = 9  # bits
     SOFTNESS = 1.0  # of the assignment of a vector to corners by squared distance
 
@@ -149,9 +155,10 @@ class LookupFreeQuantizer(Quantizer):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         indices = self.assign(vectors)
         codes = self.lookup(indices)
-        losses = {"commitment": self.options.commitment_cost * F.mse_loss(vectors, codes)}
-        if self.options.entropy_weight > 0:
-            losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
+        scale, options = self.SCALE, self.options
+        losses = {"commitment": scale * options.commitment_cost * F.mse_loss(vectors, codes)}
+        if options.entropy_weight > 0:
+            losses["entropy"] = scale * options.entropy_weight * self.entropy_loss(vectors)
         return straight_through(vectors, codes), indices, losses
 
     def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
