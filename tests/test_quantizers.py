@@ -220,6 +220,19 @@ def test_fsq_indices_and_codes_are_a_bijection(levels: tuple[int, ...]) -> None:
         assert len(steps.unique()) == count
 
 
+@pytest.mark.parametrize("levels", [(2, 2, 2), (8, 2), (3, 2, 5), (4, 4)])
+def test_every_dimension_of_fsq_starts_alive(levels: tuple[int, ...]) -> None:
+    """With 2 levels, the tanh began at its end: one level for all, and hardly a gradient."""
+    quantizer = make("fsq", levels=levels)
+    vectors = torch.randn(500, len(levels), requires_grad=True)
+    z_q, indices, _ = quantizer.quantize(vectors)
+    z_q.sum().backward()
+    assert (vectors.grad.abs().mean(dim=0) > 0.1).all()
+    for dimension, count in enumerate(levels):
+        used = (indices // quantizer.strides[dimension] % count).bincount(minlength=count)
+        assert used.min() > 500 / count / 10
+
+
 def test_fsq_agrees_with_an_independent_implementation() -> None:
     oracle = pytest.importorskip("vector_quantize_pytorch").FSQ([8, 5, 5, 5])
     quantizer = make("fsq", levels=(8, 5, 5, 5)).eval()

@@ -75,7 +75,9 @@ class FiniteScalarQuantizer(Quantizer):
         # With an even number of levels, 0 falls on the lower of the two in the middle.
         middle = (self.levels // 2).float()
         offset = torch.where(self.levels % 2 == 0, 0.5, 0.0)
-        return (vectors + (offset / spread).atanh()).tanh() * spread - offset + middle
+        # With 2 levels that would be the end of the tanh, without a gradient: 0 is between them.
+        shift = torch.where(self.levels == 2, 0.0, (offset / spread).atanh())
+        return (vectors + shift).tanh() * spread - offset + middle
 
     def round(self, steps: Tensor) -> Tensor:
         return steps.round().clamp(min=0).minimum(self.levels - 1)
