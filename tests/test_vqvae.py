@@ -8,7 +8,7 @@ import torch
 
 import train_vqvae
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
-from vqvae.model import Attention
+from vqvae.model import Attention, ResidualBlock
 
 SMALL = {"image_size": (16, 32), "in_channels": 3, "channels": 32}
 SHAPES = pytest.mark.parametrize(
@@ -41,13 +41,26 @@ def test_a_decoded_image_has_the_shape_of_the_encoded(settings: dict) -> None:
 
 def test_attention_is_softmax_over_all_cells() -> None:
     torch.manual_seed(0)
-    attention, x = Attention(32), torch.randn(2, 32, 3, 5)
+    attention, x = Attention(VQVAEConfig(), 32), torch.randn(2, 32, 3, 5)
     q, k, v = (
         project(attention.norm(x)).flatten(2) for project in (attention.q, attention.k, attention.v)
     )
     weights = (torch.einsum("bci,bcj->bij", q, k) * 32**-0.5).softmax(dim=2)
     mixed = torch.einsum("bij,bcj->bci", weights, v).view_as(x)
     assert torch.allclose(attention(x), x + attention.proj_out(mixed), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "channels", "groups"),
+    [({"channels_per_group": 8}, width, groups) for width, groups in ((32, 4), (64, 8), (12, 3))]
+    + [({}, width, groups) for width, groups in ((32, 32), (512, 32), (12, 4))],
+)
+def test_groups_of_group_norm_have_a_given_number_or_size(
+    settings: dict, channels: int, groups: int
+) -> None:
+    """32 groups of 32 channels normalise each channel by itself."""
+    norm = ResidualBlock(VQVAEConfig(**settings), channels, channels).norm1
+    assert norm.num_groups == groups
 
 
 @pytest.mark.parametrize(

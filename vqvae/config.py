@@ -58,6 +58,9 @@ class VQVAEConfig:
         "convolutions",
         min=0,
     )
+    channels_per_group: int = option(
+        0, "channels that GroupNorm normalises together; 0: 32 groups, whatever the width", min=0
+    )
     dropout: float = option(0.0, "dropout in the residual blocks", max=1, training_only=True)
 
     @classmethod

@@ -60,7 +60,7 @@ class Format:
 # Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
 # scale of the codebook's term has no effect with Adam, as no other term moves the codes.)
 LEGACY_COMMITMENT_COST = 1.0
-FIXED = {"patch_size": 1, "mid_blocks": 2}  # all of them
+FIXED = {"patch_size": 1, "mid_blocks": 2, "channels_per_group": 0}  # all of them
 QUANT_CONV = {r"^encoder\.quant_conv": "quant_conv", r"^decoder\.post": "post"}
 FORMATS = {
     # github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py
@@ -196,12 +196,11 @@ def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any
     beta = 0.25 if quantizer == "ema" else layout.commitment_cost
     return {
         "in_channels": in_channels,
-        "patch_size": 1,
+        **FIXED,
         "channels": channels,
         "channel_multipliers": tuple(width // channels for width in widths),
         "num_res_blocks": len(numbers(down + ".0.block.{i}.conv1.weight")),
         "attention_levels": tuple(numbers(down + ".{i}.attn.0.norm.weight")),
-        "mid_blocks": 2,
         "mid_attention": layout.key("encoder.mid.1.norm.weight") in state,
         "z_channels": len(state["encoder.conv_out.weight"]),
         "quantizer": quantizer,

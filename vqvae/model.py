@@ -21,20 +21,22 @@ from vqvae.config import FORMAT_VERSION, VQVAEConfig
 from vqvae.quantizers import QUANTIZERS, Quantized
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or with as many of them as divide `channels`."""
-    return nn.GroupNorm(gcd(32, channels), channels, eps=1e-6)
+def group_norm(config: VQVAEConfig, channels: int) -> nn.GroupNorm:
+    """GroupNorm with `channels_per_group`, or 32 groups where it is 0, as far as these divide."""
+    size = config.channels_per_group
+    groups = channels // gcd(size, channels) if size else gcd(32, channels)
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
     """(B, in_channels, h, w) -> (B, out_channels, h, w): twice GroupNorm, SiLU, 3x3 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
+    def __init__(self, config: VQVAEConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(config, in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
-        self.dropout = nn.Dropout(dropout)
+        self.norm2 = group_norm(config, out_channels)
+        self.dropout = nn.Dropout(config.dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         same = in_channels == out_channels
         self.nin_shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
@@ -48,9 +50,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """(B, channels, h, w) -> the same: GroupNorm, self-attention of all positions with one head."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, config: VQVAEConfig, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(config, channels)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -107,10 +109,11 @@ class Level(nn.Module):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
         self.block = nn.ModuleList(
-            ResidualBlock(before, after, config.dropout) for before, after in pairwise(widths)
+            ResidualBlock(config, before, after) for before, after in pairwise(widths)
         )
         self.attn = nn.ModuleList(
-            Attention(out_channels) if attention else nn.Identity() for _ in range(num_blocks)
+            Attention(config, out_channels) if attention else nn.Identity()
+            for _ in range(num_blocks)
         )
         self.resample = resample
 
@@ -123,10 +126,10 @@ class Level(nn.Module):
 def middle(config: VQVAEConfig, channels: int) -> nn.Sequential:
     """Layers at the lowest resolution: residual blocks, attention after the first."""
     layers: list[nn.Module] = [
-        ResidualBlock(channels, channels, config.dropout) for _ in range(config.mid_blocks)
+        ResidualBlock(config, channels, channels) for _ in range(config.mid_blocks)
     ]
     if config.mid_attention:
-        layers.insert(1, Attention(channels))
+        layers.insert(1, Attention(config, channels))
     return nn.Sequential(*layers)
 
 
@@ -148,7 +151,7 @@ class Encoder(nn.Module):
                 Level(config, before, width, config.num_res_blocks, attention, resample)
             )
         self.mid = middle(config, widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z or dim, 3, padding=1)
         self.quant_conv = nn.Conv2d(z, dim, 1) if z else nn.Identity()
 
@@ -184,7 +187,7 @@ class Decoder(nn.Module):
             self.up.append(
                 Level(config, before, width, config.num_res_blocks + 1, attention, resample)
             )
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(config, widths[-1])
         pixels = config.in_channels * config.patch_size**2
         self.conv_out = nn.Conv2d(widths[-1], pixels, 3, padding=1)
 
