@@ -63,6 +63,18 @@ def test_groups_of_group_norm_have_a_given_number_or_size(
     assert norm.num_groups == groups
 
 
+def test_published_presets_have_32_groups_and_their_own_codes() -> None:
+    configs = {name: VQVAEConfig.from_preset(name) for name in PRESETS if name != "vqvae-small"}
+    assert all(config.channels_per_group == 0 for config in configs.values())
+    codes = {x: (c.quantizer, c.codebook_size, c.codebook_dim) for x, c in configs.items()}
+    # taming-transformers' f8 is a Gumbel VQGAN of 8,192 codes, its f16 has up to 16,384.
+    assert codes["vqgan-f8"] == codes["vqgan-f8-s2d"] == ("gumbel", 8192, 256)
+    assert codes["vqgan-f16"] == codes["vqgan-f16-s2d"] == ("vq", 16384, 256)
+    assert codes["llamagen-f16"] == ("cosine", 16384, 8)
+    other = VQVAEConfig.from_preset("vqgan-f8", quantizer="fsq", levels=(8, 8, 8))
+    assert (other.codebook_size, other.codebook_dim) == (512, 3)
+
+
 @pytest.mark.parametrize(
     ("preset", "factor"),
     [(name, int(name.split("-")[1][1:])) for name in PRESETS if "-f" in name],

@@ -88,7 +88,8 @@ class VQVAEConfig:
     def from_preset(cls, preset: str, **values: Any) -> Self:
         """A preset with other values; its codes give way to another quantizer, or to `levels`."""
         settings = dict(PRESETS[preset])
-        if values.get("quantizer", cls.quantizer) != settings.get("quantizer", cls.quantizer):
+        quantizer = settings.get("quantizer", cls.quantizer)
+        if values.get("quantizer", quantizer) != quantizer:
             settings.pop("codebook_dim", None)
         if "levels" in values:
             settings = {name: x for name, x in settings.items() if not name.startswith("codebook")}
@@ -207,8 +208,8 @@ def _vqgan(*multipliers: int, dim: int = 256, **settings: Any) -> Mapping[str, A
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "vqvae-small": {},
-        "vqgan-f8": _vqgan(1, 1, 2, 4),
-        "vqgan-f8-s2d": _vqgan(1, 2, 4, patch_size=2),
+        "vqgan-f8": _vqgan(1, 1, 2, 4, quantizer="gumbel", codebook_size=8192),
+        "vqgan-f8-s2d": _vqgan(1, 2, 4, patch_size=2, quantizer="gumbel", codebook_size=8192),
         "vqgan-f16": _vqgan(1, 1, 2, 2, 4),
         "vqgan-f16-s2d": _vqgan(1, 2, 2, 4, patch_size=2),
         "llamagen-f16": _vqgan(1, 1, 2, 2, 4, dim=8, quantizer="cosine"),
