@@ -34,7 +34,7 @@ DIGITS = {
     "gumbel": (0.036, 0.3),
     "fsq": (0.016, 0.9),
     "lfq": (0.017, 0.9),
-    "ibq": (0.036, 0.6),
+    "ibq": (0.018, 0.6),
     "residual": (0.012, 0.9),
 }
 
@@ -259,6 +259,22 @@ def test_residual_codes_have_an_entropy_term_also_where_nothing_is_left_over() -
     assert losses["entropy"].isfinite()
     losses["entropy"].backward()
     assert vectors.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("similarity", ["distance", "inner_product"])
+def test_ibq_chooses_codes_by_the_similarity_that_it_starts_them_by(similarity: str) -> None:
+    """Codes were k-means centres, but chosen by inner product: the longest ones won."""
+    quantizer = make("ibq", codebook_size=64, similarity=similarity)
+    vectors = torch.randn(5000, 8) + 2
+    quantizer.initialise(vectors)
+    indices = quantizer.assign(vectors)
+    assert len(indices.unique()) > 0.8 * 64
+    assert torch.equal(quantizer.logits(vectors).argmax(dim=1), indices)
+    scaled = QUANTIZERS["ibq"](quantizer.options)
+    scaled.initialise(100 * vectors)
+    if similarity == "distance":  # has no scale
+        logits = scaled.logits(100 * vectors)
+        torch.testing.assert_close(logits, quantizer.logits(vectors), atol=1e-3, rtol=1e-3)
 
 
 def test_gumbel_starts_from_k_means_with_every_code_in_use() -> None:

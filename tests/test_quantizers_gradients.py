@@ -74,9 +74,10 @@ def test_losses_move_codes_and_encoder_apart(name: str) -> None:
     assert torch.allclose(losses["commitment"], 0.5 * losses["codebook"])
 
 
-def test_index_backpropagation_is_the_gradient_of_the_softened_index() -> None:
+@pytest.mark.parametrize("similarity", ["distance", "inner_product"])
+def test_index_backpropagation_is_the_gradient_of_the_softened_index(similarity: str) -> None:
     torch.manual_seed(0)
-    quantizer = make("ibq", codebook_size=16)
+    quantizer = make("ibq", codebook_size=16, similarity=similarity, softmax_temperature=0.5)
     quantizer.initialised.fill_(True)
     vectors, grad = torch.randn(2, 9, 8)
     vectors.requires_grad_()
@@ -88,7 +89,10 @@ def test_index_backpropagation_is_the_gradient_of_the_softened_index() -> None:
         x.detach().clone().requires_grad_() for x in (vectors, quantizer.embedding.weight)
     )
     logits = other @ codebook.T
-    soft = logits.softmax(dim=1)
+    if similarity == "distance":
+        distances = (other[:, None] - codebook).square().sum(dim=2)
+        logits = -distances / distances.detach().mean(dim=1, keepdim=True)
+    soft = (logits / 0.5).softmax(dim=1)
     index = F.one_hot(logits.argmax(dim=1), 16) + soft - soft.detach()
     (index @ codebook).backward(grad)
     assert torch.allclose(found[0], other.grad, atol=1e-6)

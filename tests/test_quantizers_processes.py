@@ -135,7 +135,7 @@ def test_ema_codes_are_the_moving_averages_of_their_vectors() -> None:
         torch.testing.assert_close(quantizer.sums[code], 0.99 * sums[code] + 0.01 * mine.sum(0))
 
 
-@pytest.mark.parametrize("name", ["vq", "gumbel"])
+@pytest.mark.parametrize("name", ["vq", "ibq", "gumbel"])
 def test_a_dead_code_is_reset_to_a_vector_which_then_chooses_it(name: str) -> None:
     quantizer = make(name, codebook_size=4, codebook_dim=2)
     quantizer.initialise(torch.randn(40, 2))

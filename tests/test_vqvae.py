@@ -131,11 +131,22 @@ def test_a_model_folder_holds_the_whole_model(name: str, tmp_path: Path) -> None
     assert torch.equal(loaded.decode(indices), model.decode(indices))
 
 
+def test_a_folder_of_version_1_keeps_its_groups_and_its_inner_products(tmp_path: Path) -> None:
+    settings = {"quantizer": "ibq", "channels_per_group": 0, "similarity": "inner_product"}
+    model = VQVAE(VQVAEConfig.create(**SMALL, **settings))
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text()) | {"format_version": 1}
+    del values["channels_per_group"], values["similarity"]
+    file.write_text(json.dumps(values))
+    assert VQVAE.from_pretrained(tmp_path).config == model.config
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"model": "GPT"}, "holds a GPT, but a VQVAE is needed"),
-        ({"format_version": 99}, r"format_version is 99, but .* reads up to 1; update"),
+        ({"format_version": 99}, r"format_version is 99, but .* reads up to 2; update"),
         ({"format_version": None}, "format_version is None"),
         ({"channels": 64}, "does not fit config.json"),
         ({"channels": 1 << 16}, "does not fit config.json"),  # of which no memory is taken

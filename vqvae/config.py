@@ -8,7 +8,7 @@ from typing import Any, Self, get_type_hints
 from vqvae.quantizers import QUANTIZERS, QuantizerOptions
 from vqvae.quantizers.base import check_fields, option
 
-FORMAT_VERSION = 1  # of config.json; raised when an older version could misread it
+FORMAT_VERSION = 2  # of config.json; raised when an older version could misread it
 
 
 @dataclass(frozen=True)

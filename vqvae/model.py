@@ -276,6 +276,8 @@ class VQVAE(nn.Module):
                     f"its format_version is {version!r:.80}, but this version of the code reads "
                     f"up to {FORMAT_VERSION}; update the code"
                 )
+            if version < 2 and values.get("quantizer") == "ibq":
+                values["similarity"] = "inner_product"  # the only one there was
             config = VQVAEConfig.create(**values)
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error

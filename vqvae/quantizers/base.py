@@ -34,7 +34,7 @@ def commitment_cost() -> Any:
     return option(0.25, "beta, the weight of the encoder's term", training_only=True)
 
 
-def entropy_weight(default: float) -> Any:
+def entropy_weight(default: float | None) -> Any:
     """The option `entropy_weight`."""
     description = "weight of the entropy term: confident assignments, evenly used codes"
     return option(default, description, training_only=True)

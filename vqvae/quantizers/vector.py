@@ -126,15 +126,33 @@ class IBQOptions(CodebookOptions):
     """Options of `ibq`."""
 
     commitment_cost: float = commitment_cost()
-    # 0.05 in the paper, with batches in which most codes occur.
-    entropy_weight: float = entropy_weight(0.2)
+    entropy_weight: float = entropy_weight(None)
+    similarity: str = option(
+        "distance",
+        "what makes a code near: a small `distance`, or a large `inner_product` (the paper's)",
+        choices=("distance", "inner_product"),
+    )
+    softmax_temperature: float = option(
+        0.2,
+        "of the softmax that passes gradients to all codes; with distance, in units of a vector's "
+        "mean squared distance to the codes",
+        min=1e-3,
+        training_only=True,
+    )
+
+    def __post_init__(self) -> None:
+        if self.entropy_weight is None:  # longer codes win more inner products without this term
+            weight = 0.2 if self.similarity == "inner_product" else 0.0
+            object.__setattr__(self, "entropy_weight", weight)
+        super().__post_init__()
 
 
 class IndexBackpropagationQuantizer(CodebookQuantizer):
     """Index backpropagation (arXiv 2412.02692, section 3.2): argmax forward, softmax backward.
 
-    A vector's code is the one with the largest inner product. All codes get a gradient in every
-    step. Training computes N x K logits.
+    All codes get a gradient in every step. The logits are -|z - c|^2, in units of a vector's mean
+    squared distance to the codes, or inner products, as in the paper. Training computes N x K
+    logits.
     """
 
     options: IBQOptions
@@ -142,24 +160,44 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
     ENTROPY_TEMPERATURE = 0.01  # section 4.1 of the paper
 
     def assign(self, vectors: Tensor) -> Tensor:
+        if self.options.similarity == "distance":
+            return super().assign(vectors)
         codebook = self.codebook
         return nearest_codes(vectors, codebook, codebook.new_zeros(len(codebook)))
 
+    def logits(self, vectors: Tensor) -> Tensor:
+        """Vectors (N, D) -> logits of all codes (N, K)."""
+        products = vectors @ self.codebook.T
+        if self.options.similarity == "inner_product":
+            return products
+        lengths = vectors.square().sum(dim=1, keepdim=True) + self.codebook.square().sum(dim=1)
+        distances = (lengths - 2 * products).clamp_min(0)
+        mean = distances.detach().mean(dim=1, keepdim=True)
+        return -distances / mean.clamp_min(1e-12)
+
     def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
-        return [vectors @ self.codebook.T / self.ENTROPY_TEMPERATURE]
+        return [self.logits(vectors) / self.ENTROPY_TEMPERATURE]
+
+    @torch.no_grad()
+    def set_codes(self, numbers: Tensor, vectors: Tensor) -> None:
+        if self.options.similarity == "inner_product":
+            # With codes of one length, a vector's own direction has the largest inner product.
+            everything = len(numbers) == self.options.codebook_size
+            lengths = (vectors if everything else self.codebook).norm(dim=1)
+            vectors = F.normalize(vectors, dim=1) * lengths.mean()
+        super().set_codes(numbers, vectors)
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         indices = self.assign_and_record(vectors.detach())
         z_q = codes = self.lookup(indices)
         learns = torch.is_grad_enabled()  # otherwise the N x K logits are not needed
         if learns:
-            soft = (vectors @ self.codebook.T).softmax(dim=1) @ self.codebook.detach()
+            logits = self.logits(vectors) / self.options.softmax_temperature
+            soft = logits.softmax(dim=1) @ self.codebook.detach()
             z_q = codes + (soft - soft.detach())  # one-hot + softmax - its value, times the codes
         losses = {
             # Double quantization loss (equation 5): also through the indices. Beta weights the
-            # encoder's term, as everywhere here. The paper's weight of 1 there, and a term of beta
-            # for the assigned code alone, were no better on MNIST at this entropy weight; at the
-            # paper's entropy weight most codes died.
+            # encoder's term, as everywhere here.
             "codebook": F.mse_loss(z_q, vectors),
             "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
         }
