@@ -48,6 +48,7 @@ def train(model: VQVAE, dataset: ImageDataset, rows: Tensor, flags: argparse.Nam
                 loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
                 loss.backward()
                 optimizer_step(optimizer, rate, max_grad_norm=1.0)
+                model.quantizer.end_step()
                 done += len(images)
             epoch += 1
 

@@ -88,12 +88,14 @@ def test_presets_are_buildable_and_downsample_by_their_name(preset: str, factor:
 
 def test_flags_override_a_preset_wherever_they_stand() -> None:
     words = "--path_to_data x --codebook_size 99 --preset vqgan-f16 --no-mid_attention"
-    _, config = train_vqvae.read_start("", train_vqvae.make_parser().parse_args(words.split()))
+    _, config = train_vqvae.read_start(
+        train_vqvae.StartConfig(), train_vqvae.make_parser().parse_args(words.split())
+    )
     assert (config.codebook_size, config.codebook_dim) == (99, 256)
     assert not config.mid_attention
     assert config.channel_multipliers == (1, 1, 2, 2, 4)
     plain = train_vqvae.make_parser().parse_args(["--path_to_data", "x"])
-    assert train_vqvae.read_start("", plain)[1] == VQVAEConfig()
+    assert train_vqvae.read_start(train_vqvae.StartConfig(), plain)[1] == VQVAEConfig()
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,8 @@ class VQVAE(nn.Module):
     >>> tokenizer = VQVAE(VQVAEConfig(image_size=(24, 40), in_channels=3)).eval()
     >>> indices = tokenizer.encode(images)  # (B, 3, 24, 40) in [-1, 1] -> (B, 6, 10)
     >>> images = tokenizer.decode(indices)  # and back, clamped to [-1, 1]
+
+    A training loop calls `quantizer.end_step()` after each optimiser step.
     """
 
     def __init__(self, config: VQVAEConfig) -> None:
