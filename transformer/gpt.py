@@ -60,7 +60,7 @@ class GPT(nn.Module):
         if config.order_anneal is not None:
             self.target_embedding = nn.Embedding(positions, config.dim)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
         self.head = Head(config.dim, config.codebook_size, config.depth)
         self._initialise()

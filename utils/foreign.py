@@ -76,7 +76,7 @@ def _flatten(content: Any) -> dict[str, Any]:
             values[name.removesuffix(".")] = value
         elif id(value) not in seen:
             seen.add(id(value))
-            remaining += [(f"{name}{key}.", one) for key, one in reversed(value.items())]
+            remaining += [(f"{name}{key}.", one) for key, one in reversed(list(value.items()))]
     return values
 
 
@@ -102,7 +102,9 @@ def _read(path: Path) -> Any:
                     raise UserError(f"{path} is a compressed archive, not a file of torch.save")
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # A class for each name: what a checkpoint calls is compared with them one by one.
-        placeholders = [(type("Placeholder", (_Placeholder,), {}), name) for name in names]
+        placeholders: list[Any] = [
+            (type("Placeholder", (_Placeholder,), {}), name) for name in names
+        ]
         with (
             warnings.catch_warnings(action="ignore"),  # of unusual pickles
             torch.serialization.safe_globals(placeholders),

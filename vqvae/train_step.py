@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
@@ -59,7 +60,7 @@ def forward_backward(
     if adversary is not None and phase == "joint":
         adversary.schedule.advance()
     frozen = phase == "discriminator only"  # the tokenizer, whose codes must not follow the batch
-    tokenizer = getattr(model, "module", model)
+    tokenizer: Any = getattr(model, "module", model)
     micro_batches = images.chunk(accumulate)
     if not frozen:
         with autocast():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +95,7 @@ class CodebookQuantizer(Quantizer):
     rng_offset: Tensor
     Options = CodebookOptions
     supports_reset = True
-    uncompiled = ("batch_mean", "assign_and_record")
+    uncompiled: ClassVar[tuple[str, ...]] = ("batch_mean", "assign_and_record")
     usage_hint = (
         "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
         "learning_rate"
