@@ -187,6 +187,7 @@ def open_run(
     state: TrainState,
     output_dir: Path,
     run_name: str,
+    flags: cli.Flags,
     data: IndexDataset,
     tokenizer: LoadedModel | None,
 ) -> tracking.Run:
@@ -202,11 +203,12 @@ def open_run(
         run_id=state.progress.run_id or None,
         continued=bool(state.progress.run_id),
         logged=state.progress.logged,
-        experiment=state.config.experiment or tracking.experiment_of(tokenizer_run_id),
+        experiment=state.config.experiment,
         run_name=run_name,
         enabled=state.group.is_main,
         config=settings,
         params=data.params | params,
+        flags=flags,
         tags={"tokenizer_run_id": tokenizer_run_id},
         inputs={settings["path_to_data"]: digest(data.path)}
         | ({} if tokenizer is None else {settings["model_dir"]: tokenizer.sha256}),
@@ -300,9 +302,11 @@ def main(arguments: argparse.Namespace) -> None:
     loss = partial(loss, forward=group.wrap(model))
 
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
-    name = config.run_name or name
-    output_dir = find_output_dir(config.output_dir, resumed, name)
-    run = open_run(state, output_dir, name, data, tokenizer)
+    flags = cast(cli.Flags, arguments)
+    name = tracking.name_of(flags, name)
+    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
+    name = name if config.output_dir else output_dir.name
+    run = open_run(state, output_dir, name, flags, data, tokenizer)
     origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
     vocabulary = {FILE: data.vocabulary.content()}
     checkpoints = Checkpointer(run, state.checkpoint, origin, resumed, vocabulary)

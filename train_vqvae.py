@@ -172,7 +172,7 @@ def build_adversary(
 
 
 def open_run(
-    state: TrainState, output_dir: Path, run_name: str, start: LoadedModel | None
+    state: TrainState, output_dir: Path, run_name: str, flags: cli.Flags, start: LoadedModel | None
 ) -> tracking.Run:
     """The MLflow run of this training: a new one, or the one that a resumed training continues."""
     settings, model = state.settings | {"run_name": run_name}, cast(VQVAE, state.model)
@@ -192,6 +192,7 @@ def open_run(
         enabled=state.group.is_main,
         config=settings,
         params=params,
+        flags=flags,
         inputs={settings["path_to_data"]: sources.digest(settings["path_to_data"])}
         | ({} if start is None else {settings["init_from"]: start.sha256}),
         upstream=() if start is None else start.lineage,
@@ -337,9 +338,11 @@ def main(arguments: argparse.Namespace) -> None:
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
     options["last_layer"] = model.decoder.conv_out.weight
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
-    name = config.run_name or f"{name}-f{model.config.downsampling}"
-    output_dir = find_output_dir(config.output_dir, resumed, name)
-    run = open_run(state, output_dir, name, start)
+    flags = cast(cli.Flags, arguments)
+    name = tracking.name_of(flags, f"{name}-f{model.config.downsampling}")
+    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
+    name = name if config.output_dir else output_dir.name
+    run = open_run(state, output_dir, name, flags, start)
     origin = Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
     checkpoints = Checkpointer(run, state.checkpoint, origin, resumed)
     if group.is_main:

@@ -315,7 +315,7 @@ def main(arguments: argparse.Namespace) -> None:
                     picture_of(known, completed, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
                 write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
-        run.folder(output_dir, output_dir.name)
+        run.folder(output_dir, f"generated/{output_dir.name}")
 
     if known is not None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -204,10 +205,12 @@ def test_commands_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unused(tmp_path: Path) -> None:
-    for name in ("run", "run-2", "run-3"):
-        path = cli.unused(tmp_path / "run")
-        assert path == tmp_path / name
-        path.mkdir()
+    """Two starts at once wrote into one folder."""
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(cli.unused, [tmp_path / "deep" / "run"] * 8))
+    names = ["run", *(f"run-{number}" for number in range(2, 9))]
+    assert {path.name for path in found} == set(names)
+    assert all(path.is_dir() for path in found)
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,16 @@ def test_mlflow_has_it_all(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> N
     wanted = {"train/bits_per_token", "val/bits_per_token", "val/unigram_bits_per_token"}
     assert wanted <= set(gpt.data.metrics)
 
-    def artifacts(run: object) -> set[str]:
-        return {file.path for file in client.list_artifacts(run.info.run_id)}
+    def artifacts(run: object, folder: str | None = None) -> set[str]:
+        return {file.path for file in client.list_artifacts(run.info.run_id, folder)}
 
     assert {"checkpoints", "indices", "images", "tables", "config.json"} <= artifacts(tokenizer)
-    assert {"checkpoints", "samples"} <= artifacts(gpt)
+    assert {"checkpoints", "generated"} <= artifacts(gpt)
+    assert artifacts(gpt, "generated") == {"generated/samples", "generated/images"}
+    for run in runs:  # MLflow's UI shows no picture of a run that has another file there
+        assert all("+step+" in name for name in artifacts(run, "images"))
+    assert "-window_size" not in gpt.info.run_name
+    assert gpt.info.run_name.endswith("-max_epochs4-num_heads2")
     steps = [point.step for point in client.get_metric_history(tokenizer.info.run_id, "val/mse")]
     assert steps[0] == 0
     assert len(steps) == 4

@@ -61,7 +61,7 @@ from utils.training.state import CheckpointState, Progress
 
 group, net = Distributed(0, 1, torch.device("cpu")), Net()
 run = Run(Path("out"), stage="gpt", experiment="tests")
-run._queues[0].put(lambda: time.sleep(60))
+run._queues[0].put("metric", lambda: time.sleep(60))
 progress = Progress(run_id=run.run_id)
 checkpoints = Checkpointer(run, CheckpointState(group, net, {}, progress), Provenance(), None)
 

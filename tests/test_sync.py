@@ -13,7 +13,7 @@ from utils import tracking
 from utils.cli import UserError
 from utils.tracking import __main__ as command
 from utils.tracking import sync
-from utils.tracking.store import LINEAGE
+from utils.tracking.opening import LINEAGE
 from utils.tracking.sync import EVENTS, METRICS, Event
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses

@@ -1,5 +1,7 @@
 """An MLflow server that is slow, hangs or dies does no harm to a training."""
 
+import contextlib
+import datetime
 import json
 import os
 import shutil
@@ -9,16 +11,39 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
 from tests.conftest import PICTURE, environment, lines_of, open_run
 from utils import addresses, tracking
-from utils.tracking import sync
+from utils.cli import UserError
+from utils.tracking import run as tracking_run
+from utils.tracking import store, sync
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
+# Behind its own certificate, for a user with a password.
+GUARDED = """
+import base64, ssl
+password = "Basic " + base64.b64encode(b"alice:hush").decode()
+
+def guarded(environ, start):
+    if environ.get("HTTP_AUTHORIZATION") == password:
+        return app(environ, start)
+    start("401 Unauthorized", [("WWW-Authenticate", "Basic")])
+    return [b"who are you?"]
+
+context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+context.load_cert_chain("certificate.pem", "key.pem")
+server = make_server("localhost", 0, guarded, threaded=True, ssl_context=context)
+"""
 SERVER = """
 import logging
 from mlflow.server import app
@@ -33,16 +58,10 @@ server.serve_forever()
 """
 
 
-@pytest.fixture(scope="module")
-def server_process(
-    first_starts: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen, str]]:
-    """An MLflow server (`mlflow server` takes much longer to start) and its address.
-
-    The last test of this file kills it.
-    """
-    folder = tmp_path_factory.mktemp("server")
-    shutil.copy(first_starts[0] / "mlflow.db", folder)
+@contextlib.contextmanager
+def start_server(folder: Path, database: Path, code: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """An MLflow server (`mlflow server` takes much longer to start) and its port."""
+    shutil.copy(database, folder)
     settings = {
         "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
         "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
@@ -50,14 +69,153 @@ def server_process(
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
     }
     with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
+        [sys.executable, "-c", code],
         cwd=folder,
         env=environment(**settings),
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        yield process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
+        yield process, process.stdout.readline().strip()
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def server_process(
+    first_starts: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A server and its address. The last test of this file kills it."""
+    folder = tmp_path_factory.mktemp("server")
+    with start_server(folder, first_starts[0] / "mlflow.db", SERVER) as (process, port):
+        yield process, f"http://127.0.0.1:{port}"
+
+
+def write_certificate(folder: Path) -> None:
+    """A certificate of localhost that nobody else has signed, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    signed = builder.add_extension(names, critical=False).sign(key, hashes.SHA256())
+    (folder / "certificate.pem").write_bytes(signed.public_bytes(Encoding.PEM))
+    form = PrivateFormat.PKCS8, NoEncryption()
+    (folder / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, *form))
+
+
+def test_a_server_with_a_password_and_its_own_certificate(
+    first_starts: tuple[Path, list[str]],
+    own_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    write_certificate(own_folder)
+    old, new = SERVER.split("server = make_server")
+    code = f"{old}{GUARDED}" + new.split("\n", 1)[1]
+    with start_server(own_folder, first_starts[0] / "mlflow.db", code) as (_, port):
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://localhost:{port}")
+        with pytest.raises(UserError, match="MLFLOW_TRACKING_SERVER_CERT_PATH"):
+            open_run()
+        monkeypatch.setenv("MLFLOW_TRACKING_SERVER_CERT_PATH", str(own_folder / "certificate.pem"))
+        with pytest.raises(UserError, match="set MLFLOW_TRACKING_USERNAME"):
+            open_run()
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+        with pytest.raises(UserError, match="set MLFLOW_TRACKING_USERNAME") as caught:
+            open_run()
+        assert "wrong" not in str(caught.value)
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hush")
+        with open_run() as run:
+            log(run, 0)
+        assert steps_in_mlflow(run) == [0]
+        assert addresses.fetch(f"runs:/{run.run_id}/metrics.jsonl").is_file()
+        # Also where the address holds the password.
+        monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://alice:hush@localhost:{port}")
+        with open_run("second") as second:
+            second.metrics("train", {"loss": 1.0}, 1)
+        said = "".join(capsys.readouterr()) + second.ui_hint
+    assert "hush" not in said
+    assert "warning" not in said
+
+
+def make_queue(**options: object) -> tuple[sync.AsyncQueue, list[Exception]]:
+    errors: list[Exception] = []
+    options = {"in_order": False, "on_error": errors.append, "is_final": lambda _: False} | options
+    return sync.AsyncQueue(**options), errors
+
+
+def test_a_failing_upload_keeps_no_other_from_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.01)
+    done: list[int] = []
+
+    def fail() -> None:
+        raise OSError("full")
+
+    queue, errors = make_queue()
+    queue.put("model", fail, 100)
+    for number in range(3):
+        queue.put("picture", partial(done.append, number))
+    wait_for(lambda: done == [0, 1, 2])
+    queue.close()
+    assert not queue.join(5)
+    assert queue.left() == [("model", 100)]
+    assert errors
+
+
+def test_calls_in_order_are_repeated_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sync, "RETRY_SECONDS", 0.01)
+    done: list[int] = []
+    failures = iter([OSError("away")] * 3)
+
+    def first() -> None:
+        for error in failures:
+            raise error
+        done.append(0)
+
+    queue, _ = make_queue(in_order=True)
+    queue.put("metric", first)
+    queue.put("metric", partial(done.append, 1))
+    wait_for(lambda: done == [0, 1])
+    queue.close()
+    assert queue.join(5)
+
+
+def test_an_upload_is_awaited_as_long_as_others_arrive() -> None:
+    queue, _ = make_queue()
+    for _ in range(5):
+        queue.put("picture", partial(time.sleep, 0.2))
+    queue.close()
+    assert queue.join(0.5)  # for each of them
+    queue, _ = make_queue()
+    queue.put("model", partial(time.sleep, 3))
+    queue.close()
+    started = time.monotonic()
+    assert not queue.join(0.3)
+    assert time.monotonic() - started < 2
+
+
+def test_a_slow_upload_holds_up_no_metric_and_arrives(
+    server: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The server confirms late, as one that passes a large model on to a bucket."""
+    monkeypatch.setattr(tracking_run, "SILENT_SECONDS", 0.1)
+    real = store.log_image
+
+    def slow(*arguments: object) -> None:
+        time.sleep(2)
+        real(*arguments)
+
+    monkeypatch.setattr(store, "log_image", slow)
+    with open_run() as run:
+        run.picture("samples", PICTURE, 0)
+        run.metrics("train", {"loss": 1.0}, 1)
+        wait_for(lambda: steps_in_mlflow(run) == [1], seconds=1.5)
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert "MB to MLflow; Ctrl-C leaves the rest to --replay" in said.out
+    assert not sync.replay(addresses.open_client(), Path("out")).total()
 
 
 @pytest.fixture
@@ -172,9 +330,11 @@ def test_a_server_that_dies(
     started = time.monotonic()
     run.close()
     assert time.monotonic() - started < 30
-    (warning,) = capsys.readouterr().err.splitlines()
+    warning, last = capsys.readouterr().err.splitlines()
     assert warning.startswith("warning: MLflow")
     assert str(run.output_dir) in warning
+    assert last.startswith("warning: not in MLflow: 19 metrics, 1 status, ")
+    assert "--replay out" in last
     assert not caplog.records  # without pytest they would be on stderr, too
     assert [line["step"] for line in lines_of(run)] == list(range(20))
     assert len(list((run.output_dir / "pictures").iterdir())) == 20

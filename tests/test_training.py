@@ -253,8 +253,8 @@ def test_gradients_are_clipped_together() -> None:
 def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert find_output_dir("", None, "mine") == Path("outputs/mine")
-    Path("outputs/mine").mkdir(parents=True)
     assert find_output_dir("", None, "mine") == Path("outputs/mine-2")
+    assert find_output_dir("", None, "mine", is_main=False) == Path("outputs/mine")
     assert find_output_dir("here", None, "mine") == Path("here")
     resumed = Path("there/checkpoints/step-00000003")
     assert find_output_dir("", resumed, "mine") == Path("there")

@@ -8,7 +8,8 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,21 @@ from utils.cli import UserError, one_line
 
 MLFLOW = ("runs:/", "models:/")
 OUTPUT_TAG = "output_dir"  # the tag of a training's run that holds its output folder
-START_OR_UNSET = "start the server or unset MLFLOW_TRACKING_URI to write to ./mlflow.db"
+NOT_INSTALLED = "MLflow is not installed (pip install mlflow)"
+START_SECONDS = 20  # for the first answer of a server
+QUIET = {
+    "alembic": logging.WARNING,
+    "mlflow.store.db.utils": logging.CRITICAL,  # tracebacks
+    "mlflow.tracking.context": logging.ERROR,  # no git
+    "urllib3.connectionpool": logging.ERROR,  # one line per attempt
+}
+CREDENTIALS = (
+    (re.compile(r"//[^/\s]*@"), "//"),
+    (
+        re.compile(r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"),
+        r"\1...",
+    ),
+)
 
 
 def fetch(address: str) -> Path:
@@ -65,39 +80,69 @@ def _download(url: str) -> Path:
 
 def tracking_uri() -> str:
     """The address of the MLflow store: MLFLOW_TRACKING_URI, or ./mlflow.db."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+    path = str(Path("mlflow.db").resolve())
+    if {"%", "?", "#"} & set(path):  # have a meaning in an address
+        path = "mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{path}"
+
+
+def is_installed() -> bool:
+    """Whether this machine has MLflow."""
+    try:
+        import mlflow  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def open_client() -> Any:
     """An MLflow client of the tracking store, which is created where it is missing.
 
     Raises:
-        UserError: MLFLOW_TRACKING_URI names no usable MLflow store.
+        UserError: there is no MLflow, or MLFLOW_TRACKING_URI names no usable store.
     """
+    if not is_installed():
+        raise UserError(f"{NOT_INSTALLED}; this needs it")
     import mlflow
 
-    for name, level in (
-        ("alembic", logging.WARNING),
-        ("mlflow.store.db.utils", logging.CRITICAL),  # tracebacks
-        ("urllib3.connectionpool", logging.ERROR),  # one line per attempt
-    ):
+    for name, level in QUIET.items():
         logging.getLogger(name).setLevel(level)
     uri = tracking_uri()
     database = uri.removeprefix("sqlite:///")
     # Two processes that create the tables of a new database at once would break it.
     lock = FileLock(database + ".lock") if database != uri else nullcontext()
-    with store_errors(f"cannot use MLflow at {without_credentials(uri)}", START_OR_UNSET), lock:
+    with store_errors(f"cannot use MLflow at {without_credentials(uri)}", how_to_connect), lock:
         client = mlflow.MlflowClient(uri)
-        client.search_experiments(max_results=1)
+        ask = functools.partial(client.search_experiments, max_results=1)
+        ask() if database != uri else within(START_SECONDS, ask)
     return client
 
 
+def within(seconds: float, call: Callable[[], Any]) -> None:
+    """Make a call in a thread; a TimeoutError if it takes longer."""
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        raise TimeoutError(f"no answer within {seconds} s")
+    if errors:
+        raise errors[0]
+
+
 @contextmanager
-def store_errors(what: str, remedy: str = "") -> Iterator[None]:
+def store_errors(what: str, remedy: Callable[[str], str] = lambda _: "") -> Iterator[None]:
     """Report any error as one line: each kind of MLflow or artifact store raises errors of its own.
 
     Raises:
-        UserError: `what` and the error, without passwords, and the remedy.
+        UserError: `what` and the error, without passwords, and the `remedy` for it.
     """
     try:
         yield
@@ -105,12 +150,27 @@ def store_errors(what: str, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         text = without_credentials(one_line(error))
-        raise UserError(f"{what} ({text})" + f"; {remedy}" * bool(remedy)) from error
+        raise UserError(
+            "; ".join(filter(None, (f"{what} ({text})", remedy(str(error)))))
+        ) from error
+
+
+def how_to_connect(error: str) -> str:
+    """What to do about an error of the MLflow store when it is opened."""
+    if re.search(r"error code 40[13]|Unauthorized", error):
+        return "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    if "CERTIFICATE_VERIFY_FAILED" in error:
+        return "name the server's certificate in MLFLOW_TRACKING_SERVER_CERT_PATH"
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return "start the server or unset MLFLOW_TRACKING_URI to write to ./mlflow.db"
+    return "make that file writable, or name another store in MLFLOW_TRACKING_URI"
 
 
 def without_credentials(text: str) -> str:
     """The text without user names and passwords in URLs."""
-    return re.sub(r"//[^/\s]*@", "//", text)
+    for pattern, replacement in CREDENTIALS:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def find_run(run_id: str, client: Any = None) -> Any:
@@ -119,16 +179,10 @@ def find_run(run_id: str, client: Any = None) -> Any:
     Raises:
         UserError: the store has no such run, or it is deleted.
     """
-    from mlflow.exceptions import MlflowException
-
-    where = without_credentials(tracking_uri())
-    try:
-        run = (client or open_client()).get_run(run_id)
-    except MlflowException as error:
-        raise UserError(
-            f"no MLflow run {run_id!r} in {where}; copy the run id from mlflow ui or from the "
-            "output of the previous stage"
-        ) from error
+    client, where = client or open_client(), without_credentials(tracking_uri())
+    remedy = "copy the run id from mlflow ui or from the output of the previous stage"
+    with store_errors(f"no MLflow run {run_id!r} in {where}", lambda _: remedy):
+        run = client.get_run(run_id)
     if run.info.lifecycle_stage == "deleted":
         raise UserError(
             f"the MLflow run {run_id} in {where} is deleted; restore it, or name another"

@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import errno
-import itertools
 import os
 import shlex
 import sys
@@ -234,7 +233,6 @@ def configure_process() -> None:
     """Set defaults of libraries in the environment, before they are imported."""
     # MLflow waits for four minutes in each call unless it is told otherwise.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -337,9 +335,19 @@ def command_line() -> str:
 
 
 def unused(path: Path) -> Path:
-    """`path`, or where that exists already the first of path-2, path-3, ..."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(one for one in itertools.chain([path], numbered) if not one.exists())
+    """A new folder: `path`, or where that exists the first of path-2, path-3, ...
+
+    It is created at once, so that of several processes each gets its own.
+    """
+    folder, number = path, 1
+    while True:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+            folder = path.with_name(f"{path.name}-{number}")
+        else:
+            return folder
 
 
 def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:

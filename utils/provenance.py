@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+from utils.addresses import without_credentials
 from utils.cli import UserError, command_line, one_line
 from utils.files import typed
 
@@ -50,10 +51,11 @@ class Stage:
 
     @classmethod
     def now(cls, name: str, inputs: Mapping[str, str], run_id: str) -> "Stage":
-        """The running command."""
+        """The running command, without passwords in addresses."""
         code = git_commit(), torch.__version__, torch.get_num_threads()
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        return cls(name, command_line(), dict(inputs), run_id, *code, processes)
+        read = {without_credentials(path): digest for path, digest in inputs.items()}
+        return cls(name, without_credentials(command_line()), read, run_id, *code, processes)
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def main(arguments: argparse.Namespace) -> None:
         first = write_images(output_dir, tokenizer.model, indices, size, metadata)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
         picture.save(output_dir / "grid.png", pnginfo=metadata)
-        run.file(output_dir / "grid.png", output_dir.name)
+        run.file(output_dir / "grid.png", f"generated/{output_dir.name}")
         run.picture("pictures/generated", picture, 0)
     count = len(indices.rows)
     print(f"{count:,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")

@@ -27,7 +27,7 @@ from utils.files import read_tensors, write_folder
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
 from utils.tracking import report, sync
-from utils.tracking.store import LINEAGE
+from utils.tracking.opening import LINEAGE
 from utils.training.checkpoint import find_checkpoint
 from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig

@@ -46,16 +46,19 @@ started = time.monotonic()
 run.close()
 print(slowest, time.monotonic() - started, flush=True)
 """
-# What makes a server slow while there is a file of that name.
+# What makes a server slow, or its artifact store fail, while there is a file of that name.
 SLOW = """
 import time
 from pathlib import Path
 at_once = app.wsgi_app
 
-def slow(*arguments):
+def slow(environ, start):
     if Path("slow").exists():
         time.sleep(3)
-    return at_once(*arguments)
+    if Path("full").exists() and environ["REQUEST_METHOD"] == "PUT":
+        start("500 Internal Server Error", [])
+        return [b"no space left"]
+    return at_once(environ, start)
 
 app.wsgi_app = slow
 """
@@ -101,6 +104,7 @@ def run(count: int) -> Result:
         "slow": lambda: _slow(count),
         "killed": lambda: _server_killed(count),
         "black-hole": lambda: _black_hole(count),
+        "artifacts": lambda: _artifacts_fail(count),
     }
     seen: dict[str, Any] = {}
     bad: Counter[str] = Counter()
@@ -115,7 +119,7 @@ def run(count: int) -> Result:
     detail = f"{bad['lost']} lost, {bad['doubled']} doubled after replay"
     for name, value in ({"slowest call": f"{slowest:.2f} s"} | seen | +bad).items():
         detail += f"; {name} {value}"
-    return Result((parallel + 5) * count + starts, not +bad and slowest < 1, detail)
+    return Result((parallel + 6) * count + starts, not +bad and slowest < 1, detail)
 
 
 def _first_starts(count: int) -> Part:
@@ -225,10 +229,31 @@ def _black_hole(count: int) -> Part:
     return {"start refused after": f"{seconds:.0f} s", "slowest": slowest}, bad
 
 
+def _artifacts_fail(count: int) -> Part:
+    """A server whose artifact store is full all the time: metrics and status arrive without it."""
+    with _server() as server:
+        Path("full").touch()
+        training = Training("run", count, 0.0, server.address)
+        slowest, end = training.end()
+        client = _client(server.address)
+        history = client.get_metric_history(training.run_id, "train/loss")
+        bad = Counter({"metrics lost to artifacts": count - len({x.step for x in history})})
+        status = client.get_run(training.run_id).info.status
+        bad["status lost to artifacts"] = int(status != "FINISHED")
+        bad["slow end"] = end > 30
+        Path("full").unlink()
+        bad.update(_check(server.address, training))
+    return {"slowest": slowest}, bad
+
+
+def _client(address: str) -> Any:
+    os.environ["MLFLOW_TRACKING_URI"] = address
+    return open_client()
+
+
 def _check(address: str, training: Training) -> Counter[str]:
     """What MLflow lost or has twice of a run after a replay, of which a second sends nothing."""
-    os.environ["MLFLOW_TRACKING_URI"] = address
-    client = open_client()
+    client = _client(address)
     sync.replay(client, Path(training.name))
     again = sync.replay(client, Path(training.name))
     bad = Counter({"sent again": again.total()})

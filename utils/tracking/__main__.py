@@ -15,7 +15,7 @@ def main(arguments: argparse.Namespace) -> None:
     home = Path(arguments.replay or arguments.report)
     if arguments.replay:
         remedy = "fix that and run this again: nothing is sent twice"
-        with addresses.store_errors(f"MLflow does not accept all of {home}", remedy):
+        with addresses.store_errors(f"MLflow does not accept all of {home}", lambda _: remedy):
             sent = sync.replay(addresses.open_client(), home)
         print(f"sent: {sync.in_words(sent) or 'nothing, MLflow has it all'}")
     elif (home / sync.METRICS).is_file():

@@ -18,7 +18,7 @@ from utils.data import indices
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
 from utils.provenance import ROOT, Lineage, Stage, finished, from_json, git_commit, of_picture
-from utils.tracking.store import LINEAGE
+from utils.tracking.opening import LINEAGE
 
 # Flags of a command that a rerun drops: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -72,13 +72,13 @@ def show(lineage: Lineage) -> None:
         print(f"   $ {stage.command}")
         for path, digest in stage.inputs.items():
             made = producer(digest, lineage[:number])
-            source = "" if made is None else f"  (of {made + 1})"
-            print(f"   read   {digest[:12]}  {path}{source}")
-        print(f"   wrote  {stage.sha256[:12]}" if stage.sha256 else "   wrote  pictures")
+            print(
+                f"   read   {digest[:12]}  {path}" + ("" if made is None else f"  (of {made + 1})")
+            )
+        print(f"   wrote  {stage.sha256[:12] or 'pictures'}")
         code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
-        threads = f"{stage.threads} thread{'s' * (stage.threads != 1)}"
-        several = f", {stage.processes} processes" if stage.processes > 1 else ""
-        print(f"   by     {code}, PyTorch {stage.torch}, {threads}{several}")
+        print(f"   by     {code}, PyTorch {stage.torch}, {stage.threads} threads", end="")
+        print(f", {stage.processes} processes" * (stage.processes > 1))
 
 
 def digest_of(path: Path) -> str:

@@ -12,7 +12,7 @@ from string import Template
 
 from utils import provenance
 from utils.provenance import Lineage
-from utils.tracking.store import LINEAGE
+from utils.tracking.opening import LINEAGE
 from utils.tracking.sync import read_metrics
 
 FILE = "report.html"

@@ -6,15 +6,15 @@ neither stops nor slows a training.
 """
 
 import contextlib
-import csv
 import json
 import os
+import shlex
 import sys
 import threading
 import time
+from collections import Counter
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
@@ -22,15 +22,20 @@ import torch
 from PIL.Image import Image
 
 from utils import addresses, provenance
-from utils.addresses import OUTPUT_TAG, START_OR_UNSET, find_run, store_errors
-from utils.cli import Stopped, UserError, command_line, one_line
+from utils.addresses import NOT_INSTALLED, OUTPUT_TAG, how_to_connect, store_errors
+from utils.cli import Flags, Stopped, UserError, command_line, one_line
 from utils.provenance import Lineage, Stage
-from utils.tracking import report, store, sync
-from utils.tracking.store import LINEAGE, PARENTS, TABLES
+from utils.tracking import opening, report, store, sync
+from utils.tracking.opening import LINEAGE
+from utils.tracking.store import TABLES
 from utils.tracking.sync import AsyncQueue, Event
 
-MAX_PARAMS = 10  # MLflow prints all of them on every image
+MAX_PARAMS, MAX_PARAM = 10, 250  # MLflow prints all of them on every image; characters of one
 SYSTEM_SECONDS = 10  # between samples of the machine
+END_SECONDS = 20  # that a server may be silent while a run ends
+SILENT_SECONDS = 5  # until a line states that uploads are awaited
+UPLOAD_SECONDS, LINK = 150, 1e6  # an upload may take this long, and longer at LINK bytes a second
+RESERVED = "images"  # an artifact folder in which MLflow's UI expects pictures of log_image only
 
 
 def continue_run(
@@ -44,7 +49,7 @@ def continue_run(
     inputs: dict[str, str] | None = None,
     upstream: Lineage = (),
 ) -> "Run":
-    """Open the run of `--run_id`, else the model's run if this MLflow store has it.
+    """Open the run of `--run_id`, else the model's if this MLflow store has it, or MLFLOW_RUN_ID.
 
     `default_run_id` is the run of the model, or ""; `homes` are the stages whose runs are accepted,
     by default `store.PARENTS` of the stage. For the rest see `Run`.
@@ -54,16 +59,21 @@ def continue_run(
     """
     options: dict[str, Any] = {"stage": stage, "part": part, "inputs": inputs, "upstream": upstream}
     if run_id is not None:
-        store.check_stage(run_id, homes or PARENTS.get(stage, ()))
-    elif not store.experiment_of(default_run_id):
-        print("not logged to MLflow: the model's run is not in this store; --run_id names another")
+        opening.check_stage(run_id, homes or opening.PARENTS.get(stage, ()))
+    elif opening.experiment_of(default_run_id):
+        run_id = default_run_id
+    else:
+        run_id = os.environ.get("MLFLOW_RUN_ID") or None
+    if run_id is None or not addresses.is_installed():
+        missing = "the model's run is not in this store; --run_id names another"
+        print(f"not logged to MLflow: {missing if addresses.is_installed() else NOT_INSTALLED}")
         return Run(output_dir, enabled=False, **options)
-    return Run(output_dir, run_id=default_run_id if run_id is None else run_id, **options)
+    return Run(output_dir, run_id=run_id, **options)
 
 
 def home_of(run_id: str) -> Path | None:
     """The output folder of a training's run; None if either is missing, or it was reused."""
-    if not store.experiment_of(run_id):
+    if not opening.experiment_of(run_id):
         return None
     home = addresses.output_dir_of(run_id)
     try:
@@ -95,6 +105,7 @@ class Run:
         run_name: str = "",
         config: dict[str, Any] | None = None,
         params: dict[str, Any] | None = None,
+        flags: Flags | None = None,
         tags: dict[str, str] | None = None,
         inputs: dict[str, str] | None = None,
         upstream: Lineage = (),
@@ -111,7 +122,8 @@ class Run:
             run_id: of an existing run.
             experiment, run_name, tags: of a new run; the experiment is by default that of its data.
             config: all settings, for config.json.
-            params: at most 10 settings to compare runs by.
+            params: at most 10 settings to compare runs by, with those of `flags` that were given
+                as one of them.
             inputs: the SHA-256 of what the stage reads, by path as given; its data first.
             upstream: the lineage of what the stage reads.
             continued: the existing run goes on training and counts as running until it is closed.
@@ -124,12 +136,16 @@ class Run:
             UserError: there is no such run, or MLflow cannot be used.
         """
         inputs, params = inputs or {}, params or {}
+        if flags is not None:
+            words = [f"{key}={value}" for key, value in opening.given_settings(flags).items()]
+            params["flags"] = " ".join(words)[:MAX_PARAM] or "none"
         if len(params) > MAX_PARAMS:
             raise ValueError(f"at most {MAX_PARAMS} params, got {len(params)}: see config.json")
         self.output_dir, self.run_id = output_dir, run_id or ""
         self._is_training = continued or run_id is None
         self._log_file = output_dir / f"{part}.{sync.EVENTS}".lstrip(".")
         self._pictures = output_dir / f"{part}.{sync.PICTURES}".lstrip(".")
+        self._is_open = enabled
         self._queues: list[AsyncQueue] = []  # of metrics and the status, and of uploads
         self._system: threading.Thread | None = None  # logs metrics of the machine
         self._closing = threading.Event()
@@ -138,49 +154,38 @@ class Run:
         self._run: Any = None
         if enabled:
             output_dir.mkdir(parents=True, exist_ok=True)
+        if enabled and addresses.is_installed():
             self._client = addresses.open_client()
-            with store_errors("cannot open a run in MLflow", START_OR_UNSET):
-                self._run = self._reopen(run_id, continued) or store.create_run(
-                    self._client,
-                    stage,
-                    experiment or provenance.data_set_name(next(iter(inputs), "images")),
-                    run_name or output_dir.name,
-                    params,
-                    {
-                        OUTPUT_TAG: str(output_dir.resolve()),
-                        store.NOTE: f"```\n{command_line()}\n```\n\nOutput folder: `{output_dir}`",
-                        **(tags or {}),
-                    },
-                )
+            tags = {"stage": stage, OUTPUT_TAG: str(output_dir.resolve()), **(tags or {})}
+            command = addresses.without_credentials(command_line())
+            note = f"```\n{command}\n```\n\nOutput folder: `{output_dir}`"
+            data_set = provenance.data_set_name(next(iter(inputs), "images"))
+            with store_errors("cannot open a run in MLflow", how_to_connect):
+                if run_id is not None:
+                    self._run = opening.reopen(self._client, run_id, continued, output_dir)
+                if self._run is None:
+                    name = run_name or os.environ.get("MLFLOW_RUN_NAME") or output_dir.name
+                    about = name, {opening.NOTE: note} | tags, params
+                    self._run = opening.create_run(self._client, experiment, data_set, *about)
+            opening.warn_if_moved(self._run)
             self.run_id = self._run.info.run_id
+        elif enabled:
+            print(f"not logged to MLflow: {NOT_INSTALLED}; everything is in {output_dir}")
         self.lineage = (*upstream, Stage.now(stage, inputs, self.run_id)) if stage else ()
         if enabled:
             self._start(config, logged, continued)
 
-    def _reopen(self, run_id: str | None, continued: bool) -> Any:
-        """The existing run, or None where a new one is to be created."""
-        if run_id is None:
-            return None
-        try:
-            run = find_run(run_id, self._client)
-        except UserError as error:
-            if not continued:
-                raise
-            print(f"warning: {error}; a new run takes its place", file=sys.stderr)
-            return None
-        if continued:
-            self._client.update_run(run_id, status="RUNNING")
-        return run
-
     def _start(self, config: dict[str, Any] | None, logged: int | None, continued: bool) -> None:
         """Start to send; write what only a training has: a lineage and metrics of the machine."""
         self._model_id = None if self._is_training else store.newest_model(self._run) or None
-        options = {"on_error": self._warn_once, "is_final": store.is_refusal}
-        self._queues = [AsyncQueue(**options) for _ in range(2)]
+        if self._run:
+            make = partial(AsyncQueue, on_error=self._warn_once, is_final=store.is_refusal)
+            self._queues = [make(in_order=True), make(in_order=False)]
         if logged is not None:
             sync.rewind_metrics(self.output_dir, logged)
-        if continued:
-            self._queues[0].put(partial(self._catch_up, sync.read_metrics(self.output_dir)))
+        if continued and self._queues:
+            lines = sync.read_metrics(self.output_dir)
+            self._queues[0].put("metric", partial(self._catch_up, lines))
         if config is not None:
             (self.output_dir / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             self.file(self.output_dir / "config.json")
@@ -197,10 +202,11 @@ class Run:
 
     def _log_system(self) -> None:
         """Log samples of the machine, by seconds since the run was created, until it is closed."""
-        start = self._run.info.start_time / 1000
+        start = self._run.info.start_time / 1000 if self._run else time.time()
+        sample = SystemSampler()
         with contextlib.suppress(OSError, psutil.Error):  # a machine that does not provide them
             while not self._closing.wait(SYSTEM_SECONDS):
-                self.metrics("system", sample_system(), round(time.time() - start))
+                self.metrics("system", sample(), round(time.time() - start))
 
     def _catch_up(self, lines: list[Event]) -> None:
         """Send the metrics that a crash kept from MLflow."""
@@ -212,15 +218,16 @@ class Run:
     @property
     def ui_hint(self) -> str:
         """The lines for the terminal that state how to open the run in MLflow's UI."""
-        return store.ui_hint(self._run) if self._run else "not logged to MLflow"
+        return opening.ui_hint(self._run) if self._run else "not logged to MLflow"
 
     def metrics(self, section: str, values: dict[str, float], step: int) -> None:
         """Log metrics as section/name: to metrics.jsonl at once, to MLflow soon."""
-        if self._queues:
+        if self._is_open:
             values = {f"{section}/{name}": value for name, value in values.items()}
             line = Event(time.time(), self.run_id, step=step, values=values)
             sync.append(self.output_dir / sync.METRICS, line)
-            self._queues[0].put(partial(self._send_metrics, line))
+            for queue in self._queues[:1]:
+                queue.put("metric", partial(self._send_metrics, line))
 
     def _send_metrics(self, line: Event) -> None:
         points = [
@@ -233,9 +240,13 @@ class Run:
     def _log(self, **fields: Any) -> Event:
         """Write an event to the event log at once, and send it to MLflow soon."""
         event = Event(time.time(), self.run_id, **fields)
-        if self._queues:
+        if event.name.split("/")[0] == RESERVED:
+            raise ValueError(f"{event.name}: MLflow's UI reserves the artifact folder {RESERVED}/")
+        if self._is_open:
             sync.append(self._log_file, event)
-            self._queues[1].put(partial(sync.send, self._client, self.output_dir, event))
+        for queue in self._queues[1:]:
+            call = partial(sync.send, self._client, self.output_dir, event)
+            queue.put(event.kind, call, sync.size_of(self.output_dir, event))
         return event
 
     def _relative(self, path: Path) -> str:
@@ -246,7 +257,7 @@ class Run:
     def picture(self, key: str, image: Image, step: int) -> Path:
         """Log an image: a PNG file under pictures/ at once, to MLflow soon."""
         path = self._pictures / f"{key.replace('/', '-')}-{step:08}.png"
-        if self._queues:
+        if self._is_open:
             path.parent.mkdir(exist_ok=True)
             image.save(path)
             self._log(picture=self._relative(path), key=key, step=step)
@@ -254,8 +265,8 @@ class Run:
 
     def table(self, name: str, columns: dict[str, list[Any]]) -> None:
         """Log a table, whose values may be images; it replaces an earlier table of that name."""
-        if self._queues:
-            write_table(self.output_dir / TABLES, name, columns)
+        if self._is_open:
+            store.write_table(self.output_dir / TABLES, name, columns)
             self._log(table=name)
 
     def folder(self, path: Path, name: str) -> None:
@@ -283,7 +294,7 @@ class Run:
         self.folder(folder, f"checkpoints/{folder.name}")
         options = {"values": values, "step": step, "register": register, "lower": lower_is_better}
         event = self._log(model=self._relative(folder), **options)
-        if self._queues:
+        if self._is_open:
             sync.append(self.output_dir / sync.METRICS, event)
 
     def _warn_once(self, error: Exception) -> None:
@@ -291,26 +302,20 @@ class Run:
             text = addresses.without_credentials(one_line(error))
             print(
                 f"warning: MLflow does not accept what is logged ({text}); everything is in "
-                f"{self.output_dir}, and what MLflow accepts before the end is sent again; "
-                f"python -m utils.tracking --replay {self.output_dir} sends the rest later",
+                f"{self.output_dir}, and is sent again until the end",
                 file=sys.stderr,
             )
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
         self.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
 
     def close(self, status: str = "FINISHED") -> None:
         """Send what is left, and set the status of a training's run."""
-        if not self._queues:
+        if not self._is_open:
             return
         self._closing.set()
         if self._system is not None:
@@ -322,17 +327,37 @@ class Run:
             if self._is_training:
                 self.note_status(status)
         finally:  # MLflow gets what it can on a full disk as well
-            if self._is_training:
-                self._queues[0].put(lambda: self._client.set_terminated(self.run_id, status))
-            for queue in self._queues:
-                queue.close()
-            for queue in self._queues:
-                queue.join()
-            self._queues = []
+            self._is_open = False
+            if self._queues:
+                self._send_rest(status)
+
+    def _send_rest(self, status: str) -> None:
+        """Wait until MLflow has everything, or does not answer; state what is missing."""
+        metrics, uploads = self._queues
+        if self._is_training:
+            metrics.put("status", partial(self._client.set_terminated, self.run_id, status))
+        for queue in self._queues:
+            queue.close()
+        self._queues = []
+        if metrics.join(END_SECONDS) and not uploads.join(SILENT_SECONDS):
+            size = sum(size for _, size in uploads.left())
+            patience = UPLOAD_SECONDS + max((x for _, x in uploads.left()), default=0) / LINK
+            print(f"sending {size / 1e6:,.0f} MB to MLflow; Ctrl-C leaves the rest to --replay")
+            uploads.join(patience)
+        for queue in (metrics, uploads):
+            queue.stop()
+        kinds = [kind for queue in (metrics, uploads) for kind, _ in queue.left()]
+        if missing := Counter(kinds + metrics.refused + uploads.refused):
+            folder = shlex.quote(str(self.output_dir))
+            print(
+                f"warning: not in MLflow: {sync.in_words(missing)}; "
+                f"python -m utils.tracking --replay {folder} sends what is missing",
+                file=sys.stderr,
+            )
 
     def note_status(self, status: str) -> None:
         """Write to the event log how the run ended, for a replay."""
-        if self._queues:
+        if self._is_open:
             sync.append(self._log_file, Event(time.time(), self.run_id, status=status))
 
     def _write_report(self) -> None:
@@ -346,47 +371,30 @@ class Run:
             print(f"warning: no report of {home}: {one_line(error)}", file=sys.stderr)
 
 
-def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
-    """Write `name`.csv, the same as MLflow's JSON, and the images among its values to `name`/."""
-    (folder / name).mkdir(parents=True, exist_ok=True)
-    rows, data = [], []
-    for number, row in enumerate(zip(*columns.values(), strict=True)):
-        values, entries = dict(zip(columns, row, strict=True)), list(row)
-        for place, (key, value) in enumerate(values.items()):
-            if isinstance(value, Image):
-                values[key] = f"{name}/{key}-{number:05}.png"
-                value.save(folder / values[key])
-                path = f"{TABLES}/{values[key]}"  # among the artifacts
-                # MLflow's type; its lists show the second path, which may be a thumbnail.
-                entries[place] = {"type": "image", "filepath": path, "compressed_filepath": path}
-        rows.append(values)
-        data.append(entries)
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    content = {"columns": list(columns), "data": data}
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+class SystemSampler:
+    """Load and memory of CPU and GPUs, disk, and network since it was made, by MLflow's names."""
 
+    def __init__(self) -> None:
+        self._network = psutil.net_io_counters()  # None on a machine without a network
 
-def sample_system() -> dict[str, float]:
-    """Load and memory of CPU and GPUs, disk and network, by MLflow's names."""
-    memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
-    values = {
-        "cpu_utilization_percentage": psutil.cpu_percent(),  # since the previous sample
-        "system_memory_usage_percentage": memory.percent,
-        "system_memory_usage_megabytes": memory.used / 1e6,
-        "process_memory_usage_megabytes": psutil.Process().memory_info().rss / 1e6,
-        "disk_usage_percentage": disk.percent,
-        "disk_available_megabytes": disk.free / 1e6,
-    }
-    if network := psutil.net_io_counters():  # None on a machine without a network
-        values["network_receive_megabytes"] = network.bytes_recv / 1e6
-        values["network_transmit_megabytes"] = network.bytes_sent / 1e6
-    for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
-        used = torch.cuda.memory_reserved(gpu)
-        with contextlib.suppress(ImportError, RuntimeError):  # without nvidia-ml-py
-            values[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization(gpu)
-            used = torch.cuda.device_memory_used(gpu)
-        values[f"gpu_{gpu}_memory_usage_megabytes"] = used / 1e6
-    return values
+    def __call__(self) -> dict[str, float]:
+        memory, disk = psutil.virtual_memory(), psutil.disk_usage("/")
+        values = {
+            "cpu_utilization_percentage": psutil.cpu_percent(),  # since the previous sample
+            "system_memory_usage_percentage": memory.percent,
+            "system_memory_usage_megabytes": memory.used / 1e6,
+            "process_memory_usage_megabytes": psutil.Process().memory_info().rss / 1e6,
+            "disk_usage_percentage": disk.percent,
+            "disk_available_megabytes": disk.free / 1e6,
+        }
+        if self._network and (now := psutil.net_io_counters()):
+            received, sent = now.bytes_recv, now.bytes_sent
+            values["network_receive_megabytes"] = (received - self._network.bytes_recv) / 1e6
+            values["network_transmit_megabytes"] = (sent - self._network.bytes_sent) / 1e6
+        for gpu in range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0):
+            used = torch.cuda.memory_reserved(gpu)
+            with contextlib.suppress(ImportError, RuntimeError):  # without nvidia-ml-py
+                values[f"gpu_{gpu}_utilization_percentage"] = torch.cuda.utilization(gpu)
+                used = torch.cuda.device_memory_used(gpu)
+            values[f"gpu_{gpu}_memory_usage_megabytes"] = used / 1e6
+        return values

@@ -1,13 +1,13 @@
-"""Calls of MLflow in plain types: runs, metrics, images, tables, links between runs, models.
+"""Calls of MLflow in plain types: metrics, images, tables, links between runs, models.
 
 Each call may be repeated: metrics aside, logging something twice has the effect of once.
 """
 
+import csv
 import json
 import math
 import re
 import shutil
-import sys
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,98 +16,23 @@ from typing import Any
 
 from PIL import Image
 
-from utils.addresses import find_run, open_client, tracking_uri
-from utils.cli import UserError
 from utils.provenance import Lineage, to_json
+from utils.tracking.opening import LINEAGE, NOTE, page
 
-COLOURS = {"tokenizer": "#1f77b4", "gpt": "#ff7f0e"}
-PARENTS = {  # the stages whose runs a later stage logs to
-    "indices": ("tokenizer",),
-    "samples": ("gpt",),
-    "images": ("gpt", "tokenizer"),
-}
-NOTE = "mlflow.note.content"
-LINEAGE = "lineage.json"
+CHAMPION = "champion"
 TABLES = "tables"  # a folder of the output folder and of the artifacts
 MAX_METRICS = 1000  # that MLflow accepts in one call
 MAX_DIGEST = 36  # characters of a data set's digest that MLflow accepts
 THUMBNAIL = 256  # pixels of the longer side of the images in MLflow's lists
-CHAMPION = "champion"
-
 
 Point = tuple[Any, ...]  # arguments of mlflow.entities.Metric: key, value, milliseconds, step, ...
-
-# --- runs ---
-
-
-def create_run(
-    client: Any,
-    stage: str,
-    experiment: str,
-    name: str,
-    params: dict[str, Any],
-    tags: dict[str, str],
-) -> Any:
-    """A new MLflow run in an experiment, which is created if it does not exist."""
-    from mlflow.entities import Param
-    from mlflow.exceptions import MlflowException
-
-    if client.get_experiment_by_name(experiment) is None:
-        try:
-            client.create_experiment(experiment)
-        except MlflowException as error:  # another process may have created it meanwhile
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-    experiment_id = client.get_experiment_by_name(experiment).experiment_id
-    about = {"mlflow.source.name": Path(sys.argv[0]).name, "mlflow.source.type": "LOCAL"}
-    about |= {"stage": stage, "mlflow.runColor": COLOURS[stage]}
-    run = client.create_run(experiment_id, run_name=name, tags=about | tags)
-    as_text = [Param(key, str(value)) for key, value in params.items()]
-    client.log_batch(run.info.run_id, params=as_text)
-    return run
-
-
-def experiment_of(run_id: str) -> str:
-    """The name of the experiment of a run; "" if there is no such run."""
-    try:
-        run = find_run(run_id) if run_id else None
-    except UserError:
-        return ""
-    return open_client().get_experiment(run.info.experiment_id).name if run else ""
-
-
-def check_stage(run_id: str, stages: tuple[str, ...]) -> None:
-    """Refuse a run of another stage than `stages`, unless that is empty.
-
-    Raises:
-        UserError: it is the run of another stage, or does not exist.
-    """
-    found = find_run(run_id).data.tags.get("stage", "")
-    if stages and found not in stages:
-        raise UserError(
-            f"the MLflow run {run_id} is that of a {found or 'stage that is not known'}, but this "
-            f"belongs to the run of a {' or '.join(stages)}; name that one as --run_id, or omit it"
-        )
-
-
-def page(run: Any) -> str:
-    """The address of a run in MLflow's UI, relative to the server."""
-    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-
-
-def ui_hint(run: Any) -> str:
-    """The lines for the terminal that state how to open a run in MLflow's UI."""
-    server, start = tracking_uri().rstrip("/"), ""
-    if not server.startswith("http"):
-        start = f"\n  mlflow ui --backend-store-uri {tracking_uri()}"
-        server = "http://127.0.0.1:5000"
-    return f"\nbrowse:{start}\n  {server}/{page(run)}/model-metrics?workflowType=machine_learning"
 
 
 def is_refusal(error: Exception) -> bool:
     """Whether MLflow refuses a call for good, as after the run was deleted."""
     status = getattr(error, "get_http_status_code", lambda: 0)()
-    return 400 <= status < 500 and status not in (408, 429)  # those two mean: try again
+    status = getattr(getattr(error, "response", None), "status_code", status)  # of an upload
+    return 400 <= status < 500 and status not in (401, 408, 429)  # those mean: try again
 
 
 # --- metrics, images, tables ---
@@ -156,6 +81,29 @@ def log_image(client: Any, run_id: str, path: Path, key: str, step: int, time: i
     client.set_tag(run_id, "mlflow.loggedImages", True)
 
 
+def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
+    """Write `name`.csv, the same as MLflow's JSON, and the images among its values to `name`/."""
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    rows, data = [], []
+    for number, row in enumerate(zip(*columns.values(), strict=True)):
+        values, entries = dict(zip(columns, row, strict=True)), list(row)
+        for place, (key, value) in enumerate(values.items()):
+            if isinstance(value, Image.Image):
+                values[key] = f"{name}/{key}-{number:05}.png"
+                value.save(folder / values[key])
+                path = f"{TABLES}/{values[key]}"  # among the artifacts
+                # MLflow's type; its lists show the second path, which may be a thumbnail.
+                entries[place] = {"type": "image", "filepath": path, "compressed_filepath": path}
+        rows.append(values)
+        data.append(entries)
+    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+    content = {"columns": list(columns), "data": data}
+    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+
+
 def log_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
     """Log a table of the output folder; MLflow's own call would append to an existing one."""
     client.log_artifacts(run_id, str(output_dir / TABLES / name), f"{TABLES}/{name}")
@@ -180,7 +128,7 @@ def link(client: Any, lineage: Lineage) -> None:
 
     The notes of both runs name each other; a tag `gpt_run_id` or `tokenizer_run_id` holds the
     newest run of that stage. Each run gets the lineage as an artifact. Runs that are missing from
-    this store are skipped.
+    this store are skipped. A run that refuses to be written does not keep the others from it.
     """
     found = {stage.run_id: _run_or_none(client, stage.run_id) for stage in lineage}
     runs = {run_id: run for run_id, run in found.items() if run is not None}
@@ -192,15 +140,25 @@ def link(client: Any, lineage: Lineage) -> None:
         _log_inputs(client, lineage)
     else:  # logged to the run of an earlier stage, whose note has another command
         _add_note(client, own, f"{last.name.capitalize()}:\n```\n{last.command}\n```")
-    for run_id, other in runs.items():
-        if run_id != last.run_id:
+    others = [item for item in runs.items() if item[1] is not own]
+    refusals: list[Exception] = []
+    for run_id, other in others:
+        client.set_tag(last.run_id, f"{stages[run_id]}_run_id", run_id)
+        _add_note(client, own, f"Upstream: {stages[run_id]}, {_link_to(other)}")
+    client.log_text(last.run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
+    for run_id, other in others:
+        try:
             # Samples and images are logged to the run of a GPT, which then is downstream.
             if stages[last.run_id] != stages[run_id]:
                 client.set_tag(run_id, f"{stages[last.run_id]}_run_id", last.run_id)
-            client.set_tag(last.run_id, f"{stages[run_id]}_run_id", run_id)
             _add_note(client, other, f"Downstream: {last.name}, {_link_to(own)}")
-            _add_note(client, own, f"Upstream: {stages[run_id]}, {_link_to(other)}")
-        client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
+            client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
+        except Exception as error:
+            if not is_refusal(error):
+                raise
+            refusals.append(error)
+    if refusals:
+        raise refusals[0]
 
 
 def is_linked(client: Any, lineage: Lineage) -> bool:
@@ -213,14 +171,18 @@ def is_linked(client: Any, lineage: Lineage) -> bool:
 
 
 def _run_or_none(client: Any, run_id: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
     try:
         return client.get_run(run_id) if run_id else None
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+    except Exception as error:
+        if not is_refusal(error):
             raise
         return None
+
+
+def newest_model(run: Any) -> str:
+    """The id of the newest model that a run logged; "" for none, or without a run."""
+    models = run.outputs.model_outputs if run is not None and run.outputs else []
+    return max(models, key=lambda one: one.step).model_id if models else ""
 
 
 def _log_inputs(client: Any, lineage: Lineage) -> None:
@@ -233,11 +195,21 @@ def _log_inputs(client: Any, lineage: Lineage) -> None:
     data_sets, models = [], []
     for path, sha256 in stage.inputs.items():
         if sha256 not in makers:
-            data_set = Dataset(Path(path).name, sha256[:MAX_DIGEST], "local", path)
+            kind, source = data_source(path)
+            data_set = Dataset(Path(path).name, sha256[:MAX_DIGEST], kind, json.dumps(source))
             data_sets.append(DatasetInput(data_set, tags))
         elif model_id := newest_model(_run_or_none(client, makers[sha256].run_id)):
             models.append(LoggedModelInput(model_id))
     client.log_inputs(stage.run_id, data_sets, models)
+
+
+def data_source(address: str) -> tuple[str, dict[str, str]]:
+    """Type and content of MLflow's source of a data set, which `mlflow.data.get_source` reads."""
+    scheme = re.match(r"([a-z][a-z0-9+]*)://", address)
+    if scheme is None:
+        return "local", {"uri": str(Path(address).absolute())}
+    is_http = scheme[1].startswith("http")
+    return ("http" if is_http else scheme[1]), {"url" if is_http else "uri": address}
 
 
 def _link_to(run: Any) -> str:
@@ -252,12 +224,6 @@ def _add_note(client: Any, run: Any, line: str) -> None:
 
 
 # --- models ---
-
-
-def newest_model(run: Any) -> str:
-    """The id of the newest model that a run logged; "" for none, or without a run."""
-    models = run.outputs.model_outputs if run is not None and run.outputs else []
-    return max(models, key=lambda one: one.step).model_id if models else ""
 
 
 def log_model(

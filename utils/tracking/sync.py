@@ -5,10 +5,10 @@ metrics.jsonl holds the metrics, a JSON object per line: `step`, `time` (seconds
 """
 
 import json
-import queue
 import sys
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -26,6 +26,7 @@ METRICS, EVENTS, PICTURES = "metrics.jsonl", "mlflow.jsonl", "pictures"
 TRAINING = ("train/", "val/")  # prefixes of the metrics that a resumed training logs again
 KINDS = ("picture", "table", "folder", "file", "lineage", "model", "status")  # of events
 RETRY_SECONDS = 10  # between attempts after a call failed
+GIVE_UP_SECONDS = 10  # without a success, once a queue is closed
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ def append(path: Path, event: Event) -> None:
     if path.name == METRICS:
         line |= {"step": event.step, **event.values}
     else:
-        line |= {key: value for key, value in asdict(event).items() if value or key == "lower"}
+        default = asdict(Event(event.time, event.run_id))
+        line |= {key: value for key, value in asdict(event).items() if value != default[key]}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -131,53 +133,95 @@ def rewind_metrics(folder: Path, size: int) -> None:
 
 
 class AsyncQueue:
-    """Makes calls in order in a thread; a call that fails is repeated until the queue closes."""
+    """Makes calls in a thread. One that fails is made again: before the others, or after them.
+
+    Attributes:
+        refused: the kinds of the calls that are given up.
+    """
 
     def __init__(
-        self, *, on_error: Callable[[Exception], object], is_final: Callable[[Exception], bool]
+        self,
+        *,
+        in_order: bool,
+        on_error: Callable[[Exception], object],
+        is_final: Callable[[Exception], bool],
     ) -> None:
         """Start; `on_error` gets each failure, `is_final` decides which calls are given up."""
-        self._on_error, self._is_final = on_error, is_final
-        self._calls: queue.Queue[Callable[[], object] | None] = queue.Queue()
-        self._closing = threading.Event()
+        self._in_order, self._on_error, self._is_final = in_order, on_error, is_final
+        self._calls: deque[tuple[str, int, Callable[[], object]]] = deque()
+        self._changed = threading.Condition()
+        self._is_open, self._is_stopped, self._success = True, False, time.monotonic()
+        self.refused: list[str] = []
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
-    def put(self, call: Callable[[], object]) -> None:
-        """Have a call made soon. It must end by itself if the server does not answer."""
-        self._calls.put(call)
+    def put(self, kind: str, call: Callable[[], object], size: int = 0) -> None:
+        """Have a call made soon that sends `size` bytes."""
+        with self._changed:
+            self._calls.append((kind, size, call))
+            self._changed.notify()
+
+    def left(self) -> list[tuple[str, int]]:
+        """Kind and bytes of the calls that are not done."""
+        with self._changed:
+            return [(kind, size) for kind, size, _ in self._calls]
 
     def close(self) -> None:
-        """Take no more calls; from now on the first failure ends the thread."""
-        self._calls.put(None)
-        self._closing.set()
+        """Take no more calls, and end when all are done or nothing succeeds any more."""
+        with self._changed:
+            self._is_open, self._success = False, time.monotonic()
+            self._changed.notify()
 
-    def join(self) -> None:
-        """Wait for the end of the thread."""
-        self._thread.join()
+    def join(self, patience: float) -> bool:
+        """Wait while calls succeed at least this often, in seconds; whether all are done."""
+        while self._thread.is_alive() and time.monotonic() < self._success + patience:
+            self._thread.join(0.05)
+        return not self.left()
+
+    def stop(self) -> None:
+        """Make no call after the current one."""
+        self._is_stopped = True
+        self._thread.join(0.5)
 
     def _work(self) -> None:
-        while (call := self._calls.get()) is not None:
-            while not self._attempt(call):
-                if self._closing.is_set():
+        failures = 0  # in a row
+        while not self._is_stopped:
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or not self._is_open)
+                if not self._calls:
                     return
-                self._closing.wait(RETRY_SECONDS)
+                kind, _, call = self._calls[0]  # it counts as left while it is made
+            done = self._attempt(kind, call)
+            with self._changed:
+                if done:
+                    self._calls.popleft()
+                elif not self._in_order:
+                    self._calls.rotate(-1)
+                failures = 0 if done else failures + 1
+                late = time.monotonic() > self._success + GIVE_UP_SECONDS
+                if not self._is_open and (late or failures > len(self._calls)):
+                    return
+                if not done:
+                    self._changed.wait_for(lambda: not self._is_open, RETRY_SECONDS)
 
-    def _attempt(self, call: Callable[[], object]) -> bool:
+    def _attempt(self, kind: str, call: Callable[[], object]) -> bool:
         """Whether the call is done: it was made, or refused for good."""
         try:
             call()
         except Exception as error:  # of the server, its database, its artifact store or the network
             self._on_error(error)
-            return self._is_final(error)
+            if not self._is_final(error):
+                return False
+            self.refused.append(kind)
+        self._success = time.monotonic()
         return True
 
 
 def send(client: Any, home: Path, event: Event) -> None:
     """Send an event to MLflow; sending it again changes nothing."""
-    run_id, time = event.run_id, event.milliseconds
+    run_id, at = event.run_id, event.milliseconds
     if event.picture:
-        store.log_image(client, run_id, home / event.picture, event.key, event.step, time)
+        store.log_image(client, run_id, home / event.picture, event.key, event.step, at)
     elif event.table:
         store.log_table(client, run_id, home, event.table)
     elif event.folder:
@@ -187,7 +231,7 @@ def send(client: Any, home: Path, event: Event) -> None:
     elif event.lineage:
         store.link(client, event.lineage)
     elif event.model:
-        store.log_model(client, run_id, home / event.model, event.values, time, event.step)
+        store.log_model(client, run_id, home / event.model, event.values, at, event.step)
         if event.register:
             metric = next(iter(event.values))
             print(store.register(client, run_id, event.register, metric, event.lower))
@@ -260,6 +304,12 @@ def _files(home: Path, event: Event) -> Iterator[tuple[str, Path]]:
         for file in sorted(top.rglob("*")) if top.is_dir() else [top]:
             if file.is_file():
                 yield (Path(name) / file.relative_to(top)).as_posix(), file
+
+
+def size_of(home: Path, event: Event) -> int:
+    """Bytes that an event sends."""
+    path = home / (event.model or event.folder or event.file or event.picture or "nothing")
+    return sum(x.stat().st_size for x in (path, *path.rglob("*")) if x.is_file())
 
 
 def _is_inside(path: Path, home: Path) -> bool:
