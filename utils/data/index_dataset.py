@@ -8,7 +8,7 @@ crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror image
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -188,15 +188,16 @@ def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Cond
 
 def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
-    meta = indices.meta
+    meta: GridMeta | None = indices.meta
     if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
         meta = GridMeta(max(2, indices.largest() + 1), indices.latent_dim)
         if tokenizer is not None:
             origin = tokenizer.sha256, tokenizer.provenance.run_id
             meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
     names = tuple(sorted({row.label for row in indices.rows} - {""}))
+    grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
     return Vocabulary(
-        *(getattr(meta, field.name) for field in fields(GridMeta)),
+        **grid,
         class_names=names,
         depth=indices.depth,
         condition=getattr(meta, "condition", None),

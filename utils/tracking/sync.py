@@ -77,7 +77,9 @@ def read_metrics(folder: Path) -> list[Event]:
     """All lines of metrics.jsonl but damaged ones; none before anything was logged."""
 
     def parse(line: dict[str, Any]) -> Event:
-        known = {key: line.pop(key) for key in ("step", "time", "run_id") if key in line}
+        known: dict[str, Any] = {
+            key: line.pop(key) for key in ("step", "time", "run_id") if key in line
+        }
         return typed(Event, {**known, "values": line})
 
     path = folder / METRICS
