@@ -103,6 +103,17 @@ def build_model(config: GPTConfig, device: torch.device, *, flex_attention: bool
     return GPT(config, attend=attend).to(device)
 
 
+def read_codes(tokenizer: LoadedModel | None, codebook_size: int, device: torch.device) -> Tensor:
+    """The codes (K, D) of the tokenizer; a UserError without one."""
+    if tokenizer is None:
+        raise cli.UserError(
+            "--start_from_codebook and --label_smoothing need the tokenizer; add --model_dir"
+        )
+    with torch.no_grad():
+        indices = torch.arange(codebook_size, device=device)[:, None, None]
+        return tokenizer.model.embed(indices).flatten(1)
+
+
 def load_batches(
     data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -292,6 +303,8 @@ def main(arguments: argparse.Namespace) -> None:
     model_config = cli.read_flags(GPTConfig, arguments, **data.vocabulary.model_values)
     model_config = model_config.resolve_defaults()
     model = build_model(model_config, group.device, flex_attention=arguments.flex_attention)
+    if model_config.needs_codebook:
+        model.use_codebook(read_codes(tokenizer, model_config.codebook_size, group.device))
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     settings = asdict(optimizer_config) | asdict(source) | asdict(model_config)

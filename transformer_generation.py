@@ -128,11 +128,8 @@ def check_flags(arguments: argparse.Namespace, device: torch.device) -> None:
         raise cli.UserError("--candidates and --variations need --complete; add it")
     if not arguments.complete and arguments.mask:
         raise cli.UserError("--mask needs --complete; add it")
-    if arguments.labels and (arguments.complete or arguments.unconditional):
-        other = (
-            "--complete, whose images have their own" if arguments.complete else "--unconditional"
-        )
-        raise cli.UserError(f"--labels cannot be combined with {other}; omit one of them")
+    if arguments.labels and arguments.unconditional:
+        raise cli.UserError("--labels cannot be combined with --unconditional; omit one of them")
 
 
 def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
@@ -191,13 +188,20 @@ def read_conditions(
 
 
 def choose_labels(
-    arguments: argparse.Namespace, vocabulary: Vocabulary, condition: Conditions, count: int
+    arguments: argparse.Namespace,
+    vocabulary: Vocabulary,
+    condition: Conditions,
+    known: Known | None,
+    count: int,
 ) -> list[str]:
-    """Labels of `count` images: --labels in turn, or those of the conditions, or all classes."""
+    """Labels of `count` images: --labels in turn, or those of the conditions, or all classes.
+
+    Completions have by default the labels of their images.
+    """
     names = arguments.labels or list(vocabulary.class_names) or [""]
-    if condition.rows and not arguments.labels:
-        names = [row.label for row in condition.rows]
-    if arguments.unconditional:
+    if not arguments.labels and (known is not None or condition.rows):
+        names = [row.label for row in condition.rows] if known is None else known.labels
+    elif arguments.unconditional:
         names = [""]
     return [names[number % len(names)] for number in range(count)]
 
@@ -252,11 +256,10 @@ def main(arguments: argparse.Namespace) -> None:
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
     condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
-    if known is None:
-        labels = choose_labels(arguments, vocabulary, condition, count)
-        size = arguments.latent_dim or vocabulary.latent_dim
-    else:
-        labels, size = known.labels, tuple(known.mask.shape)
+    labels = choose_labels(arguments, vocabulary, condition, known, count)
+    size = arguments.latent_dim or vocabulary.latent_dim
+    if known is not None:
+        size = tuple(known.mask.shape)
     extension = PositionExtension(arguments.position_extension)
     cli.build_or_error(
         gpt.model.grid_positions, size, extension
@@ -321,6 +324,10 @@ def main(arguments: argparse.Namespace) -> None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
         print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
+    config = gpt.model.config
+    can_guide = config.num_classes and config.class_dropout and not arguments.unconditional
+    if can_guide and known is None and guidance.guidance_scale == 1:
+        print("hint: samples follow their class better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
     print(
         cli.next_command(

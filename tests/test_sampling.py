@@ -248,6 +248,28 @@ def test_guidance_schedules_begin_at_1_and_end_at_the_scale() -> None:
         assert scales[4] == pytest.approx(3)
         assert scales[8] == pytest.approx(5)
     assert Guidance(5.0).at(0, 9) == 5
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2.75])
+def test_power_cosine_is_that_of_rar(power: float) -> None:
+    """`scale_step` of its generate(), whose progress ends one token before 1."""
+    for step in range(16):
+        expected = (4 - 1) * (1 - math.cos((step / 16) ** power * math.pi)) / 2 + 1
+        assert Guidance(4.0, "cosine", power).at(step, 17) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_outside_of_the_interval_nothing_is_guided(schedule: str) -> None:
+    whole = Guidance(3.0, schedule)
+    part = Guidance(3.0, schedule, guidance_interval=(0.25, 0.5))
+    for token in range(9):
+        expected = whole.at(token, 9) if 2 <= token <= 4 else 1
+        assert part.at(token, 9) == expected
+    with pytest.raises(ValueError, match="guidance_interval"):
+        Guidance(3.0, guidance_interval=(0.5, 2.0))
+
+
+def test_guidance_schedules_have_names() -> None:
     with pytest.raises(ValueError, match="guidance_schedule"):
         Guidance(2.0, "square")
 

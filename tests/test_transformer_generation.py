@@ -157,6 +157,38 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
     assert not torch.equal(drawn(models / "completed"), drawn(models / "told"))
 
 
+def test_images_can_be_completed_as_another_class(models: Path) -> None:
+    """Also those of a text file, which has no labels."""
+    np.savetxt("given.txt", drawn(models / "given").flatten(1), fmt="%d")
+    told = {}
+    for number, (given, labels) in enumerate(
+        [("given", "a"), ("given", "b"), ("given.txt", "a"), ("given.txt", "b")]
+    ):
+        flags = ("--complete", given, "--labels", labels, "--output_dir", f"told{number}")
+        call("transformer_generation", *MODELS, *flags)
+        assert {row.label for row in read_indices(f"told{number}").rows} == {labels}
+        told[given, labels] = drawn(models / f"told{number}")
+    for labels in ("a", "b"):
+        assert torch.equal(told["given", labels], told["given.txt", labels])
+    assert not torch.equal(told["given", "a"], told["given", "b"])
+
+
+def test_a_hint_where_classes_are_sampled_without_guidance(
+    models: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for flags, hinted in (
+        ((), True),
+        (("--guidance_scale", 2), False),
+        (("--unconditional",), False),
+        (("--complete", "given"), False),
+    ):
+        capsys.readouterr()
+        call("transformer_generation", *MODELS, "--num_images", 1, *flags)
+        assert ("hint: " in capsys.readouterr().out) == hinted
+    # Without --output_dir each call has a folder of its own.
+    assert len([x for x in (models / "gpt").parent.rglob("samples*") if x.is_dir()]) == 4
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -170,7 +202,6 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
         (("--candidates", "3"), "--complete"),
         (("--complete", "given", "--latent_dim", "9,21"), "omit --latent_dim"),
         (("--mask", "top:0.5"), "--mask needs --complete"),
-        (("--complete", "given", "--labels", "a"), "--labels cannot be combined with --complete"),
         (("--unconditional", "--labels", "a"), "--labels cannot be combined with --unconditional"),
         (("--complete", "given", "--candidates", "2"), "--mask top:0.5 leaves none there"),
         (("--complete", "given", "--model_dir", "foreign"), "belongs to the tokenizer"),

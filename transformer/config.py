@@ -2,6 +2,7 @@
 
 import math
 import operator
+import types
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
@@ -41,7 +42,9 @@ def check_fields(config: Any) -> None:
         if isinstance(value, list):
             value = tuple(value)
             object.__setattr__(config, name, value)
-        kind = (get_args(hints[name]) or (hints[name],))[0]  # X of X | None
+        kind = hints[name]
+        if isinstance(kind, types.UnionType):  # X | None
+            kind = get_args(kind)[0]
         kinds, parts = get_args(kind) or (kind,), value if isinstance(value, tuple) else (value,)
         fits = len(kinds) == len(parts) and all(
             isinstance(x, (int, float) if wanted is float else wanted)
@@ -97,6 +100,23 @@ class GPTConfig:
         "position",
         choices=("rotary", "learned"),
     )
+    rope_base: float = option(
+        10000.0,
+        "base of the rotary frequencies; a lower one, as 100, rotates more within small grids",
+        above=1,
+        below=math.inf,
+    )
+    tie_embeddings: bool = option(False, "the head uses the weights of the token embeddings")
+    start_from_codebook: bool = option(
+        False, "token embeddings start as projections of the codes of --model_dir"
+    )
+    label_smoothing: float = option(
+        0.0,
+        "part of the loss that is spread over the codes nearest to the right one, by distance; "
+        "needs --model_dir",
+        min=0,
+        below=1,
+    )
     window_size: int = option(
         0,
         "each latent position attends to those less than this many rows above and columns beside "
@@ -135,6 +155,8 @@ class GPTConfig:
             )
         if dim % (4 * num_heads):
             raise ValueError(f"dim {dim} must be a multiple of 4 * num_heads = {4 * num_heads}")
+        if self.needs_codebook and self.depth > 1:
+            raise ValueError("start_from_codebook and label_smoothing need depth 1")
         if bool(self.condition_codebook_size) != (self.condition_latent_dim is not None):
             raise ValueError("condition_codebook_size and condition_latent_dim go together")
         if self.order_anneal is not None:
@@ -187,6 +209,11 @@ class GPTConfig:
                 f"{FORMAT_VERSION}; update the code"
             )
         return cls(**values)
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether a training begins with `GPT.use_codebook`."""
+        return self.start_from_codebook or self.label_smoothing > 0
 
     @property
     def no_class(self) -> int:

@@ -36,16 +36,36 @@ class Guidance:
         "no rise",
         choices=("constant", "linear", "cosine"),
     )
+    guidance_power: float = option(
+        1.0,
+        "exponent of the progress in the schedule: above 1, the scale rises later; with cosine "
+        "this is RAR's power-cosine",
+        above=0,
+        below=math.inf,
+    )
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "part of the tokens that is guided, as 0.2,0.8; outside of it the scale is 1",
+        metavar="START,END",
+        min=0,
+        max=1,
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
 
     def at(self, token: int, tokens: int) -> float:
-        """The scale for token number `token` of `tokens`."""
+        """The scale for token number `token` of `tokens`.
+
+        Power-cosine (arXiv 2411.00776): (1 - cos(pi * progress^power)) / 2 of the way from 1. The
+        interval is that of arXiv 2404.07724, over tokens instead of noise levels.
+        """
         progress = token / max(1, tokens - 1)
-        if self.guidance_schedule == "constant":
-            progress = 1.0
-        elif self.guidance_schedule == "cosine":
+        start, end = self.guidance_interval
+        if not start <= progress <= end:
+            return 1.0
+        progress = 1.0 if self.guidance_schedule == "constant" else progress**self.guidance_power
+        if self.guidance_schedule == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         return 1 + (self.guidance_scale - 1) * progress
 

@@ -63,6 +63,9 @@ class GPT(nn.Module):
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
         self.head = Head(config.dim, config.codebook_size, config.depth)
+        if config.tie_embeddings:  # (arXiv 1608.05859) an attribute, saved and counted once
+            del self.head.weight
+            object.__setattr__(self.head, "weight", self.token_embedding.weight)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -80,7 +83,25 @@ class GPT(nn.Module):
         for block in self.blocks:
             for layer in (block.attention.out, block.feed_forward.out):
                 nn.init.normal_(layer.weight, std=STD * (2 * len(self.blocks)) ** -0.5)
-        nn.init.zeros_(self.head.weight)
+        if not self.config.tie_embeddings:
+            nn.init.zeros_(self.head.weight)
+
+    @torch.no_grad()
+    def use_codebook(self, codes: Tensor) -> None:
+        """Before a training: token embeddings and neighbours of codes, as the config has them.
+
+        A random projection keeps the ratios of distances (Johnson and Lindenstrauss, 1984).
+
+        Args:
+            codes: (K, D), of the tokenizer.
+        """
+        codes = codes.float()
+        if self.config.start_from_codebook:
+            projection = torch.randn(codes.shape[1], self.config.dim).to(codes)
+            embeddings = (codes - codes.mean(dim=0)) @ projection
+            self.token_embedding.weight.copy_(embeddings * (STD / embeddings.std()))
+        if self.config.label_smoothing:
+            self.head.smooth_labels(codes, self.config.label_smoothing)
 
     def forward(
         self,
@@ -299,7 +320,7 @@ class GPT(nn.Module):
                 parts.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
             prefix = torch.cat(parts).expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        cos, sin = rotary_cos_sin(coordinates, config.head_dim)
+        cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
         if begins and config.blank_prefix:
             cos = torch.cat([torch.zeros_like(cos[..., :1, :]), cos[..., 1:, :]], dim=-2)
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])

@@ -42,6 +42,7 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         self.grid, self.prefix, self.device = grid, config.prefix_length, device
+        self.rope_base = config.rope_base
         height, self.width = grid.size
         self.window = 0 if window_is_full(config.window_size, grid.size) else config.window_size
         self.ring = min(self.window or height, height) * self.width * grid.depth
@@ -92,7 +93,7 @@ class KVCache:
     def _rotate_prefix(self, offset: Tensor) -> None:
         shown = [keys[:, :, : self.prefix] for keys in self.keys]
         self._prefix_keys = self._prefix_keys or [keys.clone() for keys in shown]
-        cos, sin = rotary_cos_sin(offset.to(self.device), shown[0].shape[-1])
+        cos, sin = rotary_cos_sin(offset.to(self.device), shown[0].shape[-1], self.rope_base)
         for keys, original in zip(shown, self._prefix_keys, strict=True):
             keys.copy_(rotate(original, cos, sin))
         self._offset = tuple(offset.tolist())

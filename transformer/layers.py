@@ -14,6 +14,7 @@ from transformer.rope import rotate
 
 EPSILON = 1e-5  # of all norms, as in LlamaGen
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
+NEIGHBOURS = 8  # of a code, for label smoothing
 
 Rotary = tuple[Tensor, Tensor]  # cos and sin
 # Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
@@ -134,6 +135,21 @@ class Head(nn.Linear):
     def __init__(self, dim: int, codebook_size: int, depth: int = 1) -> None:
         super().__init__(dim, depth * codebook_size, bias=False)
         self.codebook_size, self.depth = codebook_size, depth
+        self.smoothing = 0.0
+        self.register_buffer("neighbours", None, persistent=False)
+        self.register_buffer("shares", None, persistent=False)
+
+    def smooth_labels(self, codes: Tensor, smoothing: float) -> None:
+        """In training, spread this part of the loss over the nearest of the codes (K, D).
+
+        The shares of the neighbours fall with their distances d: softmax(-d^2 / mean of d^2).
+        """
+        self.smoothing, count = smoothing, min(NEIGHBOURS, len(codes) - 1)
+        nearest = [
+            torch.cdist(some, codes).topk(count + 1, largest=False) for some in codes.split(1024)
+        ]
+        distances, self.neighbours = (torch.cat(x)[:, 1:] for x in zip(*nearest, strict=True))
+        self.shares = (-distances.square() / distances.square().mean()).softmax(dim=1)
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, *, depth: int | None = None
@@ -160,12 +176,16 @@ class Head(nn.Linear):
         ]
         return torch.stack(results, dim=2).flatten(1, 2)
 
-    @staticmethod
-    def _loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def _loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy (B, t) of hidden states (B, t, dim), one depth's weight, and targets."""
 
         def nats(hidden: Tensor, targets: Tensor) -> Tensor:
-            return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="none")
+            logits = F.linear(hidden, weight).float()
+            loss = F.cross_entropy(logits, targets, reduction="none")
+            if not (self.training and self.smoothing):
+                return loss
+            near = logits.gather(1, self.neighbours[targets]) * self.shares[targets]
+            return torch.lerp(loss, logits.logsumexp(dim=1) - near.sum(dim=1), self.smoothing)
 
         hidden, indices = hidden.flatten(0, 1), targets.flatten()
         chunks = math.ceil(len(hidden) * len(weight) / MAX_LOGITS)
