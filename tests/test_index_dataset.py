@@ -18,7 +18,7 @@ from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.files import CHECKSUMS, read_tensors, write_folder
 from utils.model_folder import model_files
-from utils.provenance import Provenance
+from utils.provenance import LoadedModel, Provenance
 from utils.training import loop
 from utils.training.checkpoint import find_checkpoint
 from vqvae import VQVAE, VQVAEConfig
@@ -164,6 +164,25 @@ def test_what_does_not_fit_is_refused(tokenizer: VQVAE, error_of: Callable[..., 
     (folder / "crops.npy").write_bytes(b"\x93NUMPY")
     error = error_of("train", "--path_to_data", "indices", *TINY_GPT)
     assert "crops.npy is damaged" in error
+
+
+@pytest.mark.parametrize(("index", "position"), [(8, "line 2, number 3"), (99, "line 1, number 1")])
+def test_a_text_file_beyond_the_codebook_of_the_tokenizer_is_refused(
+    own_folder: Path, index: int, position: str
+) -> None:
+    """As of one that counts its codes from 1; without the tokenizer it is read."""
+    shape = {"channels": 8, "codebook_size": 8, "codebook_dim": 4, "patch_size": 4}
+    model = VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=1, **shape))
+    loaded = LoadedModel(model, "0" * 64, own_folder, Provenance())
+    options = {"latent_dim": (2, 2), "val_fraction": 0.2, "seed": 0}
+    grids = np.arange(24).reshape(6, 4) % 8
+    np.savetxt("fits.txt", grids, fmt="%d")
+    IndexDataset(Path("fits.txt"), loaded, **options)
+    grids[(1, 2) if index == 8 else (0, 0)] = index
+    np.savetxt("t.txt", grids, fmt="%d")
+    with pytest.raises(UserError, match=rf"t\.txt {position}: index {index} is out of range"):
+        IndexDataset(Path("t.txt"), loaded, **options)
+    assert IndexDataset(Path("t.txt"), None, **options).vocabulary.codebook_size == index + 1
 
 
 def test_flex_attention_needs_cuda(tokenizer: VQVAE, error_of: Callable[..., str]) -> None:

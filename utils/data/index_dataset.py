@@ -69,7 +69,10 @@ class IndexDataset:
         A UserError if there are no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
-        indices = read_indices(path, latent_dim=latent_dim, depth=None)
+        # A text file does not say to which tokenizer it belongs, but its indices have to fit.
+        known = tokenizer is not None and path.is_file()
+        codebook_size = tokenizer.model.config.codebook_size if known else None
+        indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
             config = tokenizer.model.config
