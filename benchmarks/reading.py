@@ -47,7 +47,9 @@ BUDGETS = {
     "lines of the longest file": 400,
     "lines of the longest function": 100,
     "characters of the longest line": 100,
-    "mean characters of a line": 50.0,  # blank lines aside; 47.2 before, with many more imports
+    # Docstrings and imports aside: prose fills its lines, and short imports hide dense code.
+    # 47.1 before the restructuring; whoever saves lines by lengthening them gets here.
+    "mean characters of a line of code": 50.0,
     "import cycles": 0,
     "train.py: files imported": 40,
     "train.py: lines imported": 5_000,
@@ -78,6 +80,18 @@ class Source:
     @property
     def module(self) -> str:
         return self.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+
+    def code(self) -> Iterator[str]:
+        """The lines that are neither blank nor part of an import or a docstring."""
+        aside: set[int] = set()
+        for node in ast.walk(self.tree):
+            text = node.value if isinstance(node, ast.Expr) else None
+            prose = isinstance(text, ast.Constant) and isinstance(text.value, str)
+            if prose or isinstance(node, ast.Import | ast.ImportFrom):
+                aside |= set(range(node.lineno, node.lineno + length(node)))
+        for number, line in enumerate(self.text.splitlines(), 1):
+            if line.strip() and number not in aside:
+                yield line
 
     def functions(self) -> Iterator[tuple[str, int]]:
         """Name and number of lines of each function, nested ones included."""
@@ -317,14 +331,14 @@ def measure(steps: dict[str, set[str]] | None = None) -> dict[str, float]:
     graph = import_graph(sources)
     at_import = import_graph(sources, late=False)
     lines = [line for source in sources.values() for line in source.text.splitlines()]
-    written = [line for line in lines if line.strip()]
+    code = [line for source in sources.values() for line in source.code()]
     functions = [size for source in sources.values() for _, size in source.functions()]
     values: dict[str, float] = {
         "source lines": len(lines),
         "lines of the longest file": max(source.lines for source in sources.values()),
         "lines of the longest function": max(functions),
         "characters of the longest line": max(map(len, lines)),
-        "mean characters of a line": round(sum(map(len, written)) / len(written), 1),
+        "mean characters of a line of code": round(sum(map(len, code)) / len(code), 1),
         "import cycles": len(cycles(graph)),
     }
     for name, edges in (("imported", at_import), ("imported, late ones as well", graph)):

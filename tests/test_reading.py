@@ -83,6 +83,11 @@ def test_no_cycle_where_files_only_share_what_they_import() -> None:
     assert reading.cycles(found) == []
 
 
+def test_prose_and_imports_are_no_code() -> None:
+    text = '"""Prose\nof two lines."""\n\nimport a\nfrom b import (\n    c,\n)\n\nx = "text"\n'
+    assert [*Source("x.py", text, ast.parse(text)).code()] == ['x = "text"']
+
+
 def test_main_and_its_loop() -> None:
     text = "def main():\n    for a in b:\n        f(a)\n    while c:\n        f(c)\n        g(c)\n"
     main, loop = reading.main_of(Source("x.py", text, ast.parse(text)))
