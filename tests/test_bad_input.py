@@ -235,9 +235,9 @@ def test_a_vocabulary_of_another_gpt(error_of: Call, gpt: Path, own_folder: Path
 
 
 def test_another_grid(error_of: Call, indices: Path) -> None:
-    flags = ("--path_to_data", indices, "--latent_dim", "(10, 6)")
+    flags = ("--path_to_data", indices, "--latent_dim", "10,6")
     error = error_of("train", *flags, *TINY_GPT)
-    assert "10,6" in error
+    assert "(10, 6)" in error
     assert "(6, 10)" in error
 
 
