@@ -30,11 +30,8 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
 
 def read_images(flags: argparse.Namespace, flag: str, config: Any) -> ImageDataset:
     """The CSV of a flag in the size of a tokenizer."""
-    size, options = (
-        (config.image_size, config.in_channels),
-        {"config": cli.read_flags(ImageConfig, flags)},
-    )
-    return image_sets.read_images(getattr(flags, flag), f"--{flag}", *size, **options)
+    options = {"config": cli.read_flags(ImageConfig, flags), **config.image_options}
+    return image_sets.read_images(getattr(flags, flag), f"--{flag}", **options)
 
 
 def run_evaluation(
@@ -153,8 +150,7 @@ def encode_conditions(
     pictures = ImageDataset(
         flags.path_to_data,
         column="condition_path",
-        size=config.image_size,
-        channels=config.in_channels,
+        **config.image_options,
         config=cli.read_flags(ImageConfig, flags),
     )
     batches = torch.arange(len(pictures)).split(flags.batch_size)

@@ -125,13 +125,12 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     check_writable(output_dir)
-    options = {"size": config.image_size, "channels": config.in_channels}
-    dataset = ImageDataset(data, reading, **options)
+    dataset = ImageDataset(data, reading, **config.image_options)
     second = None
     if arguments.condition_model_dir is not None:
         second = load_condition_tokenizer(arguments.condition_model_dir, device)
-        size, channels = second.model.config.image_size, second.model.config.in_channels
-        images = ImageDataset(data, reading, column="condition_path", size=size, channels=channels)
+        options = second.model.config.image_options
+        images = ImageDataset(data, reading, column="condition_path", **options)
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -158,7 +157,9 @@ def main(arguments: argparse.Namespace) -> None:
             add = partial(write_conditions, conditions=grids, codebook_size=size)
             extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
         elif crops or flip:
-            larger = ImageDataset(data, reading, random_crop=True, **options) if crops else dataset
+            larger = dataset
+            if crops:
+                larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
             add = partial(
                 quantize_crops,
                 model=model,

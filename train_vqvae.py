@@ -118,7 +118,9 @@ def _read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, V
         raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
     start = load_model(init_from, VQVAE)
     settings = start.model.config.to_dict()
-    for name in sorted(given.keys() & settings.keys() - {"image_size", *training_only()}):
+    settings |= {"value_range": None, "resampling": ""}  # of these data, not of the former
+    free = {"image_size", "value_range", "resampling", *training_only()}
+    for name in sorted(given.keys() & settings.keys() - free):
         if given[name] != settings[name]:
             raise cli.UserError(
                 f"--{name} {given[name]} contradicts {init_from}, where it is {settings[name]}; "
@@ -134,8 +136,7 @@ def read_images(
     dataset = ImageDataset(
         data.path_to_data,
         data,
-        size=config.image_size,
-        channels=config.in_channels,
+        **config.image_options,
         random_crop=data.random_crop,
         processes=group.world_size,
     )
@@ -148,6 +149,7 @@ def build_model(
 ) -> VQVAE:
     """The tokenizer for these images, with the weights of `start` if there is one."""
     found = {"in_channels": dataset.channels, "image_size": dataset.size}
+    found |= {"value_range": dataset.value_range, "resampling": dataset.resampling}
     model = VQVAE(cli.build_or_error(replace, config, **found))
     if start is not None:
         model.load_state_dict(start.model.state_dict())

@@ -2,13 +2,16 @@
 
 import io
 import random
+import struct
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from utils import figures
 from utils.data.decoding import Header, read_header, read_image, read_mask
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
@@ -58,7 +61,7 @@ def test_transparent_palette_entry_becomes_white_or_alpha(tmp_path: Path, ending
 def test_grey_with_alpha(tmp_path: Path) -> None:
     file = save(Image.new("LA", (6, 4), (100, 128)), tmp_path / "a.png")
     assert read_header(file) == Header((4, 6), grey=True, alpha=True)
-    assert pixel(file, 4) == (100, 100, 100, 128)
+    assert pixel(file, 4) == (50, 50, 50, 128)  # premultiplied
     assert pixel(file, 1)[0] == pytest.approx(100 * 128 / 255 + 255 * 127 / 255, abs=1)
 
 
@@ -66,7 +69,7 @@ def test_colour_with_alpha(tmp_path: Path) -> None:
     file = save(Image.new("RGBA", (6, 4), CLEAR), tmp_path / "a.png")
     assert read_header(file) == Header((4, 6), grey=False, alpha=True)
     assert pixel(file) == WHITE
-    assert pixel(file, 4) == CLEAR
+    assert pixel(file, 4) == (0, 0, 0, 0)
 
 
 def test_cmyk_jpeg(tmp_path: Path) -> None:
@@ -276,7 +279,7 @@ def test_formats_that_start_other_programs_are_not_read(tmp_path: Path) -> None:
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
     assert Image.open(file).format == "EPS"
     for text in (read_header(str(file)), read_image(str(file), 3, (4, 4))):
-        assert "not an image file of a supported format: BMP, GIF, JPEG" in text
+        assert "it is a PostScript file; render it to a PNG file" in text
 
 
 def test_too_little_memory_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,3 +296,78 @@ def test_too_little_memory_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Image, "open", full)
     with pytest.raises(MemoryError):
         read_header(file)
+
+
+def test_hidden_colours_do_not_count_and_visible_ones_come_back(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 4), np.uint8)
+    pixels[:4, :, 3] = 0
+    pixels[4:, :, 3] = pixels[4:, :, 3] | 128
+    other = pixels.copy()
+    other[:4, :, :3] = 77
+    one, two = (
+        save(Image.fromarray(array), tmp_path / f"{n}.png")
+        for n, array in enumerate((pixels, other))
+    )
+    for size in ((8, 8), (4, 4), (6, 8)):
+        assert np.array_equal(read_image(one, 4, size), read_image(two, 4, size))
+    image = torch.from_numpy(read_image(one, 4, (8, 8)).copy()).float() / 127.5 - 1
+    back = np.asarray(figures.to_pil(image)).astype(int)
+    assert np.array_equal(back[..., 3], pixels[..., 3])
+    assert np.abs(back[4:] - pixels[4:]).max() <= 2  # of 8-bit premultiplied colours
+
+
+@pytest.mark.parametrize("value", [0.5, 1.01, np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("error")
+def test_one_odd_value_changes_no_other(tmp_path: Path, value: float) -> None:
+    """One NaN, or one pixel above 1, made the whole image black."""
+    ramp = np.tile(np.linspace(0, 1, 64, dtype=np.float32), (64, 1))
+    ramp[0, 0] = value
+    (seen,) = read_image(save(Image.fromarray(ramp), tmp_path / "a.tif"), 1, (64, 64))
+    assert np.abs(seen[1:] - 255 * ramp[1:]).max() < 1
+    whole = np.rint(ramp[1:] * 255).astype(np.int32)
+    whole[0, 0] = 256
+    (seen,) = read_image(save(Image.fromarray(whole), tmp_path / "b.tif"), 1, (63, 64))
+    assert np.array_equal(seen[1:], whole[1:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [(b"zTXt", b"note\0\0"), (b"iTXt", b"XML:x\0\1\0\0\0"), (b"iCCP", b"profile\0\0")],
+)
+def test_intact_files_with_large_metadata(tmp_path: Path, kind: bytes, head: bytes) -> None:
+    file = Path(save(Image.new("RGB", (6, 4), RED), tmp_path / "a.png"))
+    body = head + zlib.compress(b"x" * 2_000_000)
+    chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    file.write_bytes(file.read_bytes()[:33] + chunk + file.read_bytes()[33:])
+    assert pixel(str(file)) == RED
+
+
+KINDS = {
+    b"\0\0\0\x18ftypheic\0\0\0\0": "a HEIC image",
+    b"\0\0\0\x1cftypavif\0\0\0\0": "an AVIF image",
+    b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>': "an SVG drawing",
+    b"%PDF-1.7\n": "a PDF document",
+    b"<!DOCTYPE html><html>": "an HTML page",
+    b"\n<html lang=en>": "an HTML page",
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "git lfs pull",
+    bytes(128) + b"DICM" + bytes(99): "a DICOM file",
+    bytes(344) + b"n+1\0" + bytes(99): "a NIfTI volume",
+    b"\x89PNG\r\n\x1a\n" + bytes(30): "a PNG file",
+    b"II*\0" + bytes(30): "a TIFF file",
+}
+
+
+@pytest.mark.parametrize("content", KINDS)
+def test_a_file_of_a_known_kind_is_called_by_its_name(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(content)
+    for text in (read_header(str(file)), read_image(str(file), 3, (4, 4))):
+        assert KINDS[content] in text
+        assert "supported format" not in text
+
+
+def test_the_transparent_value_of_16_bit_images_is_ignored(tmp_path: Path) -> None:
+    """The header said four channels, of which the fourth was opaque everywhere."""
+    image = Image.fromarray(np.array([[0, 30000], [65535, 9]], np.uint16))
+    file = save(image, tmp_path / "a.png", transparency=0)
+    assert read_header(file) == Header((2, 2), grey=True, alpha=False)

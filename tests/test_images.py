@@ -1,7 +1,9 @@
 """Rows to batches: the same images from memory and streamed, and mistakes named."""
 
 import csv
+import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from utils.data.images import (
     ImageDataset,
     load_files,
 )
+from vqvae import VQVAEConfig
 
 CPU = torch.device("cpu")
 
@@ -296,6 +299,40 @@ def test_out_of_memory_in_a_worker(num_workers: int, monkeypatch: pytest.MonkeyP
         read_all(num_workers)
 
 
+def test_a_worker_that_dies_between_two_batches_is_noticed_at_the_next() -> None:
+    """PyTorch raised it inside the training step, whose state was lost."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    pieces = [[0]] * 40
+    batches = load_files(read, FILES, pieces, 1)
+    next(batches)
+    (worker,) = (x for x in multiprocessing.active_children() if x.pid not in before)
+    worker.kill()
+    worker.join(10)
+    time.sleep(0.1)  # a training step
+    with pytest.raises(UserError, match="died or hung"):
+        list(batches)
+
+
+def test_only_workers_of_these_files_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = multiprocessing.Process(target=time.sleep, args=(60,))
+    other.start()
+    monkeypatch.setenv("FATE", "dies")
+    with pytest.raises(UserError):
+        read_all(1)
+    assert other.is_alive()
+    other.kill()
+    other.join()
+
+
+def test_a_reader_that_ends_early_leaves_no_worker() -> None:
+    """They ignore SIGTERM, so Python waited for them at exit."""
+    before = {child.pid for child in multiprocessing.active_children()}
+    batches = load_files(read, FILES, [[0]] * 40, 2)
+    next(batches)
+    batches.close()
+    assert {child.pid for child in multiprocessing.active_children()} <= before
+
+
 WORKING = """
 import os, sys, time
 from utils.data.images import load_files
@@ -325,3 +362,90 @@ def test_workers_ignore_signals_and_end_with_their_parent(tmp_path: Path) -> Non
     while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until
         time.sleep(0.1)
+
+
+def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_noise(tmp_path)
+    assert ImageDataset(path, ImageConfig(stream=True)).pixels is None
+    if hasattr(os, "sched_getaffinity"):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+        assert ImageDataset(path).num_workers == 1
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (used, used))
+    assert ImageDataset(path).pixels is None
+    monkeypatch.undo()
+    (tmp_path / "max").write_text("9000000")
+    (tmp_path / "current").write_text("8999900")
+    monkeypatch.setattr(images, "CGROUP_FILES", [(tmp_path / "max", tmp_path / "current")])
+    assert ImageDataset(path).pixels is None
+    (tmp_path / "max").write_text("max")
+    assert ImageDataset(path).pixels is not None
+
+
+def scan(low: float, high: float, dtype: type, ending: str = "tif") -> tuple:
+    """Ramps of different contrast."""
+    ramp = np.linspace(low, high, 256).reshape(16, 16)
+    return [(low + (ramp - low) * share).astype(dtype) for share in (0.3, 1, 0.7)], ending
+
+
+def labels(*values: int) -> tuple:
+    generator = np.random.default_rng(0)
+    blocks = [np.append(values, generator.choice(values, 64 - len(values))) for _ in range(3)]
+    return [np.kron(x.reshape(8, 8), np.ones((4, 4))).astype(np.uint8) for x in blocks], "png"
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "resampling"),
+    [
+        (scan(0, 4095, np.uint16, "png"), (0, 4095), "bicubic"),  # 12-bit in 16-bit files
+        (scan(0, 1000, np.uint16), (0, 1023), "bicubic"),
+        (scan(0, 60000, np.uint16), (0, 65535), "bicubic"),
+        (scan(7000, 9000, np.uint16), (7000, 9000), "bicubic"),  # a thermal camera
+        (scan(-1000, 3000, np.int32), (-1000, 3000), "bicubic"),  # Hounsfield units
+        (scan(0, 1, np.float32), (0, 1), "bicubic"),
+        (scan(-1, 1, np.float32), (-1, 1), "bicubic"),
+        (scan(0, 255, np.float32), (0, 255), "bicubic"),
+        (scan(273.1, 310.5, np.float32), (273.1, 310.5), "bicubic"),
+        (scan(0, 255, np.uint8), (0, 255), "bicubic"),
+        (scan(30, 200, np.uint8), (0, 255), "bicubic"),  # a photograph of little contrast
+        (labels(*range(8)), (0, 7), "nearest"),
+        (labels(0, 1), (0, 1), "nearest"),
+        (labels(*range(21), 255), (0, 21), "nearest"),  # 255: no class
+        (labels(0, 255), (0, 255), "bicubic"),
+    ],
+)
+def test_the_range_of_values_is_that_of_the_data_set(
+    tmp_path: Path, data: tuple, expected: tuple, resampling: str
+) -> None:
+    """Files that use a small part of their range became nearly black, in silence."""
+    arrays, ending = data
+    names = [f"{number}.{ending}" for number in range(len(arrays))]
+    for name, array in zip(names, arrays, strict=True):
+        Image.fromarray(array).save(tmp_path / name)
+    dataset = ImageDataset(write_csv(tmp_path, names))
+    assert dataset.value_range == pytest.approx(expected, rel=0.01)
+    assert dataset.resampling == resampling
+    low, high = dataset.value_range
+    shades = [(array.astype(float).clip(low, high) - low) / (high - low) for array in arrays]
+    assert np.abs(dataset.pixels[:, 0].numpy() - 255 * np.stack(shades)).max() < 1
+    assert (", values " in str(dataset)) == (expected != (0, 255))
+    options = VQVAEConfig(value_range=(low, high + 1), resampling="nearest").image_options
+    other = ImageDataset(tmp_path / "data.csv", **options)
+    assert (other.value_range, other.resampling) == ((low, high + 1), "nearest")
+
+
+def test_label_maps_are_resized_without_new_values(tmp_path: Path) -> None:
+    (array, *_), _ = labels(0, 3, 7)
+    Image.fromarray(array).save(tmp_path / "0.png")
+    path = write_csv(tmp_path, ["0.png"])
+    for size in ((24, 24), (48, 48), (20, 28)):
+        assert set(ImageDataset(path, size=size).pixels.unique().tolist()) == {0, 109, 255}
+
+
+def test_8_bit_files_among_deeper_ones_keep_their_values(tmp_path: Path) -> None:
+    ramp = np.arange(256).reshape(16, 16)
+    Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / "0.png")
+    Image.fromarray((ramp * 16).astype(np.uint16)).save(tmp_path / "1.png")
+    shallow, deep = ImageDataset(write_csv(tmp_path, ["0.png", "1.png"])).pixels[:, 0].numpy()
+    assert np.array_equal(shallow, ramp)
+    assert np.abs(deep.astype(int) - ramp).max() <= 1

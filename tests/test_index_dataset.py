@@ -13,7 +13,7 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_transformer_generation import call
 from utils.cli import UserError
 from utils.data.images import ImageConfig, ImageDataset
-from utils.data.index_dataset import IndexDataset, choose_crops, read_crops
+from utils.data.index_dataset import IndexDataset, choose_crops, natural_order, read_crops
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.files import CHECKSUMS, read_tensors, write_folder
@@ -189,3 +189,9 @@ def test_flex_attention_needs_cuda(tokenizer: VQVAE, error_of: Callable[..., str
     quantize("indices")
     flags = ("--path_to_data", "indices", "--flex_attention", "--device", "cpu", *TINY_GPT)
     assert "--flex_attention needs CUDA" in error_of("train", *flags)
+
+
+def test_classes_are_in_natural_order() -> None:
+    """Classes 0 to 11 were shown as 0, 1, 10, 11, 2."""
+    for names in (["0", "2", "10", "11"], ["a2", "a10", "b1"], ["0001", "01", "1", "2", "NA"], []):
+        assert sorted(names[::-1], key=natural_order) == names

@@ -175,13 +175,13 @@ def test_unreadable_meta(tmp_path: Path, content: str) -> None:
         (b"image_path,label,split\na.png,1,train\n", "has 1 rows for 7 grids"),
         (
             b"image_path,label,split\n" + b"a.png,1\n" * 7,
-            "2 fields, but the first line has 3",
+            ".*2 fields, but the first line has 3",
         ),
         (b"path,label,split\n" + b"a.png,1,train\n" * 7, "has no column image_path"),
-        (b"\xff\xfe", "is not a valid UTF-8 CSV"),
+        (b"\xff\xfe", "has no column image_path"),
         (
             b"image_path,label,split\n" + b"a.png,1,test\n" * 7,
-            "row 1: split is 'test'",
+            "row 1 .*: split is 'test'",
         ),
         (None, ".*No such file"),
     ],

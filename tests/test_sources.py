@@ -1,5 +1,6 @@
 """The CSV of a data set: text stays text, mistakes are named, splits and orders are stable."""
 
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -51,17 +52,17 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
         ("", "no column image_path"),
         ("path,label\na.png,1\n", "no column image_path; its first line is 'path,label'"),
         ("image_path,label\n", "lists no images"),
-        ("image_path,label\na.png,1\nb.png,2,3\n", "row 2: 3 fields, but the first line has 2"),
-        ("image_path,label\na.png,1,2\nb.png,2\n", "row 1: 3 fields"),
+        ("image_path,label\na.png,1\nb.png,2,3\n", r"row 2 .*: 3 fields, but the first line has 2"),
+        ("image_path,label\na.png,1,2\nb.png,2\n", "row 1 .*: 3 fields"),
         (
             "image_path,label\na.png,1\nb.png,2,3,4\n",
-            "row 2: 4 fields, but .* has 2; quote",
+            "row 2 .*: 4 fields, but .*; close each quote, and quote",
         ),
-        ("image_path,label\na.png\n", "row 1: 1 fields, but the first line has 2"),
-        ("image_path,split\na.png,train\nb.png,test\n", "row 2: split is 'test'; use train or"),
+        ("image_path,label\na.png\n", "row 1 .*: 1 fields, but the first line has 2"),
+        ("image_path,split\na.png,train\nb.png,test\n", "row 2 .*: split is 'test'; use train or"),
         ("image_path,split\na.png,\n", "row 1: split is empty"),
         ("image_path,label\n,1\n", "row 1: image_path is empty"),
-        ('image_path\n"a.png', "not a valid UTF-8 CSV"),
+        ('image_path\n"a.png', r"row 1 \(up to line 2\): unexpected end of data"),
         ("image_path\na\0.png\n", "1 of 1 files .* do not exist"),
         ("image_path,label,label\na.png,1,2\n", "repeats a column"),
     ],
@@ -74,10 +75,8 @@ def test_mistakes_are_named(tmp_path: Path, content: str, complaint: str) -> Non
 def test_no_csv(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no such CSV file: .*none\.csv"):
         read_rows(tmp_path / "none.csv")
-    with pytest.raises(UserError, match="no such CSV file"):
-        read_rows(tmp_path)
     (tmp_path / "a.csv").write_bytes(b"image_path\n\xff\xfe.png\n")
-    with pytest.raises(UserError, match="not a valid UTF-8 CSV"):
+    with pytest.raises(UserError, match="line 2 is not in UTF-8"):
         read_rows(tmp_path / "a.csv")
 
 
@@ -184,31 +183,122 @@ from utils.data.sources import Row
 
 
 def accepts(path):
-    return path.is_dir()
+    return path.suffix == ".list"
 
 
 def read_rows(path):
-    return [
-        Row(str(file.relative_to(path)), file.parent.name, "") for file in sorted(path.glob("*/*"))
-    ]
+    return [Row(line, "", "") for line in path.read_text().split()]
 """
 
 
 def test_a_new_form_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a folder of images for each class, as in docs/architecture.md."""
     (tmp_path / "forms").mkdir()
-    (tmp_path / "forms" / "class_folders.py").write_text(SOURCE)
+    (tmp_path / "forms" / "lists.py").write_text(SOURCE)
     monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "forms")])
-    for name in ("cat", "dog"):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        Image.new("L", (2, 2), len(name)).save(tmp_path / "pets" / name / "1.png")
-    dataset = ImageDataset(tmp_path / "pets")
-    assert dataset.rows == [Row("cat/1.png", "cat", ""), Row("dog/1.png", "dog", "")]
-    assert dataset.pixels.shape == (2, 1, 2, 2)
-    before = sources.digest(tmp_path / "pets")
-    (tmp_path / "pets" / "dog" / "1.png").rename(tmp_path / "pets" / "dog" / "2.png")
-    assert sources.digest(tmp_path / "pets") != before
+    Image.new("L", (2, 2)).save(tmp_path / "a.png")
+    (tmp_path / "data.list").write_text("a.png")
+    assert ImageDataset(tmp_path / "data.list").rows == [Row("a.png", "", "")]
     assert read_rows(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_a_folder_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    names = ("dog/2.JPG", "dog/more/1.png", "cat/1.webp", "cat/.hidden.png", "cat/notes.txt")
+    pets = touch(tmp_path / "pets", *names)
+    before = sources.digest(pets)
+    assert read_rows(pets) == [
+        Row("cat/1.webp", "cat", ""),
+        Row("dog/2.JPG", "dog", ""),
+        Row("dog/more/1.png", "dog", ""),
+    ]
+    assert capsys.readouterr().out == f"{pets}: 1 other files are left out: cat/notes.txt\n"
+    (pets / "cat" / "1.webp").rename(pets / "cat" / "2.webp")
+    assert sources.digest(pets) != before
+
+
+def test_folders_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    touch(tmp_path, "train/cat/1.png", "valid/cat/1.png", "test/cat/1.png", "train/dog/3.png")
+    assert read_rows(tmp_path) == [
+        Row("train/cat/1.png", "cat", "train"),
+        Row("train/dog/3.png", "dog", "train"),
+        Row("valid/cat/1.png", "cat", "val"),
+    ]
+    assert "1 other files are left out: test/cat/1.png" in capsys.readouterr().out
+
+
+def test_a_folder_of_images_without_labels_and_one_of_none(tmp_path: Path) -> None:
+    assert read_rows(touch(tmp_path / "flat", "a.png")) == [Row("a.png", "", "")]
+    with pytest.raises(UserError, match=r"no images below .*none; .*\(found: a\.heic, b\.csv\)"):
+        read_rows(touch(tmp_path / "none", "a.heic", "b.csv"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "Image_Path;LABEL\na.png;x, y\n",
+        "image path\tlabel\na.png\tx, y\n",
+        "IMAGE-PATH,Label,,\n./a.png,'x',,\n",
+        "sep=;\nimage_path;label\na.png;x\n;\n",
+        "image_path, label\na.png, x\n",
+        '"image_path";"label"\n"a.png";"x"\n',
+        "image_path,label\ra.png,x\r",
+        "image_path,label\r\n'a.png',x\r\n,\r\n",
+        'image_path,label\n"""a.png""",x\n',
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le"])
+def test_dialects_of_spreadsheets(tmp_path: Path, content: str, encoding: str) -> None:
+    path = write(tmp_path, "")
+    mark = "\ufeff" if encoding == "utf-16-le" else ""
+    path.write_bytes((mark + content).encode(encoding))
+    (row,) = read_rows(path)
+    assert (tmp_path / row.image_path).is_file()
+    assert row.label in ("x", "x, y", "'x'")
+
+
+def test_spellings_of_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    composed, decomposed = (unicodedata.normalize(form, "größe.png") for form in ("NFC", "NFD"))
+    touch(tmp_path, "cats/1 2.png", decomposed)
+    names = ("cats\\1 2.png", composed, "~/cats/1 2.png", f"file://{tmp_path}/cats/1%202.png")
+    path = write(tmp_path, "".join(f"{name}\n" for name in ("image_path", *names)))
+    assert [Path(row.image_path).name for row in read_rows(path)] == [
+        "1 2.png",
+        decomposed,
+        "1 2.png",
+        "1 2.png",
+    ]
+    path.write_text("image_path\ncats\n")
+    with pytest.raises(UserError, match=r"cats \(a folder, not a file\)"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b'image_path,label\na.png,x\n"a.png,x\na.png,x\n', r"row 2 \(up to line 4\)"),
+        ("image_path,label\na.png,x\na.png,größe\n".encode("latin-1"), "line 3 is not in UTF-8"),
+    ],
+)
+def test_what_is_no_csv_has_a_line(tmp_path: Path, content: bytes, complaint: str) -> None:
+    path = write(tmp_path, "")
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=complaint):
+        read_rows(path)
+
+
+def test_other_columns_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path, "file,image_path,size\n1,a.png,2\n")
+    for _ in range(2):
+        read_rows(path)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "ignored columns: file, size; used: image_path, label" in line
 
 
 def test_a_csv_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

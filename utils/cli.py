@@ -19,6 +19,7 @@ LESS_MEMORY = {
     "accumulate": "--accumulate N (the same batch in N micro-batches)",
     "image_size": "a smaller --image_size",
     "num_workers": "fewer --num_workers",
+    "stream": "--stream (images are not kept in memory)",
 }
 
 
@@ -45,8 +46,8 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def height_and_width(text: str) -> tuple[int, int]:
-    """`28` -> (28, 28), `24,40` -> (24, 40)."""
-    values = integers(text)
+    """`28` -> (28, 28), `24,40` or `24x40` -> (24, 40)."""
+    values = integers(text.replace("x", ","))
     if not 1 <= len(values) <= 2 or min(values) < 1:
         raise argparse.ArgumentTypeError(f"expected H or H,W of 1 or more, got {text!r}")
     return values[0], values[-1]

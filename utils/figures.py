@@ -19,9 +19,15 @@ MAX_RADIUS = 12  # of a point
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """(C, H, W) in [-1, 1], C of 1, 3 or 4 -> a picture, values outside clamped."""
+    """(C, H, W) in [-1, 1], C of 1, 3 or 4 -> a picture, values outside clamped.
+
+    Colours of images with alpha are premultiplied, as image files are read.
+    """
     pixels = image.detach().float().clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     array = pixels.permute(1, 2, 0).cpu().numpy()
+    if array.shape[2] == 4:
+        size = array.shape[1], array.shape[0]
+        return Image.frombytes("RGBa", size, array.tobytes()).convert("RGBA")
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 

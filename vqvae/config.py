@@ -36,6 +36,17 @@ class VQVAEConfig:
     in_channels: int | None = option(
         None, "1 grey, 3 RGB, 4 RGB + alpha; default: those of the data", choices=(1, 3, 4)
     )
+    value_range: tuple[float, float] | None = option(
+        None,
+        "values of the files that become black and white, as --value_range=-1000,3000; default: "
+        "decided from a sample of the data",
+        min=float("-inf"),
+    )
+    resampling: str = option(
+        "",
+        "how images are resized; nearest is for label maps; default: as the data needs",
+        choices=("", "bicubic", "nearest"),
+    )
     patch_size: int = option(4, "side of the pixel blocks that the stem moves into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)
     channel_multipliers: tuple[int, ...] = option(
@@ -113,6 +124,8 @@ class VQVAEConfig:
                 f"attention_levels must be in 0..{levels - 1}, one of each of the "
                 f"channel_multipliers, got {self.attention_levels}"
             )
+        if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
+            raise ValueError(f"value_range must be two ascending numbers, got {self.value_range}")
         f = self.downsampling
         if self.image_size is not None and any(n % f for n in self.image_size):
             height, width = self.image_size
@@ -122,6 +135,16 @@ class VQVAEConfig:
                 f"(patch_size {self.patch_size}, {levels} channel_multipliers); use "
                 f"image_size {nearest[0]},{nearest[1]}, or a smaller patch_size"
             )
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """Size, channels and values of the images, as a data set takes them."""
+        return {
+            "size": self.image_size,
+            "channels": self.in_channels,
+            "value_range": self.value_range,
+            "resampling": self.resampling,
+        }
 
     @property
     def downsampling(self) -> int:

@@ -1,20 +1,28 @@
-"""One image file: its header, and its pixels whatever the file holds."""
+"""One image file: its header, and its pixels as 8-bit values whatever the file holds."""
 
 import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, ImagePalette, UnidentifiedImageError
+from PIL import Image, ImageOps, ImagePalette, PngImagePlugin, UnidentifiedImageError
 
 from utils.cli import UserError, one_line
+from utils.data.formats import recognise
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
+MODES = {1: "L", 3: "RGB", 4: "RGBa"}  # by number of channels; a: premultiplied alpha
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
+EIGHT_BITS = (0.0, 255.0)
+FLOAT_RANGES = ((0.0, 1.0), (-1.0, 1.0), EIGHT_BITS, (0.0, 65535.0))
+INTEGER_RANGES = tuple((0.0, 2.0**bits - 1) for bits in (8, 10, 12, 14, 16))
+LARGEST_CLASS = 63  # of a label map
+SAMPLED_VALUES = 10_000  # of a file, to decide the range of values
+METADATA_BYTES = 64 << 20  # of a PNG file's texts, by chunk; Pillow refuses more than 1 MiB
 ROTATED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 ORIENTATION = 0x0112  # the EXIF tag
 # Pillow reads more formats, but starts other programs for some; these only decode.
@@ -41,18 +49,19 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
     where its header, or a frame of it, says more than `max_pixels`.
     """
     logger, limit = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS
-    level = logger.level
+    level, chunk = logger.level, PngImagePlugin.MAX_TEXT_CHUNK
     try:
         with warnings.catch_warnings():  # Pillow's, of odd files, do not name the file
             warnings.filterwarnings("ignore", module=r"PIL\.")
             logger.setLevel(logging.CRITICAL)
             # Pillow raises from twice this number on.
             Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
+            PngImagePlugin.MAX_TEXT_CHUNK = METADATA_BYTES
             # Given a path, Pillow maps the file into memory, and garbles rotated TIFF files.
             with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
                 yield image
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limit, chunk
         logger.setLevel(level)
 
 
@@ -61,6 +70,8 @@ def complaint(file: str | Path, error: Exception) -> str:
     if os.path.exists(file) and os.path.getsize(file) == 0:
         return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
+        if found := recognise(file):
+            return f"not an image that can be read: {found}"
         return f"not an image file of a supported format: {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
         return TOO_MANY_PIXELS
@@ -91,10 +102,11 @@ def read_header(file: str, max_pixels: int = MAX_PIXELS) -> Header:
         rotated = image.format != "TIFF" and _has_rotation(image)
         if rotated and image.getexif().get(ORIENTATION) in ROTATED:
             height, width = width, height
-        grey = image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;")
+        deep = _is_deep(image)
+        grey = image.mode in ("1", "L", "LA") or deep
         if image.mode == "P" and image.palette is not None:
             grey = _is_grey(image.palette)
-        return Header((height, width), grey, image.has_transparency_data)
+        return Header((height, width), grey, image.has_transparency_data and not deep)
 
 
 def _has_rotation(image: Image.Image) -> bool:
@@ -111,26 +123,85 @@ def _is_grey(palette: ImagePalette.ImagePalette) -> bool:
     return bool((red_green_blue == red_green_blue[:, :1]).all())
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float images to 8 bits; Pillow's own conversion would clip them."""
-    if image.mode != "F" and not image.mode.startswith("I"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = values * 255 if values.max(initial=0) <= 1 else values
-    elif values.max(initial=0) > 255 or image.mode != "I":
-        values = values / 257  # 32-bit containers hold 16-bit values; a 16-bit white is 65535
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
+def _is_deep(image: Image.Image) -> bool:
+    """Whether the values are of 16 or 32 bits; their transparent value, if any, is ignored."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+@_or_complaint
+def sample_values(file: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Finite values of an image file from which `common_range` decides; none of transparent ones.
+
+    They are the distinct values of 8-bit files and label maps, else some of all.
+    """
+    with open_image(file, max_pixels) as image:
+        plain = image.mode in ("L", "RGB") and not image.has_transparency_data
+        if image.format == "JPEG" or not (plain or _is_deep(image)):
+            return np.array(EIGHT_BITS, np.uint8)
+        return _sample(np.asarray(image))
+
+
+def _sample(values: np.ndarray) -> np.ndarray:
+    values = values[np.isfinite(values)]
+    integers = not np.issubdtype(values.dtype, np.floating)
+    if values.dtype == np.uint8 or (integers and values.max(initial=0) <= LARGEST_CLASS):
+        return np.unique(values)
+    return values[:: max(1, len(values) // SAMPLED_VALUES)]
+
+
+def common_range(samples: Sequence[np.ndarray]) -> tuple[tuple[float, float], str]:
+    """The values that become black and white, and the resampling, for the images of a data set.
+
+    The smallest usual range that holds all but 0.1 % of the values at either end; where they fill
+    less than a quarter of it, their own range. Integers of at most `LARGEST_CLASS` (beside 255,
+    "no class") are label maps, which are resized to the nearest value.
+    """
+    deep = [x for x in samples if x.dtype != np.uint8 and x.size]
+    values = np.concatenate([x for x in deep or samples if x.size] or [np.zeros(1, np.uint8)])
+    if not np.issubdtype(values.dtype, np.floating):
+        classes = values[values != EIGHT_BITS[1]]
+        if 0 <= classes.min(initial=0) < classes.max(initial=0) <= LARGEST_CLASS:
+            largest = classes.max() + (len(classes) < len(values))
+            return (0.0, float(largest)), "nearest"
+        ranges = INTEGER_RANGES
+    else:
+        ranges = FLOAT_RANGES
+    low, high = (float(x) for x in np.quantile(values, (0.001, 0.999), method="nearest"))
+    own = (low, high) if low < high else ranges[-1]
+    usual = next((x for x in ranges if x[0] <= low and high <= x[1]), own)
+    if low == high:  # of images of one value, which say nothing
+        return (usual if ranges is FLOAT_RANGES or not deep else ranges[-1]), "bicubic"
+    return (own if high - low < (usual[1] - usual[0]) / 4 else usual), "bicubic"
+
+
+def _to_eight_bits(image: Image.Image, value_range: tuple[float, float] | None) -> Image.Image:
+    """The values of a range as 0 to 255; Pillow's own conversion would clip them."""
+    if not _is_deep(image):
+        # 8-bit files among deeper ones already have their range.
+        full = value_range in (None, EIGHT_BITS) or value_range[1] > EIGHT_BITS[1]
+        if full or image.mode not in ("L", "RGB") or image.has_transparency_data:
+            return image
+    values = np.asarray(image).astype(np.float64)
+    low, high = value_range or common_range([_sample(np.asarray(image))])[0]
+    shades = (np.nan_to_num(values.clip(low, high), nan=low) - low) * (255 / (high - low))
+    return Image.fromarray(np.rint(shades).astype(np.uint8))
 
 
 @_or_complaint
 def read_image(
-    file: str, channels: int, size: tuple[int, int], max_pixels: int = MAX_PIXELS
+    file: str,
+    channels: int,
+    size: tuple[int, int],
+    max_pixels: int = MAX_PIXELS,
+    value_range: tuple[float, float] | None = None,
+    resampling: str = "bicubic",
 ) -> np.ndarray:
     """An image file as (channels, height, width), uint8: resized to cover `size`, then cropped.
 
-    Palettes, CMYK and 16-bit values are converted, EXIF rotation is applied, and of an animation
-    the first frame is used. With 1 or 3 channels, transparency becomes white.
+    The values of `value_range` become 0 to 255 (None: those that `common_range` finds in the file,
+    or all of 8-bit files), and NaN the lowest. Palettes and CMYK are converted, EXIF rotation is
+    applied, and of an animation the first frame is used. With 4 channels, colours are premultiplied
+    by alpha, so that hidden ones do not count; with fewer, transparency becomes white.
 
     Returns the reason as a string where the file cannot be read; only MemoryError is raised.
     """
@@ -140,15 +211,15 @@ def read_image(
             image.draft(None, (2 * max(size), 2 * max(size)))
         if _has_rotation(image):
             image = ImageOps.exif_transpose(image)
-        image = _to_eight_bits(image)
-        if image.has_transparency_data:
+        image = _to_eight_bits(image, value_range)
+        if image.has_transparency_data or channels == 4:
             image = image.convert("RGBA")
             if channels != 4:
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
         image = image.convert(MODES[channels])
         if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+            image = ImageOps.fit(image, (width, height), RESAMPLING[resampling])
         pixels = np.asarray(image)
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
 

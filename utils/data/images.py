@@ -2,10 +2,11 @@
 
 import itertools
 import os
+import resource
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,13 +20,30 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.cli import UserError, first_few, flag
-from utils.data.decoding import MAX_PIXELS, TOO_MANY_PIXELS, Header, read_header, read_image
+from utils.data.decoding import (
+    EIGHT_BITS,
+    MAX_PIXELS,
+    TOO_MANY_PIXELS,
+    Header,
+    common_range,
+    read_header,
+    read_image,
+    sample_values,
+)
 from utils.data.sources import read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
+SAMPLED_FILES = 64  # from which the range of values is decided
 TIMEOUT = 300  # seconds that a worker may take for a batch
 SKIPPED = "skipped.csv"
+CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +54,7 @@ class ImageConfig:
     max_pixels: int = flag(MAX_PIXELS, "refuse image files whose header says more")
     skip_bad_images: int = flag(0, "leave out up to this many files that cannot be read as images")
     num_workers: int = flag(-1, "processes that decode images; -1: one a core")
+    stream: bool = flag(False, "decode images again in each epoch, not once into memory")
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.skip_bad_images < 0:
@@ -107,6 +126,8 @@ class ImageDataset:
         column: str = "image_path",
         size: tuple[int, int] | None = None,
         channels: int | None = None,
+        value_range: tuple[float, float] | None = None,
+        resampling: str = "",
         random_crop: bool = False,
         processes: int = 1,
         max_memory: int | None = None,
@@ -121,6 +142,8 @@ class ImageDataset:
             size: height and width to resize and crop to; None: the size of all images.
             channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have an alpha channel,
                 else 3.
+            value_range, resampling: see `read_image`; None, "": decided from a sample of the files
+                by `common_range`.
             random_crop: keep the images an eighth larger, for random crops of `size`.
             processes: the number of processes that share this machine's memory.
             max_memory: bytes that the images may take; None: half of what is free.
@@ -135,7 +158,7 @@ class ImageDataset:
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
         self.num_workers = config.num_workers
         if self.num_workers < 0:
-            self.num_workers = min(16, os.cpu_count() or 1)
+            self.num_workers = min(16, _available_cores())
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
         headers = list(
@@ -145,15 +168,22 @@ class ImageDataset:
         self.channels = channels or _common_channels(headers)
         scale = 9 / 8 if random_crop else 1
         self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
+        files = self.files
+        chosen = [files[row] for row in range(0, len(files), -(-len(files) // SAMPLED_FILES))]
+        samples = [sample_values(file, max_pixels=config.max_pixels) for file in chosen]
+        found = common_range([x for x in samples if not isinstance(x, str)])
+        self.value_range, self.resampling = value_range or found[0], resampling or found[1]
         self._decode = partial(
             read_image,
             channels=self.channels,
             size=self.resize_size,
             max_pixels=config.max_pixels,
+            value_range=self.value_range,
+            resampling=self.resampling,
         )
         self.pixels: Tensor | None = None
         if max_memory is None:
-            max_memory = psutil.virtual_memory().available // (2 * processes)
+            max_memory = 0 if config.stream else _available_memory() // (2 * processes)
         if self.size_in_memory <= max_memory:
             pixels = torch.empty(len(self), self.channels, *self.resize_size, dtype=torch.uint8)
             for row, image in enumerate(self._read_all(self._decode, "decoding")):
@@ -167,9 +197,12 @@ class ImageDataset:
 
     def __str__(self) -> str:
         kept = "in memory" if self.pixels is not None else f"streamed by {self.num_workers} workers"
+        low, high = self.value_range
+        values = "" if (low, high) == EIGHT_BITS else f"values {low:g} to {high:g}, "
+        nearest = "label maps (--resampling nearest), " if self.resampling == "nearest" else ""
         return (
             f"{self.path}: {len(self):,} images of {self.size[0]}x{self.size[1]} pixels, "
-            f"{self.channels} channel{'s' if self.channels > 1 else ''}, {kept} "
+            f"{self.channels} channel{'s' if self.channels > 1 else ''}, {values}{nearest}{kept} "
             f"({self.size_in_memory / 2**20:,.1f} MiB decoded)"
         )
 
@@ -290,6 +323,24 @@ def _common_channels(headers: Sequence[Header]) -> int:
     if all(header.alpha for header in headers):
         return 4
     return 1 if all(header.grey for header in headers) else 3
+
+
+def _available_cores() -> int:
+    """The cores that this process may use."""
+    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def _available_memory() -> int:
+    """Bytes that this process may still take: of the machine, its address space and its cgroup."""
+    limits = [psutil.virtual_memory().available]
+    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if address_space != resource.RLIM_INFINITY:
+        limits.append(address_space - psutil.Process().memory_info().vms)
+    for most, used in CGROUP_FILES:
+        with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
+            limits.append(int(Path(most).read_text()) - int(Path(used).read_text()))
+    return max(0, min(limits))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ condition.npy  (N, hc, wc): the grid of an image that comes with each image, suc
 crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -197,7 +198,7 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
         if tokenizer is not None:
             origin = tokenizer.sha256, tokenizer.provenance.run_id
             meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
-    names = tuple(sorted({row.label for row in indices.rows} - {""}))
+    names = tuple(sorted({row.label for row in indices.rows} - {""}, key=natural_order))
     grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
     return Vocabulary(
         **grid,
@@ -205,6 +206,12 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
         depth=indices.depth,
         condition=getattr(meta, "condition", None),
     )
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts 2 before 10: of digits, the number of them comes first."""
+    parts = re.split(r"(\d+)", name)
+    return [(len(x.lstrip("0")) if x.isdecimal() else 0, x) for x in parts] + [(0, name)]
 
 
 def _by(shape: Sequence[int]) -> str:

@@ -126,6 +126,7 @@ def read_real(
             "both to one size by --image_size H,W"
         )
     if path_to_test:
+        options |= {"value_range": real.value_range, "resampling": real.resampling}
         test = read_images(path_to_test, "--path_to_test", real.size, channels, SMALLEST, **options)
         sets = ImageSet.whole(real), ImageSet.whole(test)
         return RealImages(*sets, {"held_out": "path_to_test"})

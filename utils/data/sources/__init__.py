@@ -11,7 +11,9 @@ import importlib
 import json
 import os
 import pkgutil
-from collections.abc import Sequence
+import unicodedata
+import urllib.parse
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.files import sha256
@@ -46,11 +49,13 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     rows = _source_of(path).read_rows(path)
     if not rows:
         raise UserError(f"{path} lists no images; add at least one")
-    for name in FILE_COLUMNS:
-        files = [getattr(row, name) for row in rows if getattr(row, name)]
-        _check_files(path, files, allow_outside_paths)
+    for column in FILE_COLUMNS:
+        names = {name: name for row in rows if (name := getattr(row, column))}
+        found = _find_files(path, names, allow_outside_paths)
+        if found != names:
+            rows = [row._replace(**{column: found[getattr(row, column)]}) for row in rows]
     first: dict[str, Row] = {}
-    for row in rows:
+    for row in rows if rows[0].split else ():
         other = first.setdefault(os.path.normpath(row.image_path), row)
         if other.split != row.split:
             raise UserError(
@@ -58,6 +63,13 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
                 "are the same file; put it on one side of the split"
             )
     return rows
+
+
+@cache
+def note(line: str) -> None:
+    """Print a line about the data once."""
+    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
+        print(line)
 
 
 def root_of(path: str | Path) -> Path:
@@ -82,28 +94,57 @@ def _source_of(path: Path) -> ModuleType:
     return next((source for source in sources if source.accepts(path)), default)
 
 
-def _check_files(path: Path, names: Sequence[str], allow_outside_paths: bool) -> None:
-    """Refuse files that are missing, or whose real path is outside the root of the source."""
+def _find_files(path: Path, names: Collection[str], allow_outside_paths: bool) -> dict[str, str]:
+    """The path of the file for each name; a UserError if it is missing, or outside the root."""
     root = os.path.realpath(root_of(path))
-    real_folder = cache(os.path.realpath)  # each folder is resolved once, not for each file
-    missing, outside = [], []
-    for name in names:
-        folder, file = os.path.split(os.path.join(root, name))
-        file = os.path.join(real_folder(folder), file)
-        if not os.path.isfile(file):
-            missing.append(name)
+
+    @cache  # each folder is read once, which is faster than asking for each file
+    def links(folder: str) -> tuple[str, dict[str, bool]]:
+        """The real path of a folder, and whether each of its files is a link."""
+        real = os.path.realpath(os.path.join(root, folder))
+        try:
+            return real, {x.name: x.is_symlink() for x in os.scandir(real) if x.is_file()}
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return real, {}
+
+    def exists(name: str) -> bool:
+        folder, _, file = name.rpartition("/")
+        return file in links(f"{folder}/" if folder or name.startswith("/") else "")[1]
+
+    found, missing, outside = {}, [], []
+    bar = tqdm(names, "looking for files", unit=" files", disable=None, leave=False, delay=1)
+    for name in bar:
+        spelling = name if exists(name) else next(filter(exists, _spellings(name)), "")
+        found[name] = spelling
+        if not spelling:
+            kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
+            missing.append(name + kind)
         elif not allow_outside_paths:
-            file = os.path.realpath(file) if os.path.islink(file) else file
-            if not file.startswith(root + os.sep):
+            folder, _, file = spelling.rpartition("/")
+            real, files = links(f"{folder}/" if folder or name.startswith("/") else "")
+            target = os.path.realpath(os.path.join(real, file)) if files[file] else real + os.sep
+            if not target.startswith(root + os.sep):
                 outside.append(name)
-    for found, problem in (
+    for refused, problem in (
         (missing, f"do not exist, relative to {root_of(path)}"),
         (outside, "are outside its folder, which --allow_outside_paths accepts"),
     ):
-        if found:
+        if refused:
             raise UserError(
-                f"{len(found)} of {len(names)} files in {path} {problem}: {first_few(found)}"
+                f"{len(refused)} of {len(names)} files in {path} {problem}: {first_few(refused)}"
             )
+    return found
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Other spellings of a path: quoted, as a URL, of the home folder, of Windows, of macOS."""
+    name = name.strip().strip("\"'")
+    if name.startswith("file://"):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(name).path)
+    name = os.path.expanduser(name)
+    for path in (name, name.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, path)
 
 
 def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:

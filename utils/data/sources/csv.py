@@ -1,15 +1,24 @@
-"""A CSV as a data source: columns image_path[,label][,split][,condition_path], in any order."""
+"""A CSV as a data source: columns image_path[,label][,split][,condition_path], in any order.
 
+Also as spreadsheets write it: separated by commas, semicolons or tabs, in UTF-8 or UTF-16.
+"""
+
+import codecs
 import csv
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from utils.cli import UserError, one_line
-from utils.data.sources import FILE_COLUMNS, SPLITS, Row
+from utils.cli import UserError, first_few, one_line
+from utils.data.sources import FILE_COLUMNS, SPLITS, Row, note
 from utils.files import TABLE_BYTES, check_size
+
+SEPARATORS = ",;\t"
 
 
 def accepts(path: Path) -> bool:
@@ -19,8 +28,13 @@ def accepts(path: Path) -> bool:
 def read_rows(path: Path) -> list[Row]:
     """The rows of a CSV; a UserError for what `read_table` refuses, and for an empty value."""
     if not path.is_file():
-        raise UserError(f"no such CSV file: {path}; --path_to_data takes a CSV of image paths")
+        raise UserError(
+            f"no such CSV file: {path}; --path_to_data takes a CSV of image paths, or a folder "
+            "with a folder of images for each class"
+        )
     header, rows = read_table(path)
+    if others := [name or "(no name)" for name in header if name not in Row._fields]:
+        note(f"{path}: ignored columns: {first_few(others)}; used: {', '.join(Row._fields)}")
     for name in {"split", *FILE_COLUMNS}.intersection(header):
         for number, value in enumerate(map(itemgetter(Row._fields.index(name)), rows), 1):
             if not value:
@@ -29,41 +43,75 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_table(path: Path) -> tuple[list[str], list[Row]]:
-    """The header and the rows of a CSV in UTF-8. Values are text: 0001 stays 0001, NA stays NA.
+    """The header and the rows of a CSV. Values are text: 0001 stays 0001, and NA stays NA.
 
     A UserError for another file, no column image_path, a repeated column, an unknown split, or a
     row with too many or too few fields.
     """
+    rows: list[Row] = []
+    with _open_table(path) as reader:
+        header = [_column_name(name) for name in next(reader, [])]
+        known = [name for name in header if name in Row._fields]
+        if "image_path" not in header:
+            raise UserError(
+                f"{path} has no column image_path; its first line is {','.join(header)!r:.200}"
+            )
+        if len(set(known)) != len(known):
+            raise UserError(f"{path} repeats a column: {','.join(header)!r:.200}")
+        # Of a missing column, the "" that is appended to each row.
+        chosen = itemgetter(*(header.index(n) if n in header else -1 for n in Row._fields))
+        try:
+            for fields in reader:
+                if not any(fields):  # an empty line, which spreadsheets fill with separators
+                    continue
+                if len(fields) != len(header):
+                    raise csv.Error(f"{len(fields)} fields, but the first line has {len(header)}")
+                row = Row._make(chosen((*fields, "")))
+                if row.split and row.split not in SPLITS:
+                    raise csv.Error(f"split is {row.split!r}; use train or val")
+                rows.append(row)
+        except csv.Error as error:
+            raise UserError(
+                f"{path} row {len(rows) + 1} (up to line {reader.line_num}): {one_line(error)}; "
+                "close each quote, and quote values that contain a separator"
+            ) from error
+    return header, rows
+
+
+@contextmanager
+def _open_table(path: Path) -> Iterator[Any]:
+    """A csv.reader of a file, in its encoding and with its separator."""
     try:
         check_size(path, TABLE_BYTES)
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            lines = tqdm(file, path.name, unit=" lines", disable=None, leave=False, delay=1)
-            reader = csv.reader(lines, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            table = [fields for fields in reader if fields]
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        with path.open("rb") as start:
+            wide = start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
+            first = file.readline()
+            separator = max(SEPARATORS, key=first.count)
+            if first.lower().startswith("sep="):  # Excel's
+                first = file.readline()
+            lines = itertools.chain([first], file)
+            bar = tqdm(lines, path.name, unit=" lines", disable=None, leave=False, delay=1)
+            spaces = f"{separator} " in first
+            yield csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
+    except UnicodeDecodeError as error:
+        content = path.read_bytes()
+        try:
+            content.decode("utf-8-sig")
+            line = 1
+        except UnicodeDecodeError as place:
+            line = content.count(b"\n", 0, place.start) + 1
         raise UserError(
-            f"{path} is not a valid UTF-8 CSV: {one_line(error)}; quote values that contain a comma"
+            f"{path} line {line} is not in UTF-8: {error.reason}; save it as CSV in UTF-8"
         ) from error
-    if "image_path" not in header:
-        raise UserError(
-            f"{path} has no column image_path; its first line is {','.join(header)!r:.200}"
-        )
-    if len(set(header)) != len(header):
-        raise UserError(f"{path} repeats a column: {','.join(header)!r:.200}")
-    # Of a missing column, the "" that is appended to each row.
-    chosen = itemgetter(*(header.index(n) if n in header else -1 for n in Row._fields))
-    rows = []
-    for number, fields in enumerate(table, 1):
-        if len(fields) != len(header):
-            raise UserError(
-                f"{path} row {number}: {len(fields)} fields, but the first line has "
-                f"{len(header)}; quote values that contain a comma"
-            )
-        rows.append(Row._make(chosen((*fields, ""))))
-        if rows[-1].split not in ("", *SPLITS):
-            raise UserError(f"{path} row {number}: split is {rows[-1].split!r}; use train or val")
-    return header, rows
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def _column_name(name: str) -> str:
+    """A known column in any spelling, or the name as it is."""
+    known = name.strip().casefold().replace(" ", "_").replace("-", "_")
+    return known if known in Row._fields else name.strip()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
