@@ -101,6 +101,8 @@ def evaluate_samples(flags: argparse.Namespace) -> None:
     split = samples.split
     if tokenizer is not None:
         split = tokenizer.provenance.split
+        names = "value_range", "resampling"  # of the files that the samples were learned from
+        options |= {name: getattr(tokenizer.model.config, name) for name in names}
     resize = bool(flags.image_size or flags.indexes_path)
     paths, images = (flags.path_to_data, flags.path_to_test), samples.images.images
     real = image_sets.read_real(*paths, split, images, resize=resize, **options)

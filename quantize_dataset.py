@@ -190,8 +190,9 @@ def main(arguments: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
+    images = "images to quantize: a CSV, or a folder with a folder of images for each class"
     add("--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints")
-    add("--path_to_data", required=True, metavar="CSV", help="CSV of the images to quantize")
+    add("--path_to_data", required=True, metavar="DATA", help=images)
     condition = "tokenizer of the images in the column condition_path, the conditions of the GPT"
     add("--condition_model_dir", help=f"{condition} (default: no conditions)")
     add("--run_id", help="MLflow run to log to (default: the tokenizer's)")

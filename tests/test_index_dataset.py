@@ -194,4 +194,4 @@ def test_flex_attention_needs_cuda(tokenizer: VQVAE, error_of: Callable[..., str
 def test_classes_are_in_natural_order() -> None:
     """Classes 0 to 11 were shown as 0, 1, 10, 11, 2."""
     for names in (["0", "2", "10", "11"], ["a2", "a10", "b1"], ["0001", "01", "1", "2", "NA"], []):
-        assert sorted(names[::-1], key=natural_order) == names
+        assert sorted(set(names), key=natural_order) == names

@@ -193,7 +193,7 @@ def test_damaged_manifest(tmp_path: Path, content: bytes | None, complaint: str)
         manifest.unlink()
     else:
         manifest.write_bytes(content)
-    with pytest.raises(UserError, match=rf"manifest\.csv .*{complaint}"):
+    with pytest.raises(UserError, match=rf"manifest\.csv:? .*{complaint}"):
         read_indices(manifest.parent)
 
 

@@ -65,7 +65,10 @@ class ImageConfig:
 class DataConfig(ImageConfig):
     """The images of a training."""
 
-    path_to_data: str = flag(text="CSV with columns image_path[,label][,split]", metavar="CSV")
+    path_to_data: str = flag(
+        text="CSV with columns image_path[,label][,split], or a folder of class folders",
+        metavar="DATA",
+    )
     val_fraction: float = flag(0.1, "share of the images for validation, without a split column")
     random_crop: bool = flag(False, "train on random crops of images that are an eighth larger")
     horizontal_flip: bool = flag(False, "mirror half of the training images")

@@ -85,8 +85,11 @@ def read_images(
     Raises:
         UserError: see there; no such CSV, which `flag` named; fewer than `at_least` images.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no such CSV file: {path}; {flag} takes a CSV of image paths")
+    if not Path(path).exists():
+        raise UserError(
+            f"no such CSV file: {path}; {flag} takes a CSV of image paths, or a folder with a "
+            "folder of images for each class"
+        )
     dataset = ImageDataset(path, size=size, channels=channels, **options)
     print(dataset)
     _check_count(dataset, str(path), at_least)
