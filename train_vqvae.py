@@ -140,8 +140,9 @@ def read_images(
         random_crop=data.random_crop,
         processes=group.world_size,
     )
-    rows = sources.split_rows(dataset.rows, val_fraction=data.val_fraction, seed=seed)
-    return dataset, *rows
+    rows = dataset.rows
+    train_rows, val_rows = sources.split_rows(rows, val_fraction=data.val_fraction, seed=seed)
+    return dataset, train_rows, sources.preview_first(rows, val_rows, PICTURES)
 
 
 def build_model(

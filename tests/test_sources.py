@@ -10,7 +10,7 @@ from PIL import Image
 from utils.cli import UserError
 from utils.data import sources
 from utils.data.images import ImageDataset
-from utils.data.sources import Row, epoch_order, read_rows, split_rows
+from utils.data.sources import Row, epoch_order, preview_first, read_rows, split_rows
 
 
 def write(folder: Path, content: str, *, files: str = "a.png b.png") -> Path:
@@ -170,6 +170,19 @@ def test_epoch_order_follows_from_seed_and_epoch() -> None:
     assert torch.equal(first.sort().values, rows)
     for seed, epoch in ((5, 3), (6, 2), (2, 5)):
         assert not torch.equal(first, epoch_order(rows, seed, epoch))
+
+
+def test_pictures_show_all_classes_of_a_sorted_data_set() -> None:
+    """They were the first in file order: of 2,000 emoji only flags."""
+    rows = [Row(f"{number}.png", f"{number // 50}", "") for number in range(500)]
+    candidates = torch.arange(0, 500, 2)
+    order = preview_first(rows, candidates, 20)
+    assert torch.equal(order.sort().values, candidates)
+    shown = [rows[row].label for row in order[:20].tolist()]
+    assert sorted(shown) == sorted([str(label) for label in range(10)] * 2)
+    assert torch.equal(order, preview_first(rows, candidates, 20))
+    assert torch.equal(order[20:], order[20:].sort().values)
+    assert torch.equal(preview_first(rows, candidates[:20], 20), candidates[:20])
 
 
 def test_one_file_on_both_sides_of_a_split_column(tmp_path: Path) -> None:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from utils.cli import UserError, flag
 from utils.data.indices import Indices, open_grids, read_indices, smallest_type
-from utils.data.sources import Row, seeded_generator, split_rows
+from utils.data.sources import Row, preview_first, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, Vocabulary
 from utils.provenance import LoadedModel
 
+PREVIEW = 64  # validation rows whose conditions and classes are shown
 CONDITION, CROPS = "condition.npy", "crops.npy"
 
 
@@ -82,7 +83,8 @@ class IndexDataset:
         self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
         self.conditions = read_conditions(path, indices)
         self._crops = read_crops(path, indices)
-        self.train_rows, self.val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
+        self.train_rows, val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
+        self.val_rows = preview_first(self.rows, val_rows, PREVIEW)
 
     def __str__(self) -> str:
         more = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "

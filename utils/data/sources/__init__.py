@@ -13,6 +13,7 @@ import os
 import pkgutil
 import unicodedata
 import urllib.parse
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -161,6 +162,23 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
         chosen = set(sorted(hashes, key=hashes.__getitem__)[: round(val_fraction * len(hashes))])
         is_val = torch.tensor([name in chosen for name in names])
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
+
+
+def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor:
+    """The row numbers `candidates`, of which the first `count` are a fixed choice for pictures.
+
+    They are random, of all classes in turn; the others follow in their order.
+    """
+    if len(candidates) <= count:
+        return candidates
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for row in epoch_order(candidates, 0, 0).tolist():
+        ranks[row] = seen[rows[row].label]  # so many of its class come before
+        seen[rows[row].label] += 1
+    chosen = sorted(ranks, key=ranks.__getitem__)[:count]
+    others = set(ranks) - set(chosen)
+    return torch.tensor(chosen + [row for row in candidates.tolist() if row in others])
 
 
 def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
