@@ -376,12 +376,13 @@ def load_files(
         timeout=TIMEOUT if num_workers else 0,
         generator=torch.Generator(),  # it would take a number from PyTorch's global one
     )
-    iterator: Any = None
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator: Any = iter(loader)
+    signal.signal(signal.SIGCHLD, before)  # PyTorch's raises wherever the main process is
+    workers = getattr(iterator, "_workers", ())
     try:
-        with _deaths_raise():
-            iterator = iter(loader)
         while True:
-            with _deaths_raise():
+            with _deaths_raise(workers):
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -394,23 +395,27 @@ def load_files(
             "--num_workers (0: none)"
         ) from error
     finally:
-        if num_workers and iterator is not None:
-            for worker in iterator._workers:
-                worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
+        for worker in workers:
+            worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
+        if workers:
             iterator._shutdown_workers()
 
 
 @contextmanager
-def _deaths_raise() -> Iterator[None]:
-    """Raise a RuntimeError for a dead worker, also for one that died before.
+def _deaths_raise(workers: Sequence[Any]) -> Iterator[None]:
+    """Raise a RuntimeError for a worker that died, now or before.
 
-    PyTorch raises it wherever the main process is, such as inside a training step, whose state
-    could then not be saved.
+    Not elsewhere, such as inside a training step, whose state could then not be saved.
     """
-    before = signal.getsignal(signal.SIGCHLD)
+
+    def check(*_: object) -> None:
+        codes = [worker.exitcode for worker in workers if worker.exitcode]
+        if codes:
+            raise RuntimeError(f"DataLoader worker ended with exit code {codes[0]}")
+
+    before = signal.signal(signal.SIGCHLD, check)
     try:
-        signal.signal(signal.SIGCHLD, lambda *_: torch._C._error_if_any_worker_fails())
-        torch._C._error_if_any_worker_fails()
+        check()
         yield
     finally:
         signal.signal(signal.SIGCHLD, before)
