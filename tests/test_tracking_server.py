@@ -114,6 +114,7 @@ def test_a_server_with_a_password_and_its_own_certificate(
     code = f"{old}{GUARDED}" + new.split("\n", 1)[1]
     with start_server(own_folder, first_starts[0] / "mlflow.db", code) as (_, port):
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        monkeypatch.setenv("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # as scripts do
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"https://localhost:{port}")
         with pytest.raises(UserError, match="MLFLOW_TRACKING_SERVER_CERT_PATH"):
             open_run()
