@@ -173,13 +173,13 @@ def test_status(tmp_path: Path, error: BaseException | None, expected: dict) -> 
 
 def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
     """What was logged after it comes again; an evaluation by another script stays."""
-    training = Training(tmp_path)
+    training, log = Training(tmp_path), tmp_path / sync.METRICS
     for step in (1, 2, 3):
-        sync.append_metrics(tmp_path, sync.Metrics(**ABOUT, step=step, values={"train/loss": 1.0}))
+        sync.append(log, sync.Event(**ABOUT, step=step, values={"train/loss": 1.0}))
         if step == 2:
             training.save(2)
-    sync.append_metrics(tmp_path, sync.Metrics(**ABOUT, step=0, values={"test/mse": 1.0}))
-    with (tmp_path / sync.METRICS).open("a") as file:
+    sync.append(log, sync.Event(**ABOUT, step=0, values={"test/mse": 1.0}))
+    with log.open("a") as file:
         file.write('{"step": 4, "train/lo')  # killed while it wrote
     again = Training(tmp_path, resumed=find_checkpoint("auto", str(tmp_path)))
     sync.rewind_metrics(tmp_path, again.progress.logged)

@@ -102,10 +102,11 @@ def _make_files() -> dict[str, Reader]:
     ):
         log.append(**entry)
     for step in range(5):
-        sync.append_metrics(out, sync.Metrics(time.time(), "a", step, {"val/mse": 1 / (step + 1)}))
+        line = sync.Event(time.time(), "a", step=step, values={"val/mse": 1 / (step + 1)})
+        sync.append(out / sync.METRICS, line)
 
-    def read_model(folder: str, kind: type, config: type) -> Any:
-        model = load_model(folder, kind, config).model
+    def read_model(folder: str, kind: type) -> Any:
+        model = load_model(folder, kind).model
         return model.config, {name: x.tolist() for name, x in model.state_dict().items()}
 
     def read_grids() -> Any:
@@ -125,8 +126,8 @@ def _make_files() -> dict[str, Reader]:
         return found
 
     return {
-        "tokenizer": lambda: read_model("tokenizer", VQVAE, VQVAEConfig),
-        "gpt": lambda: (read_model("gpt", GPT, GPTConfig), read_vocabulary("gpt")),
+        "tokenizer": lambda: read_model("tokenizer", VQVAE),
+        "gpt": lambda: (read_model("gpt", GPT), read_vocabulary("gpt")),
         "indices": read_grids,
         "training": read_checkpoint,
         LOGS: read_logs,
