@@ -4,6 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,124 +13,110 @@ from torch import Tensor
 
 from transformer import GPT, make_prefix
 from utils import cli, distributed, tracking
+from utils.data import sources
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
-from utils.evaluation import features, image_sets, published, records, report
+from utils.evaluation import features, inputs, records, report
+from utils.evaluation.features import ImageSet, Settings
 from utils.evaluation.records import Record
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel
 from vqvae import VQVAE
 from vqvae.losses import BACKBONES, PerceptualLoss
 
 ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a split
 
 
-def load_tokenizer(address: str, device: torch.device) -> LoadedModel:
-    return load_model(address, VQVAE, device)
-
-
-def read_images(flags: argparse.Namespace, flag: str, config: Any) -> ImageDataset:
-    """The CSV of a flag in the size of a tokenizer."""
-    options = {"config": cli.read_flags(ImageConfig, flags), **config.image_options}
-    return image_sets.read_images(getattr(flags, flag), f"--{flag}", **options)
-
-
 def run_evaluation(
     flags: argparse.Namespace,
-    evaluate: Callable[[report.Settings], Record],
-    source: Path,
-    home: Path,
-    run_id: str,
-    data: dict[str, Any],
+    evaluate: Callable[[], Record],
+    place: tuple[Path, Path, str],
+    data: dict[str, ImageDataset],
     protocol: dict[str, Any],
 ) -> None:
-    """Evaluate, write the record below `home`, and log it to the run of the model.
+    """Evaluate, write the record, and log it to the run of the model.
 
-    `source` names the evaluation; `data` are the images by the flags that named them.
+    `place` is what is evaluated, the folder for the record, and the run of the model; `data` are
+    the images by the flags that named them.
     """
+    source, home, run_id = place
     name, stage = records.name_of(source), "gpt" if flags.kind != "reconstructions" else "tokenizer"
     output_dir = Path(flags.output_dir or home / records.FOLDER / name)
-    device = distributed.pick_device(flags.device)
     with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
-        record = evaluate(report.Settings(device, flags.batch_size, flags.seed))
-        common = records.protocol(flags, data["path_to_data"], device)
+        record = evaluate()
+        common = records.protocol(flags, data["path_to_data"])
         record = replace(record, protocol={**common, **protocol, **record.protocol})
         record.save(run, flags.kind, name)
         for flag, images in data.items():
             images.write_skipped(output_dir, f"skipped-{flag}.csv")
 
 
-def evaluate_reconstructions(flags: argparse.Namespace) -> None:
+def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> None:
     if flags.lpips_weights and not flags.lpips:
         raise cli.UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
     if flags.path_to_train and flags.features != "classifier":
         raise cli.UserError("--path_to_train belongs to --features classifier; add that")
-    device = distributed.pick_device(flags.device)
-    tokenizer = load_tokenizer(flags.model_dir, device)
-    opened = published.open_network(flags.features, flags.feature_weights, device)
+    tokenizer = load_model(flags.model_dir, VQVAE, settings.device)
+    network = inputs.open_network(flags.features, flags.feature_weights, settings.device)
     lpips, lpips_protocol = None, None
     if flags.lpips:
-        lpips = cli.build_or_error(PerceptualLoss, flags.lpips, flags.lpips_weights).to(device)
+        lpips = cli.build_or_error(PerceptualLoss, flags.lpips, flags.lpips_weights).to(
+            settings.device
+        )
         lpips_protocol = {"network": flags.lpips, "sha256": features.weights_sha256(lpips)}
-    data = {"path_to_data": read_images(flags, "path_to_data", tokenizer.model.config)}
-    dataset = data["path_to_data"]
-    if flags.path_to_train:
-        data["path_to_train"] = read_images(flags, "path_to_train", tokenizer.model.config)
+    names = ("path_to_data", "path_to_train") if flags.path_to_train else ("path_to_data",)
+    options = tokenizer.model.config.image_options
+    data = {name: inputs.read_images(flags, name, **options) for name in names}
+    dataset, training = data["path_to_data"], data.get("path_to_train")
+    new = training is not None and sources.digest(training.path) != sources.digest(dataset.path)
 
-    def evaluate(settings: report.Settings) -> Record:
-        network = opened
+    def evaluate() -> Record:
+        found = network
         if flags.features == "classifier":
-            network = report.reconstruction_classifier(
-                dataset, data.get("path_to_train", dataset), settings
-            )
-        return report.report_reconstructions(tokenizer.model, dataset, network, lpips, settings)
+            teaching = training if new and training is not None else dataset
+            if not new:
+                print(
+                    "classifier: trained on these very images, so that their labels are not "
+                    "compared; --path_to_train CSV trains it on others"
+                )
+            whole = ImageSet.whole(teaching)
+            found = features.train_classifier(whole, str(teaching.path), settings)
+        return report.report_reconstructions(
+            tokenizer.model, dataset, found, lpips, settings, compare_labels=new
+        )
 
     protocol = {"rows": ALL_ROWS, "tokenizer_sha256": tokenizer.sha256, "lpips": lpips_protocol}
     place = dataset.path, tokenizer.home, tokenizer.provenance.run_id
-    run_evaluation(flags, evaluate, *place, data, protocol)
+    run_evaluation(flags, evaluate, place, data, protocol)
 
 
-def evaluate_samples(flags: argparse.Namespace) -> None:
-    device, options = (
-        distributed.pick_device(flags.device),
-        {"config": cli.read_flags(ImageConfig, flags)},
-    )
-    opened = published.open_network(flags.features, flags.feature_weights, device)
-    tokenizer = load_tokenizer(flags.model_dir, device) if flags.model_dir else None
-    source = flags.images, flags.indexes_path
-    samples = image_sets.read_samples(*source, tokenizer, flags.image_size, **options)
-    split = samples.split
-    if tokenizer is not None:
-        split = tokenizer.provenance.split
-        names = "value_range", "resampling"  # of the files that the samples were learned from
-        options |= {name: getattr(tokenizer.model.config, name) for name in names}
-    resize = bool(flags.image_size or flags.indexes_path)
-    paths, images = (flags.path_to_data, flags.path_to_test), samples.images.images
-    real = image_sets.read_real(*paths, split, images, resize=resize, **options)
+def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
+    network = inputs.open_network(flags.features, flags.feature_weights, settings.device)
+    tokenizer = load_model(flags.model_dir, VQVAE, settings.device) if flags.model_dir else None
+    samples = inputs.read_samples(flags, tokenizer)
+    options: dict[str, Any] = {}
+    if tokenizer is not None:  # real images are read like the files that it was trained on
+        wanted = "value_range", "resampling"
+        options = {name: getattr(tokenizer.model.config, name) for name in wanted}
+    real = inputs.read_real(flags, samples.images.images, samples.split, **options)
     data: dict[str, Any] = {"path_to_data": real.train.images}
     data |= {"path_to_test": real.held_out.images} if flags.path_to_test else {}
-    data |= {"images": images} if flags.images else {}
+    data |= {"images": samples.images.images} if flags.images else {}
 
-    def evaluate(settings: report.Settings) -> Record:
-        network = opened or features.train_classifier(
-            *real.train, flags.path_to_data, device, flags.seed
-        )
-        return report.report_samples(network, real, samples, settings)
+    def evaluate() -> Record:
+        found = network or features.train_classifier(real.train, flags.path_to_data, settings)
+        return report.report_samples(found, real, samples, settings)
 
-    home = tracking.home_of(flags.run_id or samples.run_id) or samples.place.parent
+    run_id = inputs.sampling_run(samples.lineage)
+    home = tracking.home_of(flags.run_id or run_id) or samples.place.parent
     protocol = {"split": real.split, **samples.hashes}
-    run_evaluation(flags, evaluate, samples.place, home, samples.run_id, data, protocol)
+    run_evaluation(flags, evaluate, (samples.place, home, run_id), data, protocol)
 
 
 @torch.inference_mode()
 def encode_conditions(
     flags: argparse.Namespace, vocabulary: Vocabulary, device: torch.device
 ) -> Tensor | None:
-    """The conditions of a CSV's images, (N, hc, wc); None for a GPT without conditions.
-
-    Raises:
-        UserError: no tokenizer for them, another one, or one that is not needed.
-    """
+    """The conditions of a CSV's images, (N, hc, wc); None for a GPT without conditions."""
     address, gpt = flags.condition_model_dir, f"the GPT in {flags.model_path}"
     if vocabulary.condition is None:
         if address:
@@ -145,7 +132,7 @@ def encode_conditions(
             "--skip_bad_images cannot be combined with --condition_model_dir: a skipped picture "
             "leaves its image without a condition; take both out of the CSV"
         )
-    tokenizer = load_tokenizer(address, device)
+    tokenizer = load_model(address, VQVAE, device)
     owner = f"the condition of {flags.model_path}"
     vocabulary.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
     config = tokenizer.model.config
@@ -159,38 +146,33 @@ def encode_conditions(
     return torch.cat([tokenizer.model.encode(x).cpu() for x in pictures.batches(batches, device)])
 
 
-def evaluate_likelihood(flags: argparse.Namespace) -> None:
-    device = distributed.pick_device(flags.device)
-    gpt = load_model(flags.model_path, GPT, device)
+def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
+    gpt = load_model(flags.model_path, GPT, settings.device)
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
-    tokenizer = load_tokenizer(flags.model_dir, device)
+    tokenizer = load_model(flags.model_dir, VQVAE, settings.device)
     config = tokenizer.model.config
     vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config)
-    dataset = read_images(flags, "path_to_data", config)
+    dataset = inputs.read_images(flags, "path_to_data", **config.image_options)
     labels = ["" if flags.unconditional else row.label for row in dataset.rows]
-    conditions = encode_conditions(flags, vocabulary, device)
+    conditions = encode_conditions(flags, vocabulary, settings.device)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
     tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
 
     def nats_per_token(given: Tensor, images: Tensor) -> Tensor:
         return gpt.model.loss(given, tokenizer.model.encode(images))
 
-    def evaluate(settings: report.Settings) -> Record:
-        return report.report_likelihood(nats_per_token, dataset, prefix, tokens_per_pixel, settings)
-
+    evaluate = partial(
+        report.report_likelihood, nats_per_token, dataset, prefix, tokens_per_pixel, settings
+    )
     protocol = {"rows": ALL_ROWS, "unconditional": flags.unconditional}
     protocol |= {"gpt_sha256": gpt.sha256, "tokenizer_sha256": tokenizer.sha256}
     place = dataset.path, gpt.home, gpt.provenance.run_id
-    run_evaluation(flags, evaluate, *place, {"path_to_data": dataset}, protocol)
+    run_evaluation(flags, evaluate, place, {"path_to_data": dataset}, protocol)
 
 
 def main(flags: argparse.Namespace) -> None:
-    """Compare two evaluations, or make one.
-
-    Raises:
-        UserError: neither a command nor --compare, or both.
-    """
+    """Compare two evaluations, or make one."""
     if flags.compare and flags.kind:
         raise cli.UserError("--compare reads two evaluations and makes none; give it by itself")
     if flags.compare:
@@ -200,7 +182,8 @@ def main(flags: argparse.Namespace) -> None:
             "nothing to do; give reconstructions, samples or likelihood, or --compare RUN_A RUN_B"
         )
     else:
-        flags.evaluate(flags)
+        device = distributed.pick_device(flags.device)
+        flags.evaluate(flags, Settings(device, flags.batch_size, flags.seed))
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, default: str | None) -> None:

@@ -10,11 +10,11 @@ from utils.data.download import write_digits
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import split_rows
 from utils.evaluation import distances, features
-from utils.evaluation.distances import frechet_distance
-from utils.evaluation.features import extract_features, train_classifier
-from utils.evaluation.metrics import resample
+from utils.evaluation.features import ImageSet, Settings, extract_features, train_classifier
+from utils.evaluation.metrics import frechet_distance, resample
 
 CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, 128, 0)
 
 
 @pytest.fixture(scope="module")
@@ -31,18 +31,18 @@ def test_it_learns_digits_and_real_halves_are_near(
     monkeypatch.setattr(features, "TRAINING_IMAGES", 12_000)
     train, held_out = split_rows(digits.rows, val_fraction=0.1, seed=0)
     before = torch.get_rng_state()
-    network = train_classifier(digits, train, "digits", CPU, 0)
+    network = train_classifier(ImageSet(digits, train), "digits", SETTINGS)
     assert torch.equal(torch.get_rng_state(), before)
-    seen = extract_features(network, digits, held_out, CPU, 64, "held out")
+    seen = extract_features(network, ImageSet(digits, held_out), SETTINGS, "held out")
     assert seen.features.shape == (len(held_out), 128)
     assert seen.pixels.shape == (len(held_out), 64)
     classes = features.class_targets(
         [digits.rows[row] for row in held_out.tolist()], network.class_names, "digits"
     )
     weights = resample(len(held_out), 0)
-    assert distances.label_agreement(seen, classes, weights).value > 0.95
+    assert features.label_agreement(seen, classes, weights).value > 0.95
 
-    everything = extract_features(network, digits, train, CPU, 256, "training").features
+    everything = extract_features(network, ImageSet(digits, train), SETTINGS, "training").features
     values, intervals = [], []
     for trial in range(2):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(trial))
@@ -61,8 +61,8 @@ def test_it_learns_digits_and_real_halves_are_near(
 
 def test_it_is_kept_and_found_again(digits: ImageDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "TRAINING_IMAGES", 256)
-    rows = torch.arange(300)
-    first = train_classifier(digits, rows, "digits", CPU, 0)
+    part, other = (ImageSet(digits, torch.arange(count)) for count in (300, 299))
+    first = train_classifier(part, "digits", SETTINGS).protocol
     assert len(list(Path("outputs/cache").iterdir())) == 1
 
     def fail(*_: object) -> None:
@@ -70,10 +70,9 @@ def test_it_is_kept_and_found_again(digits: ImageDataset, monkeypatch: pytest.Mo
 
     with monkeypatch.context() as context:
         context.setattr(features, "fit_classifier", fail)
-        again = train_classifier(digits, rows, "digits", CPU, 0)
-    assert again.sha256 == first.sha256
-    assert train_classifier(digits, rows, "digits", CPU, 1).sha256 != first.sha256
-    assert train_classifier(digits, rows[:299], "digits", CPU, 0).sha256 != first.sha256
+        assert train_classifier(part, "digits", SETTINGS).protocol == first
+    assert train_classifier(part, "digits", SETTINGS._replace(seed=1)).protocol != first
+    assert train_classifier(other, "digits", SETTINGS).protocol != first
     assert len(list(Path("outputs/cache").iterdir())) == 3
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tests.conftest import ROOT, write_images
 from utils import cli, provenance
 from utils.cli import UserError
-from utils.evaluation.image_sets import sampling_run
+from utils.evaluation.inputs import sampling_run
 from utils.files import sha256
 from utils.provenance import Stage
 from utils.tracking import lineage

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -23,7 +22,6 @@ from utils.evaluation.metrics import (
     token_divergence,
     unigram_bits,
 )
-from utils.figures import distributions
 from utils.training.loop import Averages
 
 
@@ -209,13 +207,3 @@ def test_divergence_is_0_for_equal_and_1_for_disjoint_frequencies() -> None:
     half = torch.tensor([[0.5, 0, 0.5]] * 3, dtype=torch.double)
     middle = -(0.5 * math.log2(0.5) + 2 * 0.25 * math.log2(0.25))
     assert token_divergence(a, half).value == pytest.approx(middle - 1)
-
-
-def test_distributions_stand_up_and_hang_down_in_the_order_of_the_first() -> None:
-    shares, others = torch.tensor([0.0, 1.0, 0.5, 0.25]), torch.tensor([0.0, 0.0, 1.0, 0.0])
-    picture = np.asarray(distributions(shares, others))
-    columns = picture[:, picture.shape[1] // 8 :: picture.shape[1] // 4]
-    lit = (columns > 128).sum(axis=0) / (picture.shape[0] / 2)
-    assert lit == pytest.approx([1, 0.5 + 1, 0.25, 0], abs=0.06)
-    assert columns[0].tolist() == [255, 0, 0, 0]
-    assert columns[-1].tolist() == [0, 255, 0, 0]

@@ -7,7 +7,7 @@ import torch
 
 from utils.cli import UserError
 from utils.evaluation.distances import key
-from utils.evaluation.published import open_network
+from utils.evaluation.inputs import open_network
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_dinov2_from_a_folder() -> None:
     assert features.shape == (3, 8)
     assert logits is None
     assert key("fd", network.name) == "fd_dinov2"
-    assert network.sha256 == open_network("dinov2", "dino", CPU).sha256
+    assert network.protocol == open_network("dinov2", "dino", CPU).protocol
     BertModel(BertConfig(**small, intermediate_size=8, vocab_size=9)).save_pretrained("bert")
     with pytest.raises(UserError, match="bert does not hold the weights of dinov2"):
         open_network("dinov2", "bert", CPU)
@@ -107,5 +107,5 @@ def test_dinov2_from_a_folder() -> None:
 def test_weights_without_their_network() -> None:
     assert open_network("classifier", "", CPU) is None
     assert open_network(None, "", CPU) is None
-    with pytest.raises(UserError, match="--feature_weights belongs to"):
+    with pytest.raises(UserError, match="--feature_weights needs"):
         open_network("classifier", "weights.pth", CPU)

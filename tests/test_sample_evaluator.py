@@ -13,7 +13,7 @@ from tests.conftest import TINY_GPT, TINY_TOKENIZER, write_images
 from utils import cli
 from utils.cli import UserError
 from utils.evaluation import features, metrics
-from utils.evaluation.samples import DecodedImages
+from utils.evaluation.features import DecodedImages
 
 Call = Callable[..., str]
 

@@ -12,9 +12,8 @@ from torch import Tensor
 MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
 GAP = 1  # pixels between images
 WHITE_ERROR = 0.25  # of the whole range of a pixel
-MAX_BARS, BAR_HEIGHT = 2048, 128  # of a picture of distributions
 SIDE, TOP, MARGIN = 512, 32, 12  # of a plot, of its title, around it, in pixels
-INK, PALE, LINE = (31, 70, 120), (190, 190, 190), (214, 39, 40)
+INK, PALE, LINE, TICK = (31, 70, 120), (190, 190, 190), (214, 39, 40), (255, 160, 0)
 MAX_RADIUS = 12  # of a point
 
 
@@ -51,10 +50,7 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
-    """Original, reconstruction and error side by side, each three in a near-square grid.
-
-    Both are (N, C, H, W) in [-1, 1].
-    """
+    """Batches (N, C, H, W) in [-1, 1] -> each original, reconstruction and error side by side."""
     originals, reconstructions = originals.float().cpu(), reconstructions.float().cpu()
     errors = error_maps(originals, reconstructions)
     return grid(torch.cat([originals, reconstructions, errors], dim=3))
@@ -117,41 +113,31 @@ def heat(values: Tensor) -> Image.Image:
     return enlarge(to_pil(shade[None] * 2 - 1))
 
 
-def distributions(shares: Tensor, others: Tensor) -> Image.Image:
-    """Two distributions over the same K codes, (K,) each: one upwards, the other downwards.
+def bars(shares: Tensor, others: Tensor | None = None) -> Image.Image:
+    """Shares (K,) of a whole as bars from left to right, with a line at the uniform share.
 
-    In descending order of the first. Up to 2,048 bars; beyond, a bar is a mean of neighbours.
-    """
-    order = shares.argsort(descending=True)
-    up, down = (
-        F.adaptive_avg_pool1d(x[order].float()[None], min(len(x), MAX_BARS))[0]
-        for x in (shares, others)
-    )
-    top = torch.cat([up, down]).max().clamp(min=1e-12)
-    level = torch.linspace(1, 0, BAR_HEIGHT)[:, None]
-    halves = [(up / top >= level), (down / top >= level).flip(0)]
-    return enlarge(to_pil(torch.cat(halves).float()[None] * 2 - 1))
-
-
-def bars(shares: Tensor) -> Image.Image:
-    """Shares (n,) of a whole as bars from left to right, with a line at the uniform share.
-
-    Where there are more bars than pixels a column shows the largest of its shares.
+    With `others` (K,), in descending order of the shares, and a tick at each of the others. Where
+    there are more bars than pixels, a column shows the largest of its shares.
     """
     used, uniform = int((shares > 0).sum()), 1 / len(shares)
-    largest = max(float(shares.max()), uniform)
     picture, draw = _empty(
         f"{used:,} of {len(shares):,} in use, largest share {float(shares.max()):.2%}; "
         f"line: uniform, {uniform:.2%}"
     )
+    order = torch.arange(len(shares)) if others is None else shares.argsort(descending=True).cpu()
+    drawn = [one.double().cpu()[order] for one in (shares, others) if one is not None]
+    largest = max(uniform, *(float(one.max()) for one in drawn))
     inner, bottom = SIDE - 2 * MARGIN, TOP + SIDE - MARGIN
-    columns = shares.double().cpu().tensor_split(min(inner, len(shares)))
-    edges = torch.linspace(MARGIN, SIDE - MARGIN, len(columns) + 1).round().int().tolist()
-    for column, (left, right) in zip(columns, pairwise(edges), strict=True):
-        height = round(inner * float(column.max()) / largest)
-        if height:
-            gap = right - left > 3
-            draw.rectangle((left, bottom - height, right - 1 - gap, bottom), fill=INK)
+    count = min(inner, len(shares))
+    edges = torch.linspace(MARGIN, SIDE - MARGIN, count + 1).round().int().tolist()
+    for number, one in enumerate(drawn):
+        for column, (left, right) in zip(one.tensor_split(count), pairwise(edges), strict=True):
+            level = bottom - round(inner * float(column.max()) / largest)
+            edge = right - 1 - (right - left > 3)  # with a gap between wide bars
+            if number:
+                draw.line((left, level, edge, level), fill=TICK)
+            elif level < bottom:
+                draw.rectangle((left, level, edge, bottom), fill=INK)
     level = bottom - round(inner * uniform / largest)
     draw.line((MARGIN, level, SIDE - MARGIN, level), fill=LINE)
     return picture

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from utils.evaluation.metrics import POSITIVE, Estimate, estimate, mean
+from utils.evaluation.features import Features, label_agreement
+from utils.evaluation.metrics import POSITIVE, Estimate, estimate, frechet_distance, mean
 
-FRECHET_REPLICATES = 50  # each takes two covariances and two eigenvalue problems
 CHUNK = 2048  # rows of a kernel matrix at a time
 QUERIES, REFERENCES = 2048, 8192  # rows of a block of distances
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, of the papers
@@ -25,52 +25,7 @@ COPY = 0.01  # share of new images that count as copies
 Weights = tuple[Tensor, Tensor]  # of `metrics.resample`, one for each set
 
 
-class Features(NamedTuple):
-    """A set of N images in a feature network."""
-
-    features: Tensor  # (N, D), float32
-    logits: Tensor | None  # (N, classes), or None where the network has no classes
-    pixels: Tensor  # (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side
-
-    def select(self, rows: Tensor) -> "Features":
-        """Some of the images."""
-        rows = rows.to(self.features.device)
-        logits = None if self.logits is None else self.logits[rows]
-        return Features(self.features[rows], logits, self.pixels[rows])
-
-
-# --- Frechet distance, kernel distance, class score ---------------------------------------------
-
-
-def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and unbiased covariance (D, D) of features (N, D), each `weights` (N,) times."""
-    count = weights.sum()
-    average = weights @ features / count
-    centred = features - average
-    return average, (centred * weights[:, None]).T @ centred / (count - 1)
-
-
-def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
-    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of symmetric matrices only."""
-    (mean_1, cov_1), (mean_2, cov_2) = first, second
-    values, vectors = torch.linalg.eigh(cov_1)
-    root = vectors * values.clamp(min=0).sqrt()  # cov_1 = root root^T
-    product = torch.linalg.eigvalsh(root.T @ cov_2 @ root)  # has the eigenvalues of C1 C2
-    cross = product.clamp(min=0).sqrt().sum()
-    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
-    return distance.clamp(min=0)  # rounding may leave equal sets a little below
-
-
-def frechet_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
-    """Frechet distance of two sets as Gaussians (arXiv 1706.08500): with Inception, the FID.
-
-    Of features (N, D) and (M, D) by the first 51 rows of the weights (R, N) and (R, M). It falls
-    with the number of images, also for sets of the same kind: compare equal counts.
-    """
-    first, second = first.double(), second.double()
-    rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
-    found = [_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]
-    return estimate(torch.stack(found), POSITIVE)
+# --- kernel distance, class score ---------------------------------------------------------------
 
 
 def kernel_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
@@ -117,13 +72,6 @@ def class_score(logits: Tensor, weights: Tensor) -> Estimate:
 # --- nearest neighbours -------------------------------------------------------------------------
 
 
-class Neighbours(NamedTuple):
-    """Euclidean distances (N, k), ascending, and the rows (N, k) of the references."""
-
-    distances: Tensor
-    rows: Tensor
-
-
 def _centre(images: Tensor) -> Tensor:
     """The mean (D,): around it little cancels in the products."""
     return (images.sum(dim=0, dtype=torch.double) / len(images)).float()
@@ -136,14 +84,15 @@ def _squared(part: Tensor, others: Tensor, centre: Tensor) -> Tensor:
     return torch.addmm(norms, part, others.T, alpha=-2)
 
 
-def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
+def nearest(queries: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """The k nearest references (M, D), M at least k, of each query (N, D), of any type.
 
-    Matrix products select the neighbours; their distances are then computed again without
-    cancellation, so that a copy has a distance of exactly 0.
+    Returns Euclidean distances (N, k), ascending, and rows (N, k) of the references. Matrix
+    products select the neighbours; their distances are then computed again without cancellation,
+    so that a copy has a distance of exactly 0.
     """
     centre = _centre(references)
-    found = []
+    found_distances, found_rows = [], []
     for part in queries.split(QUERIES):
         values, rows = [], []
         for start in range(0, len(references), REFERENCES):
@@ -155,8 +104,9 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1) -> Neighbours:
         chosen = torch.cat(rows, dim=1).gather(1, chosen)
         exact = [(part.float() - references[row].float()).norm(dim=1) for row in chosen.T]
         distances, order = torch.stack(exact, dim=1).sort(dim=1)
-        found.append((distances, chosen.gather(1, order)))
-    return Neighbours(*map(torch.cat, zip(*found, strict=True)))
+        found_distances.append(distances)
+        found_rows.append(chosen.gather(1, order))
+    return torch.cat(found_distances), torch.cat(found_rows)
 
 
 def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[str, Estimate]:
@@ -168,8 +118,8 @@ def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[st
     coverage the share of the real balls that contain a sample (k = 5, arXiv 2002.09797). Images
     are resampled, the radii are not. Features are (N, D) and (M, D), each of more than 5 images.
     """
-    real_radii = nearest(real, real, DENSITY_K + 1).distances  # the nearest is the image itself
-    radii = nearest(samples, samples, PRECISION_K + 1).distances[:, PRECISION_K]
+    real_radii = nearest(real, real, DENSITY_K + 1)[0]  # the nearest is the image itself
+    radii = nearest(samples, samples, PRECISION_K + 1)[0][:, PRECISION_K]
     narrow, wide = real_radii[:, PRECISION_K].square(), real_radii[:, DENSITY_K].square()
     centre = _centre(real)
     inside, depth = [], []
@@ -207,25 +157,14 @@ class Closest(NamedTuple):
 
 def closest(images: Tensor, training: Tensor) -> Closest:
     """The nearest of training images (M, D), M of 2 or more; pixels or features (N, D)."""
-    found = nearest(images, training, min(NEIGHBOURS, len(training)))
-    average = found.distances.mean(dim=1).clamp(min=1e-12)
-    return Closest(found.distances[:, 0], found.distances[:, 0] / average, found.rows[:, 0])
+    distances, rows = nearest(images, training, min(NEIGHBOURS, len(training)))
+    average = distances.mean(dim=1).clamp(min=1e-12)
+    return Closest(distances[:, 0], distances[:, 0] / average, rows[:, 0])
 
 
-def copy_threshold(new: Closest) -> float:
-    """The ratio up to which an image counts as a copy: that of the nearest 1 % of new images."""
-    return float(new.ratios.kthvalue(math.ceil(COPY * len(new.ratios))).values)
-
-
-def copy_metrics(found: Closest, space: str, limit: float, weights: Tensor) -> dict[str, Estimate]:
-    """Mean distance to the nearest training image, and the share of copies, in a space.
-
-    `limit` is the `copy_threshold`.
-    """
-    return {
-        f"nearest_{space}": mean(found.distances, weights, POSITIVE),
-        f"copies_{space}": mean(found.ratios <= limit, weights),
-    }
+def copies(found: Closest, new: Closest) -> Tensor:
+    """Which images are nearer to training images than the nearest 1 % of new images, (N,)."""
+    return found.ratios <= new.ratios.kthvalue(math.ceil(COPY * len(new.ratios))).values
 
 
 # --- what a set of images is compared by --------------------------------------------------------
@@ -245,12 +184,6 @@ def diversity(features: Tensor, labels: Sequence[str], weights: Tensor, seed: in
     return mean(apart, weights, POSITIVE)
 
 
-def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
-    """The share of N images that a classifier assigns to their target class (N,)."""
-    assert found.logits is not None
-    return mean(found.logits.argmax(dim=1).cpu() == targets, weights)
-
-
 @dataclass
 class Comparison:
     """A set of N images beside M real ones, in one feature network."""
@@ -262,21 +195,16 @@ class Comparison:
     targets: Tensor | None = None  # class (N,) of each label; None where there are no classes
     seed: int = 0  # of random pairs
 
-    @property
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """The features of both sets, (M, D) and (N, D)."""
-        return self.real.features, self.images.features
-
     @cached_property
     def manifold(self) -> dict[str, Estimate]:
         """`manifold_metrics` of both sets."""
-        return manifold_metrics(*self.pair, self.weights)
+        return manifold_metrics(self.real.features, self.images.features, self.weights)
 
 
 # Each gives None where the set does not have what it needs, such as labels.
 SET_METRICS: dict[str, Callable[[Comparison], Estimate | None]] = {
-    "fd": lambda c: frechet_distance(*c.pair, c.weights),
-    "kd": lambda c: kernel_distance(*c.pair, c.weights),
+    "fd": lambda c: frechet_distance(c.real.features, c.images.features, c.weights),
+    "kd": lambda c: kernel_distance(c.real.features, c.images.features, c.weights),
     "class_score": lambda c: (
         None if c.images.logits is None else class_score(c.images.logits, c.weights[1])
     ),

@@ -1,18 +1,18 @@
-"""Features of sets of images, and the classifier that gives them where nothing is downloaded.
+"""Features of sets of images, and how close samples are to real images during a training.
 
-The classifier is trained on the labels of the data set itself in about a minute. A cache keeps
-it under a key of the data, the seed and the content of this file.
+Where nothing is downloaded, features are those of a small classifier. It is trained on the labels
+of the data set itself in about a minute, and kept in a cache under a key of the data, the seed and
+the content of this file.
 """
 
-import contextlib
 import hashlib
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import safetensors
 import safetensors.torch
@@ -23,8 +23,9 @@ from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
-from utils.evaluation.distances import Features
-from utils.evaluation.metrics import Estimate
+from utils.distributed import Distributed
+from utils.evaluation.metrics import WIDTH, Estimate, frechet_distance, mean, resample
+from utils.provenance import LoadedModel
 
 NETWORKS = ("classifier", "inception", "dinov2")
 PIXEL_SIDE = 32  # at most, where pixels are compared
@@ -32,10 +33,13 @@ CACHE = Path("outputs/cache")
 TRAINING_IMAGES, MAX_EPOCHS = 180_000, 30  # of the classifier, but each at most 30 times
 BATCH, PEAK_RATE = 128, 4e-3
 MAX_SIDE = 64  # pixels; the classifier shrinks larger images
+EXTRACT_BATCH = 256  # during a training
+REPLICATES = 10  # enough for the standard error beside a curve
+SAMPLE_METRICS = ("fd_classifier", "fd_classifier_error", "label_agreement")
 
 
 class Images(Protocol):
-    """An `ImageDataset`, or another source of images with these members."""
+    """A source of images, such as an `ImageDataset`."""
 
     channels: int
     size: tuple[int, int]
@@ -50,6 +54,78 @@ class Images(Protocol):
     ) -> Iterator[Tensor]: ...
 
 
+@dataclass
+class DecodedImages:
+    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer."""
+
+    grids: Tensor
+    rows: Sequence[Row]
+    decode: Callable[[Tensor], Tensor]
+    channels: int
+    size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    @torch.no_grad()
+    def batches(self, batches_of_rows: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """The images of each batch of row numbers, (B, C, H, W) in [-1, 1].
+
+        Their values are those of 8-bit images, as if they had been saved and read.
+        """
+        for rows in batches_of_rows:
+            images = self.decode(self.grids[rows].long().to(device))
+            yield images.add(1).mul(127.5).round().div(127.5).sub(1)
+
+
+class ImageSet(NamedTuple):
+    """Some rows of a source of images."""
+
+    images: Images
+    row_numbers: Tensor
+
+    @classmethod
+    def whole(cls, images: Images) -> "ImageSet":
+        """All rows."""
+        return cls(images, torch.arange(len(images)))
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows of the table."""
+        return [self.images.rows[row] for row in self.row_numbers.tolist()]
+
+    def sample(self, count: int, seed: int) -> "ImageSet":
+        """`count` random rows."""
+        chosen = epoch_order(self.row_numbers, seed, 0)[:count].sort().values
+        return ImageSet(self.images, chosen)
+
+    def load(self, positions: Tensor, device: torch.device) -> Tensor:
+        """The images at some positions of the rows, (n, C, H, W) in [-1, 1]."""
+        return next(iter(self.images.batches([self.row_numbers[positions.cpu()]], device)))
+
+
+class Settings(NamedTuple):
+    """Where and in which batches networks run; `seed` of resamples and random choices."""
+
+    device: torch.device
+    batch_size: int
+    seed: int
+
+
+class Features(NamedTuple):
+    """A set of N images in a feature network."""
+
+    features: Tensor  # (N, D), float32
+    logits: Tensor | None  # (N, classes), or None where the network has no classes
+    pixels: Tensor  # (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side
+
+    def select(self, rows: Tensor) -> "Features":
+        """Some of the images."""
+        rows = rows.to(self.features.device)
+        logits = None if self.logits is None else self.logits[rows]
+        return Features(self.features[rows], logits, self.pixels[rows])
+
+
 @dataclass(frozen=True)
 class FeatureNetwork:
     """Images (B, C, H, W) in [-1, 1] -> features (B, D) and logits (B, classes) or None."""
@@ -60,9 +136,13 @@ class FeatureNetwork:
     class_names: tuple[str, ...] = ()  # of the classifier, in the order of its logits
 
     @property
-    def sha256(self) -> str:
-        """Of its weights."""
-        return weights_sha256(self.network)
+    def protocol(self) -> dict[str, str]:
+        """What an evaluation states about it."""
+        return {
+            "features": self.name,
+            "network_sha256": weights_sha256(self.network),
+            "network_preprocessing": self.preprocessing,
+        }
 
 
 def weights_sha256(network: nn.Module) -> str:
@@ -76,35 +156,43 @@ def weights_sha256(network: nn.Module) -> str:
 
 @torch.inference_mode()
 def extract_features(
-    network: FeatureNetwork,
-    images: Images,
-    rows: Tensor,
-    device: torch.device,
-    batch_size: int,
-    what: str,
+    network: FeatureNetwork, part: ImageSet, settings: Settings, what: str
 ) -> Features:
-    """The features of the given rows of a source of images; `what` labels the progress bar."""
+    """The features of a set of images; `what` labels the progress bar."""
+    device, batches = settings.device, part.row_numbers.split(settings.batch_size)
     # Distances are computed in float64, which only CUDA and the CPU have.
     home = device if device.type == "cuda" else torch.device("cpu")
     parts = []
-    with tqdm(total=len(rows), desc=what, unit=" images", disable=None) as bar:
-        for batch in images.batches(rows.split(batch_size), device):
-            features, logits = network.network(batch)
-            logits = None if logits is None else logits.float().to(home)
-            parts.append((features.float().to(home), logits, _shrink(batch, PIXEL_SIDE).to(home)))
-            bar.update(len(batch))
-    features, logits, pixels = zip(*parts, strict=True)
-    logits = None if logits[0] is None else torch.cat(logits)
-    return Features(torch.cat(features), logits, torch.cat(pixels))
+    with tqdm(total=len(part.row_numbers), desc=what, unit=" images", disable=None) as bar:
+        for images in part.images.batches(batches, device):
+            features, logits = network.network(images)
+            pixels = _shrink(images, PIXEL_SIDE).clamp(-1, 1).add(1).mul(127.5).round()
+            found = features.float(), logits, pixels.to(torch.uint8).flatten(1)
+            parts.append([None if one is None else one.to(home) for one in found])
+            bar.update(len(images))
+    columns = zip(*parts, strict=True)
+    return Features(*(None if one[0] is None else torch.cat(one) for one in columns))
 
 
 def _shrink(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) in [-1, 1] -> (B, C * h * w), uint8, of at most `side` pixels a side."""
+    """(B, C, H, W) -> the same, or shrunk to `side` pixels along the longer side."""
     scale = side / max(images.shape[2:])
-    if scale < 1:
-        size = [max(1, math.floor(length * scale)) for length in images.shape[2:]]
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True)
-    return images.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8).flatten(1)
+    if scale >= 1:
+        return images
+    size = [max(1, math.floor(length * scale)) for length in images.shape[2:]]
+    return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
+    """The share of N images that a classifier assigns to their target class (N,)."""
+    assert found.logits is not None
+    return mean(found.logits.argmax(dim=1).cpu() == targets, weights)
+
+
+def print_accuracy(accuracy: Estimate, count: int) -> None:
+    """Print the `label_agreement` of the classifier on held-out real images."""
+    percent = 100 * accuracy.value
+    print(f"classifier: {percent:.1f} % of the labels of {count:,} held-out images right")
 
 
 def warn_if_few(features: Features, name: str) -> None:
@@ -116,12 +204,6 @@ def warn_if_few(features: Features, name: str) -> None:
             f"of {name} is mostly noise; compare more than {dimensions:,}",
             file=sys.stderr,
         )
-
-
-def print_accuracy(accuracy: Estimate, count: int) -> None:
-    """Print the `label_agreement` of the classifier on held-out real images."""
-    percent = 100 * accuracy.value
-    print(f"classifier: {percent:.1f} % of the labels of {count:,} held-out images right")
 
 
 # --- the classifier of a data set ---------------------------------------------------------------
@@ -145,21 +227,12 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        scale = MAX_SIDE / max(images.shape[2:])
-        if scale < 1:
-            images = F.interpolate(
-                images, scale_factor=scale, mode="bilinear", antialias=True, align_corners=False
-            )
-        features = self.body(images)
+        features = self.body(_shrink(images, MAX_SIDE))
         return features, self.head(features.relu())
 
 
 def class_names(rows: Sequence[Row], what: str) -> tuple[str, ...]:
-    """The classes of labelled images, sorted.
-
-    Raises:
-        UserError: images without a label, or all of one class.
-    """
+    """The classes of labelled images, sorted."""
     missing = sum(not row.label for row in rows)
     if missing:
         raise UserError(
@@ -176,11 +249,7 @@ def class_names(rows: Sequence[Row], what: str) -> tuple[str, ...]:
 
 
 def class_targets(rows: Sequence[Row], names: Sequence[str], what: str) -> Tensor:
-    """The number of each image's class, (N,).
-
-    Raises:
-        UserError: a label that is not among `names`.
-    """
+    """The number of each image's class, (N,)."""
     unknown = sorted({row.label for row in rows} - set(names))
     if unknown:
         raise UserError(
@@ -191,77 +260,133 @@ def class_targets(rows: Sequence[Row], names: Sequence[str], what: str) -> Tenso
     return torch.tensor([numbers[row.label] for row in rows])
 
 
+def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNetwork:
+    """The classifier of a set of images, from the cache where an earlier call trained it.
+
+    `what` names the images in errors. The global random state does not change.
+    """
+    device, seed = settings.device, settings.seed
+    names = class_names(part.rows, what)
+    part = part.sample(TRAINING_IMAGES, seed)  # at most so many are used
+    file = _cache_file(part, settings)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        model = Classifier(part.images.channels, len(names))
+        try:
+            model.load_state_dict(safetensors.torch.load_file(file))
+        except (OSError, safetensors.SafetensorError, RuntimeError):  # not there, or damaged
+            model.load_state_dict(fit_classifier(part, names, device, seed).state_dict())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            staging = file.with_suffix(f".{os.getpid()}.tmp")  # other processes may write it, too
+            safetensors.torch.save_file(model.state_dict(), staging)
+            staging.replace(file)
+    preprocessing = f"bilinear shrinking to at most {MAX_SIDE} pixels a side"
+    return FeatureNetwork("classifier", model.eval().to(device), preprocessing, names)
+
+
+def _cache_file(part: ImageSet, settings: Settings) -> Path:
+    """Named after all that the result of a training depends on."""
+    device, channels = settings.device, part.images.channels
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update(f"{settings.seed} {device.type} {torch.__version__} {channels}".encode())
+    digest.update(str([row.label for row in part.rows]).encode())
+    for pixels in part.images.batches(part.row_numbers.split(1024), device):
+        digest.update(pixels.cpu().contiguous().numpy().tobytes())
+    return CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
+
+
 def fit_classifier(
-    images: Images, rows: Tensor, names: Sequence[str], device: torch.device, seed: int
+    part: ImageSet, names: Sequence[str], device: torch.device, seed: int
 ) -> Classifier:
-    """Train a classifier on the given rows; sets the global random state to `seed`."""
+    """Train a classifier on a set of images; sets the global random state to `seed`."""
     torch.manual_seed(seed)
+    images, rows = part
     model = Classifier(images.channels, len(names)).to(device)
     model = model.to(memory_format=torch.channels_last)
     labels = torch.zeros(len(images), dtype=torch.long)
-    of_rows = [images.rows[row] for row in rows.tolist()]
-    labels[rows] = class_targets(of_rows, names, "the training data")
+    labels[rows] = class_targets(part.rows, names, "the data")
     optimizer = torch.optim.AdamW(model.parameters())
     batch = min(BATCH, len(rows))
     per_epoch = len(rows) // batch
     steps = min(math.ceil(TRAINING_IMAGES / batch), MAX_EPOCHS * per_epoch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
     order = [
-        part
+        batch_rows
         for epoch in range(math.ceil(steps / per_epoch))
-        for part in epoch_order(rows, seed, epoch).split(batch)[:per_epoch]
+        for batch_rows in epoch_order(rows, seed, epoch).split(batch)[:per_epoch]
     ][:steps]
     loaded = zip(order, images.batches(order, device), strict=True)
-    for part, pixels in tqdm(loaded, desc="classifier", total=steps, disable=None):
-        F.cross_entropy(model(pixels)[1], labels[part].to(device)).backward()
+    for batch_rows, pixels in tqdm(loaded, desc="classifier", total=steps, disable=None):
+        F.cross_entropy(model(pixels)[1], labels[batch_rows].to(device)).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
     return model.eval()
 
 
-def _cache_file(images: Images, rows: Tensor, seed: int, device: torch.device) -> Path:
-    """Named after all that the result of a training depends on."""
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(f"{seed} {device.type} {torch.__version__} {images.channels}".encode())
-    digest.update(str([images.rows[row].label for row in rows.tolist()]).encode())
-    for pixels in images.batches(rows.split(1024), device):
-        digest.update(pixels.cpu().contiguous().numpy().tobytes())
-    return CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
+# --- samples during a training ------------------------------------------------------------------
 
 
-def train_classifier(
-    images: Images, rows: Tensor, what: str, device: torch.device, seed: int
-) -> FeatureNetwork:
-    """The classifier of the given rows, from the cache where an earlier call trained it.
+class SampleEvaluator:
+    """Compares sampled grids with held-out grids, both decoded by one tokenizer.
 
-    `what` names the images in errors. The global random state does not change.
-
-    Raises:
-        UserError: images without a label, or of one class.
+    What the tokenizer loses is lost on both sides, so that the metrics measure the GPT alone.
+    One sample is compared for the label of each of the held-out `rows`.
     """
-    names = class_names([images.rows[row] for row in rows.tolist()], what)
-    rows = epoch_order(rows, seed, 0)[:TRAINING_IMAGES].sort().values  # at most so many are used
-    file = _cache_file(images, rows, seed, device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = Classifier(images.channels, len(names))
-        if not _load_cached(model, file):
-            trained = fit_classifier(images, rows, names, device, seed)
-            model.load_state_dict(trained.state_dict())  # in the memory layout of a cached one
-            file.parent.mkdir(parents=True, exist_ok=True)
-            staging = file.with_suffix(f".{os.getpid()}.tmp")  # other processes may write it, too
-            state = {name: value.contiguous() for name, value in model.state_dict().items()}
-            safetensors.torch.save_file(state, staging, {"sha256": weights_sha256(model)})
-            staging.replace(file)
-    preprocessing = f"bilinear shrinking to at most {MAX_SIDE} pixels a side"
-    return FeatureNetwork("classifier", model.eval().to(device), preprocessing, names)
 
+    def __init__(
+        self,
+        tokenizer: LoadedModel | None,
+        grids: Tensor,
+        rows: Sequence[Row],
+        train: Tensor,
+        held_out: Tensor,
+        *,
+        seed: int,
+        group: Distributed,
+    ) -> None:
+        """Train a classifier on the decoded training grids, or load it from the cache.
 
-def _load_cached(model: Classifier, file: Path) -> bool:
-    """Whether the cache holds undamaged weights, which are loaded."""
-    with contextlib.suppress(OSError, safetensors.SafetensorError, RuntimeError):
-        with safetensors.safe_open(file, framework="pt") as opened:
-            sha256 = (opened.metadata() or {}).get("sha256")
-        model.load_state_dict(safetensors.torch.load_file(file))
-        return weights_sha256(model) == sha256
-    return False
+        `train` and `held_out` are row numbers of the grids (N, h, w). Only the main process of
+        the group works.
+        """
+        self.rows, self._group = held_out, group
+        if tokenizer is None:
+            raise UserError("--fd_samples needs the tokenizer of the indices; add --model_dir")
+        if len(held_out) < 2:
+            raise UserError(
+                f"--fd_samples leaves {len(held_out)} validation images to compare with; use 2 or "
+                "more, or 0 for none"
+            )
+        if not group.is_main:
+            return
+        config = tokenizer.model.config
+        self._decoded = tokenizer.model.decode, config.in_channels, config.image_size
+        self._settings = Settings(group.device, EXTRACT_BATCH, seed)
+        images = DecodedImages(grids, rows, *self._decoded)
+        self._network = train_classifier(ImageSet(images, train), "--fd_samples", self._settings)
+        real = ImageSet(images, held_out)
+        self._real = extract_features(self._network, real, self._settings, "features")
+        self._targets = class_targets(real.rows, self._network.class_names, "--path_to_data")
+        first, second = (resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
+        self._weights = first, second
+        warn_if_few(self._real, self._network.name)
+        print_accuracy(label_agreement(self._real, self._targets, first), len(held_out))
+
+    def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
+        """FD (classifier), its standard error, and the share of samples of the right class.
+
+        `sample` gives a grid for each of `rows`, (n, h, w); only the main process calls it.
+        """
+        values = torch.zeros(len(SAMPLE_METRICS), device=self._group.device)
+        if self._group.is_main:
+            images = ImageSet.whole(DecodedImages(sample(), (), *self._decoded))
+            found = extract_features(self._network, images, self._settings, "features")
+            distance = frechet_distance(self._real.features, found.features, self._weights)
+            right = label_agreement(found, self._targets, self._weights[1])
+            values += values.new_tensor([distance.value, distance.standard_error, right.value])
+            self._group.print(
+                f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
+                f"{WIDTH * distance.standard_error:.3f}, {right.value:.1%} of the right class"
+            )
+        values = self._group.all_reduce_sum(values)
+        return dict(zip(SAMPLE_METRICS, values.tolist(), strict=True))

@@ -1,7 +1,7 @@
-"""Metrics with confidence intervals: of pairs of images and of codebook indices.
+"""Metrics with confidence intervals: of pairs of images, two sets of features, codebook indices.
 
-`IMAGE_METRICS` and `CODE_METRICS` are iterated over by trainings, evaluate.py, its reports, MLflow
-and --compare: a new metric is one function and one row here, or in `distances.SET_METRICS`.
+A new metric is one function and one row in `IMAGE_METRICS`, `CODE_METRICS` or
+`distances.SET_METRICS`. Trainings, evaluate.py, MLflow and --compare iterate over these tables.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from utils.cli import UserError
 
-REPLICATES = 100  # bootstrap resamples
+REPLICATES, FRECHET_REPLICATES = 100, 50  # bootstrap resamples
 WIDTH = 1.96  # standard errors on each side of an estimate: 95 % of a normal distribution
 MAX_PAIRS = 1 << 25  # further pairs would not change a bigram baseline
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
@@ -62,10 +62,7 @@ def estimate(replicates: Tensor, bounds: Bounds = ANY) -> Estimate:
 
 
 def mean(values: Tensor, weights: Tensor, bounds: Bounds = ANY) -> Estimate:
-    """The mean of one number per image (N,), by weights (R, N) of `resample`.
-
-    The mean of booleans is a share from 0 to 1.
-    """
+    """The mean of one number or boolean per image (N,), by weights (R, N) of `resample`."""
     bounds = SHARE if values.dtype == torch.bool else bounds
     means = weights.double() @ values.to(weights.device, torch.double) / len(values)
     return estimate(means, bounds)
@@ -138,6 +135,40 @@ def mean_errors(
     return {"mse": means.pop("mse"), "psnr": estimate(-10 * mse.log10()), **means}
 
 
+# --- Gaussians of features ----------------------------------------------------------------------
+
+
+def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and unbiased covariance (D, D) of features (N, D), each `weights` (N,) times."""
+    count = weights.sum()
+    average = weights @ features / count
+    centred = features - average
+    return average, (centred * weights[:, None]).T @ centred / (count - 1)
+
+
+def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), of symmetric matrices only."""
+    (mean_1, cov_1), (mean_2, cov_2) = first, second
+    values, vectors = torch.linalg.eigh(cov_1)
+    root = vectors * values.clamp(min=0).sqrt()  # cov_1 = root root^T
+    product = torch.linalg.eigvalsh(root.T @ cov_2 @ root)  # has the eigenvalues of C1 C2
+    cross = product.clamp(min=0).sqrt().sum()
+    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    return distance.clamp(min=0)  # rounding may leave equal sets a little below
+
+
+def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Estimate:
+    """Frechet distance of two sets as Gaussians (arXiv 1706.08500): with Inception, the FID.
+
+    Of features (N, D) and (M, D) by the first 51 rows of the weights (R, N) and (R, M). It falls
+    with the number of images, also for sets of the same kind: compare equal counts.
+    """
+    first, second = first.double(), second.double()
+    rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
+    found = [_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]
+    return estimate(torch.stack(found), POSITIVE)
+
+
 # --- codebook indices ---------------------------------------------------------------------------
 
 
@@ -163,24 +194,22 @@ def index_frequencies(grids: Tensor, codebook_size: int, depth: int, weights: Te
 
     Grids are (N, h, w), or (N, h, w, depth), where each depth has its own indices.
     """
-    grids = grids.long().cpu()
-    if depth > 1:
-        grids = grids + codebook_size * torch.arange(depth)
-    flat, size = grids.flatten(1), codebook_size * depth
-    counts = [
-        torch.bincount(flat.flatten(), row.double().repeat_interleave(flat.shape[1]), size)
-        for row in weights.cpu()
-    ]
-    return torch.stack(counts) / flat.numel()
+    size = codebook_size * depth
+    flat = _with_depth(grids.cpu(), codebook_size, depth).flatten(1)
+    repeated = (row.double().repeat_interleave(flat.shape[1]) for row in weights.cpu())
+    return (
+        torch.stack([torch.bincount(flat.flatten(), row, size) for row in repeated]) / flat.numel()
+    )
+
+
+def _with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
+    """Grids whose depths, where there are several, have their own indices, int64."""
+    return grids.long() + codebook_size * torch.arange(depth) if depth > 1 else grids.long()
 
 
 def code_estimates(shares: Tensor, tokens_per_pixel: float) -> dict[str, Estimate]:
     """`CODE_METRICS` of `index_frequencies`, and bits per pixel of an ideal code for indices."""
-    bounds = {"codebook_usage": (0.0, 100.0), "perplexity": (1.0, float(shares.shape[1]))}
-    found = {
-        name: estimate(compute(shares), bounds.get(name, ANY))
-        for name, compute in CODE_METRICS.items()
-    }
+    found = {name: estimate(compute(shares), POSITIVE) for name, compute in CODE_METRICS.items()}
     return found | {"entropy_per_pixel": estimate(entropy(shares) * tokens_per_pixel, POSITIVE)}
 
 
@@ -206,25 +235,25 @@ def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
     proportion to the number of distinct successors (Witten and Bell, 1991). The first index has
     the unigram alone. Grids are (N, h, w) and (M, h, w).
     """
-    grids, held_out = (x.flatten(1)[: max(1, MAX_PAIRS // x[0].numel())] for x in (grids, held_out))
-    counts = torch.bincount(grids.flatten().long(), minlength=codebook_size)
+    grids, held_out = (
+        x.flatten(1)[: max(1, MAX_PAIRS // x[0].numel())].long() for x in (grids, held_out)
+    )
+    counts = torch.bincount(grids.flatten(), minlength=codebook_size)
     unigram = (counts.double() + 1) / (counts.sum() + codebook_size)
-    pairs = grids[:, :-1].long() * codebook_size + grids[:, 1:].long()
+    pairs = grids[:, :-1] * codebook_size + grids[:, 1:]
     observed, times = pairs.flatten().unique(return_counts=True)  # sorted
-    previous = torch.div(observed, codebook_size, rounding_mode="floor")
-    total = torch.zeros(codebook_size, dtype=torch.double)
-    total.index_add_(0, previous, times.double())
+    previous = observed // codebook_size
+    total = torch.bincount(previous, times.double(), codebook_size)
     successors = torch.bincount(previous, minlength=codebook_size).double()
 
-    first, second = held_out[:, :-1].flatten().long(), held_out[:, 1:].flatten().long()
-    bits = -unigram[held_out[:, 0].long()].log2().sum()
+    first, second = held_out[:, :-1].flatten(), held_out[:, 1:].flatten()
+    bits = -unigram[held_out[:, 0]].log2().sum()
     if len(observed):
         wanted = first * codebook_size + second
         place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
         found = torch.where(observed[place] == wanted, times[place], 0).double()
         weight = successors[first].clamp(min=1)  # after an index without successors: the unigram
-        likely = (found + weight * unigram[second]) / (total[first] + weight)
-        bits = bits - likely.log2().sum()
+        bits -= ((found + weight * unigram[second]) / (total[first] + weight)).log2().sum()
     return float(bits) / held_out.numel()
 
 
@@ -235,9 +264,8 @@ def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tup
     statistics. The unigram does not spend bits on the depth, which is known at each token.
     """
     size = codebook_size * depth
-    if depth > 1:
-        train, val = (x.int() + codebook_size * torch.arange(depth) for x in (train, val))
-    counts = [torch.bincount(grids.flatten().long(), minlength=size) for grids in (train, val)]
+    train, val = (_with_depth(x, codebook_size, depth) for x in (train, val))
+    counts = [torch.bincount(grids.flatten(), minlength=size) for grids in (train, val)]
     return unigram_bits(*counts) - math.log2(depth), bigram_bits(train, val, size)
 
 
@@ -249,11 +277,7 @@ HIGHER_IS_BETTER = {"psnr", "label_agreement", *CODE_METRICS} | {
 
 
 def sign_of(metric: str, measured: Sequence[str]) -> int:
-    """1 for a validation metric that is better when lower, -1 for one that is better when higher.
-
-    Raises:
-        UserError: the metric is not among those measured.
-    """
+    """1 for a validation metric of which lower is better, -1 for one of which higher is better."""
     if metric not in measured:
         raise UserError(f"--best_metric {metric} is not measured here; use {', '.join(measured)}")
     return -1 if metric in HIGHER_IS_BETTER else 1

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,46 +10,30 @@ from tqdm import tqdm
 
 from utils import figures
 from utils.data.images import ImageDataset
+from utils.data.sources import Row
 from utils.evaluation import distances, features, metrics
-from utils.evaluation.distances import Comparison, Features
-from utils.evaluation.features import FeatureNetwork
-from utils.evaluation.image_sets import ImageSet, RealImages, Samples
+from utils.evaluation.features import (
+    DecodedImages,
+    FeatureNetwork,
+    ImageSet,
+    Settings,
+    extract_features,
+)
+from utils.evaluation.inputs import RealImages, Samples
 from utils.evaluation.metrics import IMAGE_METRICS, POSITIVE, Estimate, ImageMetric
 from utils.evaluation.records import Record
-from utils.evaluation.samples import DecodedImages
-from utils.files import sha256
 
 PAIRS = 32  # images that are shown beside their reconstruction or nearest training image
 RANKED = 50  # images of the highest likelihood that are shown, and as many of the lowest
 SPACES = ("pixels", "features")  # where nearest training images are searched
 
 
-class Settings(NamedTuple):
-    """Where and in which batches networks run; `seed` of resamples and random choices."""
-
-    device: torch.device
-    batch_size: int
-    seed: int
+def _columns(rows: Sequence[Row]) -> dict[str, Sequence[Any]]:
+    """The first columns of every table."""
+    return {"image_path": [row.image_path for row in rows], "label": [row.label for row in rows]}
 
 
-def reconstruction_classifier(
-    dataset: ImageDataset, training: ImageDataset, settings: Settings
-) -> FeatureNetwork:
-    """A classifier for the images whose reconstructions are evaluated.
-
-    If it is trained on these very images, it has no classes, since it has learned their labels.
-    """
-    same = sha256(training.path) == sha256(dataset.path)
-    whole = ImageSet.whole(dataset if same else training)
-    what = str(dataset.path if same else training.path)
-    network = features.train_classifier(*whole, what, settings.device, settings.seed)
-    if not same:
-        return network
-    print(
-        "classifier: trained on these very images, so that their labels are not compared; "
-        "--path_to_train CSV trains it on others"
-    )
-    return replace(network, class_names=())
+# --- reconstructions ----------------------------------------------------------------------------
 
 
 def report_reconstructions(
@@ -59,11 +42,13 @@ def report_reconstructions(
     network: FeatureNetwork | None,
     lpips: Callable[[Tensor, Tensor], Tensor] | None,
     settings: Settings,
+    *,
+    compare_labels: bool,
 ) -> Record:
     """Encode and decode all images of a data set, and compare.
 
     `tokenizer` has encode, decode and config. `network` is for distances between the sets and,
-    where it has classes, for agreement with the labels: these images must be new to it then.
+    with `compare_labels`, for agreement with the labels: these images must be new to it then.
     """
     table = IMAGE_METRICS | ({} if lpips is None else {"lpips": ImageMetric(lpips)})
     grids, errors = measure_reconstructions(tokenizer, dataset, table, settings)
@@ -74,43 +59,41 @@ def report_reconstructions(
     found["bits_per_pixel"] = Estimate(math.log2(config.codebook_size) * tokens_per_pixel, 0.0)
     shares = metrics.index_frequencies(grids, config.codebook_size, config.depth, weights)
     found |= metrics.code_estimates(shares, tokens_per_pixel)
-    originals = ImageSet.whole(dataset)
-    decoded = ImageSet.whole(
-        DecodedImages(grids, dataset.rows, tokenizer.decode, dataset.channels, dataset.size)
-    )
+    decoded = DecodedImages(grids, dataset.rows, tokenizer.decode, dataset.channels, dataset.size)
+    sets = {"originals": ImageSet.whole(dataset), "reconstructions": ImageSet.whole(decoded)}
+    protocol: dict[str, Any] = {"images": len(dataset)}
     if network is not None:
-        real = _extract(network, originals, settings, "originals")
-        made = _extract(network, decoded, settings, "reconstructions")
+        protocol |= network.protocol
+        real, made = (
+            extract_features(network, part, settings, name) for name, part in sets.items()
+        )
         features.warn_if_few(real, network.name)
-        compared = Comparison(real, made, (weights, weights))
+        compared = distances.Comparison(real, made, (weights, weights))
         pairs = distances.set_metrics(compared, network.name, distances.RECONSTRUCTION_METRICS)
         found |= {f"r{key}": metric for key, metric in pairs.items()}
-        if network.class_names:
-            names, what = network.class_names, str(dataset.path)
-            targets = features.class_targets(dataset.rows, names, what)
-            accuracy = distances.label_agreement(real, targets, weights)
-            found["label_agreement"] = distances.label_agreement(made, targets, weights)
-            found["real_label_agreement"] = accuracy
-            features.print_accuracy(accuracy, len(dataset))
+        if compare_labels:
+            targets = features.class_targets(dataset.rows, network.class_names, str(dataset.path))
+            for prefix, part in (("", made), ("real_", real)):
+                agreement = features.label_agreement(part, targets, weights)
+                found[f"{prefix}label_agreement"] = agreement
+            features.print_accuracy(found["real_label_agreement"], len(dataset))
     orders = {
         "reconstructions": torch.arange(len(dataset)),
         "worst_reconstructions": errors["mse"].argsort(descending=True, stable=True),
     }
     pictures = {
         name: figures.comparison(
-            *(part.load(order[:PAIRS], settings.device) for part in (originals, decoded))
+            *(part.load(order[:PAIRS], settings.device) for part in sets.values())
         )
         for name, order in orders.items()
     }
-    labels, by_label = originals.labels, {}
-    columns = {"image_path": [row.image_path for row in dataset.rows], "label": labels}
+    columns, by_label = _columns(dataset.rows), {}
+    for label in sorted(set(columns["label"]) - {""}):
+        rows = torch.tensor([row for row, own in enumerate(columns["label"]) if own == label])
+        part_weights = metrics.resample(len(rows), settings.seed)
+        part_errors = {name: values[rows] for name, values in errors.items()}
+        by_label[label] = metrics.mean_errors(part_errors, part_weights, table)
     columns |= {name: values.tolist() for name, values in errors.items()}
-    for label in sorted(set(labels) - {""}):
-        rows = torch.tensor([row for row, own in enumerate(labels) if own == label])
-        part = {name: values[rows] for name, values in errors.items()}
-        own_weights = metrics.resample(len(rows), settings.seed)
-        by_label[label] = metrics.mean_errors(part, own_weights, table)
-    protocol = {"images": len(dataset), **_protocol(network)}
     return Record(found, protocol, columns, pictures, by_label)
 
 
@@ -133,6 +116,9 @@ def measure_reconstructions(
     return torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()}
 
 
+# --- samples ------------------------------------------------------------------------------------
+
+
 def report_samples(
     network: FeatureNetwork, real: RealImages, samples: Samples, settings: Settings
 ) -> Record:
@@ -144,7 +130,7 @@ def report_samples(
     whole = real.train, samples.images, real.held_out
     count = min(len(part.row_numbers) for part in whole)
     train, sampled, held_out = (part.sample(count, seed) for part in whole)
-    all_train = _extract(network, real.train, settings, "training images")
+    all_train = extract_features(network, real.train, settings, "training images")
     positions = torch.searchsorted(real.train.row_numbers, train.row_numbers)
     train_features = all_train.select(positions)
     features.warn_if_few(train_features, network.name)
@@ -154,30 +140,26 @@ def report_samples(
     found: dict[str, dict[str, Estimate]] = {}
     closest: dict[str, dict[str, distances.Closest]] = {}
     for prefix, (part, own_weights) in sets.items():
-        extracted = _extract(network, part, settings, "held out" if prefix else "samples")
-        targets = None
-        if network.class_names and all(part.labels):
+        extracted = extract_features(network, part, settings, "held out" if prefix else "samples")
+        labels, targets = [row.label for row in part.rows], None
+        if network.class_names and all(labels):
             what = "the samples or of the images held out"
             targets = features.class_targets(part.rows, network.class_names, what)
         pair = weights[0], own_weights
-        compared = Comparison(train_features, extracted, pair, part.labels, targets, seed)
+        compared = distances.Comparison(train_features, extracted, pair, labels, targets, seed)
         found[prefix] = distances.set_metrics(compared, network.name)
         closest[prefix] = {
             space: distances.closest(getattr(extracted, space), getattr(all_train, space))
             for space in SPACES
         }
-    for space in SPACES:
-        limit = distances.copy_threshold(closest["real_"][space])
-        for prefix, (_, own_weights) in sets.items():
-            near = closest[prefix][space]
-            found[prefix] |= distances.copy_metrics(near, space, limit, own_weights)
+    for prefix, (_, own_weights) in sets.items():
+        for space, near in closest[prefix].items():
+            copied = distances.copies(near, closest["real_"][space])
+            found[prefix][f"nearest_{space}"] = metrics.mean(near.distances, own_weights, POSITIVE)
+            found[prefix][f"copies_{space}"] = metrics.mean(copied, own_weights)
     if "label_agreement" in found["real_"]:
         features.print_accuracy(found["real_"]["label_agreement"], count)
-    columns: dict[str, Sequence[Any]] = {
-        "image_path": [row.image_path for row in sampled.rows],
-        "label": sampled.labels,
-    }
-    pictures = {}
+    columns, pictures = _columns(sampled.rows), {}
     for space, near in closest[""].items():
         rows = real.train.row_numbers[near.rows.cpu()].tolist()
         columns[f"nearest_in_{space}"] = [real.train.images.rows[row].image_path for row in rows]
@@ -186,18 +168,20 @@ def report_samples(
         suspects = near.ratios.argsort(stable=True)[:PAIRS]  # the likeliest copies
         pair = sampled.load(suspects, device), real.train.load(near.rows[suspects], device)
         pictures[f"closest_pairs_{space}"] = figures.comparison(*pair)
-    if samples.tokenizer is not None:
-        encode, config = samples.tokenizer.encode, samples.tokenizer.config
-        decoded: Any = sampled.images
-        sampled_grids = decoded.grids[sampled.row_numbers]
-        grids = _encode(encode, train, settings), sampled_grids, _encode(encode, held_out, settings)
+    if isinstance(sampled.images, DecodedImages):
+        model, config = samples.tokenizer, samples.tokenizer.config
+        grids = sampled.images.grids[sampled.row_numbers]
         shares = [
             metrics.index_frequencies(own, config.codebook_size, config.depth, own_weights)
-            for own, own_weights in zip(grids, weights, strict=True)
+            for own, own_weights in zip(
+                (_encode(model, train, settings), grids, _encode(model, held_out, settings)),
+                weights,
+                strict=True,
+            )
         ]
         for prefix, other in zip(sets, shares[1:], strict=True):
             found[prefix]["token_divergence"] = metrics.token_divergence(shares[0], other)
-        pictures["token_frequencies"] = figures.distributions(shares[0][0], shares[1][0])
+        pictures["token_frequencies"] = figures.bars(shares[0][0], shares[1][0])
     ordered = {
         f"{prefix}{key}": found[prefix][key]
         for key in found[""]
@@ -205,31 +189,17 @@ def report_samples(
         if key in found[prefix]
     }
     counts = {"images": count, "training_images": len(real.train.row_numbers)}
-    return Record(ordered, {**counts, **_protocol(network)}, columns, pictures)
-
-
-def _extract(network: FeatureNetwork, part: ImageSet, settings: Settings, what: str) -> Features:
-    device, batch_size = settings.device, settings.batch_size
-    return features.extract_features(network, *part, device, batch_size, what)
+    return Record(ordered, {**counts, **network.protocol}, columns, pictures)
 
 
 @torch.inference_mode()
-def _encode(encode: Callable[[Tensor], Tensor], part: ImageSet, settings: Settings) -> Tensor:
+def _encode(tokenizer: Any, part: ImageSet, settings: Settings) -> Tensor:
     """The indices of real images, (N, h, w[, depth])."""
-    batches = part.row_numbers.split(settings.batch_size)
-    images = part.images.batches(batches, settings.device)
-    return torch.cat([encode(batch).cpu() for batch in images])
+    batches = part.images.batches(part.row_numbers.split(settings.batch_size), settings.device)
+    return torch.cat([tokenizer.encode(batch).cpu() for batch in batches])
 
 
-def _protocol(network: FeatureNetwork | None) -> dict[str, str]:
-    """Of the features."""
-    if network is None:
-        return {}
-    return {
-        "features": network.name,
-        "network_sha256": network.sha256,
-        "network_preprocessing": network.preprocessing,
-    }
+# --- likelihood ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -264,10 +234,6 @@ def report_likelihood(
     ends = [order[:RANKED], order[-RANKED:].flip(0)]
     grids = (figures.grid(images) for images in dataset.batches(ends, device))
     pictures = dict(zip(("highest_likelihood", "lowest_likelihood"), grids, strict=True))
-    rows = [dataset.rows[row] for row in order.tolist()]
-    columns: dict[str, Sequence[Any]] = {
-        "image_path": [row.image_path for row in rows],
-        "label": [row.label for row in rows],
-        **{name: part[order].tolist() for name, part in per_image.items()},
-    }
+    columns = _columns([dataset.rows[row] for row in order.tolist()])
+    columns |= {name: part[order].tolist() for name, part in per_image.items()}
     return Record(found, {"images": len(dataset)}, columns, pictures)
