@@ -12,17 +12,27 @@ import torch
 from torch import Tensor
 
 from transformer import GPT, make_prefix
-from utils import cli, distributed, tracking
+from utils import addresses, cli, distributed, tracking
+from utils.cli import UserError
 from utils.data import sources
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
-from utils.evaluation import features, inputs, records, report
+from utils.evaluation import distances, features, inputs, metrics, report
 from utils.evaluation.features import ImageSet, Settings
-from utils.evaluation.records import Record
+from utils.evaluation.report import Record
+from utils.files import read_json
 from utils.model_folder import load_model
 from vqvae import VQVAE
 from vqvae.losses import BACKBONES, PerceptualLoss
 
+KINDS = ("reconstructions", "samples", "likelihood")
+# What must be equal where metrics are compared.
+COMPARED = (
+    *("images", "size", "channels", "path_to_data_sha256", "path_to_test_sha256", "split"),
+    *("training_images", "features", "network_sha256", "seed", "unconditional"),
+)
+# Of single images.
+PAIRED = {*metrics.IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}
 ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a split
 
 
@@ -39,11 +49,11 @@ def run_evaluation(
     the images by the flags that named them.
     """
     source, home, run_id = place
-    name, stage = records.name_of(source), "gpt" if flags.kind != "reconstructions" else "tokenizer"
-    output_dir = Path(flags.output_dir or home / records.FOLDER / name)
+    name, stage = report.name_of(source), "gpt" if flags.kind != "reconstructions" else "tokenizer"
+    output_dir = Path(flags.output_dir or home / report.FOLDER / name)
     with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
         record = evaluate()
-        common = records.protocol(flags, data["path_to_data"])
+        common = report.protocol(flags, data["path_to_data"])
         record = replace(record, protocol={**common, **protocol, **record.protocol})
         record.save(run, flags.kind, name)
         for flag, images in data.items():
@@ -52,9 +62,9 @@ def run_evaluation(
 
 def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> None:
     if flags.lpips_weights and not flags.lpips:
-        raise cli.UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
+        raise UserError("--lpips_weights belongs to --lpips; add it, with alex or vgg")
     if flags.path_to_train and flags.features != "classifier":
-        raise cli.UserError("--path_to_train belongs to --features classifier; add that")
+        raise UserError("--path_to_train belongs to --features classifier; add that")
     tokenizer = load_model(flags.model_dir, VQVAE, settings.device)
     network = inputs.open_network(flags.features, flags.feature_weights, settings.device)
     lpips, lpips_protocol = None, None
@@ -102,10 +112,7 @@ def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
     data |= {"path_to_test": real.held_out.images} if flags.path_to_test else {}
     data |= {"images": samples.images.images} if flags.images else {}
 
-    def evaluate() -> Record:
-        found = network or features.train_classifier(real.train, flags.path_to_data, settings)
-        return report.report_samples(found, real, samples, settings)
-
+    evaluate = partial(report.report_samples, network, real, samples, settings)
     run_id = inputs.sampling_run(samples.lineage)
     home = tracking.home_of(flags.run_id or run_id) or samples.place.parent
     protocol = {"split": real.split, **samples.hashes}
@@ -120,15 +127,15 @@ def encode_conditions(
     address, gpt = flags.condition_model_dir, f"the GPT in {flags.model_path}"
     if vocabulary.condition is None:
         if address:
-            raise cli.UserError(f"{gpt} takes no conditions; leave out --condition_model_dir")
+            raise UserError(f"{gpt} takes no conditions; leave out --condition_model_dir")
         return None
     if not address:
-        raise cli.UserError(
+        raise UserError(
             f"{gpt} takes conditions; give their tokenizer by --condition_model_dir, and their "
             "pictures in a column condition_path"
         )
     if flags.skip_bad_images:
-        raise cli.UserError(
+        raise UserError(
             "--skip_bad_images cannot be combined with --condition_model_dir: a skipped picture "
             "leaves its image without a condition; take both out of the CSV"
         )
@@ -171,14 +178,115 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     run_evaluation(flags, evaluate, place, {"path_to_data": dataset}, protocol)
 
 
+# --- two records compared -----------------------------------------------------------------------
+
+
+def find_records(place: str) -> dict[str, Path]:
+    """The records of a JSON file, a folder or its evaluation/, or an MLflow run by its id.
+
+    Returns the files by `<name>/<kind>` where each evaluation has its own folder, else by kind.
+    """
+    path = Path(place)
+    if not path.exists():
+        path = addresses.fetch(f"runs:/{place}/{report.FOLDER}")
+    if path.suffix == ".json" and path.is_file():
+        return {path.stem: path}
+    homes = [home for home in (path, path / report.FOLDER) if home.is_dir()]
+    # One level deeper only in evaluation/: a training has a folder of tables, one of the same name.
+    found = {
+        str(file.relative_to(home).with_suffix("")): file
+        for home in homes
+        for pattern in ("*.json", *(["*/*.json"] if home.name == report.FOLDER else []))
+        for file in sorted(home.glob(pattern))
+        if file.stem in KINDS
+    }
+    if not found:
+        raise UserError(
+            f"no evaluation at {place}; give a JSON of evaluate.py, its folder, or the id of an "
+            "evaluated run"
+        )
+    return found
+
+
+def compare_all(first: dict[str, Path], second: dict[str, Path]) -> str:
+    """`compare` all records that both have by one name, or else the only ones of a kind."""
+    common = {name: (first[name], second[name]) for name in first if name in second}
+    if not common:
+        for kind in KINDS:
+            pair = [[f for f in part.values() if f.stem == kind] for part in (first, second)]
+            if len(pair[0]) == len(pair[1]) == 1:
+                common[kind] = pair[0][0], pair[1][0]
+    if not common:
+        raise UserError(
+            f"nothing to compare: there are {', '.join(first)} here, and {', '.join(second)} there"
+        )
+    return "\n".join(f"{name}\n{compare(*pair)}" for name, pair in common.items())
+
+
+def compare(first: Path, second: Path) -> str:
+    """Both records side by side, and whether each difference is larger than the noise.
+
+    Where both evaluated the same images one by one, the difference is taken image by image.
+    """
+    (one, images), (other, other_images) = read_record(first), read_record(second)
+    protocols = one["protocol"], other["protocol"]
+    # Bits are per token of one tokenizer.
+    needed = (*COMPARED, *(("tokenizer_sha256",) if "unconditional" in protocols[0] else ()))
+    for key in needed:
+        a, b = (protocol.get(key) for protocol in protocols)
+        if a != b:
+            raise UserError(
+                f"these evaluations cannot be compared: {key} is {a} against {b}; evaluate both by "
+                "one protocol"
+            )
+    lines = [f"{'':>28}  {'A':>10} {'B':>10} {'B - A':>10} {'+-':>10}"]
+    values, others = one["metrics"], other["metrics"]
+    for key in (key for key in values if key in others):
+        a, b = values[key]["value"], others[key]["value"]
+        noise = math.hypot(values[key]["standard_error"], others[key]["standard_error"])
+        paired = "mse" if key == "psnr" else key  # a function of the MSE, with its noise
+        common = paired in images and paired in other_images
+        if common and len(images) > 1 and images.index.equals(other_images.index):
+            noise = float((other_images[paired].values - images[paired].values).std(ddof=1))
+            noise /= math.sqrt(len(images))
+            if key == "psnr":  # along the line between the two
+                x, y = values["mse"]["value"], others["mse"]["value"]
+                noise *= abs((b - a) / (y - x) if x != y else 10 / math.log(10) / max(x, 1e-20))
+        verdict = (
+            "larger than the noise" if abs(b - a) > metrics.WIDTH * noise else "within the noise"
+        )
+        numbers = f"{b - a:10.3g} {metrics.WIDTH * noise:10.3g}  {verdict}"
+        if key == "lpips" and protocols[0].get("lpips") != protocols[1].get("lpips"):
+            numbers = " not comparable: other networks"
+        lines.append(f"{distances.title(key):>28}  {a:10.5g} {b:10.5g} {numbers}")
+    return "\n".join(lines)
+
+
+def read_record(path: Path) -> tuple[dict[str, Any], Any]:
+    """A JSON file of evaluate.py, and the metrics of single images in the CSV beside it."""
+    import pandas
+
+    record, table = read_json(path), path.with_suffix(".csv")
+    if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("protocol"), dict):
+        raise UserError(f"{path} is not a valid evaluation of evaluate.py")
+    if not table.is_file():
+        return record, pandas.DataFrame()
+    rows = pandas.read_csv(table, keep_default_na=False, dtype={"image_path": str, "label": str})
+    rows = rows.set_index(["image_path", "label"]).sort_index(kind="stable")
+    return record, rows[[key for key in rows if key in PAIRED]]
+
+
+# --- flags ----------------------------------------------------------------------------------------
+
+
 def main(flags: argparse.Namespace) -> None:
     """Compare two evaluations, or make one."""
     if flags.compare and flags.kind:
-        raise cli.UserError("--compare reads two evaluations and makes none; give it by itself")
+        raise UserError("--compare reads two evaluations and makes none; give it by itself")
     if flags.compare:
-        print(records.compare_all(*map(records.find, flags.compare)))
+        print(compare_all(*map(find_records, flags.compare)))
     elif flags.kind is None:
-        raise cli.UserError(
+        raise UserError(
             "nothing to do; give reconstructions, samples or likelihood, or --compare RUN_A RUN_B"
         )
     else:

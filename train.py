@@ -66,7 +66,7 @@ def make_validation(
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     evaluator = None
     if source.fd_samples:
-        from utils.evaluation.features import SampleEvaluator  # only where samples are compared
+        from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
         splits = data.train_rows, data.val_rows[: source.fd_samples]
         evaluator = SampleEvaluator(

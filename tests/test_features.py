@@ -8,9 +8,15 @@ import torch
 from utils.cli import UserError
 from utils.data.download import write_digits
 from utils.data.images import ImageConfig, ImageDataset
-from utils.data.sources import split_rows
+from utils.data.sources import Row, split_rows
 from utils.evaluation import distances, features
-from utils.evaluation.features import ImageSet, Settings, extract_features, train_classifier
+from utils.evaluation.features import (
+    DecodedImages,
+    ImageSet,
+    Settings,
+    extract_features,
+    train_classifier,
+)
 from utils.evaluation.metrics import frechet_distance, resample
 
 CPU = torch.device("cpu")
@@ -93,10 +99,41 @@ def test_large_images_are_shrunk(digits: ImageDataset) -> None:
 
 
 def test_labels_that_are_missing_single_or_unknown(digits: ImageDataset) -> None:
-    rows = digits.rows[:4]
-    with pytest.raises(UserError, match="1 of 4 images have no label"):
-        features.class_names([*rows[:3], rows[3]._replace(label="")], "data.csv")
-    with pytest.raises(UserError, match="two classes"):
-        features.class_names([rows[0], rows[0]], "data.csv")
-    with pytest.raises(UserError, match=r"on the labels 1, 2, 3 of samples\.csv"):
-        features.class_targets(rows, ("0", "9"), "samples.csv")
+    rows, grids = digits.rows[:4], torch.zeros(4, 1, 1)
+    for labels in (["0", "1", "2", ""], ["0", "0", "0", "0"]):
+        labelled = [row._replace(label=label) for row, label in zip(rows, labels, strict=True)]
+        images = DecodedImages(grids, labelled, torch.Tensor.float, 1, (1, 1))
+        with pytest.raises(UserError, match="a class for every image, two classes or more"):
+            train_classifier(ImageSet.whole(images), "data.csv", SETTINGS)
+    with pytest.raises(UserError, match=r"on the labels 0, 1, 2, 3 of samples\.csv"):
+        features.class_targets(rows, ("8", "9"), "samples.csv")
+
+
+def test_classes_without_training_images_do_not_count(capsys: pytest.CaptureFixture) -> None:
+    rows = [Row(f"{n}.png", label, "") for n, label in enumerate("aab?")]
+    targets = features.class_targets(rows, ("a", "b"), "samples.csv")
+    assert targets.tolist() == [0, 0, 1, features.UNKNOWN]
+    warning = capsys.readouterr().err
+    assert "leaves out 1 of 4 images of samples.csv" in warning
+    assert warning.strip().endswith("no training images of: ?")
+    logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
+    found = features.Features(logits, logits, logits)
+    assert features.label_agreement(found, targets, resample(4, 0)).value == pytest.approx(2 / 3)
+
+
+def test_classes_of_few_training_images_are_named(capsys: pytest.CaptureFixture) -> None:
+    rows = [Row(f"{n}.png", "a" if n < 20 else "b", "") for n in range(23)]
+    images = DecodedImages(torch.rand(23, 1, 8, 8), rows, torch.Tensor.float, 1, (8, 8))
+    train_classifier(ImageSet.whole(images), "data.csv", SETTINGS)
+    assert "fewer than 10 training images" in (warning := capsys.readouterr().err)
+    assert "b (3)" in warning
+    assert "a (" not in warning
+
+
+def test_images_that_are_compared_are_new_to_the_classifier(digits: ImageDataset) -> None:
+    part = ImageSet(digits, torch.arange(10, 100))
+    known, others = features.reserve(part, 20, 0)
+    assert len(known.row_numbers) == 20
+    together = torch.cat([known.row_numbers, others.row_numbers])
+    assert torch.equal(together.sort().values, part.row_numbers)
+    assert len(features.reserve(part, 80, 0)[0].row_numbers) == 30  # a third at most

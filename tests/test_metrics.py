@@ -13,7 +13,7 @@ from utils.evaluation.metrics import (
     codebook_metrics,
     entropy,
     estimate,
-    index_frequencies,
+    index_counts,
     mean,
     psnr,
     resample,
@@ -136,6 +136,10 @@ def test_codebook_metrics() -> None:
         "codebook_usage": pytest.approx(50),
         "perplexity": pytest.approx(2),
     }
+    few = torch.zeros(1024)
+    few[:10] = 1  # ten indices cannot use more than ten codes
+    assert codebook_metrics(few)["codebook_usage"] == 100
+    assert codebook_metrics(few * 2)["codebook_usage"] == 50
     large = codebook_metrics(torch.full((1024,), 3_000_001))
     assert large == {"codebook_usage": 100, "perplexity": pytest.approx(1024)}
 
@@ -177,15 +181,15 @@ def test_bigram_probabilities_sum_to_one() -> None:
         assert sum(2**-price for price in prices) == pytest.approx(1)
 
 
-def test_frequencies_are_counts_over_their_sum() -> None:
+def test_counts_of_resamples() -> None:
     grids = torch.randint(0, 7, (40, 3, 4), generator=torch.Generator().manual_seed(0))
     weights = resample(40, 0)
-    shares = index_frequencies(grids, 9, 1, weights)
+    found = index_counts(grids, 9, 1, weights)
     counts = torch.bincount(grids.flatten(), minlength=9)
-    assert torch.allclose(shares[0], counts / counts.sum().double())
+    assert torch.equal(found[0], counts.double())
     drawn = grids[torch.arange(40).repeat_interleave(weights[3].long())]
-    assert torch.allclose(shares[3], torch.bincount(drawn.flatten(), minlength=9).double() / 480)
-    found = code_estimates(shares, tokens_per_pixel=12 / 192)
+    assert torch.equal(found[3], torch.bincount(drawn.flatten(), minlength=9).double())
+    found = code_estimates(found, tokens_per_pixel=12 / 192)
     assert found["codebook_usage"].value == pytest.approx(
         codebook_metrics(counts)["codebook_usage"]
     )
@@ -197,7 +201,7 @@ def test_frequencies_are_counts_over_their_sum() -> None:
 
 def test_each_depth_has_codes_of_its_own() -> None:
     grids = torch.tensor([[[[0, 1]]], [[[0, 2]]]])  # (2, 1, 1, depth 2)
-    assert index_frequencies(grids, 3, 2, resample(2, 0))[0].tolist() == [0.5, 0, 0, 0, 0.25, 0.25]
+    assert index_counts(grids, 3, 2, resample(2, 0))[0].tolist() == [2, 0, 0, 0, 1, 1]
 
 
 def test_divergence_is_0_for_equal_and_1_for_disjoint_frequencies() -> None:

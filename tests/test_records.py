@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+import evaluate
 from utils.cli import UserError
-from utils.evaluation import records
 
 PROTOCOL = {"images": 4, "seed": 0}
 
@@ -56,9 +56,9 @@ def test_psnr_has_the_verdict_of_the_mse(own_folder: Path) -> None:
         ([0.09, 0.18, 0.28, 0.37], "larger"),
         ([0.1, 0.2, 0.3, 0.41], "within"),
     ):
-        found = verdicts(records.compare(first, mse_of("b", second)))
+        found = verdicts(evaluate.compare(first, mse_of("b", second)))
         assert found == {"mse": verdict, "psnr": verdict}
-    assert verdicts(records.compare(first, first)) == {"mse": "within", "psnr": "within"}
+    assert verdicts(evaluate.compare(first, first)) == {"mse": "within", "psnr": "within"}
 
 
 @pytest.mark.parametrize("key", ["bits_per_pixel", "bits_per_token", "ssim"])
@@ -66,20 +66,20 @@ def test_images_are_paired_in_whatever_order_they_stand(own_folder: Path, key: s
     """Rankings of likelihood stand in an order of their own; bits per pixel were not paired."""
     first = mse_of("a", [0.1, 0.2, 0.3, 0.4], key)
     second = mse_of("b", [0.09, 0.18, 0.28, 0.37], key, turned=True)
-    assert verdicts(records.compare(first, second)) == {key: "larger"}
+    assert verdicts(evaluate.compare(first, second)) == {key: "larger"}
 
 
 def test_an_image_that_is_listed_twice_counts_twice(own_folder: Path) -> None:
     rows = ["image_path,label,mse", "0.png,a,0.1", "0.png,a,0.1", "1.png,b,0.2"]
     first = write("a", {"mse": 0.4 / 3}, rows)
     second = write("b", {"mse": 0.43 / 3}, [*rows[:2], "0.png,a,0.13", rows[3]])
-    assert "0.0196" in records.compare(first, second)  # 1.96 x 0.03 / sqrt(3) / sqrt(3)
+    assert "0.0196" in evaluate.compare(first, second)  # 1.96 x 0.03 / sqrt(3) / sqrt(3)
 
 
 def test_one_image_has_no_pairs(own_folder: Path) -> None:
     """It was a division by zero."""
     first, second = mse_of("a", [0.5]), mse_of("b", [0.1])
-    assert verdicts(records.compare(first, second))["mse"] == "within"
+    assert verdicts(evaluate.compare(first, second))["mse"] == "within"
 
 
 def test_what_is_not_a_record(own_folder: Path) -> None:
@@ -87,7 +87,7 @@ def test_what_is_not_a_record(own_folder: Path) -> None:
     for content in ("[]", '{"metrics": [], "protocol": {}}', '{"metrics": {"a": 1}}'):
         path.write_text(content)
         with pytest.raises(UserError, match=r"is not a valid evaluation|is not a JSON object"):
-            records.compare(path, path)
+            evaluate.compare(path, path)
 
 
 @pytest.mark.parametrize(
@@ -108,16 +108,16 @@ def test_what_is_not_comparable(
 ) -> None:
     paths = write("a", {"x": 1.0}, **first), write("b", {"x": 2.0}, **second)
     with pytest.raises(UserError, match=complaint):
-        records.compare(*paths)
+        evaluate.compare(*paths)
 
 
 def test_lpips_of_another_network_alone_is_not_compared(own_folder: Path) -> None:
     figures = {"mse": 0.1, "lpips": 0.2}
     networks = [{"network": name, "sha256": name} for name in ("alex", "vgg")]
     paths = [write(name["network"], figures, lpips=name, tokenizer_sha256="t") for name in networks]
-    found = records.compare(*paths)
+    found = evaluate.compare(*paths)
     assert verdicts(found) == {"mse": "within", "lpips": "not"}
-    assert verdicts(records.compare(paths[0], paths[0])) == dict.fromkeys(figures, "within")
+    assert verdicts(evaluate.compare(paths[0], paths[0])) == dict.fromkeys(figures, "within")
 
 
 def test_evaluations_of_a_home_are_found_by_their_names(
@@ -130,14 +130,14 @@ def test_evaluations_of_a_home_are_found_by_their_names(
         Path(home, "tables/reconstructions.json").write_text("{}")
     write("a/evaluation/mnist-images", {"fd": 0.1}, kind="samples")
     write("b/evaluation/other-images", {"fd": 0.1}, kind="samples")
-    found = [records.find(home) for home in ("a", "b")]
-    text = records.compare_all(*found)
+    found = [evaluate.find_records(home) for home in ("a", "b")]
+    text = evaluate.compare_all(*found)
     assert [line for line in text.splitlines() if "/" in line] == [
         "cats-test/reconstructions",
         "mnist-test/reconstructions",
     ]
-    images = [records.find(p) for p in ("a/evaluation/mnist-images", "b/evaluation")]
-    assert records.compare_all(*images).startswith("samples\n")  # the only ones of the kind
+    images = [evaluate.find_records(p) for p in ("a/evaluation/mnist-images", "b/evaluation")]
+    assert evaluate.compare_all(*images).startswith("samples\n")  # the only ones of the kind
     error = error_of(
         "evaluate", "--compare", "a/evaluation/mnist-images", "b/evaluation/mnist-test"
     )

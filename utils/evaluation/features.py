@@ -1,14 +1,14 @@
-"""Features of sets of images, and how close samples are to real images during a training.
+"""Features of sets of images, and the classifier that gives them where nothing is downloaded.
 
-Where nothing is downloaded, features are those of a small classifier. It is trained on the labels
-of the data set itself in about a minute, and kept in a cache under a key of the data, the seed and
-the content of this file.
+The classifier is trained on the labels of the data set itself in about a minute. A cache keeps it
+under a key of the data, the seed and the content of this file.
 """
 
 import hashlib
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
-from utils.distributed import Distributed
-from utils.evaluation.metrics import WIDTH, Estimate, frechet_distance, mean, resample
-from utils.provenance import LoadedModel
+from utils.evaluation.metrics import SHARE, Estimate, estimate
 
 NETWORKS = ("classifier", "inception", "dinov2")
 PIXEL_SIDE = 32  # at most, where pixels are compared
@@ -33,9 +31,9 @@ CACHE = Path("outputs/cache")
 TRAINING_IMAGES, MAX_EPOCHS = 180_000, 30  # of the classifier, but each at most 30 times
 BATCH, PEAK_RATE = 128, 4e-3
 MAX_SIDE = 64  # pixels; the classifier shrinks larger images
-EXTRACT_BATCH = 256  # during a training
-REPLICATES = 10  # enough for the standard error beside a curve
-SAMPLE_METRICS = ("fd_classifier", "fd_classifier_error", "label_agreement")
+FEW_IMAGES = 10  # of a class, too few to learn it
+UNKNOWN = -1  # number of a class without training images
+MAX_RESERVED = 3  # one in so many training images at most is kept from the classifier
 
 
 class Images(Protocol):
@@ -99,6 +97,11 @@ class ImageSet(NamedTuple):
         chosen = epoch_order(self.row_numbers, seed, 0)[:count].sort().values
         return ImageSet(self.images, chosen)
 
+    def without(self, other: "ImageSet") -> "ImageSet":
+        """The rows that `other`, a set of the same source, does not have."""
+        shared = torch.isin(self.row_numbers, other.row_numbers)
+        return ImageSet(self.images, self.row_numbers[~shared])
+
     def load(self, positions: Tensor, device: torch.device) -> Tensor:
         """The images at some positions of the rows, (n, C, H, W) in [-1, 1]."""
         return next(iter(self.images.batches([self.row_numbers[positions.cpu()]], device)))
@@ -118,12 +121,6 @@ class Features(NamedTuple):
     features: Tensor  # (N, D), float32
     logits: Tensor | None  # (N, classes), or None where the network has no classes
     pixels: Tensor  # (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side
-
-    def select(self, rows: Tensor) -> "Features":
-        """Some of the images."""
-        rows = rows.to(self.features.device)
-        logits = None if self.logits is None else self.logits[rows]
-        return Features(self.features[rows], logits, self.pixels[rows])
 
 
 @dataclass(frozen=True)
@@ -184,9 +181,14 @@ def _shrink(images: Tensor, side: int) -> Tensor:
 
 
 def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
-    """The share of N images that a classifier assigns to their target class (N,)."""
+    """The share of N images that a classifier assigns to their target class (N,).
+
+    Images with the target `UNKNOWN` do not count.
+    """
     assert found.logits is not None
-    return mean(found.logits.argmax(dim=1).cpu() == targets, weights)
+    right, known = found.logits.argmax(dim=1).cpu() == targets, targets != UNKNOWN
+    sums = [weights.cpu().double() @ one.double() for one in (right, known)]
+    return estimate(sums[0] / sums[1].clamp(min=1), SHARE)
 
 
 def print_accuracy(accuracy: Estimate, count: int) -> None:
@@ -195,14 +197,18 @@ def print_accuracy(accuracy: Estimate, count: int) -> None:
     print(f"classifier: {percent:.1f} % of the labels of {count:,} held-out images right")
 
 
+def warn(text: str) -> None:
+    """Print what to keep in mind when reading the metrics."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
 def warn_if_few(features: Features, name: str) -> None:
     """Warn where a set is too small for a meaningful Frechet distance in the network `name`."""
     count, dimensions = features.features.shape
     if count <= dimensions:
-        print(
-            f"warning: the Frechet distance of {count} images by the {dimensions:,} features "
-            f"of {name} is mostly noise; compare more than {dimensions:,}",
-            file=sys.stderr,
+        warn(
+            f"the Frechet distance of {count} images by the {dimensions:,} features of {name} is "
+            f"mostly noise; compare more than {dimensions:,}"
         )
 
 
@@ -231,33 +237,34 @@ class Classifier(nn.Module):
         return features, self.head(features.relu())
 
 
-def class_names(rows: Sequence[Row], what: str) -> tuple[str, ...]:
-    """The classes of labelled images, sorted."""
-    missing = sum(not row.label for row in rows)
-    if missing:
-        raise UserError(
-            f"{what}: {missing} of {len(rows)} images have no label; --features classifier needs a "
-            "column label"
-        )
-    names = tuple(sorted({row.label for row in rows}))
-    if len(names) < 2:
-        raise UserError(
-            f"{what}: all images have the label {names[0]!r}; --features classifier needs two "
-            "classes or more"
-        )
-    return names
-
-
 def class_targets(rows: Sequence[Row], names: Sequence[str], what: str) -> Tensor:
-    """The number of each image's class, (N,)."""
-    unknown = sorted({row.label for row in rows} - set(names))
-    if unknown:
+    """The number of each image's class, (N,); `UNKNOWN` for classes without training images."""
+    numbers = {name: number for number, name in enumerate(names)}
+    targets = torch.tensor([numbers.get(row.label, UNKNOWN) for row in rows])
+    unknown = sorted({row.label for row in rows} - numbers.keys())
+    left_out = int((targets == UNKNOWN).sum())
+    if left_out == len(rows):
         raise UserError(
             f"the classifier was not trained on the labels {first_few(unknown)} of {what}; give "
             "data of the same classes"
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    return torch.tensor([numbers[row.label] for row in rows])
+    if unknown:
+        warn(
+            f"label_agreement leaves out {left_out:,} of {len(rows):,} images of {what}, whose "
+            f"classes the classifier has no training images of: {first_few(unknown)}"
+        )
+    return targets
+
+
+def reserve(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
+    """Up to `count` training images, and the other ones, which the classifier is trained on.
+
+    A classifier knows its own training images, so that their features differ from those of new
+    images: distances to them would be too large for every set but themselves.
+    """
+    count = min(count, max(2, len(train.row_numbers) // MAX_RESERVED))
+    known = train.sample(count, seed)
+    return known, train.without(known)
 
 
 def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNetwork:
@@ -266,7 +273,19 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
     `what` names the images in errors. The global random state does not change.
     """
     device, seed = settings.device, settings.seed
-    names = class_names(part.rows, what)
+    counts = Counter(row.label for row in part.rows)
+    if "" in counts or len(counts) < 2:
+        raise UserError(
+            f"{what}: --features classifier needs a column label with a class for every image, two "
+            "classes or more; add it, or use other features"
+        )
+    names = tuple(sorted(counts))
+    rare = [f"{name} ({counts[name]})" for name in names if counts[name] < FEW_IMAGES]
+    if rare:
+        warn(
+            f"classes with fewer than {FEW_IMAGES} training images, for which label_agreement says "
+            f"little: {first_few(rare)}"
+        )
     part = part.sample(TRAINING_IMAGES, seed)  # at most so many are used
     file = _cache_file(part, settings)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -321,72 +340,3 @@ def fit_classifier(
         optimizer.zero_grad()
         schedule.step()
     return model.eval()
-
-
-# --- samples during a training ------------------------------------------------------------------
-
-
-class SampleEvaluator:
-    """Compares sampled grids with held-out grids, both decoded by one tokenizer.
-
-    What the tokenizer loses is lost on both sides, so that the metrics measure the GPT alone.
-    One sample is compared for the label of each of the held-out `rows`.
-    """
-
-    def __init__(
-        self,
-        tokenizer: LoadedModel | None,
-        grids: Tensor,
-        rows: Sequence[Row],
-        train: Tensor,
-        held_out: Tensor,
-        *,
-        seed: int,
-        group: Distributed,
-    ) -> None:
-        """Train a classifier on the decoded training grids, or load it from the cache.
-
-        `train` and `held_out` are row numbers of the grids (N, h, w). Only the main process of
-        the group works.
-        """
-        self.rows, self._group = held_out, group
-        if tokenizer is None:
-            raise UserError("--fd_samples needs the tokenizer of the indices; add --model_dir")
-        if len(held_out) < 2:
-            raise UserError(
-                f"--fd_samples leaves {len(held_out)} validation images to compare with; use 2 or "
-                "more, or 0 for none"
-            )
-        if not group.is_main:
-            return
-        config = tokenizer.model.config
-        self._decoded = tokenizer.model.decode, config.in_channels, config.image_size
-        self._settings = Settings(group.device, EXTRACT_BATCH, seed)
-        images = DecodedImages(grids, rows, *self._decoded)
-        self._network = train_classifier(ImageSet(images, train), "--fd_samples", self._settings)
-        real = ImageSet(images, held_out)
-        self._real = extract_features(self._network, real, self._settings, "features")
-        self._targets = class_targets(real.rows, self._network.class_names, "--path_to_data")
-        first, second = (resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
-        self._weights = first, second
-        warn_if_few(self._real, self._network.name)
-        print_accuracy(label_agreement(self._real, self._targets, first), len(held_out))
-
-    def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
-        """FD (classifier), its standard error, and the share of samples of the right class.
-
-        `sample` gives a grid for each of `rows`, (n, h, w); only the main process calls it.
-        """
-        values = torch.zeros(len(SAMPLE_METRICS), device=self._group.device)
-        if self._group.is_main:
-            images = ImageSet.whole(DecodedImages(sample(), (), *self._decoded))
-            found = extract_features(self._network, images, self._settings, "features")
-            distance = frechet_distance(self._real.features, found.features, self._weights)
-            right = label_agreement(found, self._targets, self._weights[1])
-            values += values.new_tensor([distance.value, distance.standard_error, right.value])
-            self._group.print(
-                f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
-                f"{WIDTH * distance.standard_error:.3f}, {right.value:.1%} of the right class"
-            )
-        values = self._group.all_reduce_sum(values)
-        return dict(zip(SAMPLE_METRICS, values.tolist(), strict=True))

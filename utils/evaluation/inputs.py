@@ -34,6 +34,7 @@ class RealImages(NamedTuple):
     train: ImageSet
     held_out: ImageSet
     split: dict[str, Any]  # `held_out`, in words; val_fraction and seed where they decided
+    path: str  # of the former, for messages
 
 
 class Samples(NamedTuple):
@@ -44,7 +45,7 @@ class Samples(NamedTuple):
     lineage: Lineage
     split: Split | None  # of the training's data
     hashes: dict[str, str]
-    tokenizer: Any = None  # of samples that are `DecodedImages`; None for pictures
+    tokenizer: Any = None  # that of --model_dir, or None
 
 
 def read_images(
@@ -96,7 +97,7 @@ def read_real(
         options |= {"value_range": real.value_range, "resampling": real.resampling}
         test = read_images(flags, "path_to_test", size=size, **options)
         described = {"held_out": "path_to_test"}
-        return RealImages(ImageSet.whole(real), ImageSet.whole(test), described)
+        return RealImages(ImageSet.whole(real), ImageSet.whole(test), described, path)
     described = {"held_out": "column split of path_to_data"}
     if not real.rows[0].split:
         if split is None:
@@ -111,7 +112,7 @@ def read_real(
             f"{path} has {len(held_out)} validation images, too few to compare with; give "
             "others by --path_to_test"
         )
-    return RealImages(ImageSet(real, train), ImageSet(real, held_out), described)
+    return RealImages(ImageSet(real, train), ImageSet(real, held_out), described, path)
 
 
 def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Samples:
@@ -119,7 +120,7 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     if bool(flags.images) == bool(flags.indexes_path):
         raise UserError("give the samples by either --images or --indexes_path")
     if flags.images:
-        samples = _read_pictures(flags)
+        samples = _read_pictures(flags, tokenizer and tokenizer.model.config.in_channels)
     elif flags.image_size:
         raise UserError(
             "--image_size cannot be combined with --indexes_path, whose images have the size that "
@@ -133,11 +134,12 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     models = {key: hashes[key] for key in ("tokenizer_sha256", "gpt_sha256") if key in hashes}
     samples = samples._replace(hashes=models | samples.hashes)
     if tokenizer is not None:
-        samples = samples._replace(split=tokenizer.provenance.split)
+        split = tokenizer.provenance.split
+        samples = samples._replace(split=split, tokenizer=tokenizer.model)
     return samples
 
 
-def _read_pictures(flags: argparse.Namespace) -> Samples:
+def _read_pictures(flags: argparse.Namespace, channels: int | None) -> Samples:
     """A folder of images_from_indexes.py, its images.csv, or any CSV of images."""
     path = Path(flags.images)
     table = path / LIST if path.is_dir() else path
@@ -146,7 +148,8 @@ def _read_pictures(flags: argparse.Namespace) -> Samples:
             f"no images at {path}; --images takes a folder of images_from_indexes.py or a CSV of "
             "image paths"
         )
-    images = read_images(flags, "images", size=flags.image_size, at_least=SMALLEST, path=table)
+    options = {"size": flags.image_size, "channels": channels}
+    images = read_images(flags, "images", at_least=SMALLEST, path=table, **options)
     place = table.parent if table.name == LIST else table
     grid = place / GRID
     lineage, split = provenance.of_picture(grid) if grid.is_file() else ((), None)
@@ -169,7 +172,7 @@ def _read_grids(address: str, tokenizer: LoadedModel) -> Samples:
     # What was fetched lies in a temporary folder.
     place = path if path == Path(address) else Path("outputs", *address.split("/")[1:])
     hashes = {"samples_sha256": digest(path), "tokenizer_sha256": tokenizer.sha256}
-    return Samples(ImageSet.whole(decoded), place, lineage_of(path), None, hashes, model)
+    return Samples(ImageSet.whole(decoded), place, lineage_of(path), None, hashes)
 
 
 def sampling_run(lineage: Lineage) -> str:

@@ -172,34 +172,38 @@ def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tenso
 # --- codebook indices ---------------------------------------------------------------------------
 
 
-def entropy(shares: Tensor) -> Tensor:
-    """Entropy in bits of each row of shares (R, K)."""
+def entropy(counts: Tensor) -> Tensor:
+    """Entropy in bits of each row of counts or shares (R, K)."""
+    shares = counts / counts.sum(dim=1, keepdim=True)
     return -torch.special.xlogy(shares, shares).sum(dim=1) / math.log(2)
 
 
-CODE_METRICS: dict[str, Callable[[Tensor], Tensor]] = {  # shares of the codes (R, K) -> (R,)
-    "codebook_usage": lambda shares: 100 * (shares > 0).double().mean(dim=1),  # percent
-    "perplexity": lambda shares: 2 ** entropy(shares),  # in [1, K]
+def codebook_usage(counts: Tensor) -> Tensor:
+    """The percentage of codes that occur, of K or of all indices where these are fewer: (R,)."""
+    possible = counts.sum(dim=1).clamp(1, counts.shape[1])
+    return 100 * (counts > 0).double().sum(dim=1) / possible
+
+
+CODE_METRICS: dict[str, Callable[[Tensor], Tensor]] = {  # counts of the codes (R, K) -> (R,)
+    "codebook_usage": codebook_usage,
+    "perplexity": lambda counts: 2 ** entropy(counts),  # from 1 to K
 }
 
 
 def codebook_metrics(counts: Tensor) -> dict[str, float]:
     """`CODE_METRICS` from how often each code occurs, (K,)."""
-    shares = (counts.double() / counts.sum())[None]
-    return {name: float(compute(shares)) for name, compute in CODE_METRICS.items()}
+    return {name: float(compute(counts.double()[None])) for name, compute in CODE_METRICS.items()}
 
 
-def index_frequencies(grids: Tensor, codebook_size: int, depth: int, weights: Tensor) -> Tensor:
-    """The share of each index in each resample: (R, codebook_size * depth), float64.
+def index_counts(grids: Tensor, codebook_size: int, depth: int, weights: Tensor) -> Tensor:
+    """How often each index occurs in each resample: (R, codebook_size * depth), float64.
 
     Grids are (N, h, w), or (N, h, w, depth), where each depth has its own indices.
     """
     size = codebook_size * depth
     flat = _with_depth(grids.cpu(), codebook_size, depth).flatten(1)
     repeated = (row.double().repeat_interleave(flat.shape[1]) for row in weights.cpu())
-    return (
-        torch.stack([torch.bincount(flat.flatten(), row, size) for row in repeated]) / flat.numel()
-    )
+    return torch.stack([torch.bincount(flat.flatten(), row, size) for row in repeated])
 
 
 def _with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
@@ -207,14 +211,15 @@ def _with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
     return grids.long() + codebook_size * torch.arange(depth) if depth > 1 else grids.long()
 
 
-def code_estimates(shares: Tensor, tokens_per_pixel: float) -> dict[str, Estimate]:
-    """`CODE_METRICS` of `index_frequencies`, and bits per pixel of an ideal code for indices."""
-    found = {name: estimate(compute(shares), POSITIVE) for name, compute in CODE_METRICS.items()}
-    return found | {"entropy_per_pixel": estimate(entropy(shares) * tokens_per_pixel, POSITIVE)}
+def code_estimates(counts: Tensor, tokens_per_pixel: float) -> dict[str, Estimate]:
+    """`CODE_METRICS` of `index_counts`, and bits per pixel of an ideal code for indices."""
+    found = {name: estimate(compute(counts), POSITIVE) for name, compute in CODE_METRICS.items()}
+    return found | {"entropy_per_pixel": estimate(entropy(counts) * tokens_per_pixel, POSITIVE)}
 
 
-def token_divergence(shares: Tensor, others: Tensor) -> Estimate:
+def token_divergence(counts: Tensor, others: Tensor) -> Estimate:
     """Jensen-Shannon divergence in bits, from 0 for equal frequencies to 1 for disjoint ones."""
+    shares, others = (x / x.sum(dim=1, keepdim=True) for x in (counts, others))
     middle = entropy((shares + others) / 2)
     return estimate(middle - (entropy(shares) + entropy(others)) / 2, SHARE)
 
