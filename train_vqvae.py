@@ -158,11 +158,20 @@ def build_model(
 
 
 def build_adversary(
-    config: AdversarialConfig, dataset: ImageDataset, schedule: Schedule, group: Distributed
+    config: AdversarialConfig,
+    dataset: ImageDataset,
+    schedule: Schedule,
+    group: Distributed,
+    accumulate: int,
 ) -> AdversarialLoss | None:
     """The discriminator and its losses, if --disc_weight is above 0."""
     if config.disc_weight == 0:
         return None
+    if config.disc_norm == "batch" and (group.world_size > 1 or accumulate > 1):
+        raise cli.UserError(
+            "--disc_norm batch takes its statistics from the images of one process and one "
+            "micro-batch, so that the result depends on their number; use --disc_norm group"
+        )
     sizes = dataset.channels, dataset.size, schedule.total_steps
     adversary = cli.build_or_error(AdversarialLoss, config, *sizes)
     if adversary.schedule.needs_more_evaluations(schedule.evaluate_every):
@@ -303,7 +312,10 @@ def make_state(
     config = configs.training
     optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
     if adversary is not None:
-        optimizers["disc_optimizer"] = make_optimizer(adversary, config, betas=(0.5, 0.9))
+        own = replace(config, learning_rate=configs.adversarial.disc_learning_rate)
+        optimizers["disc_optimizer"] = make_optimizer(adversary, own, betas=(0.5, 0.9))
+        for param_group in optimizers["disc_optimizer"].param_groups:
+            param_group["scheduled"] = False
     settings = model.config.to_dict()
     for one in configs:
         settings |= asdict(one)
@@ -326,7 +338,7 @@ def main(arguments: argparse.Namespace) -> None:
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
     cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
-    adversary = build_adversary(configs.adversarial, dataset, schedule, group)
+    adversary = build_adversary(configs.adversarial, dataset, schedule, group, config.accumulate)
     reset = configs.start.reset_codebook_on_collapse
     monitor = CollapseMonitor(model.quantizer, group.device, reset=reset)
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log

@@ -131,7 +131,8 @@ class Reference:
         x = self.norm(x, f"{side}.norm_out")
         return self.conv(x * torch.sigmoid(x), f"{side}.conv_out")
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encodings(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> (B, h, w, D), before the lookup."""
         x = self.conv(x, "encoder.conv_in")
         for level in range(self.last + 1):
             name = f"encoder.{'down' if self.taming else 'conv_blocks'}.{level}"
@@ -143,9 +144,13 @@ class Reference:
                 padded = F.pad(x, (0, 1, 0, 1))
                 x = self.conv(padded, f"{name}.downsample.conv", stride=2, padding=0)
         x = self.conv(self.out(self.middle(x, "encoder"), "encoder"), "quant_conv")
+        return x.permute(0, 2, 3, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        x = self.encodings(x)
         if self.project == "gumbel":
-            return self.conv(x, "quantize.proj").argmax(dim=1)
-        x, codes = x.permute(0, 2, 3, 1), self.state["quantize.embedding.weight"]
+            return self.conv(x.permute(0, 3, 1, 2), "quantize.proj").argmax(dim=1)
+        codes = self.state["quantize.embedding.weight"]
         if self.project == "llamagen":
             x, codes = F.normalize(x, dim=-1), F.normalize(codes, dim=-1)
         return (x[..., None, :] - codes).square().sum(dim=-1).argmin(dim=-1)

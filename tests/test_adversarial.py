@@ -1,5 +1,6 @@
 """Discriminator, its losses and schedule, and the gradients of one batch with it and without."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from vqvae.adversarial import (
     DiscriminatorSchedule,
     PatchDiscriminator,
     adaptive_weight,
+    diff_augment,
     discriminator_loss,
     generator_loss,
 )
@@ -90,8 +92,6 @@ def test_losses_are_in_float32_under_autocast() -> None:
 
 def test_r1_is_the_squared_gradient_at_real_images() -> None:
     plain, penalised = make_adversarial(), make_adversarial(r1_weight=4.0)
-    for adversary in (plain, penalised):
-        adversary.eval()  # BatchNorm would couple the images
     images, made = torch.rand(2, 3, 1, 16, 16)
     slopes = torch.autograd.functional.jacobian(
         lambda x: plain.discriminator(x).sum(dim=(1, 2, 3)), images
@@ -99,14 +99,69 @@ def test_r1_is_the_squared_gradient_at_real_images() -> None:
     norms = torch.stack([slopes[i, i].square().sum() for i in range(3)])
     difference, logged = penalised.discriminator_term(images, made)
     difference = difference - plain.discriminator_term(images, made)[0]
-    torch.testing.assert_close(difference, 2 * norms.mean(), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(logged["r1_loss"], 2 * norms.mean(), rtol=1e-4, atol=1e-6)
+    expected = 2 * norms.sum() / plain.discriminator(images).numel()
+    torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logged["r1_loss"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_r1_is_the_same_for_large_images_and_refused_where_images_are_mixed() -> None:
+    """It grew with the number of pixels, and BatchNorm took gradients from one image to another."""
+    config = AdversarialConfig(disc_weight=1.0, disc_layers=2, disc_channels=8, r1_weight=1.0)
+    penalties = []
+    for side in (32, 128):
+        adversary = AdversarialLoss(config, 1, (side, side), total_steps=100)
+        torch.manual_seed(0)
+        images = torch.rand(4, 1, side, side) * 2 - 1
+        penalties.append(float(adversary.discriminator_term(images, images)[1]["r1_loss"]))
+    assert penalties[1] < 2 * penalties[0]  # for 16 times as many pixels
+    with pytest.raises(ValueError, match="BatchNorm mixes the images"):
+        AdversarialConfig(disc_weight=1.0, disc_norm="batch", r1_weight=1.0)
+
+
+@pytest.mark.parametrize("norm", ["group", "none"])
+def test_a_logit_depends_on_its_own_image_only(norm: str) -> None:
+    images = torch.rand(4, 1, 16, 16)
+    adversary = make_adversarial(disc_norm=norm)
+    torch.testing.assert_close(adversary.logits_of(images)[:1], adversary.logits_of(images[:1]))
+
+
+def test_gradients_are_taken_outside_of_autocast_and_losses_within(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, adversary = make_model(), make_adversarial(r1_weight=1.0, disc_adaptive_schedule=False)
+    seen: dict[str, list[bool]] = {"grad": [], "losses": []}
+
+    def recorded(name: str, function: Callable) -> Callable:
+        def call(*arguments: object, **options: object) -> object:
+            seen[name].append(torch.is_autocast_enabled("cpu"))
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(torch.autograd, "grad", recorded("grad", torch.autograd.grad))
+    losses = recorded("losses", ReconstructionLoss(LossConfig()))
+    images, last = torch.rand(2, 1, 16, 16) * 2 - 1, model.decoder.conv_out.weight
+    bf16 = partial(autocast, torch.device("cpu"), "bf16")
+    forward_backward(model, images, losses, bf16, adversary=adversary, last_layer=last, step=70)
+    assert seen == {"grad": [False] * 3, "losses": [True]}
+
+
+def test_augmented_images_differ_from_each_other_and_pass_gradients() -> None:
+    images = torch.rand(64, 3, 16, 24).mul(2).sub(1).requires_grad_()
+    torch.manual_seed(0)
+    made = diff_augment(images)
+    assert made.shape == images.shape
+    assert len(made.mean(dim=(1, 2, 3)).unique()) == 64
+    cut = (made == 0).all(dim=1).float().mean()  # a square of half the sides, partly outside
+    assert 0.1 < cut < 0.3
+    (slope,) = torch.autograd.grad(made.square().sum(), images)
+    assert (slope.abs().sum(dim=(1, 2, 3)) > 0).all()
+    torch.manual_seed(0)
+    assert torch.equal(diff_augment(images), made)
 
 
 def test_lecam_is_the_distance_from_the_moving_averages_of_the_logits() -> None:
     plain, held = make_adversarial(), make_adversarial(lecam_weight=3.0)
-    for adversary in (plain, held):
-        adversary.eval()  # BatchNorm would change between the calls
     averages = torch.zeros(2)
     for step in range(3):
         torch.manual_seed(step)
@@ -142,7 +197,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(with_adversary: bool
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     gradients = []
     for parts in (1, 4):
-        model = make_model().eval()  # in training the codes would move between the parts
+        model = make_model()
         acting = {}
         if with_adversary:
             adversary = make_adversarial(disc_adaptive_max=0.0).eval()

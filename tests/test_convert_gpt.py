@@ -1,5 +1,6 @@
 """LlamaGen's checkpoints: the same logits as its forward pass, written down here on its own."""
 
+import argparse
 import subprocess
 import sys
 from dataclasses import replace
@@ -148,6 +149,30 @@ def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
     for heads in (-2, 5):
         with pytest.raises(ValueError, match=f"has no {heads} heads"):
             from_llamagen(make_weights(), (4, 4), heads)
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("cls_embedding.cap_proj.fc1.weight", "text-to-image GPT of LlamaGen"),
+        ("word_embed.weight", "transformer of VAR"),
+        ("encoder.conv_in.weight", "vqvae.convert"),
+    ],
+)
+def test_other_models_are_named(key: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"this is .*{name}"):
+        from_llamagen({key: torch.zeros(2, 2), "tok_embeddings.weight": torch.zeros(2, 2)}, (4, 4))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod.", "ema.", "state_dict.gpt."])
+def test_a_gpt_in_a_wrapper_is_read(wrapper: str, tmp_path: Path) -> None:
+    weights = {wrapper + name: weight for name, weight in make_weights().items()}
+    torch.save(weights | {"args": argparse.Namespace(lr=1)}, tmp_path / "c2i.pt")
+    words = ("--from", "llamagen", "--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4")
+    words = (*words, "--num_heads", HEADS, "--output_dir", tmp_path / "gpt")
+    convert.main(convert.make_parser().parse_args([*map(str, words)]))
+    found = load_model(tmp_path / "gpt", GPT).model.state_dict()
+    torch.testing.assert_close(found, from_llamagen(make_weights(), (4, 4), HEADS).state_dict())
 
 
 def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -> None:

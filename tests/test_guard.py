@@ -58,6 +58,16 @@ def test_a_finite_step_is_that_of_the_optimiser() -> None:
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+def test_an_optimiser_may_keep_its_own_learning_rate() -> None:
+    """The discriminator's was the generator's, which is near 0 in most of the adversarial phase."""
+    _, state, values = batch(2.0)
+    (group,) = {id(x): x for x in state.optimizers["optimizer"].param_groups[:1]}.values()
+    group |= {"lr": 0.123, "scheduled": False}
+    assert loop.optimizer_step(state, ROWS, values, NAMES)
+    rates = [x["lr"] for x in state.optimizers["optimizer"].param_groups]
+    assert rates == [0.123, state.schedule.learning_rate(7)]
+
+
 @pytest.mark.parametrize(
     ("size", "loss", "named"),
     [(math.nan, 1.0, "gradient_norm nan"), (1.0, math.inf, "loss inf")],

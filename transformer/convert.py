@@ -40,6 +40,12 @@ LAYER_KEYS = {
     ),
     "blocks.{i}.feed_forward.out.weight": ("layers.{i}.feed_forward.w2.weight",),
 }
+# Other models, by a part of a key that only they have.
+OTHERS = {
+    "a text-to-image GPT of LlamaGen": "cls_embedding.cap_proj.",
+    "a transformer of VAR": "word_embed.",
+    "a tokenizer; use python -m vqvae.convert": "encoder.conv_in.",
+}
 BUFFERS = {"freqs_cis", "causal_mask"}  # not used here
 
 
@@ -54,6 +60,9 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     Raises:
         ValueError: weights that are missing, left over, or of a text-to-image model.
     """
+    for other, part in OTHERS.items():
+        if any(part in name for name in weights):
+            raise ValueError(f"this is {other}, not a class-conditional GPT of LlamaGen")
     if CLASSES not in weights:
         raise ValueError("not a class-conditional GPT of LlamaGen: it has no cls_embedding table")
     num_layers = len({name.split(".")[1] for name in weights if re.match(r"layers\.\d+\.", name)})

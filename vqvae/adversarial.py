@@ -1,6 +1,8 @@
 """Adversarial loss of the tokenizer: PatchGAN, adaptive weight, LeCam, R1, and their schedule."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -10,6 +12,12 @@ from torch import Tensor, nn
 from vqvae.quantizers.base import all_reduce_mean, check_fields, option
 
 LECAM_DECAY = 0.999  # of the moving averages of the logits
+# Layer by width, for the discriminator's inner layers.
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "group": lambda width: nn.GroupNorm(gcd(width, 8), width),
+    "none": lambda width: nn.Identity(),
+    "batch": nn.BatchNorm2d,
+}
 LOSSES = ("hinge", "vanilla", "non_saturating")
 ADAPTIVE = "disc_adaptive_schedule"
 Phase = Literal["reconstruction only", "discriminator only", "joint"]
@@ -35,10 +43,19 @@ class AdversarialConfig:
     disc_ramp: float = _part(0.2, "fraction of the training for the ramp up", ADAPTIVE)
     disc_bound: float = _part(0.1, "tolerated rise of the validation MSE, a fraction", ADAPTIVE)
     disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: not adaptive")
+    disc_learning_rate: float = _part(2e-4, "constant learning rate of the discriminator")
+    disc_norm: str = _part(
+        "group",
+        "normalisation in the discriminator; batch: BatchNorm of PatchGAN, which couples images",
+        choices=tuple(NORMS),
+    )
+    disc_augment: bool = _part(
+        False, "show the discriminator augmented images (DiffAugment), for small data sets"
+    )
     disc_channels: int = _part(64, "width of the discriminator", min=1)
     disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
     lecam_weight: float = _part(0.0, "weight of the LeCam regularisation")
-    r1_weight: float = _part(0.0, "weight of the R1 gradient penalty")
+    r1_weight: float = _part(0.0, "weight of the R1 gradient penalty, per logit")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -47,6 +64,11 @@ class AdversarialConfig:
             raise ValueError(
                 "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1, to "
                 "leave steps of joint training"
+            )
+        if self.r1_weight > 0 and self.disc_norm == "batch":
+            raise ValueError(
+                "r1_weight needs the gradient of each image, but BatchNorm mixes the images of a "
+                "batch; use another disc_norm"
             )
 
 
@@ -70,9 +92,42 @@ def adaptive_weight(
     A constant in [0, maximum], averaged over all processes.
     """
     losses = reconstruction, adversarial
-    gradients = (torch.autograd.grad(x, last_layer, retain_graph=True)[0] for x in losses)
-    first, second = (gradient.norm() for gradient in gradients)
+    first, second = (gradient(x, last_layer, retain_graph=True).norm() for x in losses)
     return all_reduce_mean((first / (second + 1e-4)).clamp(0, maximum).detach())
+
+
+def gradient(loss: Tensor, inputs: Tensor, **options: bool) -> Tensor:
+    """The gradient of a scalar; autocast is for forward passes only and is off meanwhile."""
+    with torch.autocast(inputs.device.type, enabled=False):
+        return torch.autograd.grad(loss, inputs, **options)[0]
+
+
+def diff_augment(images: Tensor) -> Tensor:
+    """Differentiable augmentation (arXiv 2006.10738) of images (B, C, H, W) in [-1, 1].
+
+    Brightness, saturation and contrast; a shift of up to an eighth; a grey square of half the side.
+    """
+    batch, _, height, width = images.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(batch, *(shape or (1, 1, 1)), device=images.device).uniform_(low, high)
+
+    images = images + uniform(-0.5, 0.5)
+    for axes, low, high in (((1,), 0.0, 2.0), ((1, 2, 3), 0.5, 1.5)):
+        mean = images.mean(dim=axes, keepdim=True)
+        images = mean + (images - mean) * uniform(low, high)
+    rows, columns = (torch.arange(n, device=images.device) for n in (height, width))
+    size = torch.tensor([height, width], device=images.device)
+    dy, dx = (uniform(-1, 1, 2) * size / 8).round().long().unbind(1)
+    padded = F.pad(images, (1, 1, 1, 1))
+    y = (rows + 1 + dy[:, None]).clamp(0, height + 1)  # (B, H), 0 and H + 1 are outside
+    x = (columns + 1 + dx[:, None]).clamp(0, width + 1)
+    number = torch.arange(batch, device=images.device)[:, None, None]
+    images = padded[number, :, y[:, :, None], x[:, None, :]].permute(0, 3, 1, 2)
+    cy, cx = (uniform(0, 1, 2) * size).unbind(1)  # centres of the squares
+    outside_y = (rows - cy[:, None]).abs() > height / 4
+    outside_x = (columns - cx[:, None]).abs() > width / 4
+    return images * (outside_y[:, None, :, None] | outside_x[:, None, None, :])
 
 
 class DiscriminatorSchedule:
@@ -132,11 +187,16 @@ class DiscriminatorSchedule:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images (B, C, H, W) -> a logit for each patch (B, 1, h', w').
 
-    4x4 convolutions, `layers` of stride 2 and two of stride 1, with BatchNorm between them.
+    4x4 convolutions, `layers` of stride 2 and two of stride 1, with `NORMS` between them.
     """
 
     def __init__(
-        self, in_channels: int, image_size: tuple[int, int], channels: int = 64, layers: int = 3
+        self,
+        in_channels: int,
+        image_size: tuple[int, int],
+        channels: int = 64,
+        layers: int = 3,
+        norm: str = "group",
     ) -> None:
         super().__init__()
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
@@ -151,14 +211,16 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if layer < layers else 1
             parts += [
                 nn.LeakyReLU(0.2),
-                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False),
-                nn.BatchNorm2d(wider),
+                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=norm == "none"),
+                NORMS[norm](wider),
             ]
             width = wider
         parts += [nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4, padding=1)]
         self.layers = nn.Sequential(*parts)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and norm == "none":
+                nn.init.kaiming_normal_(module.weight, a=0.2)
+            elif isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, mean=1.0, std=0.02)
@@ -189,12 +251,18 @@ class AdversarialLoss(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same in every process
             self.discriminator = PatchDiscriminator(
-                in_channels, image_size, config.disc_channels, config.disc_layers
+                in_channels,
+                image_size,
+                config.disc_channels,
+                config.disc_layers,
+                config.disc_norm,
             )
         self.register_buffer("logits", torch.zeros(2))
 
     def logits_of(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W), in float32 also under autocast."""
+        if self.config.disc_augment:
+            images = diff_augment(images)
         return self.discriminator(images).float()
 
     def generator_term(
@@ -231,8 +299,9 @@ class AdversarialLoss(nn.Module):
             distance = distance + (self.logits[0] - fake).relu().square().mean()
             terms["lecam_loss"] = self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
-            (slope,) = torch.autograd.grad(real.sum(), images, create_graph=True)
-            penalty = slope.square().sum(dim=(1, 2, 3)).mean()
+            # Its square grows with the number of logits, to which the weight therefore applies.
+            slope = gradient(real.sum(), images, create_graph=True)
+            penalty = slope.square().sum() / real.numel()
             terms["r1_loss"] = self.config.r1_weight / 2 * penalty
         logged = {name: term.detach() for name, term in terms.items()}
         return torch.stack([*terms.values()]).sum(), values | logged

@@ -17,7 +17,7 @@ from utils import cli, files, foreign
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
 from vqvae import VQVAE, VQVAEConfig
-from vqvae.formats import FIRST_KEY, FORMATS, export_weights, import_weights
+from vqvae.formats import FIRST_KEY, FORMATS, describe_lookup, export_weights, import_weights
 
 # Values without which a VQModel of diffusers is another network.
 DIFFUSERS_FIXED: dict[str, object] = {"_class_name": "VQModel", "act_fn": "silu"}
@@ -30,6 +30,7 @@ GUMBEL_TEMPERATURE = {
     "params": WARM_UP | {"lr_min": 1e-6},
 }
 CONFIG_BYTES = 1 << 18
+DEFAULT_SAMPLE_SIZE = 32
 NOT_COMPARED = ("lossconfig", "temperature_scheduler_config", "sample_size")
 
 
@@ -68,8 +69,13 @@ def read_taming(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     side, levels = network["resolution"], range(len(network["ch_mult"]))
     occurring = [side >> i for i in levels if side >> i in network["attn_resolutions"]]
     settings = {"image_size": (side, side), "dropout": float(network.get("dropout", 0.0))}
+    kind = str(content["model"].get("target", ""))
     if "kl_weight" in params:
         settings |= {"quantizer": "gumbel", "entropy_weight": float(params["kl_weight"])}
+    elif params.get("l2_normalize") or params.get("cosine_similarity"):
+        settings["quantizer"] = "cosine"
+    elif kind.endswith(".IBQ"):
+        settings["quantizer"] = "ibq"
     return params | {"ddconfig": network | {"attn_resolutions": occurring}}, settings
 
 
@@ -95,9 +101,10 @@ def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
 
 def read_diffusers(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of a `VQModel`, and those that its weights lack."""
-    size = content.get("sample_size", 256)
+    size = content.get("sample_size", DEFAULT_SAMPLE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
-    return content, {"image_size": (int(height), int(width))}
+    known = size != DEFAULT_SAMPLE_SIZE  # the default of its class, whatever the model's images are
+    return dict(content), {"image_size": (int(height), int(width))} if known else {}
 
 
 READERS = {"taming": read_taming, "diffusers": read_diffusers}
@@ -137,7 +144,6 @@ def contradiction(written: Any, found: Any, name: str = "") -> str:
 
 # --- the script -----------------------------------------------------------------------------------
 
-DEFAULT_SIZE = (256, 256)  # of the images that most of them were trained on
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 OLD_DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.bin"
 # diffusers renamed the parts of its attention; released files have the old names.
@@ -165,7 +171,14 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     config_file = arguments.config or (path / "config.json" if project == "diffusers" else "")
     state, outside = read_weights(path, project)
     content, settings = read_config(project, Path(config_file)) if config_file else ({}, {})
-    size = settings.pop("image_size", DEFAULT_SIZE)
+    size = settings.pop("image_size", arguments.image_size)
+    if size is None:
+        raise cli.UserError(
+            f"the size of the images does not follow from {path}; add --image_size H,W: 256 for "
+            "most published models, or that of your images"
+        )
+    if arguments.quantizer:
+        settings["quantizer"] = arguments.quantizer
     try:
         model, ignored = import_weights(project, state, size, settings)
         if content and (line := contradiction(WRITERS[project](model.config), content)):
@@ -181,6 +194,15 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files.write_folder(folder, model_files(model, origin))
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    if config.quantizer in ("vq", "ema", "cosine", "ibq"):
+        error, same = describe_lookup(model)
+        shares = ", ".join(f"{100 * share:.0f} % by {name}" for name, share in same.items())
+        print(f"check: error of the codes {error:.2f} of a zero vector's; equal indices: {shares}")
+        if error > 1:
+            print(
+                "warning: its codes do not fit its encodings: it may have been trained with "
+                "another lookup (--quantizer vq, ibq: inner product, cosine: angle)"
+            )
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}, "
         f"{config.codebook_size} codes of {config.codebook_dim} dimensions ({config.quantizer}), "
@@ -223,7 +245,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.source:
         import_checkpoint(arguments)
         return
-    for name in ("config", "image_size"):
+    for name in ("config", "image_size", "quantizer"):
         if getattr(arguments, name):
             raise cli.UserError(f"--{name} has no effect with --to; leave it out")
     export_checkpoint(arguments)
@@ -243,7 +265,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--config", metavar="PATH", help=config)
     add("--output_dir", required=True, help="new folder to write")
-    size = "--from: size of the data (default: that of --config, else 256)"
+    kind = "--from taming: lookup, where --config does not tell; ibq is SEED-Voken's"
+    add("--quantizer", choices=("vq", "ibq", "cosine"), help=kind)
+    size = "--from: size of the data (default: that of --config)"
     add("--image_size", type=cli.height_and_width, help=size)
     return parser
 

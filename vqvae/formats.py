@@ -2,15 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.config import VQVAEConfig
 from vqvae.model import VQVAE
+from vqvae.quantizers import QUANTIZERS
 
 VQ = {"quantizer.embedding.weight": "quantize.embedding.weight"}
 EMA = {
@@ -31,6 +33,8 @@ class Format:
     keys: Mapping[str, str]  # parts of our keys, as regular expressions, and what they are there
     # Its quantizers, each with its keys of their weights by ours; the first that are all there.
     quantizers: Mapping[str, Mapping[str, str]]
+    # Others' quantizers in the same layout, which only their settings tell apart; not written.
+    lookalikes: Mapping[str, Mapping[str, str]] = field(default_factory=dict, kw_only=True)
     commitment_cost: float  # weight of the encoder's loss term in its trainings
     required: Mapping[str, Any]  # settings that its class cannot vary
     decoder_from_top: bool = False  # decoder level 0 is that of the highest resolution
@@ -54,7 +58,7 @@ class Format:
         mid = ".mid.1." if config.mid_attention else ".mid.2."
         levels = len(config.channel_multipliers)
         theirs = {key: self.key(key.replace(".mid.1.", mid), levels) for key in ours}
-        return theirs | dict(self.quantizers[config.quantizer])
+        return theirs | dict((self.quantizers | self.lookalikes)[config.quantizer])
 
 
 # Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
@@ -72,7 +76,10 @@ FORMATS = {
             r"\.mid\.1\.": ".mid.attn_1.",
             r"\.mid\.2\.": ".mid.block_2.",
         },
-        quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ},
+        # Its EMAVQ cannot be built (in its quantizer two names are undefined): written as VQModel.
+        quantizers={"gumbel": GUMBEL, "vq": VQ, "ema": VQ},
+        # github.com/TencentARC/SEED-Voken: IBQ, and VQModel with l2_normalize
+        lookalikes={"ema": VQ | EMA, "ibq": VQ, "cosine": VQ},
         commitment_cost=LEGACY_COMMITMENT_COST,
         required={**FIXED, "mid_attention": True},
         decoder_from_top=True,
@@ -122,8 +129,23 @@ FORMATS = {
 }
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
 MAX_LEVELS = 32
+HAS_SIMILARITY = "similarity" in {x.name for x in fields(QUANTIZERS["ibq"].Options)}
 # Settings that do not show in the weights.
-NOT_IN_WEIGHTS = ("dropout", "entropy_weight")
+NOT_IN_WEIGHTS = ("dropout", "entropy_weight", "similarity")
+# Networks that `VQVAE` does not cover, by a part of a key that only they have.
+OTHERS = {
+    "VAR (residual grids of several sizes)": r"quantize\.quant_resi\.",
+    "MaskGIT-VQGAN (padded and pooled differently)": r"decoder\.up\.\d+\.upsample_conv\.",
+    "TiTok (a sequence of latent tokens, no grid)": r"(^|\.)latent_tokens$",
+    "Open-MAGVIT2 (adaptive GroupNorm)": r"decoder\.adaptive\.\d+\.gamma",
+    "BSQ-ViT (a vision transformer)": r"quantize\.group_basis$",
+    "a GPT of LlamaGen: use python -m transformer.convert": r"tok_embeddings\.weight$",
+}
+
+
+def use_averages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with the moving averages that Lightning's LitEma kept beside its weights."""
+    return {key: state.get(f"model_ema.{key.replace('.', '')}", x) for key, x in state.items()}
 
 
 def import_weights(
@@ -145,9 +167,13 @@ def import_weights(
             settings that contradict the weights.
     """
     layout = FORMATS[project]
+    for other, pattern in OTHERS.items():
+        if any(re.search(pattern, key) for key in state):
+            raise ValueError(f"this is {other}, which is no network of {project}")
+    state = use_averages(state)
     unseen = {name: settings[name] for name in NOT_IN_WEIGHTS if name in settings}
     try:
-        inferred = infer_settings(layout, state) | unseen
+        inferred = infer_settings(layout, state, settings.get("quantizer", "")) | unseen
     except KeyError as error:
         raise ValueError(f"this is not a tokenizer of {project}: it has no {error}") from error
     config = VQVAEConfig.create(**inferred, image_size=image_size)
@@ -177,8 +203,16 @@ def import_weights(
     return model.eval(), ignored
 
 
-def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout."""
+def infer_settings(
+    layout: Format, state: Mapping[str, Tensor], quantizer: str = ""
+) -> dict[str, Any]:
+    """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout.
+
+    Args:
+        layout: the format.
+        state: the state dict.
+        quantizer: the one that it is known to have; "": the first whose keys are there.
+    """
 
     def numbers(key: str) -> list[int]:
         """Those numbers that make it a key of the state dict."""
@@ -190,9 +224,11 @@ def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any
     widths = [len(state[layout.key(f"{down}.{i}.block.0.conv2.weight")]) for i in levels or [0]]
     if any(width % channels for width in widths):
         raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
-    found = [x for x, keys in layout.quantizers.items() if state.keys() >= set(keys.values())]
-    quantizer = found[0] if found else list(layout.quantizers)[-1]
-    codes = state[layout.quantizers[quantizer]["quantizer.embedding.weight"]]
+    every = layout.quantizers | layout.lookalikes
+    found = [x for x in every if state.keys() >= set(every[x].values())] or [*layout.quantizers]
+    found = ["ema"] if state.keys() >= set((VQ | EMA).values()) else found
+    quantizer = quantizer if quantizer in found else found[0]
+    codes = state[every[quantizer]["quantizer.embedding.weight"]]
     beta = 0.25 if quantizer == "ema" else layout.commitment_cost
     return {
         "in_channels": in_channels,
@@ -207,6 +243,7 @@ def infer_settings(layout: Format, state: Mapping[str, Tensor]) -> dict[str, Any
         "codebook_size": len(codes),
         "codebook_dim": codes.shape[1],
         **({} if quantizer == "gumbel" else {"commitment_cost": beta}),
+        **({"similarity": "inner_product"} if quantizer == "ibq" and HAS_SIMILARITY else {}),
     }
 
 
@@ -234,7 +271,8 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
         if wrong:
             raise ValueError(f"{project} has no tokenizer {what}")
     state, own = {}, model.state_dict()
-    for ours, theirs in layout.all_keys(config).items():
+    keys = {k: x for k, x in layout.all_keys(config).items() if not k.startswith("quantizer.")}
+    for ours, theirs in (keys | dict(layout.quantizers[config.quantizer])).items():
         weight = own[ours]
         if project == "diffusers" and ".attentions." in theirs and weight.dim() == 4:
             weight = weight[:, :, 0, 0]  # its attention has Linear instead of 1x1 convolutions
@@ -242,3 +280,30 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
             weight = weight[:, :, None, None]  # and taming has it the other way round
         state[theirs] = weight.contiguous()
     return state | {name: torch.zeros(length) for name, length in layout.buffers.items()}
+
+
+@torch.no_grad()
+def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
+    """How well codes fit the encodings of smooth random images, to notice a wrong reading.
+
+    Returns:
+        The mean squared error of the codes relative to that of a zero vector, below 1 for a
+        model that is read as it was trained; and the share of equal indices of other lookups.
+    """
+    generator = torch.Generator().manual_seed(0)
+    size, channels = model.config.image_size or (64, 64), model.config.in_channels or 3
+    noise = torch.randn(1, channels, 8, 8, generator=generator)
+    images = F.interpolate(noise, size=size, mode="bicubic").clamp(-1, 1)
+    z_e, quantizer = model.encoder(images), model.quantizer
+    vectors, indices = z_e.permute(0, 2, 3, 1).flatten(0, 2), quantizer.nearest(z_e).flatten()
+    codes = quantizer.lookup(torch.arange(model.config.codebook_size))
+    unit, unit_codes = F.normalize(vectors, dim=1), F.normalize(codes, dim=1)
+    vectors = unit if model.config.quantizer == "cosine" else vectors
+    error = (vectors - quantizer.lookup(indices)).square().sum() / vectors.square().sum()
+    lookups = {
+        "distance": (vectors @ codes.T - codes.square().sum(dim=1) / 2).argmax(dim=1),
+        "inner product": (vectors @ codes.T).argmax(dim=1),
+        "angle": (unit @ unit_codes.T).argmax(dim=1),
+    }
+    same = {name: float((found == indices).float().mean()) for name, found in lookups.items()}
+    return float(error), same

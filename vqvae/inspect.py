@@ -8,6 +8,8 @@ from torch import Tensor
 
 from vqvae.model import VQVAE
 
+TILES = 5  # latent positions on a side of the grid from whose middle a code's picture is taken
+
 
 class Reconstructions(NamedTuple):
     """Result of `reconstruct`.
@@ -68,7 +70,7 @@ class CodebookStats(NamedTuple):
     Attributes:
         usage: fraction of all choices, (K,), falling.
         projection: first n codes on their two first principal components (PCA), (n, 2).
-        decoded_codes: decoded 1x1 grids of the first m codes, (m, C, f, f) in [-1, 1].
+        decoded_codes: what the first m codes decode to among their like, (m, C, f, f) in [-1, 1].
     """
 
     usage: Tensor
@@ -83,10 +85,15 @@ def inspect_codebook(
     """Statistics of a codebook, learned or implicit; counts as `Quantizer.count` orders them."""
     usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
     codes = model.quantizer.codes(order[:max_projected])
-    training = model.training
-    decoded = model.eval().decoder(codes[:max_decoded, :, None, None]).clamp(-1, 1)
+    training, f = model.training, model.config.downsampling
+    # Alone, in a grid of 1x1, a code would lose to GroupNorm what it shows.
+    height, width = (min(side, TILES) for side in model.config.latent_dim)
+    grids = codes[:max_decoded, :, None, None].expand(-1, -1, height, width)
+    decoded = torch.cat([model.eval().decoder(grid) for grid in grids.split(64)]).clamp(-1, 1)
     model.train(training)
-    return CodebookStats(usage, principal_components(codes), decoded)
+    top, left = height // 2 * f, width // 2 * f
+    middle = decoded[:, :, top : top + f, left : left + f]
+    return CodebookStats(usage, principal_components(codes), middle)
 
 
 def principal_components(vectors: Tensor) -> Tensor:

@@ -105,7 +105,7 @@ class PerceptualLoss(nn.Module):
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Two batches (B, C, H, W) in [-1, 1], C of 1, 3 or 4 (alpha ignored) -> distances (B,)."""
         images, others = (x[:, :3].expand(-1, 3, -1, -1) for x in (images, others))
-        return self.lpips(images, others).flatten()
+        return self.lpips(images, others).flatten().float()  # also under autocast
 
 
 def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:

@@ -77,7 +77,8 @@ def forward_backward(
         reconstructions = reconstructions.float()
         logged = {"mse": F.mse_loss(reconstructions.detach(), micro_batch) / 4}  # as if in [0, 1]
         if not frozen:
-            terms = losses(reconstructions, micro_batch)
+            with autocast():
+                terms = losses(reconstructions, micro_batch)
             reconstruction_loss = sum(terms.values())
             loss = reconstruction_loss + sum(quantized.losses.values())
             logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}

@@ -250,7 +250,8 @@ def optimizer_step(
         return False
     for optimizer in state.optimizers.values():
         for param_group in optimizer.param_groups:
-            param_group["lr"] = learning_rate
+            if param_group.get("scheduled", True):
+                param_group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if state.config.ema_decay:
