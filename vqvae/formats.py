@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from vqvae.config import VQVAEConfig
 from vqvae.model import VQVAE
-from vqvae.quantizers import QUANTIZERS
 
 VQ = {"quantizer.embedding.weight": "quantize.embedding.weight"}
 EMA = {
@@ -129,7 +128,6 @@ FORMATS = {
 }
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
 MAX_LEVELS = 32
-HAS_SIMILARITY = "similarity" in {x.name for x in fields(QUANTIZERS["ibq"].Options)}
 # Settings that do not show in the weights.
 NOT_IN_WEIGHTS = ("dropout", "entropy_weight", "similarity")
 # Networks that `VQVAE` does not cover, by a part of a key that only they have.
@@ -243,7 +241,7 @@ def infer_settings(
         "codebook_size": len(codes),
         "codebook_dim": codes.shape[1],
         **({} if quantizer == "gumbel" else {"commitment_cost": beta}),
-        **({"similarity": "inner_product"} if quantizer == "ibq" and HAS_SIMILARITY else {}),
+        **({"similarity": "inner_product"} if quantizer == "ibq" else {}),
     }
 
 
