@@ -82,14 +82,14 @@ def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> N
     def evaluate() -> Record:
         found = network
         if flags.features == "classifier":
-            teaching = training if new and training is not None else dataset
+            source = training if new and training is not None else dataset
             if not new:
                 print(
                     "classifier: trained on these very images, so that their labels are not "
                     "compared; --path_to_train CSV trains it on others"
                 )
-            whole = ImageSet.whole(teaching)
-            found = features.train_classifier(whole, str(teaching.path), settings)
+            whole = ImageSet.whole(source)
+            found = features.train_classifier(whole, str(source.path), settings)
         return report.report_reconstructions(
             tokenizer.model, dataset, found, lpips, settings, compare_labels=new
         )

@@ -108,7 +108,7 @@ class GPTConfig:
     )
     tie_embeddings: bool = option(False, "the head uses the weights of the token embeddings")
     start_from_codebook: bool = option(
-        False, "token embeddings start as projections of the codes of --model_dir"
+        False, "token embeddings start as projections of the tokenizer's codes"
     )
     label_smoothing: float = option(
         0.0,

@@ -96,7 +96,7 @@ def adaptive_weight(
     return all_reduce_mean((first / (second + 1e-4)).clamp(0, maximum).detach())
 
 
-def gradient(loss: Tensor, inputs: Tensor, **options: bool) -> Tensor:
+def gradient(loss: Tensor, inputs: Tensor, **options: Any) -> Tensor:
     """The gradient of a scalar; autocast is for forward passes only and is off meanwhile."""
     with torch.autocast(inputs.device.type, enabled=False):
         return torch.autograd.grad(loss, inputs, **options)[0]

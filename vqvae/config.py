@@ -38,7 +38,7 @@ class VQVAEConfig:
     )
     value_range: tuple[float, float] | None = option(
         None,
-        "values of the files that become black and white, as --value_range=-1000,3000; default: "
+        "values of the files that become black and white, as -1000,3000; default: "
         "decided from a sample of the data",
         min=float("-inf"),
     )

@@ -195,10 +195,12 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     files.write_folder(folder, model_files(model, origin))
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
     if config.quantizer in ("vq", "ema", "cosine", "ibq"):
-        error, same = describe_lookup(model)
+        distance, same = describe_lookup(model)
         shares = ", ".join(f"{100 * share:.0f} % by {name}" for name, share in same.items())
-        print(f"check: error of the codes {error:.2f} of a zero vector's; equal indices: {shares}")
-        if error > 1:
+        print(
+            f"check: error of the codes {distance:.2f} of a zero vector's; equal indices: {shares}"
+        )
+        if distance > 1:
             print(
                 "warning: its codes do not fit its encodings: it may have been trained with "
                 "another lookup (--quantizer vq, ibq: inner product, cosine: angle)"

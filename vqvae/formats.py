@@ -57,7 +57,7 @@ class Format:
         mid = ".mid.1." if config.mid_attention else ".mid.2."
         levels = len(config.channel_multipliers)
         theirs = {key: self.key(key.replace(".mid.1.", mid), levels) for key in ours}
-        return theirs | dict((self.quantizers | self.lookalikes)[config.quantizer])
+        return theirs | {**self.quantizers, **self.lookalikes}[config.quantizer]
 
 
 # Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
@@ -222,7 +222,7 @@ def infer_settings(
     widths = [len(state[layout.key(f"{down}.{i}.block.0.conv2.weight")]) for i in levels or [0]]
     if any(width % channels for width in widths):
         raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
-    every = layout.quantizers | layout.lookalikes
+    every = {**layout.quantizers, **layout.lookalikes}
     found = [x for x in every if state.keys() >= set(every[x].values())] or [*layout.quantizers]
     found = ["ema"] if state.keys() >= set((VQ | EMA).values()) else found
     quantizer = quantizer if quantizer in found else found[0]

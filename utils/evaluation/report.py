@@ -90,14 +90,14 @@ class Record:
         for key, metric in self.metrics.items():
             prefix = next(one for one in SETS if key.startswith(one))
             low, high = metric.interval
-            cells = table.setdefault(key.removeprefix(prefix), {})
-            cells[prefix] = f"{metric.value:.5g} ({low:.4g} to {high:.4g})"
-        columns = [one for one in reversed(SETS) if any(one in cells for cells in table.values())]
+            values = table.setdefault(key.removeprefix(prefix), {})
+            values[prefix] = f"{metric.value:.5g} ({low:.4g} to {high:.4g})"
+        columns = [one for one in reversed(SETS) if any(one in values for values in table.values())]
         heads = [SETS[one] or kind for one in columns]
         rows = [["95 % intervals", *heads]]
-        for key, cells in table.items():
-            rows.append([distances.title(key), *(cells.get(one, "") for one in columns)])
-        return ["  ".join(f"{cell:>28}" for cell in row).rstrip() for row in rows]
+        for key, values in table.items():
+            rows.append([distances.title(key), *(values.get(one, "") for one in columns)])
+        return ["  ".join(f"{value:>28}" for value in row).rstrip() for row in rows]
 
 
 def _plain(found: Mapping[str, Estimate]) -> dict[str, dict[str, float]]:

@@ -65,8 +65,8 @@ class SampleEvaluator:
         self._decoded = tokenizer.model.decode, config.in_channels, config.image_size
         self._settings = Settings(group.device, BATCH, seed)
         images = DecodedImages(grids, rows, *self._decoded)
-        known, taught = reserve(ImageSet(images, train), len(held_out), seed)
-        self._network = train_classifier(taught, "--fd_samples", self._settings)
+        known, training = reserve(ImageSet(images, train), len(held_out), seed)
+        self._network = train_classifier(training, "--fd_samples", self._settings)
         real = ImageSet(images, held_out)
         self._real = extract_features(self._network, real, self._settings, "features")
         self._targets = class_targets(real.rows, self._network.class_names, "--path_to_data")
