@@ -451,7 +451,7 @@ def test_what_random_orders_do_not_go_with() -> None:
     with pytest.raises(ValueError, match="order_anneal needs window_size 0, got 3"):
         GPTConfig(8, window_size=3, order_anneal=(0.5, 0.75))
     for wrong in ((0.8, 0.5), (-0.1, 0.5), (0.5, 1.1)):
-        with pytest.raises(ValueError, match="order_anneal must rise"):
+        with pytest.raises(ValueError, match="order_anneal must"):
             GPTConfig(8, order_anneal=wrong)
     model = make_model()
     prefix, indices = some_input(model)
