@@ -57,7 +57,8 @@ class Format:
         mid = ".mid.1." if config.mid_attention else ".mid.2."
         levels = len(config.channel_multipliers)
         theirs = {key: self.key(key.replace(".mid.1.", mid), levels) for key in ours}
-        return theirs | {**self.quantizers, **self.lookalikes}[config.quantizer]
+        quantizers = {**self.quantizers, **self.lookalikes}
+        return {**theirs, **quantizers[config.quantizer]}
 
 
 # Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
