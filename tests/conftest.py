@@ -31,6 +31,7 @@ PICTURE = Image.new("RGB", (8, 8), (200, 0, 0))
 TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_size", "4")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers (make test) take one file at a time; the files that share the pipeline are one.
 
