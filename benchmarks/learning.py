@@ -1,0 +1,438 @@
+"""Learning curves beside peers: the same data, shapes and optimiser, the loss after equal steps.
+
+`--part gpt`: our GPT beside a GPT-2 and a Llama of `transformers`, on codebook indices.
+`--part tokenizer`: our tokenizer beside diffusers' VQModel, and our quantizers beside those of
+`vector-quantize-pytorch` inside our encoder and decoder, on images.
+
+Every model trains with each learning rate and each seed; its row in the table is that of its best
+learning rate, chosen by the mean over the seeds. Batches and their order are the same for all.
+"""
+
+import argparse
+import math
+import multiprocessing
+import statistics
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import record
+from transformer import GPT, GPTConfig
+from utils import cli
+from utils.data.images import ImageDataset
+from vqvae import VQVAE, VQVAEConfig
+
+Curve = dict[str, list[float]]  # of each metric at each evaluation
+
+DIM, LAYERS, HEADS = 128, 4, 4
+CODEBOOK_SIZE, CODEBOOK_DIM = 512, 8
+VALIDATION = 5000  # images, the last in a random order
+
+
+class Job(NamedTuple):
+    """One training."""
+
+    part: str
+    model: str
+    learning_rate: float
+    seed: int
+
+
+# ---------------------------------------------------------------------------------------- the GPTs
+
+
+def our_gpt(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
+    config = GPTConfig(
+        codebook_size=codebook_size,
+        num_classes=num_classes,
+        latent_dim=grid,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        dim=DIM,
+        dropout=0.0,
+    )
+    return GPT(config)
+
+
+def gpt2(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=codebook_size + num_classes,
+        n_positions=1 + math.prod(grid),
+        n_embd=DIM,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def llama(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=codebook_size + num_classes,
+        max_position_embeddings=1 + math.prod(grid),
+        hidden_size=DIM,
+        intermediate_size=our_gpt(1, 2, grid).config.hidden_dim,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+GPTS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
+    "ours": our_gpt,
+    "GPT-2 (transformers)": gpt2,
+    "Llama (transformers)": llama,
+}
+
+
+def token_loss(model: nn.Module, classes: Tensor, indices: Tensor) -> Tensor:
+    """Mean cross-entropy of all indices (B, h, w) in nats; peers read the class as a token."""
+    if isinstance(model, GPT):
+        return model.loss(classes, indices).mean()
+    tokens = torch.cat([classes[:, None] + CODEBOOK_SIZE, indices.flatten(1)], dim=1)
+    logits = model(tokens[:, :-1]).logits[..., :CODEBOOK_SIZE]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+# ---------------------------------------------------------------------------------- the tokenizers
+
+
+class PeerQuantizer(nn.Module):
+    """A quantizer of `vector-quantize-pytorch` in the place of ours: (B, D, h, w) both ways."""
+
+    def __init__(self, peer: nn.Module) -> None:
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, z_e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_e -> z_q, indices (B, h, w), loss."""
+        vectors = z_e.permute(0, 2, 3, 1)
+        z_q, indices, *loss = self.peer(vectors.flatten(1, 2))
+        z_q = z_q.view(vectors.shape).permute(0, 3, 1, 2)
+        return z_q, indices.view(vectors.shape[:3]), sum(loss, z_e.new_zeros(()))
+
+
+class Ours(nn.Module):
+    """Our network with our quantizer, or with a peer's."""
+
+    def __init__(self, config: VQVAEConfig, peer: nn.Module | None = None) -> None:
+        super().__init__()
+        self.model = VQVAE(config)
+        self.peer = None if peer is None else PeerQuantizer(peer)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> reconstruction, indices, loss of the quantizer."""
+        if self.peer is None:
+            reconstruction, quantized = self.model(images)
+            losses = sum(quantized.losses.values(), images.new_zeros(()))
+            return reconstruction, quantized.indices, losses
+        z_q, indices, loss = self.peer(self.model.encoder(images))
+        return self.model.decoder(z_q), indices, loss
+
+
+class Diffusers(nn.Module):
+    """`VQModel` of diffusers with three levels, so that it downsamples by 4 as ours does."""
+
+    def __init__(self, image_size: tuple[int, int], channels: int) -> None:
+        from diffusers import VQModel
+
+        super().__init__()
+        self.model = VQModel(
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(32, 32, 64),
+            layers_per_block=1,
+            latent_channels=CODEBOOK_DIM,
+            sample_size=image_size[0],
+            num_vq_embeddings=CODEBOOK_SIZE,
+            vq_embed_dim=CODEBOOK_DIM,
+            norm_num_groups=8,
+        )
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images -> reconstruction, indices, loss of the quantizer."""
+        z_e = self.model.quant_conv(self.model.encoder(images))
+        z_q, loss, (_, _, indices) = self.model.quantize(z_e)
+        made = self.model.decoder(self.model.post_quant_conv(z_q))
+        return made, indices.view(z_e.shape[0], *z_e.shape[2:]), loss
+
+
+def our_config(quantizer: str, image_size: tuple[int, int], channels: int) -> VQVAEConfig:
+    return VQVAEConfig(
+        quantizer=quantizer,
+        codebook_size=CODEBOOK_SIZE,
+        image_size=image_size,
+        in_channels=channels,
+    )
+
+
+def vector_quantize(image_size: tuple[int, int], channels: int) -> nn.Module:
+    from vector_quantize_pytorch import VectorQuantize
+
+    peer = VectorQuantize(
+        CODEBOOK_DIM, CODEBOOK_SIZE, kmeans_init=True, threshold_ema_dead_code=2, decay=0.99
+    )
+    return Ours(our_config("vq", image_size, channels), peer)
+
+
+def peer_fsq(image_size: tuple[int, int], channels: int) -> nn.Module:
+    from vector_quantize_pytorch import FSQ
+
+    config = our_config("fsq", image_size, channels)
+    return Ours(config, FSQ(list(config.levels)))
+
+
+TOKENIZERS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
+    "ours, vq": lambda size, channels: Ours(our_config("vq", size, channels)),
+    "ours, ema": lambda size, channels: Ours(our_config("ema", size, channels)),
+    "ours, fsq": lambda size, channels: Ours(our_config("fsq", size, channels)),
+    "our network, VectorQuantize (vector-quantize-pytorch)": vector_quantize,
+    "our network, FSQ (vector-quantize-pytorch)": peer_fsq,
+    "VQModel (diffusers)": Diffusers,
+}
+
+
+# ------------------------------------------------------------------------------------ the training
+
+
+def make_optimizer(
+    model: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float
+) -> torch.optim.Optimizer:
+    """AdamW that decays matrices and no vectors, the same for all."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[Tensor], Tensor],
+    evaluate: Callable[[], dict[str, float]],
+    optimizer: torch.optim.Optimizer,
+    rows: int,
+    flags: argparse.Namespace,
+    seed: int,
+) -> Curve:
+    """Train for `--steps` with linear warm-up and a cosine to zero; metrics at each evaluation."""
+    peak = optimizer.param_groups[0]["lr"]
+    order = torch.Generator().manual_seed(seed)
+    curve: Curve = {"step": []}
+    for step in range(flags.steps):
+        warmup = min(100, flags.steps // 10)
+        done = (step - warmup) / (flags.steps - warmup)
+        scale = (step + 1) / warmup if step < warmup else (1 + math.cos(math.pi * done)) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = peak * scale
+        loss = loss_of(torch.randint(rows, (flags.batch_size,), generator=order))
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % max(1, flags.steps // 5) == 0:
+            model.eval()
+            with torch.inference_mode():
+                values = evaluate()
+            model.train()
+            curve["step"].append(step + 1)
+            for name, value in values.items():
+                curve.setdefault(name, []).append(value)
+    return curve
+
+
+def load(folder: str, name: str, device: torch.device) -> Tensor:
+    """One of the arrays that `prepare` and `encode` wrote."""
+    return torch.from_numpy(np.load(Path(folder) / f"{name}.npy")).to(device)
+
+
+def train_gpt(job: Job, flags: argparse.Namespace) -> Curve:
+    device = torch.device(flags.device)
+    indices, classes = (load(flags.folder, x, device).long() for x in ("indices", "classes"))
+    num_classes = int(classes.max()) + 1
+    torch.manual_seed(job.seed)
+    model = GPTS[job.model](num_classes, CODEBOOK_SIZE, tuple(indices.shape[1:3])).to(device)
+    train_rows = len(indices) - VALIDATION
+
+    def loss_of(rows: Tensor) -> Tensor:
+        rows = rows.to(device)
+        return token_loss(model, classes[rows], indices[rows])
+
+    def evaluate() -> dict[str, float]:
+        parts = torch.arange(train_rows, len(indices), device=device).split(500)
+        losses = [token_loss(model, classes[x], indices[x]) for x in parts]
+        return {"bits_per_token": float(torch.stack(losses).mean()) / math.log(2)}
+
+    optimizer = make_optimizer(model, job.learning_rate, (0.9, 0.95), weight_decay=0.05)
+    curve = train(model, loss_of, evaluate, optimizer, train_rows, flags, job.seed)
+    return curve | {"parameters": [sum(p.numel() for p in model.parameters())]}
+
+
+def to_batch(images: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) -> [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def train_tokenizer(job: Job, flags: argparse.Namespace) -> Curve:
+    device = torch.device(flags.device)
+    images = load(flags.folder, "images", device)
+    torch.manual_seed(job.seed)
+    model = TOKENIZERS[job.model](tuple(images.shape[2:]), images.shape[1])
+    model = model.to(device, memory_format=torch.channels_last)
+    train_rows = len(images) - VALIDATION
+
+    def loss_of(rows: Tensor) -> Tensor:
+        batch = to_batch(images[rows.to(device)])
+        made, _, loss = model(batch)
+        return F.mse_loss(made, batch) + loss
+
+    def evaluate() -> dict[str, float]:
+        error, used = 0.0, torch.zeros(CODEBOOK_SIZE, dtype=torch.bool, device=device)
+        for part in images[train_rows:].split(500):
+            made, indices, _ = model(to_batch(part))
+            error += float(F.mse_loss(made.clamp(-1, 1), to_batch(part))) / 4 * len(part)
+            used[indices.flatten().long()] = True
+        return {"mse": error / VALIDATION, "codebook_usage": 100 * float(used.float().mean())}
+
+    optimizer = make_optimizer(model, job.learning_rate, (0.9, 0.99), weight_decay=0.0)
+    curve = train(model, loss_of, evaluate, optimizer, train_rows, flags, job.seed)
+    if flags.encode:
+        with torch.inference_mode():
+            grids = [model(to_batch(part))[1].cpu() for part in images.split(500)]
+        np.save(Path(flags.folder) / "indices.npy", torch.cat(grids).numpy().astype(np.uint16))
+    return curve | {"parameters": [sum(p.numel() for p in model.parameters())]}
+
+
+def prepare(path_to_data: str, folder: str) -> None:
+    """Write the images of a CSV and their classes as arrays, in a random order."""
+    dataset = ImageDataset(path_to_data)
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+    names = sorted({row.label for row in dataset.rows})
+    classes = np.array([names.index(row.label) for row in dataset.rows], dtype=np.int64)
+    np.save(Path(folder) / "classes.npy", classes[order.numpy()])
+    batches = dataset.batches(order.split(500), torch.device("cpu"))
+    images = torch.cat([((x + 1) * 127.5).round().byte() for x in batches])
+    np.save(Path(folder) / "images.npy", images.numpy())
+
+
+PARTS: dict[str, tuple[Any, Any, str]] = {
+    "gpt": (GPTS, train_gpt, "bits_per_token"),
+    "tokenizer": (TOKENIZERS, train_tokenizer, "mse"),
+}
+
+
+def run(job: Job, flags: argparse.Namespace) -> Curve:
+    if flags.device == "cpu" and flags.jobs > 1:
+        torch.set_num_threads(1)
+    return PARTS[job.part][1](job, flags)
+
+
+def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
+    """Print a row for each model at its best learning rate; the rows with their curves."""
+    models, _, metric = PARTS[part]
+    rows: dict[str, Any] = {}
+    print(f"| model | parameters | learning rate | {metric}, mean (range over seeds) | curve |")
+    print("|---|---|---|---|---|")
+    for model in models:
+        by_rate: dict[float, list[Curve]] = {}
+        for job, curve in curves.items():
+            if (job.part, job.model) == (part, model):
+                by_rate.setdefault(job.learning_rate, []).append(curve)
+        if not by_rate:
+            continue
+        ends = {rate: [one[metric][-1] for one in found] for rate, found in by_rate.items()}
+        rate = min(ends, key=lambda x: statistics.fmean(ends[x]))
+        best = by_rate[rate]
+        curve = [
+            statistics.fmean(values) for values in zip(*(x[metric] for x in best), strict=True)
+        ]
+        shown = " ".join(f"{x:.4g}" for x in curve)
+        print(
+            f"| {model} | {best[0]['parameters'][0]:,} | {rate:g} | "
+            f"{statistics.fmean(ends[rate]):.5g} ({min(ends[rate]):.5g} to {max(ends[rate]):.5g})"
+            f" | {shown} |"
+        )
+        rows[model] = {
+            "best_learning_rate": rate,
+            "parameters": best[0]["parameters"][0],
+            "by_learning_rate": {f"{x:g}": found for x, found in by_rate.items()},
+        }
+    return rows
+
+
+def main(flags: argparse.Namespace) -> None:
+    with TemporaryDirectory() as flags.folder:
+        compare(flags)
+
+
+def compare(flags: argparse.Namespace) -> None:
+    """Train all models on the arrays in `flags.folder`, and print and record the tables."""
+    prepare(flags.path_to_data, flags.folder)
+    flags.encode = "gpt" in flags.parts
+    if flags.encode:
+        first = train_tokenizer(Job("tokenizer", "ours, vq", 2e-3, 0), flags)
+        print(f"the indices are those of a tokenizer with an MSE of {first['mse'][-1]:.5f}")
+    flags.encode = False
+    jobs = [
+        Job(part, model, rate, seed)
+        for part in flags.parts
+        for model in PARTS[part][0]
+        if not flags.models or model in flags.models
+        for rate in (flags.learning_rates or ((1e-3, 2e-3, 4e-3)))
+        for seed in flags.seeds
+    ]
+    curves: dict[Job, Curve] = {}
+    with ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn")) as pool:
+        running = {job: pool.submit(run, job, flags) for job in jobs}
+        for job, future in running.items():
+            curves[job] = future.result()
+            print(f"done: {job}", flush=True)
+    rows: dict[str, Any] = {}
+    for part in flags.parts:
+        print()
+        found = report(part, curves)
+        rows |= {f"{flags.data}, {part}: {model}": row for model, row in found.items()}
+    print(f"\nwritten: {record.merge('learning', rows)}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__, prog="python -m benchmarks.learning")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=tuple(PARTS))
+    parser.add_argument("--models", nargs="+", help="only these (default: all)")
+    parser.add_argument("--path_to_data", required=True, metavar="CSV", help="labelled images")
+    parser.add_argument("--data", default="mnist", help="name of the data in the record")
+    parser.add_argument("--steps", type=cli.positive, default=1000)
+    parser.add_argument("--batch_size", type=cli.positive, default=64)
+    parser.add_argument("--learning_rates", type=float, nargs="+")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=cli.positive, default=1, help="trainings at once")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
