@@ -181,7 +181,7 @@ class Diffusers(nn.Module):
 
 
 def our_config(quantizer: str, image_size: tuple[int, int], channels: int) -> VQVAEConfig:
-    return VQVAEConfig(
+    return VQVAEConfig.create(
         quantizer=quantizer,
         codebook_size=CODEBOOK_SIZE,
         image_size=image_size,
@@ -202,7 +202,7 @@ def peer_fsq(image_size: tuple[int, int], channels: int) -> nn.Module:
     from vector_quantize_pytorch import FSQ
 
     config = our_config("fsq", image_size, channels)
-    return Ours(config, FSQ(list(config.levels)))
+    return Ours(config, FSQ(list(config.quantizer_options.levels)))
 
 
 TOKENIZERS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
@@ -253,6 +253,8 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if isinstance(model, Ours) and model.peer is None:
+            model.model.quantizer.end_step()
         optimizer.zero_grad(set_to_none=True)
         if (step + 1) % max(1, flags.steps // 5) == 0:
             model.eval()

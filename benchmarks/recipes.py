@@ -246,11 +246,11 @@ def main(flags: argparse.Namespace) -> None:
             print(f"done: {name}, seed {seed}", file=sys.stderr, flush=True)
     print(f"| recipe | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name, by_seed in found.items():
-        cells = [
+        columns = [
             mean_and_range([values[key] for values in by_seed.values() if key in values] or [0.0])
             for key in COLUMNS
         ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        print(f"| {name} | {' | '.join(columns)} |")
     rows = {
         f"{flags.data}: {name}": {
             "recipe": recipes[name],
