@@ -113,7 +113,7 @@ class GPTConfig:
     label_smoothing: float = option(
         0.0,
         "part of the loss that is spread over the codes nearest to the right one, by distance; "
-        "needs --model_dir",
+        "needs a tokenizer",
         min=0,
         below=1,
     )
