@@ -269,7 +269,7 @@ def train(
 
 def load(folder: str, name: str, device: torch.device) -> Tensor:
     """One of the arrays that `prepare` and `encode` wrote."""
-    return torch.from_numpy(np.load(Path(folder) / f"{name}.npy")).to(device)
+    return torch.from_numpy(np.load(Path(folder) / f"{name}.npy", allow_pickle=False)).to(device)
 
 
 def train_gpt(job: Job, flags: argparse.Namespace) -> Curve:

@@ -32,8 +32,7 @@ class Guidance:
     )
     guidance_schedule: str = option(
         "constant",
-        "how the scale rises from 1 at the first token to --guidance_scale at the last; constant: "
-        "no rise",
+        "how the scale rises from 1 at the first token to its value at the last; constant: no rise",
         choices=("constant", "linear", "cosine"),
     )
     guidance_power: float = option(
