@@ -33,23 +33,9 @@ TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_siz
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers (make test) take one file at a time; the files that share the pipeline are one.
-
-    What takes longest comes first, so that no worker ends long before the other.
-    """
-    long = ("test_docs", "pipeline")
-    files: dict[Path, list[pytest.Item]] = {}
-    for item in items:
-        files.setdefault(item.path, []).append(item)
-    for path, inside in files.items():
-        shares = any("pipeline" in getattr(item, "fixturenames", ()) for item in inside)
-        for item in inside:
-            item.add_marker(pytest.mark.xdist_group("pipeline" if shares else path.stem))
-
-    def is_short(item: pytest.Item) -> bool:
-        return item.get_closest_marker("xdist_group").args[0] not in long
-
-    items.sort(key=is_short)  # stable: the order within a file stays
+    """Two workers (make test) take one file at a time, the longest and those of the pipeline first."""
+    first = ("test_docs", "test_pipeline", "test_browser", "test_lineage", "test_download")
+    items.sort(key=lambda item: item.path.stem not in first)  # stable: the order in a file stays
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,7 @@ def test_flags_that_do_nothing_without_another(words: str, complaint: str) -> No
         ("", "required: --path"),
         ("--path x --size 0", "expected H or H,W of 1 or more, got '0'"),
         ("--path x --size 1,2,3", "expected H or H,W of 1 or more, got '1,2,3'"),
-        ("--path x --size 28x28", "expected integers like 1,2,4, got '28x28'"),
+        ("--path x --size 28by28", "expected integers like 1,2,4, got '28by28'"),
         ("--path x --factors 1,,2", "expected integers"),
         ("--path x --kind c", "invalid choice: 'c'"),
         ("--path x --step 3", "unrecognized arguments: --step 3"),  # no abbreviations

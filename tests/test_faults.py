@@ -76,7 +76,7 @@ def test_out_of_memory_is_one_line_with_the_flags_that_help(
 
 
 def test_real_memory_that_is_not_there(error_of: Call, streamed: Path) -> None:
-    flags = ("--path_to_data", streamed, *TINY_TOKENIZER, "--channels", 1_000_000)
+    flags = ("--path_to_data", streamed, *TINY_TOKENIZER, "--channels", 65_536)
     assert "out of memory" in error_of("train_vqvae", *flags)
 
 

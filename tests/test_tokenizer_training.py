@@ -93,14 +93,16 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     """Lenient on the loss's keys, strict on the model's; its settings count."""
     state = reference_weights("taming") | {"loss.discriminator.main.0.bias": torch.zeros(4)}
     torch.save({"state_dict": state}, "last.ckpt")
-    flags = ("--from", "taming", "--checkpoint", "last.ckpt", "--output_dir", "own")
-    convert.main(convert.make_parser().parse_args(flags))
+    flags = ("--from", "taming", "--checkpoint", "last.ckpt", "--image_size", 256)
+    flags = (*flags, "--output_dir", "own")
+    convert.main(convert.make_parser().parse_args(list(map(str, flags))))
     # 20 does not divide by the 16 of the flags' own network, which was checked all the same.
     flags = ("--init_from", "own", "--image_size", "24,40", "--max_steps", 2, "--dropout", 0.1)
     logged = train(*flags, "--commitment_cost", 0.5, tiny=SMALL_BATCHES)
     start = load_model("own", VQVAE).model
     tuned = load_model("out", VQVAE).model
     changes = {"image_size": (24, 40), "dropout": 0.1, "commitment_cost": 0.5}
+    changes |= {"resampling": "bicubic", "value_range": (0.0, 255.0)}  # of its own images
     assert tuned.config.to_dict() == start.config.to_dict() | changes
     weights = tuned.state_dict()
     assert not torch.equal(weights["encoder.conv_in.weight"], state["encoder.conv_in.weight"])
