@@ -264,8 +264,6 @@ def read(file: str) -> str:
         os.kill(os.getpid(), signal.SIGKILL)
     if file == "17.png" and os.environ.get("FATE") == "starves":
         raise MemoryError
-    if file == "17.png" and os.environ.get("FATE") == "hangs":
-        os.kill(os.getpid(), signal.SIGSTOP)
     return file.upper()
 
 
@@ -280,16 +278,6 @@ def test_workers_read_in_order_and_leave_random_numbers_alone(num_workers: int) 
     before = torch.get_rng_state()
     assert read_all(num_workers) == [file.upper() for file in FILES]
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.parametrize("fate", ["dies", "hangs"])
-def test_a_worker_that_dies_or_hangs_is_one_line(
-    fate: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("FATE", fate)
-    monkeypatch.setattr(images, "TIMEOUT", 0.5 if fate == "hangs" else 60)
-    with pytest.raises(UserError, match=r"^a process that reads images died or hung .*num_workers"):
-        read_all(1)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -309,17 +297,17 @@ def test_a_worker_that_dies_between_two_batches_is_noticed_at_the_next() -> None
     worker.kill()
     worker.join(10)
     time.sleep(0.1)  # a training step
-    with pytest.raises(UserError, match="died or hung"):
+    with pytest.raises(UserError, match="images died"):
         list(batches)
 
 
-def test_only_workers_of_these_files_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     other = multiprocessing.Process(target=time.sleep, args=(60,))
     other.start()
     monkeypatch.setenv("FATE", "dies")
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=r"^a process that reads images died .*num_workers"):
         read_all(1)
-    assert other.is_alive()
+    assert other.is_alive()  # only workers of these files are killed
     other.kill()
     other.join()
 

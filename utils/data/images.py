@@ -1,14 +1,14 @@
 """Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
-import itertools
 import os
 import resource
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,29 +20,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from utils.cli import UserError, first_few, flag
-from utils.data.decoding import (
-    EIGHT_BITS,
-    MAX_PIXELS,
-    TOO_MANY_PIXELS,
-    Header,
-    common_range,
-    read_header,
-    read_image,
-    sample_values,
-)
+from utils.data import decoding
+from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
 from utils.data.sources import read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
 SAMPLED_FILES = 64  # from which the range of values is decided
-TIMEOUT = 300  # seconds that a worker may take for a batch
 SKIPPED = "skipped.csv"
+CGROUP = Path("/sys/fs/cgroup")
 CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
 )
 
 
@@ -87,26 +76,6 @@ class Augmentation(NamedTuple):
     seed: int
     epoch: int
 
-    def random_numbers(self, num_rows: int) -> Tensor:
-        """Three numbers for each row of the data set, (num_rows, 3) in [0, 1)."""
-        generator = seeded_generator("augmentation", self.seed, self.epoch)
-        return torch.rand(num_rows, 3, generator=generator)
-
-    def apply(self, images: Tensor, random: Tensor, size: tuple[int, int]) -> Tensor:
-        """(B, C, *resize_size) and the numbers (B, 3) of their rows -> (B, C, *size), uint8."""
-        if self.random_crop:
-            spare = torch.tensor([images.shape[2] - size[0] + 1, images.shape[3] - size[1] + 1])
-            corners = (random[:, :2] * spare).long().tolist()
-            crops = [
-                image[:, top : top + size[0], left : left + size[1]]
-                for image, (top, left) in zip(images, corners, strict=True)
-            ]
-            images = torch.stack(crops)
-        if self.horizontal_flip:
-            mirrored = (random[:, 2] < 0.5)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(3), images)
-        return images
-
 
 class ImageDataset:
     """The images of a data source, decoded once into memory where they fit, else streamed.
@@ -116,8 +85,7 @@ class ImageDataset:
         skipped: the number (from 1), image_path and complaint of each row that was.
         size: height and width of an image in pixels.
         channels: 1, 3 or 4.
-        resize_size: height and width of the images before cropping; larger than `size` for random
-            crops.
+        resize_size: height and width before cropping; larger than `size` for random crops.
         pixels: (N, channels, *resize_size), uint8, or None where the images are streamed.
     """
 
@@ -143,8 +111,7 @@ class ImageDataset:
                 images that do not fit into memory are decoded once as well.
             column: image_path, or condition_path for the conditioning images.
             size: height and width to resize and crop to; None: the size of all images.
-            channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have an alpha channel,
-                else 3.
+            channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have alpha, else 3.
             value_range, resampling: see `read_image`; None, "": decided from a sample of the files
                 by `common_range`.
             random_crop: keep the images an eighth larger, for random crops of `size`.
@@ -152,7 +119,7 @@ class ImageDataset:
             max_memory: bytes that the images may take; None: half of what is free.
 
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
-        missing column, and a worker that dies or hangs.
+        missing column, and a worker that dies.
         """
         self.path, config = Path(path), config or ImageConfig()
         self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
@@ -164,23 +131,23 @@ class ImageDataset:
             self.num_workers = min(16, _available_cores())
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
-        headers = list(
-            self._read_all(partial(read_header, max_pixels=config.max_pixels), "checking")
-        )
+
+        limit = config.max_pixels
+        headers = list(self._read_all(partial(decoding.read_header, max_pixels=limit), "checking"))
         self.size = size or self._common_size(headers)
         self.channels = channels or _common_channels(headers)
         scale = 9 / 8 if random_crop else 1
         self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
-        files = self.files
-        chosen = [files[row] for row in range(0, len(files), -(-len(files) // SAMPLED_FILES))]
-        samples = [sample_values(file, max_pixels=config.max_pixels) for file in chosen]
-        found = common_range([x for x in samples if not isinstance(x, str)])
+        chosen = self.files[:: -(-len(self) // SAMPLED_FILES)]
+        samples = [decoding.sample_values(file, max_pixels=limit) for file in chosen]
+        found = decoding.common_range([x for x in samples if not isinstance(x, str)])
         self.value_range, self.resampling = value_range or found[0], resampling or found[1]
+
         self._decode = partial(
-            read_image,
+            decoding.read_image,
             channels=self.channels,
             size=self.resize_size,
-            max_pixels=config.max_pixels,
+            max_pixels=limit,
             value_range=self.value_range,
             resampling=self.resampling,
         )
@@ -188,10 +155,10 @@ class ImageDataset:
         if max_memory is None:
             max_memory = 0 if config.stream else _available_memory() // (2 * processes)
         if self.size_in_memory <= max_memory:
-            pixels = torch.empty(len(self), self.channels, *self.resize_size, dtype=torch.uint8)
+            pixels = np.empty((len(self), self.channels, *self.resize_size), np.uint8)
             for row, image in enumerate(self._read_all(self._decode, "decoding")):
-                pixels.numpy()[row] = image
-            self.pixels = pixels[: len(self)]
+                pixels[row] = image
+            self.pixels = torch.from_numpy(pixels[: len(self)])
         elif config.skip_bad_images:
             deque(self._read_all(self._decode, "decoding"), maxlen=0)
 
@@ -234,23 +201,31 @@ class ImageDataset:
 
         A UserError for a file that cannot be decoded, named with its row.
         """
-        if augmentation is not None:
-            random = augmentation.random_numbers(len(self))
         height, width = self.size
-        top, left = (self.resize_size[0] - height) // 2, (self.resize_size[1] - width) // 2
+        spare = torch.tensor(self.resize_size) - torch.tensor(self.size)
+        corners = (spare // 2).expand(len(self), 2)  # without random crops, the centre
+        mirrored = torch.zeros(len(self), dtype=torch.bool)
+        if augmentation is not None:
+            generator = seeded_generator("augmentation", augmentation.seed, augmentation.epoch)
+            random = torch.rand(len(self), 3, generator=generator)
+            if augmentation.random_crop:
+                corners = (random[:, :2] * (spare + 1)).long()
+            if augmentation.horizontal_flip:
+                mirrored = random[:, 2] < 0.5
         for rows, images in zip(batches_of_rows, self._resized(batches_of_rows), strict=True):
-            if augmentation is not None:
-                images = augmentation.apply(images, random[rows], self.size)
-            if images.shape[2:] != self.size:  # without random crops, the centre
-                images = images[..., top : top + height, left : left + width]
+            if spare.any():
+                places = zip(images, corners[rows].tolist(), strict=True)
+                crops = [x[:, top : top + height, left : left + width] for x, (top, left) in places]
+                images = torch.stack(crops)
+            if mirrored.any():
+                images = torch.where(mirrored[rows][:, None, None, None], images.flip(3), images)
             images = images.to(device, non_blocking=True).float().div_(127.5).sub_(1)
             yield images.contiguous(memory_format=torch.channels_last)
 
     def _resized(self, batches_of_rows: Sequence[Tensor]) -> Iterator[Tensor]:
         """(B, channels, *resize_size), uint8, of each batch of row numbers."""
         if self.pixels is not None:
-            for rows in batches_of_rows:
-                yield self.pixels[rows]
+            yield from (self.pixels[rows] for rows in batches_of_rows)
             return
         lists = [rows.tolist() for rows in batches_of_rows]
         batches = load_files(self._decode, self.files, lists, self.num_workers)
@@ -264,19 +239,14 @@ class ImageDataset:
         """read(file) of each file, by workers where there are many; bad files are skipped."""
         lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(lists) > 3 else 0
+        results = chain.from_iterable(load_files(read, self.files, lists, num_workers))
+        bar = tqdm(results, title, len(self), unit=" images", disable=None, leave=False)
         bad: dict[int, str] = {}
-        with tqdm(total=len(self), desc=title, unit=" images", disable=None, leave=False) as bar:
-            results = load_files(read, self.files, lists, num_workers)
-            for row, result in enumerate(itertools.chain.from_iterable(results)):
-                if isinstance(result, str):
-                    bad[row] = result
-                else:
-                    yield result
-                bar.update()
-        self._skip(bad)
-
-    def _skip(self, bad: dict[int, str]) -> None:
-        """Remove rows, by number with a complaint; a UserError if they are too many."""
+        for row, result in enumerate(bar):
+            if isinstance(result, str):
+                bad[row] = result
+            else:
+                yield result
         if not bad:
             return
         if len(self.skipped) + len(bad) > self._skippable or len(bad) == len(self):
@@ -293,7 +263,7 @@ class ImageDataset:
         count, total = len(bad) + len(self.skipped), len(self) + len(self.skipped)
         named = first_few([f"{self.name(row)} ({text})" for row, text in bad.items()])
         ways = ["replace them", "remove them from the CSV"]
-        if TOO_MANY_PIXELS in bad.values():
+        if decoding.TOO_MANY_PIXELS in bad.values():
             ways.insert(0, "raise --max_pixels if you trust them")
         if count < total:  # skipping all of them would leave nothing
             ways.append(f"where a script has the flag, leave them out: --skip_bad_images {count}")
@@ -329,7 +299,6 @@ def _common_channels(headers: Sequence[Header]) -> int:
 
 
 def _available_cores() -> int:
-    """The cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
@@ -340,9 +309,10 @@ def _available_memory() -> int:
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
     if address_space != resource.RLIM_INFINITY:
         limits.append(address_space - psutil.Process().memory_info().vms)
-    for most, used in CGROUP_FILES:
+    for names in CGROUP_FILES:
         with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            limits.append(int(Path(most).read_text()) - int(Path(used).read_text()))
+            most, used = (int((CGROUP / name).read_text()) for name in names)
+            limits.append(most - used)
     return max(0, min(limits))
 
 
@@ -365,7 +335,7 @@ def load_files(
 ) -> Iterator[list[Any]]:
     """`[read(files[row]) for row in batch]` of each batch, in order, by `num_workers` processes.
 
-    Errors of `read`, such as MemoryError, are raised here. A UserError if a worker died or hung.
+    Errors of `read`, such as MemoryError, are raised here. A UserError if a worker died.
     """
     loader = DataLoader(
         _Files(read, files),
@@ -373,52 +343,25 @@ def load_files(
         collate_fn=list,
         num_workers=num_workers,
         worker_init_fn=_ignore_signals,
-        timeout=TIMEOUT if num_workers else 0,
         generator=torch.Generator(),  # it would take a number from PyTorch's global one
     )
     before = signal.getsignal(signal.SIGCHLD)
     iterator: Any = iter(loader)
-    signal.signal(signal.SIGCHLD, before)  # PyTorch's raises wherever the main process is
-    workers = getattr(iterator, "_workers", ())
+    # PyTorch's handler would raise inside a training step, whose state could then not be saved.
+    # Without it, the iterator notices a dead worker within five seconds.
+    signal.signal(signal.SIGCHLD, before)
     try:
-        while True:
-            with _deaths_raise(workers):
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
+        yield from iterator
     except RuntimeError as error:
         if "DataLoader" not in str(error):
             raise
         raise UserError(
-            f"a process that reads images died or hung ({error}); if memory ran out use fewer "
+            f"a process that reads images died ({error}); if memory ran out use fewer "
             "--num_workers (0: none)"
         ) from error
     finally:
-        for worker in workers:
+        for worker in getattr(iterator, "_workers", ()):
             worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
-        if workers:
-            iterator._shutdown_workers()
-
-
-@contextmanager
-def _deaths_raise(workers: Sequence[Any]) -> Iterator[None]:
-    """Raise a RuntimeError for a worker that died, now or before.
-
-    Not elsewhere, such as inside a training step, whose state could then not be saved.
-    """
-
-    def check(*_: object) -> None:
-        codes = [worker.exitcode for worker in workers if worker.exitcode]
-        if codes:
-            raise RuntimeError(f"DataLoader worker ended with exit code {codes[0]}")
-
-    before = signal.signal(signal.SIGCHLD, check)
-    try:
-        check()
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, before)
 
 
 def _ignore_signals(_: int) -> None:
