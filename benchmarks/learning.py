@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import record
+from benchmarks.gpt import make_gpt2
 from transformer import GPT, GPTConfig
 from utils import cli
 from utils.data.images import ImageDataset
@@ -48,36 +49,13 @@ class Job(NamedTuple):
 # ---------------------------------------------------------------------------------------- the GPTs
 
 
-def our_gpt(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
-    config = GPTConfig(
-        codebook_size=codebook_size,
-        num_classes=num_classes,
-        latent_dim=grid,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        dim=DIM,
-        dropout=0.0,
-    )
-    return GPT(config)
+def our_gpt(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> GPT:
+    shape = {"num_layers": LAYERS, "num_heads": HEADS, "dim": DIM, "dropout": 0.0}
+    return GPT(GPTConfig(codebook_size, num_classes=num_classes, latent_dim=grid, **shape))
 
 
 def gpt2(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=codebook_size + num_classes,
-        n_positions=1 + math.prod(grid),
-        n_embd=DIM,
-        n_layer=LAYERS,
-        n_head=HEADS,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
-    return GPT2LMHeadModel(config)
+    return make_gpt2(our_gpt(num_classes, codebook_size, grid).config)
 
 
 def llama(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
@@ -118,37 +96,23 @@ def token_loss(model: nn.Module, classes: Tensor, indices: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------- the tokenizers
 
 
-class PeerQuantizer(nn.Module):
-    """A quantizer of `vector-quantize-pytorch` in the place of ours: (B, D, h, w) both ways."""
-
-    def __init__(self, peer: nn.Module) -> None:
-        super().__init__()
-        self.peer = peer
-
-    def forward(self, z_e: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_e -> z_q, indices (B, h, w), loss."""
-        vectors = z_e.permute(0, 2, 3, 1)
-        z_q, indices, *loss = self.peer(vectors.flatten(1, 2))
-        z_q = z_q.view(vectors.shape).permute(0, 3, 1, 2)
-        return z_q, indices.view(vectors.shape[:3]), sum(loss, z_e.new_zeros(()))
-
-
 class Ours(nn.Module):
-    """Our network with our quantizer, or with a peer's."""
+    """Our network with our quantizer, or with one of `vector-quantize-pytorch` in its place."""
 
     def __init__(self, config: VQVAEConfig, peer: nn.Module | None = None) -> None:
         super().__init__()
-        self.model = VQVAE(config)
-        self.peer = None if peer is None else PeerQuantizer(peer)
+        self.model, self.peer = VQVAE(config), peer
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images -> reconstruction, indices, loss of the quantizer."""
+        """Images -> reconstruction, indices (B, h, w), loss of the quantizer."""
         if self.peer is None:
             reconstruction, quantized = self.model(images)
             losses = sum(quantized.losses.values(), images.new_zeros(()))
             return reconstruction, quantized.indices, losses
-        z_q, indices, loss = self.peer(self.model.encoder(images))
-        return self.model.decoder(z_q), indices, loss
+        vectors = self.model.encoder(images).permute(0, 2, 3, 1)
+        z_q, indices, *loss = self.peer(vectors.flatten(1, 2))
+        made = self.model.decoder(z_q.view(vectors.shape).permute(0, 3, 1, 2))
+        return made, indices.view(vectors.shape[:3]), sum(loss, images.new_zeros(()))
 
 
 class Diffusers(nn.Module):
@@ -181,12 +145,8 @@ class Diffusers(nn.Module):
 
 
 def our_config(quantizer: str, image_size: tuple[int, int], channels: int) -> VQVAEConfig:
-    return VQVAEConfig.create(
-        quantizer=quantizer,
-        codebook_size=CODEBOOK_SIZE,
-        image_size=image_size,
-        in_channels=channels,
-    )
+    shape = {"image_size": image_size, "in_channels": channels}
+    return VQVAEConfig.create(quantizer=quantizer, codebook_size=CODEBOOK_SIZE, **shape)
 
 
 def vector_quantize(image_size: tuple[int, int], channels: int) -> nn.Module:
@@ -366,21 +326,19 @@ def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
                 by_rate.setdefault(job.learning_rate, []).append(curve)
         if not by_rate:
             continue
-        ends = {rate: [one[metric][-1] for one in found] for rate, found in by_rate.items()}
-        rate = min(ends, key=lambda x: statistics.fmean(ends[x]))
-        best = by_rate[rate]
-        curve = [
-            statistics.fmean(values) for values in zip(*(x[metric] for x in best), strict=True)
-        ]
-        shown = " ".join(f"{x:.4g}" for x in curve)
-        print(
-            f"| {model} | {best[0]['parameters'][0]:,} | {rate:g} | "
-            f"{statistics.fmean(ends[rate]):.5g} ({min(ends[rate]):.5g} to {max(ends[rate]):.5g})"
-            f" | {shown} |"
-        )
+        # The mean over the seeds at each evaluation.
+        means = {
+            rate: [statistics.fmean(x) for x in zip(*(one[metric] for one in found), strict=True)]
+            for rate, found in by_rate.items()
+        }
+        rate = min(means, key=lambda x: means[x][-1])
+        ends, count = [one[metric][-1] for one in by_rate[rate]], by_rate[rate][0]["parameters"][0]
+        scores = f"{means[rate][-1]:.5g} ({min(ends):.5g} to {max(ends):.5g})"
+        shown = " ".join(f"{x:.4g}" for x in means[rate])
+        print(f"| {model} | {count:,} | {rate:g} | {scores} | {shown} |")
         rows[model] = {
             "best_learning_rate": rate,
-            "parameters": best[0]["parameters"][0],
+            "parameters": count,
             "by_learning_rate": {f"{x:g}": found for x, found in by_rate.items()},
         }
     return rows
@@ -404,15 +362,12 @@ def compare(flags: argparse.Namespace) -> None:
         for part in flags.parts
         for model in PARTS[part][0]
         if not flags.models or model in flags.models
-        for rate in (flags.learning_rates or ((1e-3, 2e-3, 4e-3)))
+        for rate in flags.learning_rates
         for seed in flags.seeds
     ]
-    curves: dict[Job, Curve] = {}
     with ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn")) as pool:
         running = {job: pool.submit(run, job, flags) for job in jobs}
-        for job, future in running.items():
-            curves[job] = future.result()
-            print(f"done: {job}", flush=True)
+        curves: dict[Job, Curve] = {job: future.result() for job, future in running.items()}
     rows: dict[str, Any] = {}
     for part in flags.parts:
         print()
@@ -429,7 +384,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", default="mnist", help="name of the data in the record")
     parser.add_argument("--steps", type=cli.positive, default=1000)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
-    parser.add_argument("--learning_rates", type=float, nargs="+")
+    parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=cli.positive, default=1, help="trainings at once")
