@@ -1,7 +1,6 @@
 """Pictures that trainings and evaluations share."""
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,38 +58,28 @@ def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
 def pairs(left: Tensor, right: Tensor) -> Image.Image:
     """Two batches (N, C, H, W) in [-1, 1] side by side, each pair in a near-square grid.
 
-    The left images are resized to the right ones, and both get the larger number of channels.
+    The left images are resized to the right ones, and both get the larger number of channels:
+    grey becomes RGB, and images without alpha opaque.
     """
-    sides = [left.float().cpu(), right.float().cpu()]
-    if sides[0].shape[2:] != sides[1].shape[2:]:
-        sides[0] = F.interpolate(sides[0], size=sides[1].shape[2:])
+    sides = [F.interpolate(left.float().cpu(), size=right.shape[2:]), right.float().cpu()]
     channels = max(images.shape[1] for images in sides)
-    return grid(torch.cat([_widen(images, channels) for images in sides], dim=3))
-
-
-def _widen(images: Tensor, channels: int) -> Tensor:
-    """The same images with more channels: grey as RGB, opaque where alpha is missing."""
-    if images.shape[1] == 1 < channels:
-        images = images.expand(-1, 3, -1, -1)
-    if images.shape[1] < channels:
-        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
-    return images
+    for number, images in enumerate(sides):
+        if images.shape[1] == 1 < channels:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] < channels:
+            images = F.pad(images, (0, 0, 0, 0, 0, 1), value=1.0)
+        sides[number] = images
+    return grid(torch.cat(sides, dim=3))
 
 
 def comparison_table(
     names: list[str], originals: Tensor, reconstructions: Tensor
 ) -> dict[str, list[Any]]:
     """A table of images (N, C, H, W) in [-1, 1] by name, with their reconstructions."""
-
-    def pictures(images: Tensor) -> list[Image.Image]:
-        return [enlarge(to_pil(image), 128) for image in images]
-
     # MLflow compares runs at first by a column of numbers, else by the first name of the alphabet.
-    return {
-        "image_path": names,
-        "reconstruction": pictures(reconstructions),
-        "reference": pictures(originals),
-    }
+    columns = {"reconstruction": reconstructions, "reference": originals}
+    pictures = {name: [enlarge(to_pil(x), 128) for x in part] for name, part in columns.items()}
+    return {"image_path": names, **pictures}
 
 
 def error_maps(images: Tensor, others: Tensor) -> Tensor:
@@ -120,50 +109,50 @@ def bars(shares: Tensor, others: Tensor | None = None) -> Image.Image:
     there are more bars than pixels, a column shows the largest of its shares.
     """
     used, uniform = int((shares > 0).sum()), 1 / len(shares)
-    picture, draw = _empty(
+    picture = _empty(
         f"{used:,} of {len(shares):,} in use, largest share {float(shares.max()):.2%}; "
         f"line: uniform, {uniform:.2%}"
     )
-    order = torch.arange(len(shares)) if others is None else shares.argsort(descending=True).cpu()
-    drawn = [one.double().cpu()[order] for one in (shares, others) if one is not None]
-    largest = max(uniform, *(float(one.max()) for one in drawn))
-    inner, bottom = SIDE - 2 * MARGIN, TOP + SIDE - MARGIN
-    count = min(inner, len(shares))
-    edges = torch.linspace(MARGIN, SIDE - MARGIN, count + 1).round().int().tolist()
-    for number, one in enumerate(drawn):
-        for column, (left, right) in zip(one.tensor_split(count), pairwise(edges), strict=True):
-            level = bottom - round(inner * float(column.max()) / largest)
-            edge = right - 1 - (right - left > 3)  # with a gap between wide bars
-            if number:
-                draw.line((left, level, edge, level), fill=TICK)
-            elif level < bottom:
-                draw.rectangle((left, level, edge, bottom), fill=INK)
-    level = bottom - round(inner * uniform / largest)
-    draw.line((MARGIN, level, SIDE - MARGIN, level), fill=LINE)
+    drawn = [one.float().cpu() for one in (shares, others) if one is not None]
+    if others is not None:
+        drawn = [one[drawn[0].argsort(descending=True)] for one in drawn]
+    side = SIDE - 2 * MARGIN
+    count = min(side, len(shares))
+    scale = side / max(uniform, *(float(one.max()) for one in drawn))
+    column = torch.arange(side) * count // side  # number of the bar at each pixel
+    heights = [
+        (F.adaptive_max_pool1d(one[None], count)[0] * scale).round()[column] for one in drawn
+    ]
+    height = torch.arange(side, 0, -1)[:, None]  # of each row of pixels
+    gap = F.pad(column.diff() > 0, (0, 1)) & (side // count > 3)  # between wide bars
+    masks = [((height <= heights[0]) & ~gap, INK), (height == round(uniform * scale), LINE)]
+    masks += [((height == level) & ~gap, TICK) for level in heights[1:]]
+    pixels = torch.full((side, side, 3), 255, dtype=torch.uint8)
+    for mask, colour in masks:
+        pixels[mask.expand(side, side)] = torch.tensor(colour, dtype=torch.uint8)
+    picture.paste(Image.fromarray(pixels.numpy()), (MARGIN, TOP + MARGIN))
     return picture
 
 
 def points(places: Tensor, shares: Tensor) -> Image.Image:
     """Points (n, 2) in the plane with areas in proportion to the first n of the shares (K,)."""
-    picture, draw = _empty(f"the first {len(places):,}; area: share, hollow: none")
-    inner = SIDE - 2 * (MARGIN + MAX_RADIUS)
+    picture = _empty(f"the first {len(places):,}; area: share, hollow: none")
+    draw, inner = ImageDraw.Draw(picture), SIDE - 2 * (MARGIN + MAX_RADIUS)
     places = places.double().cpu()
-    middle = (places.amax(dim=0) + places.amin(dim=0)) / 2
-    extent = 2 * float((places - middle).abs().max()) or 1.0  # one scale for both axes
+    places = places - (places.amax(dim=0) + places.amin(dim=0)) / 2
+    places = inner * places / (2 * places.abs().max()).clamp(min=1e-12)  # one scale for both axes
     shares = shares[: len(places)]
     radii = MAX_RADIUS * (shares / shares.max().clamp(min=1e-12)).sqrt()
-    for (x, y), radius in zip(((places - middle) / extent).tolist(), radii.tolist(), strict=True):
-        centre = SIDE / 2 + x * inner, TOP + SIDE / 2 - y * inner
+    for (x, y), radius in zip(places.tolist(), radii.tolist(), strict=True):
+        centre = SIDE / 2 + x, TOP + SIDE / 2 - y
         box = [c + d for d in (-max(radius, 2), max(radius, 2)) for c in centre]
-        if radius > 0:
-            draw.ellipse(box, fill=INK, outline="white")
-        else:
-            draw.ellipse(box, outline=PALE)
+        fill, outline = (INK, "white") if radius > 0 else (None, PALE)
+        draw.ellipse(box, fill=fill, outline=outline)
     return picture
 
 
-def _empty(text: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    picture = Image.new("RGB", (SIDE, TOP + SIDE), "white")
-    draw = ImageDraw.Draw(picture)
-    draw.text((MARGIN, MARGIN - 2), text, fill="black", font=ImageFont.load_default(14))
-    return picture, draw
+def _empty(title: str) -> Image.Image:
+    """A white plot below its title."""
+    picture, font = Image.new("RGB", (SIDE, TOP + SIDE), "white"), ImageFont.load_default(14)
+    ImageDraw.Draw(picture).text((MARGIN, MARGIN - 2), title, fill="black", font=font)
+    return picture
