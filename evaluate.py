@@ -17,8 +17,9 @@ from utils.cli import UserError
 from utils.data import sources
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
-from utils.evaluation import distances, features, inputs, metrics, report
+from utils.evaluation import features, inputs, metrics, report
 from utils.evaluation.features import ImageSet, Settings
+from utils.evaluation.metrics import IMAGE_METRICS, ImageMetric
 from utils.evaluation.report import Record
 from utils.files import read_json
 from utils.model_folder import load_model
@@ -32,7 +33,7 @@ COMPARED = (
     *("training_images", "features", "network_sha256", "seed", "unconditional"),
 )
 # Of single images.
-PAIRED = {*metrics.IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}
+PAIRED = {*IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}
 ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a split
 
 
@@ -67,61 +68,60 @@ def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> N
         raise UserError("--path_to_train belongs to --features classifier; add that")
     tokenizer = load_model(flags.model_dir, VQVAE, settings.device)
     network = inputs.open_network(flags.features, flags.feature_weights, settings.device)
-    lpips, lpips_protocol = None, None
+    table = dict(IMAGE_METRICS)
+    protocol: dict[str, Any] = {"rows": ALL_ROWS, "tokenizer_sha256": tokenizer.sha256}
     if flags.lpips:
-        lpips = cli.build_or_error(PerceptualLoss, flags.lpips, flags.lpips_weights).to(
-            settings.device
-        )
-        lpips_protocol = {"network": flags.lpips, "sha256": features.weights_sha256(lpips)}
+        lpips = cli.build_or_error(PerceptualLoss, flags.lpips, flags.lpips_weights)
+        table["lpips"] = ImageMetric(lpips.to(settings.device))
+        sha256 = features.weights_sha256(lpips)
+        protocol["lpips"] = {"network": flags.lpips, "sha256": sha256}
     names = ("path_to_data", "path_to_train") if flags.path_to_train else ("path_to_data",)
     options = tokenizer.model.config.image_options
     data = {name: inputs.read_images(flags, name, **options) for name in names}
-    dataset, training = data["path_to_data"], data.get("path_to_train")
-    new = training is not None and sources.digest(training.path) != sources.digest(dataset.path)
+    dataset, training = data["path_to_data"], None
+    if flags.features == "classifier":
+        training = data.get("path_to_train", dataset)
+        if sources.digest(training.path) == sources.digest(dataset.path):
+            training = dataset
+            print(
+                "classifier: trained on these very images, so that their labels are not compared; "
+                "--path_to_train CSV trains it on others"
+            )
 
-    def evaluate() -> Record:
-        found = network
-        if flags.features == "classifier":
-            source = training if new and training is not None else dataset
-            if not new:
-                print(
-                    "classifier: trained on these very images, so that their labels are not "
-                    "compared; --path_to_train CSV trains it on others"
-                )
-            whole = ImageSet.whole(source)
-            found = features.train_classifier(whole, str(source.path), settings)
-        return report.report_reconstructions(
-            tokenizer.model, dataset, found, lpips, settings, compare_labels=new
-        )
-
-    protocol = {"rows": ALL_ROWS, "tokenizer_sha256": tokenizer.sha256, "lpips": lpips_protocol}
+    evaluate = partial(
+        report.report_reconstructions,
+        *(tokenizer.model, dataset, table, network, training, settings),
+    )
     place = dataset.path, tokenizer.home, tokenizer.provenance.run_id
     run_evaluation(flags, evaluate, place, data, protocol)
 
 
 def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
     network = inputs.open_network(flags.features, flags.feature_weights, settings.device)
-    tokenizer = load_model(flags.model_dir, VQVAE, settings.device) if flags.model_dir else None
-    samples = inputs.read_samples(flags, tokenizer)
-    options: dict[str, Any] = {}
-    if tokenizer is not None:  # real images are read like the files that it was trained on
-        wanted = "value_range", "resampling"
-        options = {name: getattr(tokenizer.model.config, name) for name in wanted}
-    real = inputs.read_real(flags, samples.images.images, samples.split, **options)
+    loaded = load_model(flags.model_dir, VQVAE, settings.device) if flags.model_dir else None
+    samples = inputs.read_samples(flags, loaded)
+    split, tokenizer, options = samples.split, None, {}
+    hashes = {f"{stage.name}_sha256": stage.sha256 for stage in samples.lineage}
+    if loaded is not None:  # real images are read like the files that it was trained on
+        split, tokenizer = loaded.provenance.split, loaded.model
+        options = {name: getattr(tokenizer.config, name) for name in ("value_range", "resampling")}
+        hashes["tokenizer_sha256"] = loaded.sha256
+    real = inputs.read_real(flags, samples.images, split, **options)
     data: dict[str, Any] = {"path_to_data": real.train.images}
     data |= {"path_to_test": real.held_out.images} if flags.path_to_test else {}
-    data |= {"images": samples.images.images} if flags.images else {}
+    data |= {"images": samples.images} if flags.images else {}
 
-    evaluate = partial(report.report_samples, network, real, samples, settings)
-    run_id = inputs.sampling_run(samples.lineage)
+    evaluate = partial(report.report_samples, network, real, samples.images, tokenizer, settings)
+    # The run of the GPT that generated them, if it is known.
+    run_id = {stage.name: stage.run_id for stage in samples.lineage}.get("samples", "")
     home = tracking.home_of(flags.run_id or run_id) or samples.place.parent
-    protocol = {"split": real.split, **samples.hashes}
+    protocol = {"split": real.split, "samples_sha256": samples.sha256}
+    protocol |= {key: hashes.get(key) for key in ("tokenizer_sha256", "gpt_sha256")}
     run_evaluation(flags, evaluate, (samples.place, home, run_id), data, protocol)
 
 
-@torch.inference_mode()
 def encode_conditions(
-    flags: argparse.Namespace, vocabulary: Vocabulary, device: torch.device
+    flags: argparse.Namespace, vocabulary: Vocabulary, settings: Settings
 ) -> Tensor | None:
     """The conditions of a CSV's images, (N, hc, wc); None for a GPT without conditions."""
     address, gpt = flags.condition_model_dir, f"the GPT in {flags.model_path}"
@@ -139,18 +139,12 @@ def encode_conditions(
             "--skip_bad_images cannot be combined with --condition_model_dir: a skipped picture "
             "leaves its image without a condition; take both out of the CSV"
         )
-    tokenizer = load_model(address, VQVAE, device)
+    tokenizer = load_model(address, VQVAE, settings.device)
     owner = f"the condition of {flags.model_path}"
     vocabulary.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
-    config = tokenizer.model.config
-    pictures = ImageDataset(
-        flags.path_to_data,
-        column="condition_path",
-        **config.image_options,
-        config=cli.read_flags(ImageConfig, flags),
-    )
-    batches = torch.arange(len(pictures)).split(flags.batch_size)
-    return torch.cat([tokenizer.model.encode(x).cpu() for x in pictures.batches(batches, device)])
+    options = tokenizer.model.config.image_options
+    pictures = inputs.read_images(flags, "path_to_data", column="condition_path", **options)
+    return report.encode(tokenizer.model, ImageSet.whole(pictures), settings)
 
 
 def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
@@ -162,7 +156,7 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config)
     dataset = inputs.read_images(flags, "path_to_data", **config.image_options)
     labels = ["" if flags.unconditional else row.label for row in dataset.rows]
-    conditions = encode_conditions(flags, vocabulary, settings.device)
+    conditions = encode_conditions(flags, vocabulary, settings)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
     tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
 
@@ -191,36 +185,30 @@ def find_records(place: str) -> dict[str, Path]:
         path = addresses.fetch(f"runs:/{place}/{report.FOLDER}")
     if path.suffix == ".json" and path.is_file():
         return {path.stem: path}
-    homes = [home for home in (path, path / report.FOLDER) if home.is_dir()]
+    home = path / report.FOLDER if (path / report.FOLDER).is_dir() else path
     # One level deeper only in evaluation/: a training has a folder of tables, one of the same name.
-    found = {
-        str(file.relative_to(home).with_suffix("")): file
-        for home in homes
-        for pattern in ("*.json", *(["*/*.json"] if home.name == report.FOLDER else []))
-        for file in sorted(home.glob(pattern))
-        if file.stem in KINDS
-    }
-    if not found:
+    deeper = home.glob("*/*.json") if home.name == report.FOLDER else ()
+    files = [file for file in sorted((*home.glob("*.json"), *deeper)) if file.stem in KINDS]
+    if not files:
         raise UserError(
             f"no evaluation at {place}; give a JSON of evaluate.py, its folder, or the id of an "
             "evaluated run"
         )
-    return found
+    return {str(file.relative_to(home).with_suffix("")): file for file in files}
 
 
 def compare_all(first: dict[str, Path], second: dict[str, Path]) -> str:
     """`compare` all records that both have by one name, or else the only ones of a kind."""
-    common = {name: (first[name], second[name]) for name in first if name in second}
-    if not common:
-        for kind in KINDS:
-            pair = [[f for f in part.values() if f.stem == kind] for part in (first, second)]
-            if len(pair[0]) == len(pair[1]) == 1:
-                common[kind] = pair[0][0], pair[1][0]
-    if not common:
+    pairs = {name: (first[name], second[name]) for name in first if name in second}
+    for kind in () if pairs else KINDS:
+        one, other = ([x for x in part.values() if x.stem == kind] for part in (first, second))
+        if len(one) == len(other) == 1:
+            pairs[kind] = one[0], other[0]
+    if not pairs:
         raise UserError(
             f"nothing to compare: there are {', '.join(first)} here, and {', '.join(second)} there"
         )
-    return "\n".join(f"{name}\n{compare(*pair)}" for name, pair in common.items())
+    return "\n".join(f"{name}\n{compare(*pair)}" for name, pair in pairs.items())
 
 
 def compare(first: Path, second: Path) -> str:
@@ -228,6 +216,8 @@ def compare(first: Path, second: Path) -> str:
 
     Where both evaluated the same images one by one, the difference is taken image by image.
     """
+    import pandas
+
     (one, images), (other, other_images) = read_record(first), read_record(second)
     protocols = one["protocol"], other["protocol"]
     # Bits are per token of one tokenizer.
@@ -239,7 +229,7 @@ def compare(first: Path, second: Path) -> str:
                 f"these evaluations cannot be compared: {key} is {a} against {b}; evaluate both by "
                 "one protocol"
             )
-    lines = [f"{'':>28}  {'A':>10} {'B':>10} {'B - A':>10} {'+-':>10}"]
+    rows = {}
     values, others = one["metrics"], other["metrics"]
     for key in (key for key in values if key in others):
         a, b = values[key]["value"], others[key]["value"]
@@ -252,14 +242,13 @@ def compare(first: Path, second: Path) -> str:
             if key == "psnr":  # along the line between the two
                 x, y = values["mse"]["value"], others["mse"]["value"]
                 noise *= abs((b - a) / (y - x) if x != y else 10 / math.log(10) / max(x, 1e-20))
-        verdict = (
-            "larger than the noise" if abs(b - a) > metrics.WIDTH * noise else "within the noise"
-        )
-        numbers = f"{b - a:10.3g} {metrics.WIDTH * noise:10.3g}  {verdict}"
+        verdict = "larger than" if abs(b - a) > metrics.WIDTH * noise else "within"
+        numbers = f"{b - a:.3g}", f"{metrics.WIDTH * noise:.3g}", f"{verdict} the noise"
         if key == "lpips" and protocols[0].get("lpips") != protocols[1].get("lpips"):
-            numbers = " not comparable: other networks"
-        lines.append(f"{distances.title(key):>28}  {a:10.5g} {b:10.5g} {numbers}")
-    return "\n".join(lines)
+            numbers = "", "", "not comparable: other networks"
+        rows[key] = f"{a:.5g}", f"{b:.5g}", *numbers
+    heads = ("A", "B", "B - A", "+-", "")
+    return pandas.DataFrame.from_dict(rows, orient="index", columns=heads).to_string()
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], Any]:
@@ -267,7 +256,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], Any]:
     import pandas
 
     record, table = read_json(path), path.with_suffix(".csv")
-    if not isinstance(record.get("metrics"), dict) or not isinstance(record.get("protocol"), dict):
+    if not all(isinstance(record.get(key), dict) for key in ("metrics", "protocol")):
         raise UserError(f"{path} is not a valid evaluation of evaluate.py")
     if not table.is_file():
         return record, pandas.DataFrame()
@@ -294,85 +283,69 @@ def main(flags: argparse.Namespace) -> None:
         flags.evaluate(flags, Settings(device, flags.batch_size, flags.seed))
 
 
-def add_feature_flags(parser: argparse.ArgumentParser, default: str | None) -> None:
-    parser.add_argument(
-        "--features",
-        choices=features.NETWORKS,
-        default=default,
-        help="network that sets of images are compared in: a small classifier, trained on the "
-        "labels of the data in about a minute, Inception (FID) or DINOv2 (default: "
-        f"{default or 'none'})",
+def add_feature_flags(command: argparse.ArgumentParser, default: str | None) -> None:
+    network = (
+        "network that sets of images are compared in: a small classifier, trained on the labels of "
+        f"the data, Inception (FID) or DINOv2 (default: {default or 'none'})"
     )
     weights = "weights file of Inception (default: downloads it), folder of DINOv2"
-    parser.add_argument("--feature_weights", default="", metavar="PATH", help=weights)
+    command.add_argument("--features", choices=features.NETWORKS, default=default, help=network)
+    command.add_argument("--feature_weights", default="", metavar="PATH", help=weights)
 
 
 def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> None:
-    help_text = model_dir or "tokenizer: a folder, or runs:/..."
-    command.add_argument("--model_dir", help=help_text, required=not model_dir)
-    command.add_argument("--path_to_data", metavar="CSV", help="CSV of real images", required=True)
-    command.add_argument("--run_id", help="MLflow run to log to (default: the model's)")
-    place = "evaluation/<folder>-<name of the CSV or the samples>/ in the model's output folder"
-    command.add_argument(
-        "--output_dir",
-        help=f"where the files go (default: {place}, else beside the samples)",
-    )
-    seed = "of the classifier and all resamples (default: 0)"
-    command.add_argument("--seed", type=int, default=0, help=seed)
+    add, place = command.add_argument, "evaluation/<folder>-<name>/ in the model's output folder"
+    tokenizer = model_dir or "tokenizer: a folder, or runs:/..."
+    add("--model_dir", help=tokenizer, required=not model_dir)
+    add("--path_to_data", metavar="CSV", help="CSV of real images", required=True)
+    add("--run_id", help="MLflow run to log to (default: the model's)")
+    add("--output_dir", help=f"where the files go (default: {place}, else beside the samples)")
+    add("--seed", type=int, default=0, help="of the classifier and all resamples (default: 0)")
     cli.add_inference_flags(command, batch_size=256)
     cli.add_flags(command, ImageConfig, "images")
     debug = "show the traceback of an error, not only its line"
     # Suppressed, so that one before the subcommand counts, too.
-    command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--compare",
-        nargs=2,
-        metavar=("RUN_A", "RUN_B"),
-        help="print which metrics of two evaluations (folders, JSON files or run ids) differ by "
-        "more than noise",
-    )
+    compare = "print which metrics of two evaluations (folders, JSON files, run ids) differ"
+    parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
     commands = parser.add_subparsers(metavar="reconstructions | samples | likelihood", dest="kind")
     options: dict[str, Any] = {"allow_abbrev": False}
-    one = commands.add_parser("reconstructions", help="errors of a tokenizer on a CSV", **options)
-    two = commands.add_parser("samples", help="samples beside real images", **options)
-    three = commands.add_parser("likelihood", help="rank images by their likelihood", **options)
 
+    one = commands.add_parser("reconstructions", help="errors of a tokenizer on a CSV", **options)
     one.set_defaults(evaluate=evaluate_reconstructions)
     add_common_flags(one)
     trains = "trains the classifier (default: --path_to_data, whose labels are then not compared)"
-    one.add_argument("--path_to_train", metavar="CSV", help=trains)
     network = "also LPIPS, through this network (default: no)"
-    one.add_argument("--lpips", choices=tuple(BACKBONES), help=network)
     weights = "torchvision's weights of it (default: downloads them)"
+    one.add_argument("--path_to_train", metavar="CSV", help=trains)
+    one.add_argument("--lpips", choices=tuple(BACKBONES), help=network)
     one.add_argument("--lpips_weights", default="", metavar="PATH", help=weights)
     add_feature_flags(one, None)
 
+    two = commands.add_parser("samples", help="samples beside real images", **options)
     two.set_defaults(evaluate=evaluate_samples)
     split = "--images that do not record how their training split its data"
     add_common_flags(two, f"tokenizer of --indexes_path, or of {split}")
+    test = "real images that no training has used (default: validation images of --path_to_data)"
+    size = "resize and crop all images to this (default: the size that all of them have)"
     two.add_argument("--images", help="folder of images_from_indexes.py, or a CSV")
     two.add_argument("--indexes_path", help="indices of transformer_generation.py instead")
-    test = "real images that no training has used (default: validation images of --path_to_data)"
     two.add_argument("--path_to_test", metavar="CSV", help=test)
-    two.add_argument(
-        "--image_size",
-        type=cli.height_and_width,
-        metavar="H,W",
-        help="resize and crop all images to this (default: the size that all of them have)",
-    )
+    two.add_argument("--image_size", type=cli.height_and_width, metavar="H,W", help=size)
     add_feature_flags(two, "classifier")
 
+    three = commands.add_parser("likelihood", help="rank images by their likelihood", **options)
     three.set_defaults(evaluate=evaluate_likelihood)
     add_common_flags(three)
-    three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     condition = "tokenizer of the pictures in the column condition_path"
+    labels = "evaluate the GPT without the images' labels"
+    three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     three.add_argument("--condition_model_dir", help=condition)
-    unconditional = "evaluate the GPT without the images' labels"
-    three.add_argument("--unconditional", action="store_true", help=unconditional)
+    three.add_argument("--unconditional", action="store_true", help=labels)
     return parser
 
 

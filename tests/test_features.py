@@ -1,6 +1,8 @@
 """The classifier of a data set, and the features of images in it."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +25,17 @@ CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, 128, 0)
 
 
+def fake(channels: int) -> Any:
+    """A tokenizer whose grids of indices are the images."""
+    config = SimpleNamespace(in_channels=channels, downsampling=1)
+    return SimpleNamespace(decode=lambda grids: grids[:, None].float(), config=config)
+
+
+def target_of(names: tuple[str, ...], rows: list[Row]) -> torch.Tensor | None:
+    network = features.FeatureNetwork("classifier", torch.nn.Identity(), "", names)
+    return features.class_targets(network, rows, "samples.csv")
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     folder = tmp_path_factory.mktemp("digits")
@@ -42,9 +55,7 @@ def test_it_learns_digits_and_real_halves_are_near(
     seen = extract_features(network, ImageSet(digits, held_out), SETTINGS, "held out")
     assert seen.features.shape == (len(held_out), 128)
     assert seen.pixels.shape == (len(held_out), 64)
-    classes = features.class_targets(
-        [digits.rows[row] for row in held_out.tolist()], network.class_names, "digits"
-    )
+    classes = features.class_targets(network, ImageSet(digits, held_out).rows, "digits")
     weights = resample(len(held_out), 0)
     assert features.label_agreement(seen, classes, weights).value > 0.95
 
@@ -82,36 +93,55 @@ def test_it_is_kept_and_found_again(digits: ImageDataset, monkeypatch: pytest.Mo
     assert len(list(Path("outputs/cache").iterdir())) == 3
 
 
-def test_metrics_are_named_after_the_classifier() -> None:
-    title, key = distances.title, distances.key("fd", "classifier")
-    assert title(key) == "FD (classifier)"
-    assert title(f"real_{key}") == "real FD (classifier)"
-    assert title(f"r{key}") == "rFD (classifier)"
-    assert title(distances.key("fd", "inception")) == "FID"
-    assert title("rkid") == "rKID"
-    assert title("mse") == "mse"
+def test_metrics_are_named_after_the_network() -> None:
+    assert distances.key("fd", "classifier") == "fd_classifier"
+    assert distances.key("fd", "inception") == "fid"
+    assert distances.key("precision", "inception") == "precision"
 
 
-def test_large_images_are_shrunk(digits: ImageDataset) -> None:
+def test_large_images_are_shrunk() -> None:
     model = features.Classifier(3, 2).eval()
-    found, logits = model(torch.rand(2, 3, 100, 70))
+    images = torch.rand(2, 3, 100, 70)
+    found, logits = model(images)
     assert (found.shape, logits.shape) == ((2, 128), (2, 2))
+    assert features.shrink(images).shape == (2, 3, 32, 22)
+    assert torch.equal(model(features.shrink(images))[0], found)
+
+
+def test_training_ends_when_accuracy_no_longer_rises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It always took 180,000 images."""
+    monkeypatch.setattr(features, "CHECK_IMAGES", 256)
+    labels = torch.arange(200) % 2  # of black and white images
+    images = (255 * labels[:, None, None, None]).expand(-1, 1, 8, 8).to(torch.uint8)
+    model = features.Classifier(1, 2)
+    used = 0
+
+    def count(_: object, inputs: tuple[torch.Tensor]) -> None:
+        nonlocal used
+        used += len(inputs[0])
+
+    handle = model.register_forward_pre_hook(count)
+    features.fit_classifier(model, images, labels, seed=0)
+    assert used < 5000
+    handle.remove()
+    assert (model.eval()(images / 127.5 - 1)[1].argmax(dim=1) == labels).all()
 
 
 def test_labels_that_are_missing_single_or_unknown(digits: ImageDataset) -> None:
-    rows, grids = digits.rows[:4], torch.zeros(4, 1, 1)
+    rows, grids = digits.rows[:4], torch.zeros(4, 8, 8)
     for labels in (["0", "1", "2", ""], ["0", "0", "0", "0"]):
         labelled = [row._replace(label=label) for row, label in zip(rows, labels, strict=True)]
-        images = DecodedImages(grids, labelled, torch.Tensor.float, 1, (1, 1))
+        images = DecodedImages(grids, labelled, fake(1))
         with pytest.raises(UserError, match="a class for every image, two classes or more"):
             train_classifier(ImageSet.whole(images), "data.csv", SETTINGS)
     with pytest.raises(UserError, match=r"on the labels 0, 1, 2, 3 of samples\.csv"):
-        features.class_targets(rows, ("8", "9"), "samples.csv")
+        target_of(("8", "9"), rows)
+    assert target_of((), rows) is target_of(("8", "9"), [Row("0.png", "", "")]) is None
 
 
 def test_classes_without_training_images_do_not_count(capsys: pytest.CaptureFixture) -> None:
     rows = [Row(f"{n}.png", label, "") for n, label in enumerate("aab?")]
-    targets = features.class_targets(rows, ("a", "b"), "samples.csv")
+    targets = target_of(("a", "b"), rows)
     assert targets.tolist() == [0, 0, 1, features.UNKNOWN]
     warning = capsys.readouterr().err
     assert "leaves out 1 of 4 images of samples.csv" in warning
@@ -123,7 +153,7 @@ def test_classes_without_training_images_do_not_count(capsys: pytest.CaptureFixt
 
 def test_classes_of_few_training_images_are_named(capsys: pytest.CaptureFixture) -> None:
     rows = [Row(f"{n}.png", "a" if n < 20 else "b", "") for n in range(23)]
-    images = DecodedImages(torch.rand(23, 1, 8, 8), rows, torch.Tensor.float, 1, (8, 8))
+    images = DecodedImages(torch.rand(23, 8, 8), rows, fake(1))
     train_classifier(ImageSet.whole(images), "data.csv", SETTINGS)
     assert "fewer than 10 training images" in (warning := capsys.readouterr().err)
     assert "b (3)" in warning

@@ -8,7 +8,7 @@ import torch
 from utils.evaluation.metrics import (
     POSITIVE,
     Estimate,
-    bigram_bits,
+    baselines,
     code_estimates,
     codebook_metrics,
     entropy,
@@ -20,7 +20,6 @@ from utils.evaluation.metrics import (
     squared_error,
     ssim,
     token_divergence,
-    unigram_bits,
 )
 from utils.training.loop import Averages
 
@@ -144,12 +143,14 @@ def test_codebook_metrics() -> None:
     assert large == {"codebook_usage": 100, "perplexity": pytest.approx(1024)}
 
 
-def test_unigram_bits() -> None:
-    counts = torch.tensor([6, 0, 0])  # (7, 1, 1) of 9 with one added to each
-    expected = -(3 * math.log2(7 / 9) + 1 * math.log2(1 / 9)) / 4
-    assert unigram_bits(counts, torch.tensor([3, 1, 0])) == pytest.approx(expected)
-    even = torch.full((64,), 100)
-    assert unigram_bits(even, torch.randint(1, 9, (64,))) == pytest.approx(6)
+def test_the_unigram_baseline() -> None:
+    train, val = torch.zeros(6, 1, 1), torch.tensor([0, 0, 0, 1]).view(4, 1, 1)
+    expected = -(3 * math.log2(7 / 9) + 1 * math.log2(1 / 9)) / 4  # one added to each of 3 counts
+    assert baselines(train, val, 3, 1)[0] == pytest.approx(expected)
+    even = torch.arange(64).repeat(100).view(-1, 4, 4)
+    assert baselines(even, torch.randint(64, (9, 4, 4)), 64, 1)[0] == pytest.approx(6)
+    depths = even[..., None].expand(-1, -1, -1, 2)  # which is known
+    assert baselines(depths, depths[:9], 64, 2)[0] == pytest.approx(6)
 
 
 def test_averages() -> None:
@@ -166,7 +167,7 @@ def test_averages() -> None:
 def test_bigrams_foretell_what_unigrams_cannot() -> None:
     """A cycle 0 1 2 3 0 1 ... has 2 bits a token as unigrams, and nearly none as bigrams."""
     grids = (torch.arange(16) + torch.arange(400)[:, None]).remainder(4).view(400, 4, 4)
-    bits = bigram_bits(grids[:300], grids[300:], 4)
+    bits = baselines(grids[:300], grids[300:], 4, 1)[1]
     assert bits == pytest.approx(2 / 16, abs=0.01)  # only the first index is news
 
 
@@ -175,9 +176,9 @@ def test_bigram_probabilities_sum_to_one() -> None:
     generator = torch.Generator().manual_seed(0)
     grids = torch.randint(0, 5, (50, 1, 4), generator=generator)
     for first in range(7):  # 5 and 6 never occur in training
-        lone = bigram_bits(grids, torch.tensor([[[first]]]), 7)
+        lone = baselines(grids, torch.tensor([[[first]]]), 7, 1)[1]
         pairs = [torch.tensor([[[first, second]]]) for second in range(7)]
-        prices = [2 * bigram_bits(grids, pair, 7) - lone for pair in pairs]
+        prices = [2 * baselines(grids, pair, 7, 1)[1] - lone for pair in pairs]
         assert sum(2**-price for price in prices) == pytest.approx(1)
 
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,8 @@ def test_trainings_log_ssim_and_the_distance_of_samples(
     capsys.readouterr()
     call("train", *flags, *evaluated, "--output_dir", "g")
     said = capsys.readouterr()
-    assert re.search(r"classifier: \d+\.\d % of the labels of 10 held-out images right", said.out)
+    found = re.search(r"classifier: (\d+\.\d%) of the labels of 10 held-out images", said.out)
+    assert said.out.count(f"% of the right class (real images: {found[1]})") == 3
     assert "warning: the Frechet distance of 10 images" in said.err
     distances = curve("g", "val/fd_classifier")
     assert len(distances) == 3
@@ -81,9 +83,9 @@ def test_which_figures_are_better_when_lower() -> None:
 
 
 def test_decoded_images_have_eight_bits() -> None:
-    images = DecodedImages(
-        torch.zeros(5, 1, 1), (), lambda grids: torch.full((len(grids), 1, 2, 2), 0.3), 1, (2, 2)
-    )
+    config = SimpleNamespace(in_channels=1, downsampling=2)
+    tokenizer = SimpleNamespace(decode=lambda x: torch.full((len(x), 1, 2, 2), 0.3), config=config)
+    images = DecodedImages(torch.zeros(5, 1, 1), (), tokenizer)
     (batch,) = images.batches([torch.arange(3)], torch.device("cpu"))
     steps = (batch + 1) * 127.5
     assert torch.allclose(steps, steps.round(), atol=1e-4)

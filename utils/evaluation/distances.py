@@ -1,13 +1,11 @@
 """Metrics of a set of images beside real images, from the features of both in some network.
 
-All sums are in float64 on the device of the features. `SET_METRICS` lists what evaluate.py
-reports: a new metric is one function and one row.
+All sums are in float64 on the device of the features. evaluate.py reports what `set_metrics`
+computes: a new metric is one function and one line there.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,9 +21,6 @@ NEIGHBOURS = 10
 COPY = 0.01  # share of new images that count as copies
 
 Weights = tuple[Tensor, Tensor]  # of `metrics.resample`, one for each set
-
-
-# --- kernel distance, class score ---------------------------------------------------------------
 
 
 def kernel_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
@@ -69,19 +64,9 @@ def class_score(logits: Tensor, weights: Tensor) -> Estimate:
     return estimate(scores, (1.0, float(logits.shape[1])))
 
 
-# --- nearest neighbours -------------------------------------------------------------------------
-
-
-def _centre(images: Tensor) -> Tensor:
-    """The mean (D,): around it little cancels in the products."""
-    return (images.sum(dim=0, dtype=torch.double) / len(images)).float()
-
-
-def _squared(part: Tensor, others: Tensor, centre: Tensor) -> Tensor:
-    """Squared distances (n, m) of (n, D) and (m, D), of any type, in float32."""
-    part, others = part.float() - centre, others.float() - centre
-    norms = part.square().sum(dim=1, keepdim=True) + others.square().sum(dim=1)
-    return torch.addmm(norms, part, others.T, alpha=-2)
+def _distances(part: Tensor, others: Tensor, centre: Tensor) -> Tensor:
+    """(n, D) and (m, D), of any type -> (n, m), float32; little cancels around the centre (D,)."""
+    return torch.cdist(part.float() - centre, others.float() - centre)
 
 
 def nearest(queries: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
@@ -91,13 +76,13 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Te
     products select the neighbours; their distances are then computed again without cancellation,
     so that a copy has a distance of exactly 0.
     """
-    centre = _centre(references)
+    centre = references.mean(dim=0, dtype=torch.float)
     found_distances, found_rows = [], []
     for part in queries.split(QUERIES):
         values, rows = [], []
         for start in range(0, len(references), REFERENCES):
-            squared = _squared(part, references[start : start + REFERENCES], centre)
-            best = squared.topk(min(k, squared.shape[1]), dim=1, largest=False)
+            distances = _distances(part, references[start : start + REFERENCES], centre)
+            best = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
             values.append(best.values)
             rows.append(best.indices + start)
         chosen = torch.cat(values, dim=1).topk(k, dim=1, largest=False).indices
@@ -118,29 +103,24 @@ def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[st
     coverage the share of the real balls that contain a sample (k = 5, arXiv 2002.09797). Images
     are resampled, the radii are not. Features are (N, D) and (M, D), each of more than 5 images.
     """
-    real_radii = nearest(real, real, DENSITY_K + 1)[0]  # the nearest is the image itself
     radii = nearest(samples, samples, PRECISION_K + 1)[0][:, PRECISION_K]
-    narrow, wide = real_radii[:, PRECISION_K].square(), real_radii[:, DENSITY_K].square()
-    centre = _centre(real)
-    inside, depth = [], []
-    reached = torch.zeros(len(real), dtype=torch.bool, device=real.device)
-    covered = reached.clone()
+    real_radii = nearest(real, real, DENSITY_K + 1)[0]  # the nearest is the image itself
+    narrow, wide = real_radii[:, PRECISION_K], real_radii[:, DENSITY_K]
+    centre = real.mean(dim=0)
+    precise, density = [], []
+    recalled, covered = torch.zeros(2, len(real), dtype=torch.bool, device=real.device)
     for part, radius in zip(samples.split(QUERIES), radii.split(QUERIES), strict=True):
-        squared = _squared(part, real, centre)
-        inside.append((squared <= narrow).any(dim=1))
-        within = squared <= wide
-        depth.append(within.sum(dim=1) / DENSITY_K)
-        covered |= within.any(dim=0)
-        reached |= (squared <= radius.square()[:, None]).any(dim=0)
+        distances = _distances(part, real, centre)
+        precise.append((distances <= narrow).any(dim=1))
+        density.append((distances <= wide).sum(dim=1) / DENSITY_K)
+        covered |= (distances <= wide).any(dim=0)
+        recalled |= (distances <= radius[:, None]).any(dim=0)
     return {
-        "precision": mean(torch.cat(inside), weights[1]),
-        "recall": mean(reached, weights[0]),
-        "density": mean(torch.cat(depth), weights[1], POSITIVE),
+        "precision": mean(torch.cat(precise), weights[1]),
+        "recall": mean(recalled, weights[0]),
+        "density": mean(torch.cat(density), weights[1], POSITIVE),
         "coverage": mean(covered, weights[0]),
     }
-
-
-# --- memorisation: are samples copies of training images? ---------------------------------------
 
 
 class Closest(NamedTuple):
@@ -167,9 +147,6 @@ def copies(found: Closest, new: Closest) -> Tensor:
     return found.ratios <= new.ratios.kthvalue(math.ceil(COPY * len(new.ratios))).values
 
 
-# --- what a set of images is compared by --------------------------------------------------------
-
-
 def diversity(features: Tensor, labels: Sequence[str], weights: Tensor, seed: int) -> Estimate:
     """Mean distance in features (N, D) of an image to another random image of its label.
 
@@ -184,53 +161,36 @@ def diversity(features: Tensor, labels: Sequence[str], weights: Tensor, seed: in
     return mean(apart, weights, POSITIVE)
 
 
-@dataclass
-class Comparison:
-    """A set of N images beside M real ones, in one feature network."""
-
-    real: Features
-    images: Features
-    weights: Weights  # (R, M) and (R, N)
-    labels: Sequence[str] = ()  # of the N images
-    targets: Tensor | None = None  # class (N,) of each label; None where there are no classes
-    seed: int = 0  # of random pairs
-
-    @cached_property
-    def manifold(self) -> dict[str, Estimate]:
-        """`manifold_metrics` of both sets."""
-        return manifold_metrics(self.real.features, self.images.features, self.weights)
-
-
-# Each gives None where the set does not have what it needs, such as labels.
-SET_METRICS: dict[str, Callable[[Comparison], Estimate | None]] = {
-    "fd": lambda c: frechet_distance(c.real.features, c.images.features, c.weights),
-    "kd": lambda c: kernel_distance(c.real.features, c.images.features, c.weights),
-    "class_score": lambda c: (
-        None if c.images.logits is None else class_score(c.images.logits, c.weights[1])
-    ),
-    "precision": lambda c: c.manifold["precision"],
-    "recall": lambda c: c.manifold["recall"],
-    "density": lambda c: c.manifold["density"],
-    "coverage": lambda c: c.manifold["coverage"],
-    "diversity": lambda c: diversity(c.images.features, c.labels, c.weights[1], c.seed),
-    "label_agreement": lambda c: (
-        None if c.targets is None else label_agreement(c.images, c.targets, c.weights[1])
-    ),
-}
-RECONSTRUCTION_METRICS = ("fd", "kd")  # of reconstructions beside their originals: rFD, rKD
-
-# Metrics that are named after the network, by their published names in Inception.
-INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "class_score": "inception_score"}
-TITLES = {"fd": "FD", "kd": "KD", "class_score": "class score"}
-TITLES |= {"fid": "FID", "kid": "KID", "inception_score": "Inception Score"}
+def pair_distances(real: Features, images: Features, weights: Weights) -> dict[str, Estimate]:
+    """Distances of N images from M real ones, by weights (R, M) and (R, N)."""
+    pair = real.features, images.features
+    return {"fd": frechet_distance(*pair, weights), "kd": kernel_distance(*pair, weights)}
 
 
 def set_metrics(
-    comparison: Comparison, network: str, names: Sequence[str] = tuple(SET_METRICS)
+    real: Features,
+    images: Features,
+    weights: Weights,
+    labels: Sequence[str],
+    targets: Tensor | None,
+    seed: int,
 ) -> dict[str, Estimate]:
-    """Those of the set metrics `names` that apply, by their `key` in a network."""
-    found = {key(name, network): SET_METRICS[name](comparison) for name in names}
-    return {name: value for name, value in found.items() if value is not None}
+    """All metrics of N images beside M real ones, by weights (R, M) and (R, N).
+
+    `targets` (N,) are the classes of the `labels`, or None where there are no classes.
+    """
+    found = pair_distances(real, images, weights)
+    if images.logits is not None:
+        found["class_score"] = class_score(images.logits, weights[1])
+    found |= manifold_metrics(real.features, images.features, weights)
+    found["diversity"] = diversity(images.features, labels, weights[1], seed)
+    if targets is not None:
+        found["label_agreement"] = label_agreement(images, targets, weights[1])
+    return found
+
+
+# Metrics that are named after the network, by their published names in Inception.
+INCEPTION_NAMES = {"fd": "fid", "kd": "kid", "class_score": "inception_score"}
 
 
 def key(name: str, network: str) -> str:
@@ -238,13 +198,3 @@ def key(name: str, network: str) -> str:
     if name not in INCEPTION_NAMES:
         return name
     return INCEPTION_NAMES[name] if network == "inception" else f"{name}_{network}"
-
-
-def title(name: str) -> str:
-    """How a metric is printed: real_fd_classifier is real FD (classifier)."""
-    real, name = ("real ", name[5:]) if name.startswith("real_") else ("", name)
-    stem, _, network = name.rpartition("_")
-    stem, network = (stem, f" ({network})") if network in ("classifier", "dinov2") else (name, "")
-    rebuilt = "r" if stem.startswith("r") and stem[1:] in TITLES else ""
-    stem = stem.removeprefix(rebuilt)
-    return f"{real}{rebuilt}{TITLES.get(stem, stem)}{network}"

@@ -5,32 +5,34 @@ under a key of the data, the seed and the content of this file.
 """
 
 import hashlib
+import itertools
 import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
-from utils.evaluation.metrics import SHARE, Estimate, estimate
+from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 
 NETWORKS = ("classifier", "inception", "dinov2")
-PIXEL_SIDE = 32  # at most, where pixels are compared
+MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
 CACHE = Path("outputs/cache")
-TRAINING_IMAGES, MAX_EPOCHS = 180_000, 30  # of the classifier, but each at most 30 times
-BATCH, PEAK_RATE = 128, 4e-3
-MAX_SIDE = 64  # pixels; the classifier shrinks larger images
+TRAINING_IMAGES = 180_000  # that the training of the classifier uses at most, with repetitions
+CHECK_IMAGES, PATIENCE = 4096, 5  # images between checks of its accuracy; checks without gain
+MAX_HELD_OUT = 2000  # images for these checks
+BATCH, RATE = 128, 2e-3
 FEW_IMAGES = 10  # of a class, too few to learn it
 UNKNOWN = -1  # number of a class without training images
 MAX_RESERVED = 3  # one in so many training images at most is kept from the classifier
@@ -52,15 +54,16 @@ class Images(Protocol):
     ) -> Iterator[Tensor]: ...
 
 
-@dataclass
 class DecodedImages:
-    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer."""
+    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer.
 
-    grids: Tensor
-    rows: Sequence[Row]
-    decode: Callable[[Tensor], Tensor]
-    channels: int
-    size: tuple[int, int]
+    `tokenizer` has decode and config.
+    """
+
+    def __init__(self, grids: Tensor, rows: Sequence[Row], tokenizer: Any) -> None:
+        self.grids, self.rows, self._decode = grids, rows, tokenizer.decode
+        self.channels, factor = tokenizer.config.in_channels, tokenizer.config.downsampling
+        self.size = grids.shape[1] * factor, grids.shape[2] * factor
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -72,8 +75,16 @@ class DecodedImages:
         Their values are those of 8-bit images, as if they had been saved and read.
         """
         for rows in batches_of_rows:
-            images = self.decode(self.grids[rows].long().to(device))
+            images = self._decode(self.grids[rows].long().to(device))
             yield images.add(1).mul(127.5).round().div(127.5).sub(1)
+
+
+class Settings(NamedTuple):
+    """Where and in which batches networks run; `seed` of resamples and random choices."""
+
+    device: torch.device
+    batch_size: int
+    seed: int
 
 
 class ImageSet(NamedTuple):
@@ -92,27 +103,23 @@ class ImageSet(NamedTuple):
         """The rows of the table."""
         return [self.images.rows[row] for row in self.row_numbers.tolist()]
 
-    def sample(self, count: int, seed: int) -> "ImageSet":
-        """`count` random rows."""
-        chosen = epoch_order(self.row_numbers, seed, 0)[:count].sort().values
-        return ImageSet(self.images, chosen)
+    def split(self, count: int, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """Up to `count` random rows, and the others."""
+        order = epoch_order(self.row_numbers, seed, 0)
+        chosen, others = (part.sort().values for part in (order[:count], order[count:]))
+        return ImageSet(self.images, chosen), ImageSet(self.images, others)
 
-    def without(self, other: "ImageSet") -> "ImageSet":
-        """The rows that `other`, a set of the same source, does not have."""
-        shared = torch.isin(self.row_numbers, other.row_numbers)
-        return ImageSet(self.images, self.row_numbers[~shared])
+    def batches(self, settings: Settings, what: str) -> Iterator[Tensor]:
+        """All images in order, (B, C, H, W) in [-1, 1], with a progress bar labelled `what`."""
+        batches = self.row_numbers.split(settings.batch_size)
+        with tqdm(total=len(self.row_numbers), desc=what, unit=" images", disable=None) as bar:
+            for images in self.images.batches(batches, settings.device):
+                yield images
+                bar.update(len(images))
 
     def load(self, positions: Tensor, device: torch.device) -> Tensor:
         """The images at some positions of the rows, (n, C, H, W) in [-1, 1]."""
         return next(iter(self.images.batches([self.row_numbers[positions.cpu()]], device)))
-
-
-class Settings(NamedTuple):
-    """Where and in which batches networks run; `seed` of resamples and random choices."""
-
-    device: torch.device
-    batch_size: int
-    seed: int
 
 
 class Features(NamedTuple):
@@ -156,28 +163,53 @@ def extract_features(
     network: FeatureNetwork, part: ImageSet, settings: Settings, what: str
 ) -> Features:
     """The features of a set of images; `what` labels the progress bar."""
-    device, batches = settings.device, part.row_numbers.split(settings.batch_size)
     # Distances are computed in float64, which only CUDA and the CPU have.
-    home = device if device.type == "cuda" else torch.device("cpu")
+    home = "cuda" if settings.device.type == "cuda" else "cpu"
     parts = []
-    with tqdm(total=len(part.row_numbers), desc=what, unit=" images", disable=None) as bar:
-        for images in part.images.batches(batches, device):
-            features, logits = network.network(images)
-            pixels = _shrink(images, PIXEL_SIDE).clamp(-1, 1).add(1).mul(127.5).round()
-            found = features.float(), logits, pixels.to(torch.uint8).flatten(1)
-            parts.append([None if one is None else one.to(home) for one in found])
-            bar.update(len(images))
+    for images in part.batches(settings, what):
+        features, logits = network.network(images)
+        found = features.float(), logits, thumbnails(images).flatten(1)
+        parts.append([None if one is None else one.to(home) for one in found])
     columns = zip(*parts, strict=True)
     return Features(*(None if one[0] is None else torch.cat(one) for one in columns))
 
 
-def _shrink(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) -> the same, or shrunk to `side` pixels along the longer side."""
-    scale = side / max(images.shape[2:])
+def shrink(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> the same, or shrunk to `MAX_SIDE` pixels along the longer side."""
+    scale = MAX_SIDE / max(images.shape[2:])
     if scale >= 1:
         return images
     size = [max(1, math.floor(length * scale)) for length in images.shape[2:]]
     return F.interpolate(images, size=size, mode="bilinear", antialias=True)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) in [-1, 1], shrunk, in 8 bits: (B, C, h, w), uint8."""
+    return shrink(images).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+
+
+def class_targets(network: FeatureNetwork, rows: Sequence[Row], what: str) -> Tensor | None:
+    """The number of each image's class, (N,); `UNKNOWN` for classes without training images.
+
+    None where images have no labels, or the network no classes.
+    """
+    if not network.class_names or not all(row.label for row in rows):
+        return None
+    numbers = {name: number for number, name in enumerate(network.class_names)}
+    targets = torch.tensor([numbers.get(row.label, UNKNOWN) for row in rows])
+    unknown = first_few(sorted({row.label for row in rows} - numbers.keys()))
+    left_out = int((targets == UNKNOWN).sum())
+    if left_out == len(rows):
+        raise UserError(
+            f"the classifier was not trained on the labels {unknown} of {what}; give data of the "
+            "same classes"
+        )
+    if left_out:
+        warn(
+            f"label_agreement leaves out {left_out:,} of {len(rows):,} images of {what}, whose "
+            f"classes the classifier has no training images of: {unknown}"
+        )
+    return targets
 
 
 def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
@@ -191,28 +223,22 @@ def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estima
     return estimate(sums[0] / sums[1].clamp(min=1), SHARE)
 
 
-def print_accuracy(accuracy: Estimate, count: int) -> None:
-    """Print the `label_agreement` of the classifier on held-out real images."""
-    percent = 100 * accuracy.value
-    print(f"classifier: {percent:.1f} % of the labels of {count:,} held-out images right")
-
-
 def warn(text: str) -> None:
     """Print what to keep in mind when reading the metrics."""
     print(f"warning: {text}", file=sys.stderr)
 
 
-def warn_if_few(features: Features, name: str) -> None:
-    """Warn where a set is too small for a meaningful Frechet distance in the network `name`."""
-    count, dimensions = features.features.shape
+def check_network(network: FeatureNetwork, real: Features, targets: Tensor | None) -> None:
+    """Print how far metrics in a network can be trusted, by N real images that are new to it."""
+    count, dimensions = real.features.shape
     if count <= dimensions:
         warn(
-            f"the Frechet distance of {count} images by the {dimensions:,} features of {name} is "
-            f"mostly noise; compare more than {dimensions:,}"
+            f"the Frechet distance of {count} images by the {dimensions:,} features of "
+            f"{network.name} is mostly noise; compare more than {dimensions:,}"
         )
-
-
-# --- the classifier of a data set ---------------------------------------------------------------
+    if targets is not None:
+        accuracy = label_agreement(real, targets, resample(count, 0, replicates=2)).value
+        print(f"classifier: {accuracy:.1%} of the labels of {count:,} held-out images right")
 
 
 class Classifier(nn.Module):
@@ -233,27 +259,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = self.body(_shrink(images, MAX_SIDE))
+        features = self.body(shrink(images))
         return features, self.head(features.relu())
-
-
-def class_targets(rows: Sequence[Row], names: Sequence[str], what: str) -> Tensor:
-    """The number of each image's class, (N,); `UNKNOWN` for classes without training images."""
-    numbers = {name: number for number, name in enumerate(names)}
-    targets = torch.tensor([numbers.get(row.label, UNKNOWN) for row in rows])
-    unknown = sorted({row.label for row in rows} - numbers.keys())
-    left_out = int((targets == UNKNOWN).sum())
-    if left_out == len(rows):
-        raise UserError(
-            f"the classifier was not trained on the labels {first_few(unknown)} of {what}; give "
-            "data of the same classes"
-        )
-    if unknown:
-        warn(
-            f"label_agreement leaves out {left_out:,} of {len(rows):,} images of {what}, whose "
-            f"classes the classifier has no training images of: {first_few(unknown)}"
-        )
-    return targets
 
 
 def reserve(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -262,9 +269,7 @@ def reserve(train: ImageSet, count: int, seed: int) -> tuple[ImageSet, ImageSet]
     A classifier knows its own training images, so that their features differ from those of new
     images: distances to them would be too large for every set but themselves.
     """
-    count = min(count, max(2, len(train.row_numbers) // MAX_RESERVED))
-    known = train.sample(count, seed)
-    return known, train.without(known)
+    return train.split(min(count, max(2, len(train.row_numbers) // MAX_RESERVED)), seed)
 
 
 def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNetwork:
@@ -272,8 +277,7 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
 
     `what` names the images in errors. The global random state does not change.
     """
-    device, seed = settings.device, settings.seed
-    counts = Counter(row.label for row in part.rows)
+    counts, device = Counter(row.label for row in part.rows), settings.device
     if "" in counts or len(counts) < 2:
         raise UserError(
             f"{what}: --features classifier needs a column label with a class for every image, two "
@@ -286,57 +290,63 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
             f"classes with fewer than {FEW_IMAGES} training images, for which label_agreement says "
             f"little: {first_few(rare)}"
         )
-    part = part.sample(TRAINING_IMAGES, seed)  # at most so many are used
-    file = _cache_file(part, settings)
+    part = part.split(TRAINING_IMAGES, settings.seed)[0]  # at most so many are used
+    images = torch.cat([thumbnails(x) for x in part.batches(settings, "reading images")])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        model = Classifier(part.images.channels, len(names))
-        try:
-            model.load_state_dict(safetensors.torch.load_file(file))
-        except (OSError, safetensors.SafetensorError, RuntimeError):  # not there, or damaged
-            model.load_state_dict(fit_classifier(part, names, device, seed).state_dict())
+        torch.manual_seed(settings.seed)
+        model = Classifier(images.shape[1], len(names)).to(device)
+        network = FeatureNetwork("classifier", model, f"shrunk to {MAX_SIDE} pixels", names)
+        labels = class_targets(network, part.rows, what)
+        digest = hashlib.sha256(Path(__file__).read_bytes() + images.cpu().numpy().tobytes())
+        options = settings.seed, device.type, torch.__version__, images.shape, labels.tolist()
+        digest.update(str(options).encode())
+        file = CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
+        if file.is_file():
+            model.load_state_dict(load_file(file))
+        else:
+            fit_classifier(model, images, labels, settings.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
             staging = file.with_suffix(f".{os.getpid()}.tmp")  # other processes may write it, too
-            safetensors.torch.save_file(model.state_dict(), staging)
+            save_file(model.state_dict(), staging)
             staging.replace(file)
-    preprocessing = f"bilinear shrinking to at most {MAX_SIDE} pixels a side"
-    return FeatureNetwork("classifier", model.eval().to(device), preprocessing, names)
+    model.eval()
+    return network
 
 
-def _cache_file(part: ImageSet, settings: Settings) -> Path:
-    """Named after all that the result of a training depends on."""
-    device, channels = settings.device, part.images.channels
-    digest = hashlib.sha256(Path(__file__).read_bytes())
-    digest.update(f"{settings.seed} {device.type} {torch.__version__} {channels}".encode())
-    digest.update(str([row.label for row in part.rows]).encode())
-    for pixels in part.images.batches(part.row_numbers.split(1024), device):
-        digest.update(pixels.cpu().contiguous().numpy().tobytes())
-    return CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
+def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int) -> None:
+    """Train on images (N, C, H, W), uint8, of classes (N,), while accuracy on new images rises.
 
+    A tenth of the images is held out. The result is an average of the weights over the training,
+    which needs no learning rate schedule, and so no length that is known before.
+    """
+    order = epoch_order(torch.arange(len(images)), seed, 0)
+    count = min(MAX_HELD_OUT, max(1, len(images) // 10))
+    held_out, rows = order[:count], order[count:]
+    trained, average = (deepcopy(model).to(memory_format=torch.channels_last) for _ in range(2))
+    optimizer = torch.optim.AdamW(trained.parameters(), RATE)
+    pairs = zip(average.eval().state_dict().values(), trained.state_dict().values(), strict=True)
+    averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
 
-def fit_classifier(
-    part: ImageSet, names: Sequence[str], device: torch.device, seed: int
-) -> Classifier:
-    """Train a classifier on a set of images; sets the global random state to `seed`."""
-    torch.manual_seed(seed)
-    images, rows = part
-    model = Classifier(images.channels, len(names)).to(device)
-    model = model.to(memory_format=torch.channels_last)
-    labels = torch.zeros(len(images), dtype=torch.long)
-    labels[rows] = class_targets(part.rows, names, "the data")
-    optimizer = torch.optim.AdamW(model.parameters())
-    batch = min(BATCH, len(rows))
-    per_epoch = len(rows) // batch
-    steps = min(math.ceil(TRAINING_IMAGES / batch), MAX_EPOCHS * per_epoch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=steps)
-    order = [
-        batch_rows
-        for epoch in range(math.ceil(steps / per_epoch))
-        for batch_rows in epoch_order(rows, seed, epoch).split(batch)[:per_epoch]
-    ][:steps]
-    loaded = zip(order, images.batches(order, device), strict=True)
-    for batch_rows, pixels in tqdm(loaded, desc="classifier", total=steps, disable=None):
-        F.cross_entropy(model(pixels)[1], labels[batch_rows].to(device)).backward()
+    def predict(network: nn.Module, chosen: Tensor) -> Tensor:
+        return network(images[chosen].float() / 127.5 - 1)[1]
+
+    accuracies, size = [-1.0], min(BATCH, len(rows))
+    steps = TRAINING_IMAGES // size
+    epochs = (epoch_order(rows, seed, epoch).split(size) for epoch in itertools.count(1))
+    batches = (batch for epoch in epochs for batch in epoch if len(batch) == size)
+    bar = tqdm(desc="classifier, at most", total=TRAINING_IMAGES, unit=" images", disable=None)
+    for step, batch in zip(range(1, 1 + steps), batches, strict=False):
+        F.cross_entropy(predict(trained, batch), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        schedule.step()
-    return model.eval()
+        torch._foreach_lerp_(averages, weights, 9 / (9 + step))
+        bar.update(size)
+        if step % (CHECK_IMAGES // BATCH) == 0 or step == steps:
+            with torch.inference_mode():
+                logits = torch.cat([predict(average, x) for x in held_out.split(BATCH)])
+            accuracies.append(float((logits.argmax(dim=1) == labels[held_out]).double().mean()))
+            if accuracies[-1] > max(accuracies[:-1]):
+                model.load_state_dict(average.state_dict())
+            elif max(accuracies[-PATIENCE:]) <= max(accuracies[:-PATIENCE], default=-1.0):
+                break
+    bar.close()

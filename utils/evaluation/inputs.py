@@ -1,9 +1,7 @@
 """What the flags of evaluate.py name: sets of images, samples, and published feature networks."""
 
 import argparse
-import contextlib
 import hashlib
-import io
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.transforms.functional import normalize
 
 from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
@@ -21,11 +20,11 @@ from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet
 from utils.provenance import Lineage, LoadedModel, Split
 
-SMALLEST = DENSITY_K + 1  # images, where sets are compared by their neighbours
+# Images; samples are compared by their neighbours.
+NEEDED = {"reconstructions": 2, "likelihood": 2, "samples": DENSITY_K + 1}
 LIST, GRID = "images.csv", "grid.png"  # in a folder of images_from_indexes.py
 INCEPTION = ("2048", "logits_unbiased")  # the Inception Score takes logits without bias
-DINOV2 = "huggingface.co/facebook/dinov2-large"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its pixels
 
 
 class RealImages(NamedTuple):
@@ -34,27 +33,20 @@ class RealImages(NamedTuple):
     train: ImageSet
     held_out: ImageSet
     split: dict[str, Any]  # `held_out`, in words; val_fraction and seed where they decided
-    path: str  # of the former, for messages
 
 
 class Samples(NamedTuple):
     """Samples and their origin, as far as it is known."""
 
-    images: ImageSet
+    images: Images
     place: Path  # their file or folder
+    sha256: str
     lineage: Lineage
-    split: Split | None  # of the training's data
-    hashes: dict[str, str]
-    tokenizer: Any = None  # that of --model_dir, or None
+    split: Split | None = None  # of the training's data
 
 
 def read_images(
-    flags: argparse.Namespace,
-    flag: str,
-    *,
-    at_least: int = 2,
-    path: Path | None = None,
-    **options: Any,
+    flags: argparse.Namespace, flag: str, path: Path | None = None, **options: Any
 ) -> ImageDataset:
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
     path = path or Path(getattr(flags, flag))
@@ -65,14 +57,15 @@ def read_images(
         )
     dataset = ImageDataset(path, cli.read_flags(ImageConfig, flags), **options)
     print(dataset)
-    _check_count(dataset, path, at_least)
+    _check_count(flags, dataset, path)
     return dataset
 
 
-def _check_count(images: Images, path: Path, at_least: int = SMALLEST) -> None:
-    if len(images) < at_least:
+def _check_count(flags: argparse.Namespace, images: Images, path: Path) -> None:
+    needed = NEEDED[flags.kind]
+    if len(images) < needed:
         raise UserError(
-            f"{path} has only {len(images)} of the at least {at_least} images that are needed here"
+            f"{path} has only {len(images)} of the at least {needed} images that are needed here"
         )
 
 
@@ -85,7 +78,7 @@ def read_real(
     """
     path, size = flags.path_to_data, samples.size
     wanted = size if flags.image_size or flags.indexes_path else None
-    options |= {"channels": samples.channels, "at_least": SMALLEST}
+    options["channels"] = samples.channels
     real = read_images(flags, "path_to_data", size=wanted, **options)
     if real.size != size:
         sizes = ["x".join(map(str, one)) for one in (real.size, size)]
@@ -96,8 +89,7 @@ def read_real(
     if flags.path_to_test:
         options |= {"value_range": real.value_range, "resampling": real.resampling}
         test = read_images(flags, "path_to_test", size=size, **options)
-        described = {"held_out": "path_to_test"}
-        return RealImages(ImageSet.whole(real), ImageSet.whole(test), described, path)
+        return RealImages(ImageSet.whole(real), ImageSet.whole(test), {"held_out": "path_to_test"})
     described = {"held_out": "column split of path_to_data"}
     if not real.rows[0].split:
         if split is None:
@@ -107,12 +99,12 @@ def read_real(
             )
         described = {"held_out": "drawn from path_to_data as the training did", **asdict(split)}
     train, held_out = split_rows(real.rows, **asdict(split or Split(0.0, 0)))
-    if min(len(train), len(held_out)) < SMALLEST:
+    if min(len(train), len(held_out)) < NEEDED[flags.kind]:
         raise UserError(
             f"{path} has {len(held_out)} validation images, too few to compare with; give "
             "others by --path_to_test"
         )
-    return RealImages(ImageSet(real, train), ImageSet(real, held_out), described, path)
+    return RealImages(ImageSet(real, train), ImageSet(real, held_out), described)
 
 
 def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Samples:
@@ -120,23 +112,15 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     if bool(flags.images) == bool(flags.indexes_path):
         raise UserError("give the samples by either --images or --indexes_path")
     if flags.images:
-        samples = _read_pictures(flags, tokenizer and tokenizer.model.config.in_channels)
-    elif flags.image_size:
+        return _read_pictures(flags, tokenizer and tokenizer.model.config.in_channels)
+    if flags.image_size:
         raise UserError(
             "--image_size cannot be combined with --indexes_path, whose images have the size that "
             "the tokenizer decodes; leave it out"
         )
-    elif tokenizer is None:
+    if tokenizer is None:
         raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    else:
-        samples = _read_grids(flags.indexes_path, tokenizer)
-    hashes = {f"{one.name}_sha256": one.sha256 for one in samples.lineage if one.sha256}
-    models = {key: hashes[key] for key in ("tokenizer_sha256", "gpt_sha256") if key in hashes}
-    samples = samples._replace(hashes=models | samples.hashes)
-    if tokenizer is not None:
-        split = tokenizer.provenance.split
-        samples = samples._replace(split=split, tokenizer=tokenizer.model)
-    return samples
+    return _read_grids(flags, tokenizer)
 
 
 def _read_pictures(flags: argparse.Namespace, channels: int | None) -> Samples:
@@ -148,39 +132,27 @@ def _read_pictures(flags: argparse.Namespace, channels: int | None) -> Samples:
             f"no images at {path}; --images takes a folder of images_from_indexes.py or a CSV of "
             "image paths"
         )
-    options = {"size": flags.image_size, "channels": channels}
-    images = read_images(flags, "images", at_least=SMALLEST, path=table, **options)
+    images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
     place = table.parent if table.name == LIST else table
-    grid = place / GRID
-    lineage, split = provenance.of_picture(grid) if grid.is_file() else ((), None)
     sha256 = hashlib.sha256()
     for file in images.files:
         sha256.update(Path(file).read_bytes())
-    hashes = {"samples_sha256": sha256.hexdigest()}
-    return Samples(ImageSet.whole(images), place, lineage, split, hashes)
+    known = provenance.of_picture(place / GRID) if (place / GRID).is_file() else ((),)
+    return Samples(images, place, sha256.hexdigest(), *known)
 
 
-def _read_grids(address: str, tokenizer: LoadedModel) -> Samples:
+def _read_grids(flags: argparse.Namespace, tokenizer: LoadedModel) -> Samples:
     """Indices, which are decoded when they are needed."""
-    path, model, config = addresses.fetch(address), tokenizer.model, tokenizer.model.config
+    address, config = flags.indexes_path, tokenizer.model.config
+    path = addresses.fetch(address)
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
-    size = tuple(side * config.downsampling for side in indices.latent_dim)
-    decoded = DecodedImages(indices.tensor(), indices.rows, model.decode, config.in_channels, size)
-    _check_count(decoded, path)
+    decoded = DecodedImages(indices.tensor(), indices.rows, tokenizer.model)
+    _check_count(flags, decoded, path)
     # What was fetched lies in a temporary folder.
     place = path if path == Path(address) else Path("outputs", *address.split("/")[1:])
-    hashes = {"samples_sha256": digest(path), "tokenizer_sha256": tokenizer.sha256}
-    return Samples(ImageSet.whole(decoded), place, lineage_of(path), None, hashes)
-
-
-def sampling_run(lineage: Lineage) -> str:
-    """The run of the GPT that generated what has this lineage; "" if it is not known."""
-    return next((stage.run_id for stage in reversed(lineage) if stage.name == "samples"), "")
-
-
-# --- the networks of published distances --------------------------------------------------------
+    return Samples(decoded, place, digest(path), lineage_of(path))
 
 
 class _Inception(nn.Module):
@@ -190,28 +162,17 @@ class _Inception(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        try:
-            from torch_fidelity import feature_extractor_inceptionv3 as fidelity
-        except ImportError as error:
-            raise _no_package("inception", "torch-fidelity") from error
-        url = fidelity.URL_INCEPTION_V3
-        try:
-            if path:
-                torch.load(path, map_location="cpu", weights_only=True)
-            else:
-                print(f"taking the weights of Inception from {url} or torch.hub's cache")
-                with contextlib.redirect_stderr(io.StringIO()):  # where it repeats the address
-                    torch.hub.load_state_dict_from_url(url, weights_only=True)
-        except Exception as error:  # no network, no such file, or no weights: of many types
-            raise _no_weights("inception", error, url) from error
-        # torch-fidelity unpickles the file without restrictions. The lines above have read the
-        # same file and would have refused one with anything besides tensors in it.
-        try:
-            self.inner = fidelity.FeatureExtractorInceptionV3(
-                "inception", list(INCEPTION), feature_extractor_weights_path=path or None
-            )
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise _wrong_weights("inception", path, url) from error
+        from torch_fidelity import feature_extractor_inceptionv3 as fidelity
+
+        # torch-fidelity unpickles the file without restrictions; this refuses one with anything
+        # besides tensors in it.
+        if path:
+            torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            torch.hub.load_state_dict_from_url(fidelity.URL_INCEPTION_V3, weights_only=True)
+        self.inner = fidelity.FeatureExtractorInceptionV3(
+            "inception", list(INCEPTION), feature_extractor_weights_path=path or None
+        )
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = images[:, :3].expand(-1, 3, -1, -1).add(1).mul(127.5).round()
@@ -226,30 +187,27 @@ class _Dinov2(nn.Module):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        try:
-            from transformers import AutoConfig, AutoModel
-        except ImportError as error:
-            raise _no_package("dinov2", "transformers") from error
+        from transformers import AutoConfig, AutoModel
+
         if not Path(path or "-").is_dir():
-            missing = OSError(f"no folder {path}".strip())
-            raise _no_weights("dinov2", missing, f"the folder {DINOV2}")
-        try:
-            if not AutoConfig.from_pretrained(path).model_type.startswith("dinov2"):
-                raise ValueError("another network")
-            options: Any = {"use_safetensors": True, "output_loading_info": True}
-            self.inner, loading = AutoModel.from_pretrained(path, **options)
-            if loading["missing_keys"] or loading["mismatched_keys"]:
-                raise ValueError("other weights")
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise _wrong_weights("dinov2", path, DINOV2) from error
+            raise OSError(f"no folder {path}".strip())
+        if not AutoConfig.from_pretrained(path).model_type.startswith("dinov2"):
+            raise ValueError("another network")
+        self.inner = AutoModel.from_pretrained(path, use_safetensors=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
         images = F.interpolate(
             images[:, :3].expand(-1, 3, -1, -1), size=(224, 224), mode="bicubic", antialias=True
         )
-        mean, std = (torch.tensor(x, device=images.device)[:, None, None] for x in (MEAN, STD))
-        pixels = ((images.clamp(-1, 1) + 1) / 2 - mean) / std
+        pixels = normalize((images.clamp(-1, 1) + 1) / 2, *IMAGENET)
         return self.inner(pixels).pooler_output, None
+
+
+# Each network, its package, and where its weights are.
+PUBLISHED: dict[str, tuple[Any, str, str]] = {
+    "inception": (_Inception, "torch-fidelity", "the .pth of github.com/toshas/torch-fidelity"),
+    "dinov2": (_Dinov2, "transformers", "the folder huggingface.co/facebook/dinov2-large"),
+}
 
 
 def open_network(name: str | None, path: str, device: torch.device) -> FeatureNetwork | None:
@@ -257,26 +215,20 @@ def open_network(name: str | None, path: str, device: torch.device) -> FeatureNe
 
     `path` is the weights file of Inception ("" downloads it), or the folder of DINOv2.
     """
-    make: Any = {"inception": _Inception, "dinov2": _Dinov2}.get(name or "")
-    if make is not None:
+    if name not in PUBLISHED:
+        if path:
+            raise UserError("--feature_weights needs --features inception or dinov2; add one")
+        return None
+    make, package, weights = PUBLISHED[name]
+    try:
         network = make(path).requires_grad_(False).eval().to(device)
-        return FeatureNetwork(str(name), network, make.preprocessing)
-    if path:
-        raise UserError("--feature_weights needs --features inception or dinov2; add one of them")
-    return None
-
-
-def _no_package(name: str, package: str) -> UserError:
-    return UserError(f"--features {name} needs the package {package}: pip install {package}")
-
-
-def _no_weights(name: str, error: Exception, where: str) -> UserError:
-    return UserError(
-        f"--features {name} has no weights ({one_line(error, 150)}); download {where} and give "
-        "its path as --feature_weights, or use --features classifier"
-    )
-
-
-def _wrong_weights(name: str, path: str, right: str) -> UserError:
-    found = f"{path or 'the download'} does not hold the weights of {name}"
-    return UserError(f"{found}; --feature_weights takes those of {right}")
+    except ImportError as error:
+        raise UserError(
+            f"--features {name} needs the package {package}: pip install {package}"
+        ) from error
+    except Exception as error:  # no network, no such file, other weights: of many types
+        raise UserError(
+            f"--features {name} cannot use {path or 'what it downloads'} ({one_line(error, 150)}); "
+            f"give {weights} as --feature_weights, or use --features classifier"
+        ) from error
+    return FeatureNetwork(name, network, make.preprocessing)

@@ -1,7 +1,7 @@
 """Metrics with confidence intervals: of pairs of images, two sets of features, codebook indices.
 
-A new metric is one function and one row in `IMAGE_METRICS`, `CODE_METRICS` or
-`distances.SET_METRICS`. Trainings, evaluate.py, MLflow and --compare iterate over these tables.
+A new metric is one function and one row in `IMAGE_METRICS` or `CODE_METRICS`, or one line in
+`distances.set_metrics`. Trainings, evaluate.py, MLflow and --compare iterate over these.
 """
 
 import math
@@ -16,7 +16,7 @@ from utils.cli import UserError
 
 REPLICATES, FRECHET_REPLICATES = 100, 50  # bootstrap resamples
 WIDTH = 1.96  # standard errors on each side of an estimate: 95 % of a normal distribution
-MAX_PAIRS = 1 << 25  # further pairs would not change a bigram baseline
+MAX_TOKENS = 1 << 25  # more would not change a baseline
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
 
 Bounds = tuple[float, float]
@@ -29,8 +29,7 @@ ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
 class Estimate(NamedTuple):
     """A metric, and its standard deviation over the bootstrap resamples.
 
-    Quantiles of the resamples are not used: sets that are sampled with replacement have larger
-    distances and fewer codes in use than the original sets.
+    Their quantiles are not used: resampled sets have larger distances and fewer codes in use.
     """
 
     value: float
@@ -84,8 +83,7 @@ def psnr(mse: float) -> float:
 def ssim(images: Tensor, others: Tensor) -> Tensor:
     """Structural similarity (Wang et al., 2004) of pairs (B, C, H, W) in [-1, 1]: (B,), float32.
 
-    On the scale [0, 1]; 1 for equal images. Gaussian window of 11 pixels and deviation 1.5, inside
-    the image only; for smaller images, the window has the largest odd side that fits.
+    On the scale [0, 1], by a Gaussian window inside the image, or the largest odd one that fits.
     """
     side = min(SSIM_WINDOW, *images.shape[2:])
     side -= 1 - side % 2  # odd, so that the window has a middle
@@ -224,54 +222,32 @@ def token_divergence(counts: Tensor, others: Tensor) -> Estimate:
     return estimate(middle - (entropy(shares) + entropy(others)) / 2, SHARE)
 
 
-def unigram_bits(counts: Tensor, held_out: Tensor) -> float:
-    """Bits per token of `held_out` counts (K,) under the distribution of `counts` (K,).
-
-    One is added to every count (Laplace), so that an index without occurrences has finite bits.
-    """
-    probabilities = (counts.double() + 1) / (counts.sum() + len(counts))
-    return float(-(held_out.double() * probabilities.log2()).sum() / held_out.sum())
-
-
-def bigram_bits(grids: Tensor, held_out: Tensor, codebook_size: int) -> float:
-    """Bits per token of held-out grids if each index is predicted from the previous one alone.
-
-    Counts of the first 2^25 pairs in raster order, smoothed by the unigram distribution in
-    proportion to the number of distinct successors (Witten and Bell, 1991). The first index has
-    the unigram alone. Grids are (N, h, w) and (M, h, w).
-    """
-    grids, held_out = (
-        x.flatten(1)[: max(1, MAX_PAIRS // x[0].numel())].long() for x in (grids, held_out)
-    )
-    counts = torch.bincount(grids.flatten(), minlength=codebook_size)
-    unigram = (counts.double() + 1) / (counts.sum() + codebook_size)
-    pairs = grids[:, :-1] * codebook_size + grids[:, 1:]
-    observed, times = pairs.flatten().unique(return_counts=True)  # sorted
-    previous = observed // codebook_size
-    total = torch.bincount(previous, times.double(), codebook_size)
-    successors = torch.bincount(previous, minlength=codebook_size).double()
-
-    first, second = held_out[:, :-1].flatten(), held_out[:, 1:].flatten()
-    bits = -unigram[held_out[:, 0]].log2().sum()
-    if len(observed):
-        wanted = first * codebook_size + second
-        place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
-        found = torch.where(observed[place] == wanted, times[place], 0).double()
-        weight = successors[first].clamp(min=1)  # after an index without successors: the unigram
-        bits -= ((found + weight * unigram[second]) / (total[first] + weight)).log2().sum()
-    return float(bits) / held_out.numel()
-
-
 def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tuple[float, float]:
     """Unigram and bigram bits per token of validation grids: what a GPT has to improve on.
 
-    Grids are (N, h, w), or (N, h, w, depth) for a depth above 1, where each depth has its own
-    statistics. The unigram does not spend bits on the depth, which is known at each token.
+    The unigram adds one to each count of an index in the training grids (Laplace). The bigram
+    predicts each index from the previous one in raster order, smoothed by the unigram in proportion
+    to the number of distinct successors (Witten and Bell, 1991). Grids are (N, h, w), or
+    (N, h, w, depth): each depth has its own statistics, and no bits are spent on the depth itself.
     """
-    size = codebook_size * depth
-    train, val = (_with_depth(x, codebook_size, depth) for x in (train, val))
-    counts = [torch.bincount(grids.flatten(), minlength=size) for grids in (train, val)]
-    return unigram_bits(*counts) - math.log2(depth), bigram_bits(train, val, size)
+    size, rows = codebook_size * depth, max(1, MAX_TOKENS // train[0].numel())
+    train, val = (_with_depth(x[:rows], codebook_size, depth).flatten(1) for x in (train, val))
+    counts = torch.bincount(train.flatten(), minlength=size)
+    unigram = (counts.double() + 1) / (counts.sum() + size)
+
+    pairs = train[:, :-1] * size + train[:, 1:]
+    observed, times = pairs.unique(return_counts=True)  # sorted
+    previous = observed // size
+    total = torch.bincount(previous, times.double(), size)
+    successors = torch.bincount(previous, minlength=size).double()
+    first, second = val[:, :-1].flatten(), val[:, 1:].flatten()
+    wanted = first * size + second
+    place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
+    found = torch.where(observed[place] == wanted, times[place], 0).double()
+    weight = successors[first].clamp(min=1)  # after an index without successors: the unigram
+    bigram = (found + weight * unigram[second]) / (total[first] + weight)
+    bits = unigram[val[:, 0]].log2().sum() + bigram.log2().sum()
+    return float(-unigram[val].log2().mean()) - math.log2(depth), float(-bits) / val.numel()
 
 
 # --- the best model -----------------------------------------------------------------------------

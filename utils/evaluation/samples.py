@@ -8,19 +8,9 @@ from torch import Tensor
 from utils.cli import UserError
 from utils.data.sources import Row
 from utils.distributed import Distributed
-from utils.evaluation.features import (
-    DecodedImages,
-    ImageSet,
-    Settings,
-    class_targets,
-    extract_features,
-    label_agreement,
-    print_accuracy,
-    reserve,
-    train_classifier,
-    warn_if_few,
-)
-from utils.evaluation.metrics import WIDTH, frechet_distance, resample
+from utils.evaluation import features
+from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
+from utils.evaluation.metrics import WIDTH, Estimate, frechet_distance, resample
 from utils.provenance import LoadedModel
 
 BATCH = 256
@@ -61,22 +51,29 @@ class SampleEvaluator:
             )
         if not group.is_main:
             return
-        config = tokenizer.model.config
-        self._decoded = tokenizer.model.decode, config.in_channels, config.image_size
-        self._settings = Settings(group.device, BATCH, seed)
-        images = DecodedImages(grids, rows, *self._decoded)
-        known, training = reserve(ImageSet(images, train), len(held_out), seed)
-        self._network = train_classifier(training, "--fd_samples", self._settings)
-        real = ImageSet(images, held_out)
-        self._real = extract_features(self._network, real, self._settings, "features")
-        self._targets = class_targets(real.rows, self._network.class_names, "--path_to_data")
-        first, second = (resample(len(held_out), seed + n, REPLICATES) for n in (0, 1))
-        self._weights = first, second
-        best = extract_features(self._network, known, self._settings, "features").features
-        pair = first, resample(len(best), seed + 1, REPLICATES)
-        self._best = frechet_distance(self._real.features, best, pair).value
-        warn_if_few(self._real, self._network.name)
-        print_accuracy(label_agreement(self._real, self._targets, first), len(held_out))
+        self._tokenizer, self._settings = tokenizer.model, Settings(group.device, BATCH, seed)
+        images = DecodedImages(grids, rows, self._tokenizer)
+        known, others = features.reserve(ImageSet(images, train), len(held_out), seed)
+        network = features.train_classifier(others, "--fd_samples", self._settings)
+        self._network, real = network, ImageSet(images, held_out)
+        self._real = self._features(real)
+        self._targets = features.class_targets(network, real.rows, "--path_to_data")
+        self._best = self._distance(self._features(known)).value
+        features.check_network(network, self._real, self._targets)
+        self._accuracy = self._agreement(self._real)
+
+    def _agreement(self, found: Features) -> float:
+        assert self._targets is not None  # the classifier was trained on their labels
+        weights = resample(len(self.rows), 0, REPLICATES)
+        return features.label_agreement(found, self._targets, weights).value
+
+    def _features(self, part: ImageSet) -> Features:
+        return features.extract_features(self._network, part, self._settings, "features")
+
+    def _distance(self, found: Features) -> Estimate:
+        sets, seed = (self._real.features, found.features), self._settings.seed
+        first, second = (resample(len(x), seed + n, REPLICATES) for n, x in enumerate(sets))
+        return frechet_distance(*sets, (first, second))
 
     def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
         """FD (classifier), its standard error, and the share of samples of the right class.
@@ -85,16 +82,15 @@ class SampleEvaluator:
         """
         values = torch.zeros(len(METRICS), device=self._group.device)
         if self._group.is_main:
-            images = ImageSet.whole(DecodedImages(sample(), (), *self._decoded))
-            found = extract_features(self._network, images, self._settings, "features")
-            distance = frechet_distance(self._real.features, found.features, self._weights)
-            right = label_agreement(found, self._targets, self._weights[1])
-            error, best = distance.standard_error, self._best
-            values += values.new_tensor([distance.value, error, right.value, best])
+            images = DecodedImages(sample(), (), self._tokenizer)
+            found = self._features(ImageSet.whole(images))
+            distance, best = self._distance(found), self._best
+            right = self._agreement(found)
+            values += values.new_tensor([distance.value, distance.standard_error, right, best])
             self._group.print(
                 f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
-                f"{WIDTH * error:.3f} (training images: {best:.3f}), "
-                f"{right.value:.1%} of the right class"
+                f"{WIDTH * distance.standard_error:.3f} (training images: {best:.3f}), "
+                f"{right:.1%} of the right class (real images: {self._accuracy:.1%})"
             )
         values = self._group.all_reduce_sum(values)
         return dict(zip(METRICS, values.tolist(), strict=True))
