@@ -176,11 +176,12 @@ def main(arguments: argparse.Namespace) -> None:
         dataset.write_skipped(output_dir)
         run.folder(output_dir, name)
 
-    health = metrics.codebook_metrics(model.quantizer.count(indices))
+    counts = model.quantizer.count(indices)
+    perplexity = metrics.codebook_metrics(counts)["perplexity"]
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
-        f"{health['codebook_usage']:.1f} % of {config.num_codes} codes in use, "
-        f"{math.log2(health['perplexity'] / config.depth):.3f} bits per token "
+        f"{int((counts > 0).sum()):,} of {config.num_codes:,} codes in use, "
+        f"{math.log2(perplexity / config.depth):.3f} bits per token "
         f"(entropy of single indices){extra}"
     )
     words = ("train.py", "--path_to_data", output_dir, "--model_dir", arguments.model_dir)

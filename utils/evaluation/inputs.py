@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.transforms.functional import normalize
 
 from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
@@ -199,7 +198,8 @@ class _Dinov2(nn.Module):
         images = F.interpolate(
             images[:, :3].expand(-1, 3, -1, -1), size=(224, 224), mode="bicubic", antialias=True
         )
-        pixels = normalize((images.clamp(-1, 1) + 1) / 2, *IMAGENET)
+        mean, deviation = torch.tensor(IMAGENET, device=images.device)[..., None, None]
+        pixels = ((images.clamp(-1, 1) + 1) / 2 - mean) / deviation
         return self.inner(pixels).pooler_output, None
 
 
