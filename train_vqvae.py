@@ -198,7 +198,6 @@ def open_run(
         stage="tokenizer",
         run_id=state.progress.run_id or None,
         continued=bool(state.progress.run_id),
-        logged=state.progress.logged,
         experiment=state.config.experiment,
         run_name=run_name,
         enabled=state.group.is_main,

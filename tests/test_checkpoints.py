@@ -12,7 +12,7 @@ from utils.cli import Stopped, UserError
 from utils.distributed import Distributed
 from utils.files import read_tensors
 from utils.provenance import Provenance
-from utils.tracking import Run, sync
+from utils.tracking import Run
 from utils.training.checkpoint import Checkpointer, checkpoints_in, find_checkpoint
 from utils.training.state import CheckpointState, Progress
 
@@ -169,20 +169,3 @@ def test_status(tmp_path: Path, error: BaseException | None, expected: dict) -> 
     assert status().items() >= expected.items()
     assert (status()["step"], status()["run_id"]) == (6, "run")
     assert status()["checkpoint"] == str(checkpoints_in(tmp_path)[0])
-
-
-def test_metrics_are_rewound_to_the_checkpoint(tmp_path: Path) -> None:
-    """What was logged after it comes again; an evaluation by another script stays."""
-    training, log = Training(tmp_path), tmp_path / sync.METRICS
-    for step in (1, 2, 3):
-        sync.append(log, sync.Event(**ABOUT, step=step, values={"train/loss": 1.0}))
-        if step == 2:
-            training.save(2)
-    sync.append(log, sync.Event(**ABOUT, step=0, values={"test/mse": 1.0}))
-    with log.open("a") as file:
-        file.write('{"step": 4, "train/lo')  # killed while it wrote
-    again = Training(tmp_path, resumed=find_checkpoint("auto", str(tmp_path)))
-    sync.rewind_metrics(tmp_path, again.progress.logged)
-    assert [line.step for line in sync.read_metrics(tmp_path)] == [1, 2, 0]
-    sync.rewind_metrics(tmp_path, 0)
-    assert [line.step for line in sync.read_metrics(tmp_path)] == [0]

@@ -43,7 +43,7 @@ LAYERS = {  # part of utils: the parts that it may import beside itself
     "training": (*BOTTOM, "data", "evaluation"),
     "tracking": (*BOTTOM, "data"),
 }
-WITH_MLFLOW = ("utils/tracking/opening.py", "utils/tracking/store.py", "utils/addresses.py")
+WITH_MLFLOW = ("utils/tracking/store.py", "utils/addresses.py")
 PICKLES = ("pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal")
 SLOW = ("mlflow", "pandas", "matplotlib", "scipy", "sklearn", "pyarrow", "lpips", "transformers")
 SLOW += ("torch._dynamo", "torch.nn.attention.flex_attention", "skimage")

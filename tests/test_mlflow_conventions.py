@@ -14,7 +14,9 @@ from tests.conftest import PICTURE, lines_of, open_run
 from utils import addresses, provenance, tracking
 from utils.cli import Flags, UserError
 from utils.provenance import Stage
+from utils.tracking import store as mlflow_store
 from utils.tracking import sync
+from utils.tracking.__main__ import replay
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -289,7 +291,7 @@ def test_a_replay_restores_the_end_and_the_model_s_metrics(
         run.model(run.output_dir / "best", {"val/best_mse": 0.5}, 7)
         run.close()
     ended = sync.read_events(Path("out"))[-1]
-    sync.replay(store, Path("out"))
+    replay(store, Path("out"))
     found = store.get_run(run.run_id)
     assert (found.info.status, found.info.end_time) == ("FINISHED", ended.milliseconds)
     (output,) = found.outputs.model_outputs
@@ -310,7 +312,8 @@ def test_passwords_are_in_no_line(monkeypatch: pytest.MonkeyPatch, store: Any) -
         pass
     assert run.lineage[0].command == "python train.py --path_to_data s3://bucket/data.csv"
     assert "hush" not in repr(run.lineage) + repr(store.get_run(run.run_id).to_dictionary())
-    with open_run() as run, monkeypatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", "https://me:hush@host")
-        assert "hush" not in run.ui_hint
-        assert "https://host/#/experiments" in run.ui_hint
+        hint = mlflow_store.ui_hint(store.get_run(run.run_id))
+    assert "hush" not in hint
+    assert "https://host/#/experiments" in hint

@@ -9,6 +9,7 @@ from tests.conftest import open_run
 from utils import addresses, tracking
 from utils.cli import UserError
 from utils.tracking import store as mlflow_store
+from utils.tracking.sync import Event
 from utils.training.config import TrainingConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -82,7 +83,8 @@ def test_a_training_killed_after_any_call_goes_on_without_doubles(
     (Path("first") / "model.safetensors").write_text("w")
     with open_run("killed") as run:
         pass
-    what = store, run.run_id, Path("first"), {"val/best_mse": 0.5}, 1000, 7
+    values = {"val/best_mse": 0.5}
+    what = store, Path("first"), Event(1.0, run.run_id, "model", "", "first", 7, values)
     if call:
         real = getattr(type(store), call)
 
@@ -105,19 +107,12 @@ def test_a_model_is_registered_once(store: Any) -> None:
     """A finished training that was started again registered its model another time."""
     run = train("first", 0.5)
     store.delete_registered_model_alias("digits", "champion")
-    what = store, run.run_id, "digits", "val/best_mse", True
+    event = Event(1.0, run.run_id, "model", "digits", "first", 7, {"val/best_mse": 0.5})
+    what = store, event
     for _ in range(2):  # as after a kill between the version and its alias, and once more
         assert "version 1 of digits; champion: models:/digits" in mlflow_store.register(*what)
         assert len(store.search_model_versions("name = 'digits'")) == 1
         assert champion() == "first"
-
-
-def test_no_number_is_never_better() -> None:
-    for lower_is_better in (True, False):
-        assert mlflow_store.is_better(1.0, float("nan"), lower_is_better)
-        assert not mlflow_store.is_better(float("nan"), 1.0, lower_is_better)
-        assert not mlflow_store.is_better(float("nan"), float("nan"), lower_is_better)
-        assert not mlflow_store.is_better(1.0, 1.0, lower_is_better)
 
 
 def test_no_champion_yet(store: Any) -> None:

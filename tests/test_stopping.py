@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import environment
 from tests.test_training import make_state
 from utils.cli import Stopped
-from utils.tracking import sync
+from utils.tracking.__main__ import replay
 from utils.training.loop import StopSignals, end_step
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
@@ -61,7 +61,8 @@ from utils.training.state import CheckpointState, Progress
 
 group, net = Distributed(0, 1, torch.device("cpu")), Net()
 run = Run(Path("out"), stage="gpt", experiment="tests")
-run._queues[0].put("metric", lambda: time.sleep(60))
+run._senders[0]._send = lambda event: time.sleep(60)
+run.metrics("train", {"loss": 1.0}, 1)
 progress = Progress(run_id=run.run_id)
 checkpoints = Checkpointer(run, CheckpointState(group, net, {}, progress), Provenance(), None)
 
@@ -105,5 +106,5 @@ def test_a_second_signal_ends_the_process_at_once(store: Any, moment: str, numbe
     assert (status["status"], status["exit_code"], status["step"]) == ("KILLED", 128 + number, 5)
     assert status["checkpoint"] == "out/checkpoints/step-00000000"
     assert store.get_run(status["run_id"]).info.status == "RUNNING"
-    sync.replay(store, Path("out"))
+    replay(store, Path("out"))
     assert store.get_run(status["run_id"]).info.status == "KILLED"

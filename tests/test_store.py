@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import open_run
-from utils import tracking
+from utils import addresses, tracking
 from utils.cli import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -40,8 +40,8 @@ def test_a_wrong_run_id(store: Any) -> None:
     for run_id in ("", "nonsense", "0" * 32, deleted.run_id):
         with pytest.raises(UserError, match="MLflow run"):
             tracking.continue_run(Path("later"), run_id, "")
-    assert tracking.experiment_of("0" * 32) == ""
-    assert tracking.experiment_of("") == ""
+    assert not addresses.has_run("0" * 32)
+    assert not addresses.has_run("")
 
 
 @pytest.mark.parametrize("call", ["create_run", "get_experiment_by_name"])

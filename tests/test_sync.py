@@ -11,9 +11,9 @@ from PIL import Image
 from tests.conftest import PICTURE, open_run
 from utils import tracking
 from utils.cli import UserError
+from utils.provenance import LINEAGE
 from utils.tracking import __main__ as command
 from utils.tracking import sync
-from utils.tracking.opening import LINEAGE
 from utils.tracking.sync import EVENTS, METRICS, Event
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -54,7 +54,7 @@ def test_a_run_that_mlflow_has_is_not_sent_again(store: Any, capsys: pytest.Capt
     with open_run(config={"a": 1}) as run:
         log_all(run)
     before = everything(store, run.run_id)
-    assert not sync.replay(store, Path("out")).total()
+    assert not command.replay(store, Path("out")).total()
     assert everything(store, run.run_id) == before
     command.main(command.make_parser().parse_args(["--replay", "out"]))
     assert capsys.readouterr().out == "sent: nothing, MLflow has it all\n"
@@ -69,13 +69,13 @@ def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> 
 
     with monkeypatch.context() as patch:
         for name in ("log_batch", "log_image", "log_artifact", "log_artifacts", "set_tag"):
-            patch.setattr(type(run._client), name, gone)
-        patch.setattr(type(run._client), "set_terminated", gone)
+            patch.setattr(type(store), name, gone)
+        patch.setattr(type(store), "set_terminated", gone)
         log_all(run)
         run.close("KILLED")
     assert everything(store, run.run_id)[-1] == "RUNNING"
     Path("out").rename("moved")
-    assert sync.replay(store, Path("moved")) == FULL
+    assert command.replay(store, Path("moved")) == FULL
     history, names, files, tags, status = everything(store, run.run_id)
     lines = [json.loads(line) for line in Path("moved/metrics.jsonl").read_text().splitlines()]
     assert history["train/loss"] == [
@@ -89,21 +89,28 @@ def test_all_that_mlflow_missed(store: Any, monkeypatch: pytest.MonkeyPatch) -> 
         store.get_run(run.run_id).info.experiment_id, "tables/pairs.json", [run.run_id]
     )
     assert len(table) == 2
-    assert not sync.replay(store, Path("moved")).total()
+    assert not command.replay(store, Path("moved")).total()
 
 
-def test_a_picture_that_came_through_in_half(store: Any) -> None:
-    """MLflow keeps a small version of each, which it sends second."""
+def test_a_picture_that_came_through_in_half(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow keeps a small version of each, which is sent second."""
+    real, failures = type(store).log_artifacts, iter([Gone])
+
+    def half(self: Any, run_id: str, folder: str, name: str) -> None:
+        for error in failures:
+            next(Path(folder).glob("*.webp")).unlink()
+            real(self, run_id, folder, name)
+            raise error
+        real(self, run_id, folder, name)
+
+    monkeypatch.setattr(type(store), "log_artifacts", half)
     with open_run() as run:
         picture = run.picture("pictures/samples", PICTURE, 3)
-    files = [file.path for file in store.list_artifacts(run.run_id, "images")]
+    command.replay(store, Path("out"))
+    files = sorted(file.path for file in store.list_artifacts(run.run_id, "images"))
+    assert [file.split(".")[-1] for file in files] == ["webp", "png"]
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
-    (lost,) = [file for file in files if not file.endswith("png")]
-    (home / lost).unlink()
-    assert sync.replay(store, Path("out"))["picture"] == 1
-    again = [file.path for file in store.list_artifacts(run.run_id, "images")]
-    assert sorted(again) == sorted(files)
-    with Image.open(home / lost) as sent, Image.open(picture) as here:
+    with Image.open(home / files[0]) as sent, Image.open(picture) as here:
         assert sent.getpixel((0, 0))[0] == pytest.approx(here.getpixel((0, 0))[0], abs=9)
 
 
@@ -120,7 +127,7 @@ def test_a_folder_of_two_runs(store: Any) -> None:
         run.close()
     with Path("out/metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "ti')
-    assert sync.replay(store, Path("out"))["metric"] == 2
+    assert command.replay(store, Path("out"))["metric"] == 2
     for number, run in enumerate(runs):
         history = store.get_metric_history(run.run_id, "train/loss")
         assert [(m.step, m.value) for m in history] == [(step, number) for step in range(4)]
@@ -137,30 +144,32 @@ def test_a_later_stage_does_not_hide_how_the_training_ended(
     with tracking.continue_run(Path("out"), run.run_id, "", part="samples") as later:
         later.picture("samples", PICTURE, 0)
     assert store.get_run(run.run_id).info.status == "RUNNING"
-    sync.replay(store, Path("out"))
+    command.replay(store, Path("out"))
     assert store.get_run(run.run_id).info.status == "FAILED"
 
 
 @pytest.mark.parametrize(
     "entry",
     [
-        {"lineage": [{"name": "gpt"}]},
-        {"lineage": [{"name": "gpt", "command": "", "inputs": {"a": 1}}]},
-        {"lineage": "gpt"},
-        {"picture": "pictures/a.png", "key": "a", "step": "1"},
-        {"picture": 3, "key": "a", "step": 1},
-        {"table": ["a"]},
-        {"folder": ["best"]},
-        {"file": "a", "name": None},
-        {"model": "best", "values": {"a": "b"}, "step": 1, "register": "", "lower": True},
-        {"model": "best", "values": [1], "step": 1, "register": "", "lower": True},
-        {"status": "KILLED", "run_id": 7},
+        {"kind": "lineage", "lineage": [{"name": "gpt"}]},
+        {"kind": "lineage", "lineage": [{"name": "gpt", "command": "", "inputs": {"a": 1}}]},
+        {"kind": "lineage", "lineage": "gpt"},
+        {"kind": "picture", "path": "pictures/a.png", "name": "a", "step": "1"},
+        {"kind": "picture", "path": 3, "name": "a", "step": 1},
+        {"kind": "table", "name": ["a"]},
+        {"kind": "folder", "path": "best"},
+        {"kind": "file", "path": "a", "name": None},
+        {"kind": "model", "path": "best", "values": {"a": "b"}, "step": 1},
+        {"kind": "model", "path": "best", "values": [1], "step": 1},
+        {"kind": "model", "path": "best", "step": 1},
+        {"kind": "status", "name": "KILLED", "run_id": 7},
+        {"kind": "poem", "name": "a"},
     ],
 )
 def test_damaged_entries_are_left_out(entry: dict, capsys: pytest.CaptureFixture) -> None:
     """They were tracebacks in the middle of a replay."""
     Path("out").mkdir()
-    good = {"time": 1.0, "run_id": "a", "status": "KILLED"}
+    good = {"time": 1.0, "run_id": "a", "kind": "status", "name": "KILLED"}
     lines = [{"time": 2.0, "run_id": "a", **entry}, good]
     Path("out/mlflow.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert sync.read_events(Path("out")) == [Event(**good)]
@@ -168,13 +177,13 @@ def test_damaged_entries_are_left_out(entry: dict, capsys: pytest.CaptureFixture
 
 
 def test_what_cannot_be_replayed(store: Any) -> None:
-    with pytest.raises(UserError, match=r"cannot read .*mlflow\.jsonl"):
-        sync.replay(store, Path("nowhere"))
+    with pytest.raises(UserError, match=r"nowhere has no mlflow\.jsonl"):
+        command.replay(store, Path("nowhere"))
     run = open_run()
     run.close()
     store.delete_run(run.run_id)
     with pytest.raises(UserError, match="is deleted"):
-        sync.replay(store, Path("out"))
+        command.replay(store, Path("out"))
 
 
 def test_what_mlflow_refuses_is_one_line(store: Any) -> None:
@@ -193,20 +202,19 @@ def test_files_outside_of_the_folder_are_not_sent(store: Any) -> None:
     Path("secret.json").write_text('{"columns": [], "data": []}')
     Path("out/best").mkdir()
     Path("out/best/secret").symlink_to("../../secret")
-    at = {"step": 0, "key": "a", "values": {"a": 1.0}, "register": "", "lower": True}
     for entry in (
-        {"file": "../secret", "name": ""},
-        {"file": str(Path("secret").absolute()), "name": ""},
-        {"folder": "..", "name": "x"},
-        {"folder": "best", "name": "x"},
-        {"picture": "../secret.png", **at},
-        {"table": "../../secret"},
-        {"model": "best", **at},
+        {"kind": "file", "path": "../secret"},
+        {"kind": "file", "path": str(Path("secret").absolute())},
+        {"kind": "folder", "path": "..", "name": "x"},
+        {"kind": "folder", "path": "best", "name": "x"},
+        {"kind": "picture", "path": "../secret.png", "name": "a"},
+        {"kind": "table", "name": "../../secret"},
+        {"kind": "model", "path": "best", "values": {"a": 1.0}},
     ):
         line = {"time": 1.0, "run_id": run.run_id, **entry}
         with Path("out", EVENTS).open("a") as log:
             log.write(json.dumps(line) + "\n")
-    sync.replay(store, Path("out"))
+    command.replay(store, Path("out"))
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
     assert (home / "report.html").is_file()
     assert not list(home.parents[1].rglob("*secret*"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -18,7 +19,8 @@ from utils import tracking
 from utils.cli import Stopped, UserError
 from utils.tracking import report, sync
 from utils.tracking import run as tracking_run
-from utils.tracking.sync import METRICS, Event
+from utils.tracking.__main__ import replay
+from utils.tracking.sync import EVENTS, METRICS, Event
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -139,7 +141,6 @@ def test_a_later_stage_adds_to_a_run_and_leaves_its_status(store: Any) -> None:
     found = store.get_run(run.run_id)
     assert found.info.status == "KILLED"
     assert found.data.metrics == {"train/loss": 1.0, "samples/accuracy": 0.5}
-    assert tracking.experiment_of(run.run_id) == "tests"
 
 
 def test_a_resumed_run_goes_on(store: Any) -> None:
@@ -217,9 +218,11 @@ def test_stages_that_write_into_one_folder_are_kept_apart(store: Any) -> None:
     for number, picture in enumerate(pictures):
         with Image.open(picture) as image:
             assert image.getpixel((0, 0)) == (90 * number, 0, 0)
-    logged = {event.run_id: event.picture for event in sync.read_events(Path()) if event.key}
+    logged = {
+        event.run_id: event.path for event in sync.read_events(Path()) if event.kind == "picture"
+    }
     assert logged == {run.run_id: str(one) for run, one in zip(runs, pictures, strict=True)}
-    assert not sync.replay(store, Path()).total()
+    assert not replay(store, Path()).total()
 
 
 def test_a_model_from_elsewhere_is_not_logged(store: Any, capsys: pytest.CaptureFixture) -> None:
@@ -264,13 +267,15 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
     with open_run() as run:
         for step in (1, 2, 3):
             run.metrics("train", {"loss": float(step)}, step)
-    # Killed before it was sent; what follows the checkpoint is logged again.
-    again = Event(7.0, run.run_id, step=2, values={"val/mse": 0.5})
-    sync.append(run.output_dir / METRICS, again)
-    size = (run.output_dir / "metrics.jsonl").stat().st_size
-    again = Event(7.0, run.run_id, step=3, values={"val/mse": 0.25})
-    sync.append(run.output_dir / METRICS, again)
-    with open_run(logged=size, run_id=run.run_id, continued=True) as again:
+    log = run.output_dir / METRICS
+    # Killed before it was sent, and while it was written.
+    sync.append(log, Event(7.0, run.run_id, step=2, values={"val/mse": 0.5}))
+    with log.open("a") as file:
+        file.write('{"step": 3, "val/m')
+    late = Event(7.0, run.run_id, "file", path="config.json")
+    sync.append(run.output_dir / EVENTS, late)
+    Path("out/config.json").write_text("{}")
+    with open_run(run_id=run.run_id, continued=True) as again:  # from the checkpoint of step 2
         again.metrics("train", {"loss": 3.0}, 3)
         again.metrics("val", {"mse": 0.25}, 3)
         again.metrics("train", {"loss": 4.0}, 4)
@@ -280,11 +285,17 @@ def test_a_resumed_run_gets_what_a_crash_kept_back_and_nothing_twice(store: Any)
 
     assert points("train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
     assert points("val/mse") == [(2, 0.5), (3, 0.25)]
-    assert [line["step"] for line in lines_of(again)] == [1, 2, 3, 2, 3, 3, 4]
+    assert "config.json" in {file.path for file in store.list_artifacts(run.run_id)}
+    lines = [(line.step, *line.values) for line in sync.read_metrics(run.output_dir)]
+    assert lines == [
+        *((step, "train/loss") for step in (1, 2, 3)),
+        *((step, "val/mse") for step in (2, 3)),
+        (4, "train/loss"),
+    ]
 
 
 def test_a_sample_system() -> None:
-    values = tracking_run.SystemSampler()()
+    values = tracking_run.sample_system(psutil.net_io_counters())
     assert 0 <= values["cpu_utilization_percentage"] <= 100
     assert 0 < values["process_memory_usage_megabytes"] < values["system_memory_usage_megabytes"]
     assert all(isinstance(value, float | int) for value in values.values())
@@ -292,11 +303,12 @@ def test_a_sample_system() -> None:
 
 def test_the_network_is_measured_since_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """It was measured since the machine was booted."""
-    counters = iter([(5e9, 7e9), (5e9 + 3e6, 7e9 + 1e6)])
-    names = ("bytes_recv", "bytes_sent")
-    counted = lambda: SimpleNamespace(**dict(zip(names, next(counters), strict=True)))  # noqa: E731
-    monkeypatch.setattr(tracking_run.psutil, "net_io_counters", counted)
-    values = tracking_run.SystemSampler()()
+    before, now = (
+        SimpleNamespace(bytes_recv=received, bytes_sent=sent)
+        for received, sent in ((5e9, 7e9), (5e9 + 3e6, 7e9 + 1e6))
+    )
+    monkeypatch.setattr(psutil, "net_io_counters", lambda: now)
+    values = tracking_run.sample_system(before)
     assert values["network_receive_megabytes"] == pytest.approx(3)
     assert values["network_transmit_megabytes"] == pytest.approx(1)
 

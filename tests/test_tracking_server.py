@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,8 @@ from utils import addresses, tracking
 from utils.cli import UserError
 from utils.tracking import run as tracking_run
 from utils.tracking import store, sync
+from utils.tracking.__main__ import replay
+from utils.tracking.sync import Event, Sender
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
 
@@ -141,59 +142,58 @@ def test_a_server_with_a_password_and_its_own_certificate(
     assert "warning" not in said
 
 
-def make_queue(**options: object) -> tuple[sync.AsyncQueue, list[Exception]]:
-    errors: list[Exception] = []
-    options = {"in_order": False, "on_error": errors.append, "is_final": lambda _: False} | options
-    return sync.AsyncQueue(**options), errors
+def picture(number: int) -> Event:
+    return Event(float(number), "run", "picture", "samples", "samples.png")
 
 
 def test_a_failing_upload_keeps_no_other_from_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync, "RETRY_SECONDS", 0.01)
-    done: list[int] = []
+    done: list[Event] = []
+    errors: list[Exception] = []
 
-    def fail() -> None:
-        raise OSError("full")
+    def send(event: Event) -> None:
+        if event.kind == "model":
+            raise OSError("full")
+        done.append(event)
 
-    queue, errors = make_queue()
-    queue.put("model", fail, 100)
-    for number in range(3):
-        queue.put("picture", partial(done.append, number))
-    wait_for(lambda: done == [0, 1, 2])
-    queue.close()
-    assert not queue.join(5)
-    assert queue.left() == [("model", 100)]
+    sender = Sender(send, errors.append)
+    model = Event(0.0, "run", "model", path="best", values={"val/mse": 1.0})
+    pictures = [picture(number) for number in range(3)]
+    sender.put(model, *pictures)
+    wait_for(lambda: done == pictures)
+    sender.close()
+    assert not sender.wait(5)
+    assert sender.left() == [model]
     assert errors
 
 
-def test_calls_in_order_are_repeated_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fails_is_sent_again_until_it_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sync, "RETRY_SECONDS", 0.01)
-    done: list[int] = []
+    done: list[Event] = []
     failures = iter([OSError("away")] * 3)
 
-    def first() -> None:
+    def send(event: Event) -> None:
         for error in failures:
             raise error
-        done.append(0)
+        done.append(event)
 
-    queue, _ = make_queue(in_order=True)
-    queue.put("metric", first)
-    queue.put("metric", partial(done.append, 1))
-    wait_for(lambda: done == [0, 1])
-    queue.close()
-    assert queue.join(5)
+    sender = Sender(send, lambda error: None)
+    sender.put(picture(0), picture(1))
+    wait_for(lambda: len(done) == 2)
+    sender.close()
+    assert sender.wait(5)
 
 
 def test_an_upload_is_awaited_as_long_as_others_arrive() -> None:
-    queue, _ = make_queue()
-    for _ in range(5):
-        queue.put("picture", partial(time.sleep, 0.2))
-    queue.close()
-    assert queue.join(0.5)  # for each of them
-    queue, _ = make_queue()
-    queue.put("model", partial(time.sleep, 3))
-    queue.close()
+    sender = Sender(lambda event: time.sleep(0.2), lambda error: None)
+    sender.put(*map(picture, range(5)))
+    sender.close()
+    assert sender.wait(0.5)  # for each of them
+    sender = Sender(lambda event: time.sleep(3), lambda error: None)
+    sender.put(picture(0))
+    sender.close()
     started = time.monotonic()
-    assert not queue.join(0.3)
+    assert not sender.wait(0.3)
     assert time.monotonic() - started < 2
 
 
@@ -215,8 +215,8 @@ def test_a_slow_upload_holds_up_no_metric_and_arrives(
         wait_for(lambda: steps_in_mlflow(run) == [1], seconds=1.5)
     said = capsys.readouterr()
     assert said.err == ""
-    assert "MB to MLflow; Ctrl-C leaves the rest to --replay" in said.out
-    assert not sync.replay(addresses.open_client(), Path("out")).total()
+    assert "MB to MLflow; Ctrl-C leaves them to --replay" in said.out
+    assert not replay(addresses.open_client(), Path("out")).total()
 
 
 @pytest.fixture
@@ -319,6 +319,7 @@ def test_a_server_that_dies(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sync, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(tracking_run, "END_SECONDS", 8)
     run = open_run()
     log(run, 0)
     wait_for(lambda: steps_in_mlflow(run) == [0])

@@ -4,13 +4,14 @@
 """
 
 import functools
+import importlib
 import logging
 import os
 import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,13 @@ QUIET = {
     "mlflow.tracking.context": logging.ERROR,  # no git
     "urllib3.connectionpool": logging.ERROR,  # one line per attempt
 }
-CREDENTIALS = (
-    (re.compile(r"//[^/\s]*@"), "//"),
-    (
-        re.compile(r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"),
-        r"\1...",
-    ),
-)
+SECRET = r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"
 
 
 def fetch(address: str) -> Path:
-    """The local path of an address, downloaded if it is not local.
-
-    Raises:
-        UserError: the address is malformed, or nothing can be downloaded from it.
-    """
-    if address.startswith(MLFLOW):
-        return _fetch_from_mlflow(address)
-    return _download(address) if re.match(r"[a-z][a-z0-9+]*://", address) else Path(address)
-
-
-def _fetch_from_mlflow(address: str) -> Path:
+    """The local path of an address, downloaded if it is not local; a UserError if that fails."""
+    if not address.startswith(MLFLOW):
+        return _download(address) if re.match(r"[a-z][a-z0-9+]*://", address) else Path(address)
     parts = address.split("/")[1:]
     if re.search(r"[%?#\\\x00-\x1f]", address) or {".", ".."} & set(parts) or "" in parts[:-1]:
         raise UserError(
@@ -88,18 +75,15 @@ def tracking_uri() -> str:
 
 def is_installed() -> bool:
     """Whether this machine has MLflow."""
-    try:
-        import mlflow  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    with suppress(ImportError):
+        return bool(importlib.import_module("mlflow"))
+    return False
 
 
 def open_client() -> Any:
     """An MLflow client of the tracking store, which is created where it is missing.
 
-    Raises:
-        UserError: there is no MLflow, or MLFLOW_TRACKING_URI names no usable store.
+    A UserError if there is no MLflow, or MLFLOW_TRACKING_URI names no usable store.
     """
     if not is_installed():
         raise UserError(f"{NOT_INSTALLED}; this needs it")
@@ -118,7 +102,7 @@ def open_client() -> Any:
     return client
 
 
-def within(seconds: float, call: Callable[[], Any]) -> None:
+def within(seconds: float, call: Callable[[], object]) -> None:
     """Make a call in a thread; a TimeoutError if it takes longer."""
     errors: list[Exception] = []
 
@@ -141,18 +125,15 @@ def within(seconds: float, call: Callable[[], Any]) -> None:
 def store_errors(what: str, remedy: Callable[[str], str] = lambda _: "") -> Iterator[None]:
     """Report any error as one line: each kind of MLflow or artifact store raises errors of its own.
 
-    Raises:
-        UserError: `what` and the error, without passwords, and the `remedy` for it.
+    The UserError states `what` and the error, without passwords, and the `remedy` for it.
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        text = without_credentials(one_line(error))
-        raise UserError(
-            "; ".join(filter(None, (f"{what} ({text})", remedy(str(error)))))
-        ) from error
+        parts = f"{what} ({without_credentials(one_line(error))})", remedy(str(error))
+        raise UserError("; ".join(filter(None, parts))) from error
 
 
 def how_to_connect(error: str) -> str:
@@ -168,42 +149,33 @@ def how_to_connect(error: str) -> str:
 
 def without_credentials(text: str) -> str:
     """The text without user names and passwords in URLs."""
-    for pattern, replacement in CREDENTIALS:
-        text = pattern.sub(replacement, text)
-    return text
+    return re.sub(SECRET, r"\1...", re.sub(r"//[^/\s]*@", "//", text))
 
 
 def find_run(run_id: str, client: Any = None) -> Any:
-    """An MLflow run by its id.
-
-    Raises:
-        UserError: the store has no such run, or it is deleted.
-    """
+    """An MLflow run by its id; a UserError if the store has no such run, or it is deleted."""
     client, where = client or open_client(), without_credentials(tracking_uri())
     remedy = "copy the run id from mlflow ui or from the output of the previous stage"
     with store_errors(f"no MLflow run {run_id!r} in {where}", lambda _: remedy):
         run = client.get_run(run_id)
     if run.info.lifecycle_stage == "deleted":
-        raise UserError(
-            f"the MLflow run {run_id} in {where} is deleted; restore it, or name another"
-        )
+        raise UserError(f"the MLflow run {run_id} in {where} is deleted; restore or replace it")
     return run
 
 
-def output_dir_of(run_id: str) -> Path:
-    """The output folder that a training's run was started with.
+def has_run(run_id: str) -> bool:
+    """Whether the store has an MLflow run."""
+    with suppress(UserError):
+        return bool(run_id and find_run(run_id))
+    return False
 
-    Raises:
-        UserError: see `find_run`.
-    """
+
+def output_dir_of(run_id: str) -> Path:
+    """The output folder that a training's run was started with; for errors see `find_run`."""
     return Path(find_run(run_id).data.tags.get(OUTPUT_TAG, ""))
 
 
 def has_artifacts(run_id: str, folder: str) -> bool:
-    """Whether an MLflow run has files in a folder of its artifacts.
-
-    Raises:
-        UserError: the artifacts cannot be listed.
-    """
+    """Whether an MLflow run has files in a folder of its artifacts."""
     with store_errors(f"cannot list the artifacts of {run_id}"):
         return bool(open_client().list_artifacts(run_id, folder))

@@ -21,33 +21,22 @@ from utils.files import typed
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
 CONFIG = "config.json"  # of a model folder
+LINEAGE = "lineage.json"  # in the output folder of a training and among its artifacts
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a lineage.
+    """One command of a lineage."""
 
-    Attributes:
-        name: tokenizer, indices, gpt, samples or images.
-        command: the command line as typed.
-        inputs: the SHA-256 of each input, by its path or address as given.
-        run_id: the MLflow run that the command logged to, or "".
-        commit: the git commit, with a + if files were changed; "" outside a checkout.
-        torch: version of PyTorch.
-        threads: CPU threads of PyTorch; the last bits of a sum depend on their number.
-        processes: number of processes that torchrun started.
-        sha256: of the output; "" until a later stage has read it.
-    """
-
-    name: str
-    command: str
-    inputs: dict[str, str] = field(default_factory=dict)
-    run_id: str = ""
-    commit: str = ""
-    torch: str = ""
-    threads: int = 0
-    processes: int = 1
-    sha256: str = ""
+    name: str  # tokenizer, indices, gpt, samples or images
+    command: str  # as typed
+    inputs: dict[str, str] = field(default_factory=dict)  # path or address as given -> SHA-256
+    run_id: str = ""  # of the MLflow run that the command logged to
+    commit: str = ""  # with a + if files were changed; "" outside a checkout
+    torch: str = ""  # version
+    threads: int = 0  # of PyTorch on the CPU; the last bits of a sum depend on their number
+    processes: int = 1  # that torchrun started
+    sha256: str = ""  # of the output; "" until a later stage has read it
 
     @classmethod
     def now(cls, name: str, inputs: Mapping[str, str], run_id: str) -> "Stage":
@@ -100,11 +89,7 @@ def to_json(lineage: Lineage, indent: int | None = None) -> str:
 
 
 def from_json(text: str, where: str) -> Lineage:
-    """The lineage in a text that `to_json` wrote; `where` names its place in messages.
-
-    Raises:
-        UserError: the text holds no lineage.
-    """
+    """The lineage in a text that `to_json` wrote, or a UserError that names its place, `where`."""
     try:
         return tuple(typed(Stage, value) for value in json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
@@ -113,18 +98,12 @@ def from_json(text: str, where: str) -> Lineage:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The origin of a model.
-
-    Attributes:
-        run_id: the MLflow run that trained it, or "".
-        seed, val_fraction: of the split of its data.
-        lineage: the commands up to the one that trained it.
-    """
+    """The origin of a model: its MLflow run, the split of its data, its commands."""
 
     run_id: str = ""
     seed: int = 0
     val_fraction: float = 0.1
-    lineage: Lineage = ()
+    lineage: Lineage = ()  # up to the command that trained it
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[\w-]*", self.run_id):  # folders are named after it
@@ -137,17 +116,10 @@ class Provenance:
 
 
 class LoadedModel(NamedTuple):
-    """A model in eval mode, as it was read.
+    """A model in eval mode, as it was read from a model folder."""
 
-    Attributes:
-        model: of the class that was asked for.
-        sha256: of its weights file.
-        folder: its model folder.
-        provenance: where it comes from.
-    """
-
-    model: Any
-    sha256: str
+    model: Any  # of the class that was asked for
+    sha256: str  # of its weights file
     folder: Path
     provenance: Provenance
 
@@ -175,8 +147,7 @@ def png_info(lineage: Lineage, split: Split) -> PngInfo:
 def of_picture(path: Path) -> tuple[Lineage, Split | None]:
     """The lineage in a PNG file, () for none, and the split; its pixels are not decoded.
 
-    Raises:
-        UserError: it is not a PNG file, or what it states is damaged.
+    A UserError if it is not a PNG file, or what it states is damaged.
     """
     try:
         with path.open("rb") as stream:
@@ -188,10 +159,3 @@ def of_picture(path: Path) -> tuple[Lineage, Split | None]:
     except (ValueError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"the split of the data in {path} is damaged: {error}") from error
     return from_json(texts.get(PNG_KEY, "[]"), str(path)), split
-
-
-def data_set_name(path: str) -> str:
-    """The name of a CSV's data set: its file name, or its folder's if the file name is generic."""
-    file = Path(path)
-    general = ("data", "train", "images", "index", "indices", "list", "metadata")
-    return file.stem if file.stem not in general else file.resolve().parent.name

@@ -25,9 +25,8 @@ from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.distributed import Distributed
 from utils.files import read_tensors, write_folder
 from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance, Stage
+from utils.provenance import LINEAGE, Provenance, Stage
 from utils.tracking import report, sync
-from utils.tracking.opening import LINEAGE
 from utils.training.checkpoint import find_checkpoint
 from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig
@@ -92,15 +91,14 @@ def _make_files() -> dict[str, Reader]:
     out = Path(LOGS)
     out.mkdir()
     (out / LINEAGE).write_text(provenance.to_json(lineage))
-    log = sync.EventLog(out, "a")
-    for entry in (
-        {"status": "RUNNING"},
-        {"lineage": lineage},
-        {"picture": "pictures/a.png", "key": "a", "step": 1},
-        {"folder": "best", "name": "checkpoints/best"},
-        {"model": "best", "values": {"m": 1}, "step": 1, "register": "", "lower": True},
+    for event in (
+        sync.Event(1.0, "a", "status", "RUNNING"),
+        sync.Event(2.0, "a", "lineage", "a", lineage=lineage),
+        sync.Event(3.0, "a", "picture", "a", "pictures/a.png", step=1),
+        sync.Event(4.0, "a", "folder", "checkpoints/best", "best"),
+        sync.Event(5.0, "a", "model", "", "best", step=1, values={"m": 1.0}),
     ):
-        log.append(**entry)
+        sync.append(out / sync.EVENTS, event)
     for step in range(5):
         line = sync.Event(time.time(), "a", step=step, values={"val/mse": 1 / (step + 1)})
         sync.append(out / sync.METRICS, line)

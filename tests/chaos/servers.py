@@ -7,6 +7,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from tests.chaos.harness import Result
 from tests.conftest import FIRST_START, environment
 from tests.test_tracking_server import SERVER
 from utils.addresses import open_client
-from utils.tracking import store, sync
+from utils.tracking.__main__ import replay
 
 # A training that only logs: numbers, now and then a picture, at the end a table and a file. It
 # prints its run id, how long the slowest call took, and how long the end.
@@ -46,6 +47,28 @@ started = time.monotonic()
 run.close()
 print(slowest, time.monotonic() - started, flush=True)
 """
+# A training whose model has the given number of bytes; it prints its run id, then what `LOGS` does.
+UPLOADS = """
+import sys, time
+from pathlib import Path
+from utils import cli
+from utils.tracking import Run
+cli.configure_process()
+name, size = sys.argv[1], int(sys.argv[2])
+run = Run(Path(name), stage="gpt", experiment="chaos")
+print(run.run_id, flush=True)
+best = Path(name, "best")
+best.mkdir()
+with (best / "model.safetensors").open("wb") as file:
+    file.truncate(size)
+run.model(best, {"val/best_loss": 0.5}, 1)
+started = time.monotonic()
+run.metrics("train", {"loss": 0.0, "rate": 1.0}, 0)
+slowest = time.monotonic() - started
+started = time.monotonic()
+run.close()
+print(slowest, time.monotonic() - started, flush=True)
+"""
 # What makes a server slow, or its artifact store fail, while there is a file of that name.
 SLOW = """
 import time
@@ -69,13 +92,13 @@ class Training:
     """A process of `LOGS` in the current folder."""
 
     def __init__(
-        self, name: str, count: int, pause: float, address: str | None = None, timeout: int = 2
+        self, name: str, count: int, pause: float, address: str, timeout: int = 2, code: str = LOGS
     ) -> None:
-        where = {"MLFLOW_TRACKING_URI": address} if address else {}
+        where = {"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_TIMEOUT": str(timeout)}
         self.name, self.count = name, count
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LOGS, name, str(count), str(pause)],
-            env=environment(**where, MLFLOW_HTTP_REQUEST_TIMEOUT=str(timeout)),
+            [sys.executable, "-c", code, name, str(count), str(pause)],
+            env=environment(**where),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -84,7 +107,8 @@ class Training:
 
     def end(self) -> tuple[float, float]:
         """Seconds of the slowest call and of the end."""
-        out, error = self.process.communicate(timeout=PATIENCE)
+        out, self.error = self.process.communicate(timeout=PATIENCE)
+        error = self.error
         if self.process.returncode or "Traceback" in error:
             raise RuntimeError(f"{self.name} ended with {self.process.returncode}: {error[-300:]}")
         slowest, end = map(float, out.split())
@@ -105,6 +129,7 @@ def run(count: int) -> Result:
         "killed": lambda: _server_killed(count),
         "black-hole": lambda: _black_hole(count),
         "artifacts": lambda: _artifacts_fail(count),
+        "slow-link": lambda: _slow_link(500_000_000 if count >= 1000 else 20_000_000),
     }
     seen: dict[str, Any] = {}
     bad: Counter[str] = Counter()
@@ -246,6 +271,64 @@ def _artifacts_fail(count: int) -> Part:
     return {"slowest": slowest}, bad
 
 
+def _slow_link(size: int) -> Part:
+    """A model of `size` bytes over a link of 20 MB/s; metrics do not wait for it."""
+    bad: Counter[str] = Counter()
+    with _server() as server, throttled(server.port, 20e6) as port:
+        training = Training("run", size, 0.0, f"http://127.0.0.1:{port}", 120, UPLOADS)
+        client = _client(server.address)
+        deadline = time.monotonic() + 20
+        while not client.get_metric_history(training.run_id, "train/loss"):
+            if time.monotonic() > deadline:
+                bad["metrics held up"] = 1
+                break
+            time.sleep(0.5)
+        slowest, end = training.end()
+        bad["warnings"] = len(training.error.splitlines())
+        run = client.get_run(training.run_id)
+        bad["status lost"] = run.info.status != "FINISHED"
+        (file,) = client.list_artifacts(training.run_id, "checkpoints/best")
+        (output,) = run.outputs.model_outputs
+        model = client.get_logged_model(output.model_id)
+        bad["model lost"] = file.file_size != size or model.status != "READY"
+    return {
+        "MB over 20 MB/s": size // 1_000_000,
+        "its seconds": round(end),
+        "slowest": slowest,
+    }, bad
+
+
+@contextlib.contextmanager
+def throttled(port: int, rate: float) -> Iterator[int]:
+    """The port of a proxy that passes on at most `rate` bytes a second to another port."""
+    lock, sent = threading.Lock(), [0.0, time.monotonic()]  # bytes since
+
+    def passed_on(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                with lock:
+                    sent[0] += len(data)
+                    wait = sent[1] + sent[0] / rate - time.monotonic()
+                    if wait < 0:  # the link was idle
+                        sent[:] = 0.0, time.monotonic()
+                time.sleep(max(wait, 0))
+                target.sendall(data)
+        with contextlib.suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+    def serve(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is closed at the end
+            while True:
+                near = listener.accept()[0]
+                far = socket.create_connection(("127.0.0.1", port))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=passed_on, args=pair, daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, args=(listener,), daemon=True).start()
+        yield listener.getsockname()[1]
+
+
 def _client(address: str) -> Any:
     os.environ["MLFLOW_TRACKING_URI"] = address
     return open_client()
@@ -254,8 +337,8 @@ def _client(address: str) -> Any:
 def _check(address: str, training: Training) -> Counter[str]:
     """What MLflow lost or has twice of a run after a replay, of which a second sends nothing."""
     client = _client(address)
-    sync.replay(client, Path(training.name))
-    again = sync.replay(client, Path(training.name))
+    replay(client, Path(training.name))
+    again = replay(client, Path(training.name))
     bad = Counter({"sent again": again.total()})
     run_id, steps = training.run_id, list(range(training.count))
     for key in ("train/loss", "train/rate"):
@@ -265,12 +348,11 @@ def _check(address: str, training: Training) -> Counter[str]:
         bad["doubled"] += found.total() - len(found)
         wrong = [m for m in history if key == "train/loss" and m.value != m.step / 7]
         bad["of another value"] += len(wrong)
-    pictures = {Path(file.path).name for file in client.list_artifacts(run_id, "images")}
-    logged = [event for event in sync.read_events(Path(training.name)) if event.picture]
-    bad["lost"] += len(set(steps[::50]) - {event.step for event in logged})
-    wanted = {n for x in logged for n in store.image_names(x.key, x.step, x.milliseconds)}
-    bad["lost"] += len(wanted - pictures)
-    bad["doubled"] += len(pictures - wanted)
+    pictures = [Path(file.path).name for file in client.list_artifacts(run_id, "images")]
+    for ending in (".png", ".webp"):  # each picture is logged in full and as a thumbnail
+        found = Counter(int(n.split("+")[2]) for n in pictures if n.endswith(ending))
+        bad["lost"] += len(set(steps[::50]) - set(found))
+        bad["doubled"] += found.total() - len(found)
     names = {Path(file.path).name for file in client.list_artifacts(run_id)}
     bad["lost"] += not {"config.json", "tables", "images"} <= names
     run = client.get_run(run_id)

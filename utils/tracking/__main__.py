@@ -5,10 +5,51 @@ python -m utils.tracking --report OUTPUT_DIR
 """
 
 import argparse
+import math
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from utils import addresses, cli
-from utils.tracking import report, sync
+from utils.tracking import report, store, sync
+
+
+def replay(client: Any, home: Path) -> Counter[str]:
+    """Send what the runs of an output folder logged and MLflow does not have; count it by kind.
+
+    Files outside of the folder are not sent: the log may be a stranger's. A UserError if there is
+    no such folder, or its run is not in this MLflow store.
+    """
+    sent: Counter[str] = Counter()
+    errors: list[Exception] = []
+    events, lines = sync.read_events(home), sync.read_metrics(home)
+    if not events:
+        raise cli.UserError(f"{home} has no {sync.EVENTS}; give the output folder of a run")
+
+    def send(event: sync.Event) -> None:
+        store.send(client, home, event)
+        sync.append(home / sync.EVENTS, sync.sent(event))
+        sent[event.kind] += 1
+
+    for run_id in dict.fromkeys(one.run_id for one in (*events, *lines)):
+        addresses.find_run(run_id, client)
+        sender = sync.Sender(send, errors.append)
+        sender.put(*(one for one in sync.unsent(events, run_id) if is_inside(home, one)))
+        sender.close()
+        sender.wait(math.inf)
+        own, there = [x for x in lines if x.run_id == run_id], store.logged_metrics(client, run_id)
+        sent["metric"] += store.log_metrics(client, client.get_run(run_id), own, there)
+    if errors:
+        raise errors[0]
+    return sent
+
+
+def is_inside(home: Path, event: sync.Event) -> bool:
+    """Whether the files of an event exist and are, links followed, inside of an output folder."""
+    table = f"{sync.TABLES}/{event.name}" if event.kind == "table" else ""
+    path = home / (event.path or table)
+    found = [one.resolve() for one in (path, *path.rglob("*"))]
+    return path.exists() and all(one.is_relative_to(home.resolve()) for one in found)
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -16,7 +57,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.replay:
         remedy = "fix that and run this again: nothing is sent twice"
         with addresses.store_errors(f"MLflow does not accept all of {home}", lambda _: remedy):
-            sent = sync.replay(addresses.open_client(), home)
+            sent = replay(addresses.open_client(), home)
         print(f"sent: {sync.in_words(sent) or 'nothing, MLflow has it all'}")
     elif (home / sync.METRICS).is_file():
         print(cli.build_or_error(report.write, home))

@@ -11,14 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils import cli
+from utils import cli, provenance
 from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
 from utils.data import indices
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
-from utils.provenance import ROOT, Lineage, Stage, finished, from_json, git_commit, of_picture
-from utils.tracking.opening import LINEAGE
+from utils.provenance import LINEAGE, Lineage, Stage, from_json, git_commit, of_picture
 
 # Flags of a command that a rerun drops: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -38,11 +37,11 @@ def find(what: str) -> Lineage:
     """
     if what.startswith(MLFLOW) or Path(what).exists():
         lineage = of_path(fetch(what))
-    elif not re.fullmatch("[0-9a-f]{32}", what):
-        raise UserError(f"{what} is no file, no folder, and no id of an MLflow run")
-    else:
+    elif re.fullmatch("[0-9a-f]{32}", what):
         find_run(what)
         lineage = from_json(fetch(f"runs:/{what}/{LINEAGE}").read_text(), what)
+    else:
+        raise UserError(f"{what} is no file, no folder, and no id of an MLflow run")
     if not lineage:
         raise UserError(f"{what} has no lineage: it does not state which commands produced it")
     return lineage
@@ -50,14 +49,20 @@ def find(what: str) -> Lineage:
 
 def of_path(path: Path) -> Lineage:
     """The lineage of a file or folder that a stage wrote."""
-    if path.is_file():
-        return of_picture(path)[0]
+    if path.is_file() or (path / "grid.png").is_file():
+        return of_picture(path if path.is_file() else path / "grid.png")[0]
     if (path / indices.META).is_file():
         return indices.lineage_of(path)
-    if (path / "grid.png").is_file():
-        return of_picture(path / "grid.png")[0]
-    folder = find_model_folder(path)
-    return finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
+    return provenance.finished(read_provenance(find_model_folder(path)).lineage, digest_of(path))
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 that a stage records for a path; a UserError if no stage reads such a path."""
+    if not path.exists():
+        raise UserError(f"{path} is not there; run this where the commands were run")
+    if path.is_file() or (path / indices.META).is_file():
+        return indices.digest(path)
+    return sha256(find_model_folder(path) / WEIGHTS)
 
 
 def producer(digest: str, before: Lineage) -> int | None:
@@ -72,39 +77,21 @@ def show(lineage: Lineage) -> None:
         print(f"   $ {stage.command}")
         for path, digest in stage.inputs.items():
             made = producer(digest, lineage[:number])
-            print(
-                f"   read   {digest[:12]}  {path}" + ("" if made is None else f"  (of {made + 1})")
-            )
+            origin = "" if made is None else f"  (of {made + 1})"
+            print(f"   read   {digest[:12]}  {path}{origin}")
         print(f"   wrote  {stage.sha256[:12] or 'pictures'}")
         code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
         print(f"   by     {code}, PyTorch {stage.torch}, {stage.threads} threads", end="")
         print(f", {stage.processes} processes" * (stage.processes > 1))
 
 
-def digest_of(path: Path) -> str:
-    """The SHA-256 that a stage records for a path.
-
-    Raises:
-        UserError: nothing is there, or nothing that a stage reads.
-    """
-    if not path.exists():
-        raise UserError(f"{path} is not there; run this where the commands were run")
-    if path.is_file() or (path / indices.META).is_file():
-        return indices.digest(path)
-    return sha256(find_model_folder(path) / WEIGHTS)
-
-
 def check_inputs(lineage: Lineage) -> None:
-    """Refuse a rerun if the data that the lineage starts from have changed.
-
-    Raises:
-        UserError: a file has another digest.
-    """
+    """A UserError if the data that the lineage starts from have changed."""
     for number, stage in enumerate(lineage):
         for path, digest in stage.inputs.items():
-            if producer(digest, lineage[:number]) is not None:
-                continue
-            if (now := digest_of(fetch(path))) != digest:
+            made = producer(digest, lineage[:number]) is not None
+            now = digest if made else digest_of(fetch(path))
+            if now != digest:
                 raise UserError(
                     f"{path} is not what the {stage.name} was made of: its SHA-256 was "
                     f"{digest[:12]} and is {now[:12]}; bring the old one back"
@@ -124,7 +111,7 @@ def rerun_command(stage: Stage, before: Lineage, folder: Path) -> list[str]:
     script = next((one for one in SCRIPTS if f"/{program}".endswith(f"/{one}")), None)
     if script is None:
         raise UserError(f"{stage.command[:100]!r} is not run: it is no script of this project")
-    kept, dropping = [str(ROOT / script)], False
+    kept, dropping = [str(provenance.ROOT / script)], False
     for word in words:
         flag, equals, value = word.partition("=")
         if flag in DROPPED:
@@ -145,10 +132,7 @@ def output_of(lineage: Lineage, folder: Path, number: int) -> Path:
 
 
 def rerun(lineage: Lineage, folder: Path) -> bool:
-    """Run all stages again, into a new folder, and print for each whether the output is the same.
-
-    Returns:
-        Whether all outputs are bitwise identical.
+    """Run all stages again, into a new folder; whether all outputs are bitwise identical.
 
     Raises:
         UserError: an input has changed, the folder exists, or a stage failed.
@@ -163,12 +147,12 @@ def rerun(lineage: Lineage, folder: Path) -> bool:
     for number, stage in enumerate(lineage):
         words = rerun_command(stage, lineage[:number], folder)
         print(f"\n$ python {shlex.join(words)}", flush=True)
-        starter = [sys.executable]
         if stage.processes > 1:
             count = f"--nproc_per_node={stage.processes}"
-            starter += ["-m", "torch.distributed.run", "--standalone", count]
+            words = ["-m", "torch.distributed.run", "--standalone", count, *words]
         threads = {name: str(stage.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        done = subprocess.run([*starter, *words], env={**os.environ, **threads}, check=False)
+        environment = {**os.environ, **threads}
+        done = subprocess.run([sys.executable, *words], env=environment, check=False)
         if done.returncode:
             raise UserError(f"the command above failed with exit code {done.returncode}")
         if stage.sha256:
@@ -187,11 +171,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m utils.tracking.lineage")
-    parser.add_argument(
-        "what",
-        help="id of an MLflow run, a folder that a stage wrote, or an image of "
-        "images_from_indexes.py",
-    )
+    what = "id of an MLflow run, a folder that a stage wrote, or a generated image"
+    parser.add_argument("what", help=what)
     parser.add_argument("--rerun", metavar="FOLDER", help="run all stages again, in a new folder")
     return parser
 

@@ -4,15 +4,12 @@ import base64
 import html
 import math
 import re
-import shlex
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
 from utils import provenance
-from utils.provenance import Lineage
-from utils.tracking.opening import LINEAGE
+from utils.provenance import LINEAGE, Lineage
 from utils.tracking.sync import read_metrics
 
 FILE = "report.html"
@@ -27,38 +24,31 @@ Series = dict[str, list[tuple[int, float]]]  # section -> (step, value), in orde
 def write(home: Path) -> Path:
     """Write report.html into the output folder of a training; parts without data are left out.
 
-    Raises:
-        OSError: a file cannot be read or written.
-        UserError, ValueError: the lineage is damaged.
+    An OSError if a file cannot be read or written, a UserError if the lineage is damaged.
     """
     metrics = series_of(home)
-    lineage = provenance.from_json(_text(home / LINEAGE) or "[]", str(home / LINEAGE))
-    config = _text(home / "config.json")
-    facts = [lineage[-1].name, f"run {lineage[-1].run_id}"] if lineage else []
-    curves, machine = (
-        charts({name: x for name, x in metrics.items() if ("system" in x) == of_machine})
-        for of_machine in (False, True)
-    )
+    lineage = provenance.from_json(text_of(home / LINEAGE) or "[]", str(home / LINEAGE))
+    config = html.escape(text_of(home / "config.json"))
+    facts = f"{lineage[-1].name} · run {lineage[-1].run_id}" if lineage else ""
+    machine = {name: metrics.pop(name) for name in list(metrics) if "system" in metrics[name]}
     parts = [
         summary(metrics),
-        section("Pictures", pictures(home)),
-        section("Curves", curves),
+        cards("<h2>Pictures</h2>", pictures(home)),
+        cards("<h2>Curves</h2>", charts(metrics)),
         commands(lineage),
-        details("Settings", f"<pre>{html.escape(config)}</pre>" if config else ""),
-        details("The machine", cards(machine)),
+        details("Settings", config and f"<pre>{config}</pre>"),
+        details("The machine", cards("", charts(machine))),
     ]
     template = Template(Path(__file__).with_name(FILE).read_text(encoding="utf-8"))
-    page = template.substitute(
-        title=html.escape(home.resolve().name),
-        subtitle=html.escape(" · ".join(facts)),
-        body="\n".join(filter(None, parts)),
-    )
+    title = html.escape(home.resolve().name)
+    body = "\n".join(filter(None, parts))
     staging = home / f"{FILE}.tmp"
+    page = template.substitute(title=title, subtitle=html.escape(facts), body=body)
     staging.write_text(page, encoding="utf-8")
     return staging.rename(home / FILE)
 
 
-def _text(path: Path) -> str:
+def text_of(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
@@ -92,14 +82,13 @@ def pictures(home: Path) -> list[str]:
             place = path.parent.relative_to(home).as_posix().removesuffix("pictures")
             part = re.sub("[./]", " ", place.removeprefix("evaluation/"))
             found[part + match[1]].append((int(match[2]), path))
-    found = dict(sorted(found.items(), key=lambda item: (len(item[1]) == 1, item[0])))
-    return [picture(name, steps) for name, steps in found.items()]
+    names = sorted(found, key=lambda name: (len(found[name]) == 1, name))
+    return [picture(words(name), thinned(found[name], MOST_STEPS)) for name in names]
 
 
-def picture(name: str, steps: list[tuple[int, Path]]) -> str:
+def picture(title: str, steps: list[tuple[int, Path]]) -> str:
     """A card of one picture: the last of its steps, and a slider to the others."""
-    steps = thinned(steps, MOST_STEPS)
-    title, last = words(name), len(steps) - 1
+    last, step = len(steps) - 1, f"step {steps[-1][0]}"
     images = [
         f'<img data-step="{step}" alt="{title} at step {step}"{" hidden" * (number < last)} '
         f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
@@ -107,8 +96,7 @@ def picture(name: str, steps: list[tuple[int, Path]]) -> str:
     ]
     slider = (
         f'<input type="range" min="0" max="{last}" value="{last}" aria-label="step of {title}" '
-        f'aria-valuetext="step {steps[-1][0]}">'
-        f"<figcaption><output>step {steps[-1][0]}</output></figcaption>"
+        f'aria-valuetext="{step}"><figcaption><output>{step}</output></figcaption>'
     )
     start = f'<figure class="card"{" data-slider" * bool(last)}><h3>{title}</h3>'
     return f"{start}{''.join(images)}{slider * bool(last)}</figure>"
@@ -116,14 +104,15 @@ def picture(name: str, steps: list[tuple[int, Path]]) -> str:
 
 def charts(metrics: dict[str, Series]) -> list[str]:
     """A card for each metric that has a curve, those of the validation data first."""
-    drawn = {n: s for n, s in metrics.items() if any(len(points) > 1 for points in s.values())}
-    return [chart(n, drawn[n]) for n in sorted(drawn, key=lambda n: ("val" not in drawn[n], n))]
+    found = [name for name, one in metrics.items() if max(map(len, one.values())) > 1]
+    found.sort(key=lambda name: ("val" not in metrics[name], name))
+    return [chart(words(name), metrics[name]) for name in found]
 
 
-def chart(name: str, series: Series) -> str:
+def chart(title: str, series: Series) -> str:
     """An SVG of a metric over the steps, one curve for each section."""
-    points = [point for one in series.values() for point in one]
-    (left, right), (low, high) = (span(values) for values in zip(*points, strict=True))
+    steps, values = zip(*(point for one in series.values() for point in one), strict=True)
+    (left, right), (low, high) = span(steps), span(values)
     logarithmic = low > 0 and high / low > 50
     shape = math.log if logarithmic else float
 
@@ -133,23 +122,22 @@ def chart(name: str, series: Series) -> str:
         return LEFT + across * (WIDTH - LEFT - 6), (HEIGHT - BOTTOM) - up * (HEIGHT - BOTTOM - 10)
 
     lines, keys = [], []
-    for part in range(4):
-        value = low * (high / low) ** (part / 3) if logarithmic else low + (high - low) * part / 3
+    for part in (0, 1 / 3, 2 / 3, 1):
+        value = low * (high / low) ** part if logarithmic else low + (high - low) * part
         x, y = place(left, value)
         lines.append(f'<line class="grid" x1="{x}" x2="{WIDTH - 6}" y1="{y:.1f}" y2="{y:.1f}"/>')
         lines.append(f'<text x="{x - 5}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>')
-    for step, anchor in ((left, "start"), (right, "end")):
-        x, _ = place(step, low)
+    for step, x, anchor in ((left, LEFT, "start"), (right, WIDTH - 6, "end")):
         lines.append(f'<text x="{x}" y="{HEIGHT - 5}" text-anchor="{anchor}">{step:,.0f}</text>')
-    for title, one in series.items():
-        colour = COLOURS.index(title) if title in COLOURS else 0
+    for name, one in series.items():
+        colour = COLOURS.index(name) if name in COLOURS else 0
         path = " L".join("{:.1f} {:.1f}".format(*place(*p)) for p in thinned(one, MOST_POINTS))
         lines.append(f'<path class="s{colour}" d="M{path}"/>')
-        keys.append(f'<span class="key s{colour}">{words(title)} {number(one[-1][1])}</span>')
-    label = f'role="img" aria-label="{words(name)} over steps"'
+        keys.append(f'<span class="key s{colour}">{words(name)} {number(one[-1][1])}</span>')
+    label = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title} over steps"'
     return (
-        f'<figure class="card"><h3>{words(name)}</h3><svg viewBox="0 0 {WIDTH} {HEIGHT}" {label}>'
-        f"{''.join(lines)}</svg><figcaption>{''.join(keys)}</figcaption></figure>"
+        f'<figure class="card"><h3>{title}</h3><svg {label}>{"".join(lines)}</svg>'
+        f"<figcaption>{''.join(keys)}</figcaption></figure>"
     )
 
 
@@ -157,35 +145,19 @@ def commands(lineage: Lineage) -> str:
     """The commands of the lineage, from the data on, with commits and digests."""
     items = []
     for stage in lineage:
-        read = ", ".join(f"{path} ({digest[:12]})" for path, digest in stage.inputs.items())
-        facts = (
-            f"commit {stage.commit[:12]}{'+' * stage.commit.endswith('+')}",
+        facts = [
+            f"commit {stage.commit[:12]}{stage.commit[40:]}",
             f"PyTorch {stage.torch}, threads: {stage.threads}",
-            f"read {read}" if read else "",
-        )
-        name, command = html.escape(stage.name), html.escape(wrapped(stage.command))
-        below = html.escape(" · ".join(filter(None, facts)))
+            *(f"read {path} ({digest[:12]})" for path, digest in stage.inputs.items()),
+        ]
+        command = html.escape(stage.command.replace(" --", " \\\n    --"))  # one flag a line
+        name, below = html.escape(stage.name), html.escape(" · ".join(facts))
         items.append(f"<li><strong>{name}</strong><pre>{command}</pre><p>{below}</p></li>")
     return f"<h2>How it was made</h2><ol>{''.join(items)}</ol>" if items else ""
 
 
-def wrapped(command: str) -> str:
-    """A command with one flag per line, still one command."""
-    lines: list[str] = []
-    for word in shlex.split(command):
-        if word.startswith("--") or not lines:
-            lines.append(shlex.quote(word))
-        else:
-            lines[-1] += f" {shlex.quote(word)}"
-    return " \\\n    ".join(lines)
-
-
-def section(title: str, parts: list[str]) -> str:
-    return f"<h2>{title}</h2>{cards(parts)}" if parts else ""
-
-
-def cards(parts: list[str]) -> str:
-    return f'<div class="cards">{"".join(parts)}</div>' if parts else ""
+def cards(title: str, parts: list[str]) -> str:
+    return f'{title}<div class="cards">{"".join(parts)}</div>' if parts else ""
 
 
 def details(title: str, content: str) -> str:
@@ -193,14 +165,14 @@ def details(title: str, content: str) -> str:
 
 
 def words(name: str) -> str:
-    return html.escape(name.replace("_", " ").replace("-", " "))
+    return html.escape(re.sub("[_-]", " ", name))
 
 
 def number(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def span(values: Sequence[float]) -> tuple[float, float]:
+def span(values: tuple[float, ...]) -> tuple[float, float]:
     """The smallest and the largest value, made different if they are equal."""
     low, high = min(values), max(values)
     return (low, high) if high > low else (low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2)

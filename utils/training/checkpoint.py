@@ -218,13 +218,12 @@ class Checkpointer(AbstractContextManager):
 
         A UserError if the disk is full, or a number in the weights is NaN or infinite.
         """
-        progress, metrics = self._state.progress, self._run.output_dir / METRICS
+        metrics = self._run.output_dir / METRICS
         if self._is_main and metrics.is_file():
             flush(metrics)
-            progress.logged = metrics.stat().st_size
         files = model_files(self._state.model, self._provenance) | self._extra_files
         files |= self._state.files()
-        folder = self._home / f"step-{progress.step:08}"
+        folder = self._home / f"step-{self._state.progress.step:08}"
         if not self._is_main:
             return
         _check_finite(files)

@@ -39,7 +39,7 @@ class Progress:
         best: the best validation score so far (lower is better).
         evaluations_without_improvement: since then.
         skipped: batches without an update, because a number was NaN or infinite.
-        logged: bytes of metrics.jsonl; run_id: the MLflow run.
+        run_id: the MLflow run.
     """
 
     step: int = 0
@@ -48,7 +48,6 @@ class Progress:
     best: float = math.inf
     evaluations_without_improvement: int = 0
     skipped: int = 0
-    logged: int = 0
     run_id: str = ""
 
     def improved(self, score: float) -> bool:
