@@ -329,12 +329,9 @@ def main(arguments: argparse.Namespace) -> None:
     if can_guide and known is None and guidance.guidance_scale == 1:
         print("hint: samples follow their class better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
-    print(
-        cli.next_command(
-            *("vqvae/images_from_indexes.py", "--indexes_path", output_dir, "--model_dir"),
-            arguments.model_dir or (f"runs:/{run_id}/checkpoints" if run_id else "TOKENIZER"),
-        )
-    )
+    logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
+    words = "--indexes_path", output_dir, "--model_dir", arguments.model_dir or logged
+    print(cli.next_command("vqvae/images_from_indexes.py", *words))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -103,7 +103,8 @@ def next_command(output: str) -> list[str]:
     """The words of the command that a script ends with."""
     found = re.search(r"next:\n  python (.*)", output)
     assert found, output
-    return shlex.split(found.group(1))
+    script, *words = shlex.split(found.group(1))
+    return [os.path.relpath(script, ROOT), *words]
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
 from utils import cli
 
 
@@ -197,11 +198,16 @@ def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture) -> None:
         outcome(ZeroDivisionError(), capsys)
 
 
-def test_commands_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_can_be_pasted_in_any_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sys, "argv", ["train.py", "--run_name", "a b"])
     assert cli.command_line() == "python train.py --run_name 'a b'"
-    command = cli.next_command("train.py", "--path_to_data", Path("my data") / "x")
-    assert command.splitlines()[-1].strip() == "python train.py --path_to_data 'my data/x'"
+    words = "train.py", "--path_to_data", Path("my data") / "x"
+    for folder, script in ((ROOT, "train.py"), (tmp_path, ROOT / "train.py")):
+        monkeypatch.chdir(folder)
+        command = cli.next_command(*words).splitlines()[-1].strip()
+        assert command == f"python {script} --path_to_data 'my data/x'"
 
 
 def test_unused(tmp_path: Path) -> None:

@@ -364,9 +364,10 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
     )
 
 
-def next_command(*words: object) -> str:
-    """The line that a script ends with: what to type next."""
-    return f"\nnext:\n  python {shlex.join(map(str, words))}"
+def next_command(script: object, *words: object) -> str:
+    """The line that a script ends with: what to type next, in the current folder."""
+    path = script if Path(str(script)).is_file() else Path(__file__).parents[1] / str(script)
+    return f"\nnext:\n  python {shlex.join(map(str, (path, *words)))}"
 
 
 def first_few(items: Sequence[str], total: int | None = None, limit: int = 5) -> str:
