@@ -48,11 +48,7 @@ SIDES = ("top", "bottom", "left", "right")
 
 
 def known_side(text: str, size: tuple[int, int]) -> Tensor:
-    """The known mask of a grid of `size`, (h, w), bool: `top:0.5` is its upper half.
-
-    Raises:
-        ValueError: not a side and a fraction, or one that leaves nothing to sample.
-    """
+    """The known mask of a grid of `size`, (h, w), bool: `top:0.5` is its upper half."""
     side, _, fraction = text.partition(":")
     try:
         known = float(fraction)
@@ -60,37 +56,25 @@ def known_side(text: str, size: tuple[int, int]) -> Tensor:
         known = -1.0
     if side not in SIDES or not 0 <= known <= 1:
         raise ValueError(f"expected {', '.join(SIDES)} and a fraction, as top:0.5, got {text!r}")
-    height, width = size
     vertical = side in ("top", "bottom")
-    length = height if vertical else width
+    length = size[0] if vertical else size[1]
     line = torch.arange(length) < round(known * length)
     if line.all():
-        raise ValueError(f"{text} of a grid of {height}x{width} leaves nothing to sample")
+        raise ValueError(f"{text} of a grid of {size[0]}x{size[1]} leaves nothing to sample")
     line = line.flip(0) if side in ("bottom", "right") else line
-    return (line[:, None] if vertical else line).expand(height, width)
+    return (line[:, None] if vertical else line).expand(size)
 
 
 class Known(NamedTuple):
-    """Grids to complete.
+    """Grids to complete."""
 
-    Attributes:
-        grids: (N, h, w), or (N, h, w, depth) for a depth above 1, int64.
-        mask: (h, w), bool, where their indices are kept.
-        labels: N.
-    """
-
-    grids: Tensor
-    mask: Tensor
+    grids: Tensor  # (N, h, w), or (N, h, w, depth) for a depth above 1, int64
+    mask: Tensor  # (h, w), bool, where their indices are kept
     labels: list[str]
 
 
 def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
-    """The first grids of --complete, each --variations times, with the known mask of --mask.
-
-    Raises:
-        UserError: indices of another tokenizer, a mask that cannot be read, or candidates that no
-            known index could rank.
-    """
+    """The first grids of --complete, each --variations times, with the known mask of --mask."""
     path, text = addresses.fetch(arguments.complete), arguments.mask or MASK
     indices = read_indices(
         path,
@@ -114,40 +98,33 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
     return Known(indices.tensor()[:count].long().repeat_interleave(times, dim=0), mask, labels)
 
 
-def check_flags(arguments: argparse.Namespace, device: torch.device) -> None:
-    """Refuse flags that cannot be combined.
-
-    Raises:
-        UserError: one of them would have no effect.
-    """
-    if arguments.compile and device.type != "cuda":
-        raise cli.UserError(f"--compile needs a CUDA device, got {device.type}; omit it")
-    if arguments.complete and arguments.latent_dim:
-        raise cli.UserError("--complete has grids of its own size; omit --latent_dim")
-    if not arguments.complete and max(arguments.candidates, arguments.variations) > 1:
-        raise cli.UserError("--candidates and --variations need --complete; add it")
-    if not arguments.complete and arguments.mask:
-        raise cli.UserError("--mask needs --complete; add it")
-    if arguments.labels and arguments.unconditional:
-        raise cli.UserError("--labels cannot be combined with --unconditional; omit one of them")
-
-
-def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
-    """Refuse guidance of an unconditional GPT; warn of embeddings that were never trained.
-
-    Raises:
-        UserError: the GPT has neither classes nor conditions.
-    """
-    guided = arguments.guidance_scale != 1
-    if guided and not config.num_classes and config.condition_latent_dim is None:
-        raise cli.UserError(
+def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
+    """Refuse flags that would have no effect; warn of embeddings that were never trained."""
+    guided, completes = arguments.guidance_scale != 1, bool(arguments.complete)
+    has_condition = config.condition_latent_dim is not None
+    several = max(arguments.candidates, arguments.variations) > 1
+    error = ""
+    if arguments.compile and not on_gpu:
+        error = "--compile needs a CUDA device; omit it"
+    elif completes and arguments.latent_dim:
+        error = "--complete has grids of its own size; omit --latent_dim"
+    elif several and not completes:
+        error = "--candidates and --variations need --complete; add it"
+    elif arguments.mask and not completes:
+        error = "--mask needs --complete; add it"
+    elif arguments.labels and arguments.unconditional:
+        error = "--labels cannot be combined with --unconditional; omit one of them"
+    elif guided and not config.num_classes and not has_condition:
+        error = (
             f"the GPT in {arguments.model_path} has neither classes nor conditions, so "
             "--guidance_scale has no effect; omit it"
         )
+    if error:
+        raise cli.UserError(error)
     untrained = []
     if config.num_classes and config.class_dropout == 0 and (guided or arguments.unconditional):
         untrained.append("class (--class_dropout 0)")
-    if config.condition_latent_dim is not None and config.condition_dropout == 0 and guided:
+    if has_condition and config.condition_dropout == 0 and guided:
         untrained.append("condition (--condition_dropout 0)")
     if untrained:
         print(
@@ -160,12 +137,7 @@ def check_guidance(arguments: argparse.Namespace, config: GPTConfig) -> None:
 def read_conditions(
     arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
 ) -> Conditions:
-    """Conditions of `count` images: --conditions in turn, or those of the completed images.
-
-    Raises:
-        UserError: conditions for a GPT that takes none, or of another kind; none for a GPT that
-            was never trained without.
-    """
+    """Conditions of `count` images: --conditions in turn, or those of the completed images."""
     if vocabulary.condition is None:
         if arguments.conditions:
             raise cli.UserError(
@@ -194,10 +166,7 @@ def choose_labels(
     known: Known | None,
     count: int,
 ) -> list[str]:
-    """Labels of `count` images: --labels in turn, or those of the conditions, or all classes.
-
-    Completions have by default the labels of their images.
-    """
+    """Labels of `count` images: --labels in turn, or those of their images, or all classes."""
     names = arguments.labels or list(vocabulary.class_names) or [""]
     if not arguments.labels and (known is not None or condition.rows):
         names = [row.label for row in condition.rows] if known is None else known.labels
@@ -238,15 +207,22 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
 
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
-    check_flags(arguments, device)
-    guidance = cli.read_flags(Guidance, arguments)
-    params = cli.read_flags(SamplingParams, arguments)
+    extension = PositionExtension(arguments.position_extension)
+    options = {
+        "params": cli.read_flags(SamplingParams, arguments),
+        "guidance": cli.read_flags(Guidance, arguments),
+        "position_extension": extension,
+        "compiled": arguments.compile,
+        "seed": arguments.seed,
+        "batch_size": arguments.batch_size,
+    }
     gpt = load_model(arguments.model_path, GPT, device)
+    config = gpt.model.config
+    check_flags(arguments, config, on_gpu=device.type == "cuda")
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         gpt.model.to(torch.bfloat16)
     vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
-    vocabulary.check_model(gpt.model.config, gpt.folder)
-    check_guidance(arguments, gpt.model.config)
+    vocabulary.check_model(config, gpt.folder)
     tokenizer = None
     if arguments.model_dir:
         address = addresses.fetch(arguments.model_dir)
@@ -255,15 +231,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
-    condition = read_conditions(arguments, vocabulary, gpt.model.config, count)
+    condition = read_conditions(arguments, vocabulary, config, count)
     labels = choose_labels(arguments, vocabulary, condition, known, count)
     size = arguments.latent_dim or vocabulary.latent_dim
     if known is not None:
         size = tuple(known.mask.shape)
-    extension = PositionExtension(arguments.position_extension)
-    cli.build_or_error(
-        gpt.model.grid_positions, size, extension
-    )  # fails before anything is written
+    cli.build_or_error(gpt.model.grid_positions, size, extension)  # before anything is written
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 
@@ -299,23 +272,14 @@ def main(arguments: argparse.Namespace) -> None:
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
-            options = {
-                "params": params,
-                "guidance": guidance,
-                "position_extension": extension,
-                "compiled": arguments.compile,
-                "seed": arguments.seed,
-                "batch_size": arguments.batch_size,
-                "progress": bar.update,
-            }
+            options["progress"] = bar.update
             if known is None:  # rows are written as they are sampled, for grids of any height
                 generate(gpt.model, prefix, size=size, out=indices, **options)
             else:
                 options["candidates"] = arguments.candidates
-                completed = complete(gpt.model, prefix, known.grids, known.mask, **options)
-                indices.copy_(completed)
+                indices.copy_(complete(gpt.model, prefix, known.grids, known.mask, **options))
                 if tokenizer is not None:
-                    picture_of(known, completed, tokenizer.model).save(folder / PICTURE)
+                    picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
                 write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
         run.folder(output_dir, f"generated/{output_dir.name}")
@@ -324,9 +288,8 @@ def main(arguments: argparse.Namespace) -> None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
         print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
-    config = gpt.model.config
     can_guide = config.num_classes and config.class_dropout and not arguments.unconditional
-    if can_guide and known is None and guidance.guidance_scale == 1:
+    if can_guide and known is None and arguments.guidance_scale == 1:
         print("hint: samples follow their class better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
     logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
@@ -360,7 +323,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--position_extension",
-        choices=[str(way) for way in PositionExtension],
+        choices=[*map(str, PositionExtension)],
         default=str(PositionExtension.SLIDE),
         help="positions in larger grids: slide a crop of the trained size along (default), go on "
         "beyond the trained range, or compress into it",
@@ -387,11 +350,8 @@ def make_parser() -> argparse.ArgumentParser:
         default="auto",
         help="bf16: weights and cache in bfloat16; auto: on a GPU that has it (default: auto)",
     )
-    add(
-        "--compile",
-        action="store_true",
-        help="compiled CUDA graphs, on a GPU; pays for many images",
-    )
+    text = "compiled CUDA graphs, on a GPU; pays for many images"
+    add("--compile", action="store_true", help=text)
     add("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     add("--text", action="store_true", help="also write indices.txt")
     cli.add_inference_flags(parser, batch_size=256)

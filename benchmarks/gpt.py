@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks import record
 from transformer import GPT, GPTConfig, generate
-from transformer.filters import probabilities, random_keys, sample_from_probs, uniform
+from transformer.sampling import probabilities, random_keys, sample_from_probs, uniform
 from utils import cli, distributed
 from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer

@@ -157,19 +157,6 @@ def test_blocks_that_nobody_sees_are_left_out() -> None:
     assert mask.sparsity() > 85
 
 
-def test_the_mask_is_made_once() -> None:
-    one = block_mask((8, 9), 2, 1, 1, torch.device("cpu"))
-    assert block_mask((8, 9), 2, 1, 1, torch.device("cpu")) is one
-
-
-def test_a_mask_that_an_evaluation_made_serves_training() -> None:
-    """Tensors that inference mode made cannot be kept for a backward pass."""
-    block_mask.cache_clear()
-    with torch.inference_mode():
-        mask = block_mask((8, 9), 2, 1, 1, torch.device("cpu"))
-    assert not any(x.is_inference() for x in mask.as_tuple() if isinstance(x, torch.Tensor))
-
-
 def test_a_compiled_model_does_not_make_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A compiler passes by the cache of masks, and made the mask part of every pass."""
     model = make_model((5, 6), window=2, dtype=torch.float32)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from transformer import GPT, GPTConfig, Guidance, generate, make_prefix
-from transformer.kv_cache import KVCache
+from transformer.attention import KVCache
 from transformer.rope import PositionExtension, rotary_cos_sin, rotate
 
 GRIDS = {"square": (4, 4), "wide": (2, 8), "tall": (8, 2)}

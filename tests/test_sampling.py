@@ -22,8 +22,15 @@ from transformer import (
     later_known_mask,
     sampling,
 )
-from transformer.filters import probabilities, random_keys, sample_from_probs, uniform
-from transformer.sampling import DecodeStep, generate_rows, make_step, next_logits
+from transformer.sampling import (
+    DecodeStep,
+    generate_rows,
+    next_logits,
+    probabilities,
+    random_keys,
+    sample_from_probs,
+    uniform,
+)
 from transformer_generation import known_side
 
 
@@ -406,10 +413,11 @@ def as_graphs(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     steps = []
 
     def make(model: GPT, batch_size: int, **options: object) -> DecodeStep:
-        steps.append(DecodeStep(model, batch_size, capture=uncaptured, **options))
+        steps.append(DecodeStep(model, batch_size, **options))
+        steps[-1].capture = uncaptured
         return steps[-1]
 
-    monkeypatch.setattr(sampling, "make_step", make)
+    monkeypatch.setattr(sampling, "DecodeStep", make)
     return steps
 
 
@@ -467,8 +475,8 @@ def test_batches_of_one_size_share_a_cache_and_graphs(as_graphs: list[DecodeStep
 def test_nothing_of_a_generation_survives_it() -> None:
     """A cache of steps held the last model, and its cache, for as long as the process ran."""
     model = make_model()
-    step = make_step(model, 2, compiled=True, size=(4, 6))
-    assert step._capture is None  # on a CPU
+    step = DecodeStep(model, 2, compiled=True, size=(4, 6))
+    assert step.capture is None  # on a CPU
     rows = list(generate_rows(step, torch.zeros(2, dtype=torch.long), torch.arange(2)))
     assert len(rows) == 4
     left = weakref.ref(model), weakref.ref(step.cache), weakref.ref(step)
@@ -488,7 +496,8 @@ def test_decoding_compiles_to_one_graph_without_breaks(size: tuple[int, int]) ->
     torch._dynamo.reset()
     compiled = torch.compile(next_logits, backend=backend, fullgraph=True)
     options = {"size": size, "guidance": Guidance(2.0), "params": SamplingParams(top_k=5)}
-    step = DecodeStep(model, 2, forward=compiled, capture=uncaptured, **options)
+    step = DecodeStep(model, 2, **options)
+    step.capture, step.forward = uncaptured, compiled
     prefix, keys = torch.arange(2), torch.arange(2)
     sampled = [
         torch.cat(list(generate_rows(one, prefix, keys)))
@@ -509,5 +518,5 @@ def test_graphs_sample_what_eager_steps_sample_on_a_gpu(window: int, options: di
     values = {"size": (7, 6), "params": SamplingParams(temperature=0), "batch_size": 3}
     expected = generate(model, prefix, **values)
     model = model.cuda()
-    assert make_step(model, 2, compiled=True, size=(7, 6))._capture is not None
+    assert DecodeStep(model, 2, compiled=True, size=(7, 6)).capture is not None
     assert torch.equal(generate(model, prefix, compiled=True, **values), expected)

@@ -1,12 +1,10 @@
 """A GPT over grids of codebook indices: model, attention with a 2-D window, sampling."""
 
 from transformer.attention import FlexAttention
-from transformer.config import GPTConfig
-from transformer.filters import Guidance, SamplingParams
+from transformer.config import GPTConfig, Guidance, drop_conditioning, make_prefix, null_prefix
 from transformer.gpt import GPT
-from transformer.prefix import drop_conditioning, make_prefix, null_prefix
 from transformer.rope import PositionExtension, random_order_probability, sample_permutations
-from transformer.sampling import complete, generate, later_known_mask
+from transformer.sampling import SamplingParams, complete, generate, later_known_mask
 
 __all__ = [
     "GPT",

@@ -1,12 +1,13 @@
-"""Causal attention over a prefix and a grid in raster order, with a 2-D window.
+"""Causal attention over a prefix and a grid in raster order, with a 2-D window; its cache.
 
 A sequence is P tokens of prefix (conditioning) and then the latent grid row by row, `depth` tokens
 per latent position. A prefix token attends to the prefix up to itself. A token at (i, j) attends
 to the whole prefix, and to itself and the earlier tokens at (i', j') with i - i' < window and
 |j - j'| < window; with window 0 to all earlier tokens. `attend` computes this tile by tile on
-any device, `FlexAttention` in one fused kernel on CUDA.
+any device, `FlexAttention` in one fused kernel on CUDA, `KVCache` token by token.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,7 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.rope import visible_mask, window_is_full
+from transformer.config import GPTConfig
+from transformer.rope import (
+    GridPositions,
+    rotary_cos_sin,
+    rotate,
+    visible_mask,
+    window_is_full,
+)
 
 # Sides of a tile in latent positions: large enough for efficient matrix products, small beside
 # the window.
@@ -61,25 +69,21 @@ class _Tiling(NamedTuple):
 
 def _tile(grid: tuple[int, int], depth: int, window: int, prefix: int) -> _Tiling:
     """Tiles of about TILE_ROWS x TILE_COLUMNS; as wide as the grid where margins would not pay."""
-    height, width = grid
-    halo, side = min(window, height) - 1, min(window, width) - 1
-    width, side = width * depth, side * depth
-    grid = height, width
-    if height * width <= TOKENS_IN_ONE_TILE:
-        return _Tiling(grid, depth, window, prefix, height, width, halo, 0)
-    columns = max(-(-TILE_COLUMNS // depth) * depth, side)  # whole latent positions
-    if columns + 2 * side >= width:
+    height, width = grid[0], grid[1] * depth
+    halo, side = min(window, height) - 1, (min(window, grid[1]) - 1) * depth
+    rows, columns = height, max(-(-TILE_COLUMNS // depth) * depth, side)  # whole latent positions
+    if height * width <= TOKENS_IN_ONE_TILE or columns + 2 * side >= width:
         columns, side = width, 0
-    rows = max(TILE_ROWS * TILE_COLUMNS // columns, halo, 1)
-    return _Tiling(grid, depth, window, prefix, min(rows, height), columns, halo, side)
+    if height * width > TOKENS_IN_ONE_TILE:
+        rows = min(max(TILE_ROWS * TILE_COLUMNS // columns, halo, 1), height)
+    return _Tiling((height, width), depth, window, prefix, rows, columns, halo, side)
 
 
 @lru_cache(maxsize=32)
 def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
     """`visible_mask` in the tiles of one band: (across, rows*columns, prefix + keys), bool.
 
-    Args:
-        halo: rows of keys above the tiles; 0 for the first band, `tiling.halo` for all others.
+    The first band has no `halo`, rows of keys above the tiles.
     """
     width, columns, side = tiling.grid[1], tiling.columns, tiling.side
     rows = torch.arange(tiling.rows, device=device)
@@ -90,11 +94,8 @@ def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
     before = column_q[:, :, None] >= column_k[:, None, :]
     beside = column_q[:, :, None] // tiling.depth - column_k[:, None, :] // tiling.depth
     # (across, rows, columns, rows of keys, columns of keys)
-    down, before, beside = (
-        down[None, :, None, :, None],
-        before[:, None, :, None, :],
-        beside[:, None, :, None, :],
-    )
+    down = down[None, :, None, :, None]
+    before, beside = before[:, None, :, None, :], beside[:, None, :, None, :]
     earlier = (down > 0) | ((down == 0) & before)
     near = (down < tiling.window) & (beside.abs() < tiling.window)
     inside = ((column_k >= 0) & (column_k < width))[:, None, None, None, :]
@@ -127,16 +128,10 @@ def attend(
 
     Returns:
         (B, heads, prefix + h*w*depth, head_dim).
-
-    Raises:
-        ValueError: the tensors have another length, or there is no prefix.
     """
     height, width = grid[0], grid[1] * depth
-    if q.shape[2] != prefix + height * width or prefix < 1:
-        raise ValueError(
-            f"expected {max(prefix, 1)} + {height}*{width} = {max(prefix, 1) + height * width} "
-            f"tokens, got {q.shape[2]}"
-        )
+    if q.shape[2] != prefix + height * width:
+        raise ValueError(f"expected {prefix} + {height}*{width} tokens, got {q.shape[2]}")
     if height == 0 or window_is_full(window, grid):
         return scaled_dot_product_attention(q, k, v, is_causal=True)
     tiling = _tile(grid, depth, window, prefix)
@@ -149,35 +144,27 @@ def attend(
         sizes.append(min(bands * tiling.rows, height - sum(sizes)))
     # Split, not sliced: the gradients of all parts are then joined once.
     parts = [x[:, :, prefix:].unflatten(2, tiling.grid).split(sizes, dim=2) for x in (q, k, v)]
-    above: list[Tensor] | None = None
+    above: list[Tensor] = []
     for q_rows, *key_rows in zip(*parts, strict=True):
-        if above is None or tiling.halo == 0:
-            k_rows, v_rows = key_rows
-        else:
-            k_rows, v_rows = (
-                torch.cat([old[:, :, -tiling.halo :], new], dim=2)
-                for old, new in zip(above, key_rows, strict=True)
-            )
-        outputs.append(_attend_rows(q_rows, k_rows, v_rows, before[1], before[2], tiling))
+        keys = key_rows
+        if above and tiling.halo:
+            pairs = zip(above, key_rows, strict=True)
+            keys = [torch.cat([x[:, :, -tiling.halo :], y], dim=2) for x, y in pairs]
+        outputs.append(_attend_rows(q_rows, keys, before[1:], tiling))
         above = key_rows
     return torch.cat(outputs, dim=2)
 
 
 def _attend_rows(
-    q: Tensor, k: Tensor, v: Tensor, k_prefix: Tensor, v_prefix: Tensor, tiling: _Tiling
+    q: Tensor, keys: Sequence[Tensor], prefix: Sequence[Tensor], tiling: _Tiling
 ) -> Tensor:
-    """Attention of some rows of the grid to the prefix, to themselves and to the rows above.
+    """Attention of rows q (B, heads, rows, w, d) to the prefix, to themselves and those above.
 
-    Args:
-        q: (B, heads, rows, w, d).
-        k, v: (B, heads, halo + rows, w, d); in the first rows of the grid halo is 0.
-        k_prefix, v_prefix: (B, heads, prefix, d).
-
-    Returns:
-        (B, heads, rows * w, d).
+    The keys and values are (B, heads, halo + rows, w, d), in the first rows of the grid without a
+    halo, those of the prefix (B, heads, prefix, d). Returns (B, heads, rows * w, d).
     """
     batch, heads, height, width, dim = q.shape
-    halo, side = k.shape[2] - height, tiling.side
+    halo, side = keys[0].shape[2] - height, tiling.side
     rows, columns, across = tiling.rows, tiling.columns, tiling.across
     bands = -(-height // rows)
 
@@ -188,24 +175,19 @@ def _attend_rows(
         x = x.unfold(2, above + rows, rows).unfold(3, columns + 2 * beside, columns)
         return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
 
-    def keyed(x: Tensor, x_prefix: Tensor) -> Tensor:
-        """Prefix and keys of each tile: (B*heads*bands, across, prefix + keys, d)."""
+    parts = [cut(q, 0, 0).flatten(0, 2)]
+    for x, x_prefix in zip(keys, prefix, strict=True):
         tiles = cut(x, halo, side)
         before = x_prefix[:, :, None, None].expand(*tiles.shape[:4], -1, -1)
-        return torch.cat([before, tiles], dim=4).flatten(0, 2)
-
-    y = scaled_dot_product_attention(
-        cut(q, 0, 0).flatten(0, 2),
-        keyed(k, k_prefix),
-        keyed(v, v_prefix),
-        attn_mask=_tile_mask(tiling, halo, q.device)[None],
-    )
+        # (B*heads*bands, across, prefix + keys, d)
+        parts.append(torch.cat([before, tiles], dim=4).flatten(0, 2))
+    mask = _tile_mask(tiling, halo, q.device)[None]
+    y = scaled_dot_product_attention(*parts, attn_mask=mask)
     y = y.view(batch, heads, bands, across, rows, columns, dim).transpose(3, 4)
     y = y.reshape(batch, heads, bands * rows, across * columns, dim)
     return y[:, :, :height, :width].flatten(2, 3)
 
 
-@lru_cache(maxsize=8)
 def block_mask(
     grid: tuple[int, int], window: int, prefix: int, depth: int, device: torch.device
 ) -> Any:
@@ -219,17 +201,11 @@ def block_mask(
     length = prefix + grid[0] * grid[1] * depth
     # Compiled, the mask of all pairs is never materialised.
     make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
-    # A mask first made under inference mode must serve a later training step as well.
-    with torch.inference_mode(False), torch.no_grad():
-        return make(visible, None, None, length, length, device=device)
+    return make(visible, None, None, length, length, device=device)
 
 
 class FlexAttention:
-    """`attend` as one fused kernel (arXiv 2412.05496); it has a backward pass on CUDA only.
-
-    The mask of one grid is made at construction: inside a compiled model, which bypasses the cache
-    of masks, it would otherwise be made again in every pass.
-    """
+    """`attend` as one fused kernel (arXiv 2412.05496); it has a backward pass on CUDA only."""
 
     def __init__(
         self,
@@ -240,17 +216,133 @@ class FlexAttention:
         prefix: int = 1,
         depth: int = 1,
     ) -> None:
+        """Make the mask of one grid, see `attend`, once and outside of a compiled model."""
         from torch.nn.attention.flex_attention import flex_attention
 
         # Only the compiled kernel is fast.
         self.kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-        self.shape = {"grid": tuple(grid), "window": window, "prefix": prefix, "depth": depth}
-        self.mask = (
-            None if window_is_full(window, grid) else block_mask(**self.shape, device=device)
-        )
+        self.shape: dict[str, Any] = {"grid": grid, "window": window}
+        self.shape |= {"prefix": prefix, "depth": depth}
+        is_full = window_is_full(window, grid)
+        self.mask = None if is_full else block_mask(**self.shape, device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **shape: Any) -> Tensor:
         """Like `attend`; a grid of another shape is left to `attend`."""
         if self.mask is None or shape != self.shape:
             return attend(q, k, v, **shape)
         return self.kernel(q, k, v, block_mask=self.mask)
+
+
+class KVCache:
+    """Keys and values of all layers for one batch of grids, allocated once.
+
+    The prefix has slots of its own. Behind them is a ring of as many rows of the grid as the window
+    reaches: a token takes the slot of the token `ring` before it, which no later token attends to.
+    So the memory does not depend on the height of the grid; without a window all rows are kept.
+
+    A token is written by its position, a tensor; so `attend` is the same computation for every
+    token, which a CUDA graph can capture. What must be a number on the host is set by `prepare`.
+
+    Attributes:
+        grid: positions of the grid that is generated.
+        keys, values: of each layer (B, kv_heads, prefix + ring, head_dim); tensors of their own,
+            because a compiler copies the whole of a tensor whose parts are written.
+        slots: how many slots of the ring `attend` reads.
+    """
+
+    def __init__(
+        self, config: GPTConfig, batch_size: int, grid: GridPositions, like: Tensor
+    ) -> None:
+        """Allocate the cache on the device and in the type of `like`."""
+        self.grid, self.prefix, self.device = grid, config.prefix_length, like.device
+        self.rope_base = config.rope_base
+        height, self.width = grid.size
+        self.window = 0 if window_is_full(config.window_size, grid.size) else config.window_size
+        self.ring = min(self.window or height, height) * self.width * grid.depth
+        shape = batch_size, config.num_kv_heads, self.prefix + self.ring, config.head_dim
+        self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
+        self.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    def reset(self) -> None:
+        """Begin another batch; slots are masked until they are written, and need no zeros."""
+        self.slots, self._all_visible = self.ring, False
+        self._offset = [0, 0]  # by which the keys of the prefix are rotated
+        self._prefix_keys: list[Tensor] = []  # before they are
+
+    def prepare(self, token: int, parts: int | None = None) -> int:
+        """Get ready for the token with this raster number, before the model is called with it.
+
+        Limits `attend` to the slots that are written by then and, in grids larger than the
+        trained one, rotates the prefix by the distance of the token (see `GridPositions.offsets`).
+        With `parts`, the slots are rounded up to a multiple of 1/parts of the ring, so that few
+        different computations occur. Returns the number of slots that are read.
+        """
+        written = min(token + 1, self.ring)
+        part = 1 if parts is None else -(-self.ring // parts)
+        self.slots = min(-(-written // part) * part, self.ring)
+        self._all_visible = self.window == 0 and self.slots == token + 1
+        if self.grid.slides:
+            offset = self.grid.offsets(self.grid.at(torch.tensor(token)))
+            if offset.tolist() != self._offset:
+                self._rotate_prefix(offset)
+        return self.slots
+
+    def _rotate_prefix(self, offset: Tensor) -> None:
+        shown = [keys[:, :, : self.prefix] for keys in self.keys]
+        self._prefix_keys = self._prefix_keys or [keys.clone() for keys in shown]
+        cos, sin = rotary_cos_sin(offset.to(self.device), shown[0].shape[-1], self.rope_base)
+        for keys, original in zip(shown, self._prefix_keys, strict=True):
+            keys.copy_(rotate(original, cos, sin))
+        self._offset = offset.tolist()
+
+    def mask(self, tokens: Tensor) -> Tensor | None:
+        """The slots that tokens with these raster numbers (T,) attend to; None: all that are read.
+
+        Returns:
+            (T, prefix + slots), bool.
+        """
+        if self._all_visible and len(tokens) == 1:
+            return None
+        # Each slot holds the latest token that belongs there.
+        slots = torch.arange(self.slots, device=tokens.device)
+        held = tokens[-1] - (tokens[-1] - slots) % self.ring
+        shape = {"width": self.width, "window": self.window, "depth": self.grid.depth}
+        visible = visible_mask(tokens, held, prefix=0, **shape) & (held >= 0)
+        return F.pad(visible, (self.prefix, 0), value=True)
+
+    def write_first(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Store k and v (B, kv_heads, prefix + n, head_dim) of a sequence that begins."""
+        count = k.shape[2] - self.prefix
+        first = max(0, count - self.ring)  # no later token attends to those before
+        slots = torch.arange(first, count, device=k.device) % self.ring + self.prefix
+        for cached, new in ((self.keys[layer], k), (self.values[layer], v)):
+            cached[:, :, : self.prefix] = new[:, :, : self.prefix]
+            cached[:, :, slots] = new[:, :, self.prefix + first :].to(cached)
+
+    def attend(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        """Store k and v of some tokens of one row, and attend from q to all that the mask shows.
+
+        Args:
+            q: (B, heads, T, head_dim), the shape of the result.
+            k, v: (B, kv_heads, T, head_dim).
+            tokens: (T,), their raster numbers, in rising order.
+            mask: of `mask(tokens)`.
+        """
+        stop, slots = self.prefix + self.slots, tokens % self.ring + self.prefix
+        keys = self.keys[layer].index_copy_(2, slots, k)[:, :, :stop]
+        values = self.values[layer].index_copy_(2, slots, v)[:, :, :stop]
+        # Heads that share keys become further queries of one head: (B, kv_heads, groups * T, d).
+        groups = q.shape[1] // k.shape[1]
+        queries = q.unflatten(1, (-1, groups)).flatten(2, 3)
+        if mask is not None and groups > 1:
+            mask = mask.repeat(groups, 1)
+        y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        return y.reshape(q.shape)

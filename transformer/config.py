@@ -1,10 +1,13 @@
-"""Configuration of a GPT: its flags, and the named sizes."""
+"""Configuration of a GPT: its flags and named sizes; its prefix, and guidance by it."""
 
 import math
 import operator
 import types
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
 
 # num_layers, num_heads, dim, hidden_dim; B, L and XL are LlamaGen's (arXiv 2406.06525).
 SIZES = {
@@ -24,16 +27,12 @@ LIMITS = {
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:
-    """A field that is a flag with this help, and whose `choices` or `LIMITS` are checked."""
+    """A field that is a flag with this help; `check_fields` checks `choices` and `LIMITS`."""
     return field(default=default, metadata={"help": text, **metadata})
 
 
 def check_fields(config: Any) -> None:
-    """Check types, `choices` and `LIMITS` of all fields; a list, as in JSON, becomes a tuple.
-
-    Raises:
-        ValueError: with the name of the field and its value.
-    """
+    """A ValueError for a wrong type, choice or limit; a list, as in JSON, becomes a tuple."""
     hints = get_type_hints(type(config))
     for each in fields(config):
         name, value = each.name, getattr(config, each.name)
@@ -65,11 +64,7 @@ def check_fields(config: Any) -> None:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that a `GPT` is built from; each field with help is a flag.
-
-    Raises:
-        ValueError: a value is out of its range.
-    """
+    """Everything that a `GPT` is built from; each field with help is a flag."""
 
     codebook_size: int = field(metadata={"min": 2})  # number of codebook indices K
     # Indices per latent position (residual quantization).
@@ -193,12 +188,7 @@ class GPTConfig:
 
     @classmethod
     def from_json(cls, values: Any) -> "GPTConfig":
-        """The config that the content of a config.json describes.
-
-        Raises:
-            TypeError: it has another form, or unknown keys.
-            ValueError: another kind of model, a newer format, or a wrong value.
-        """
+        """The config of a config.json; a TypeError or ValueError where it describes no GPT."""
         values = dict(values)
         model, version = values.pop("model", None), values.pop("format_version", 1)
         if model != "GPT":
@@ -243,3 +233,93 @@ class GPTConfig:
     def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the indices of a grid of `size`: (h, w), or (h, w, depth) if depth > 1."""
         return size if self.depth == 1 else (*size, self.depth)
+
+
+# --- the prefix ---------------------------------------------------------------------------------
+# (B,) where a model takes only a class, else (B, 1 + hc * wc): the class, then the indices of
+# another grid, the condition, in raster order (arXiv 2012.09841, section 3.2).
+
+
+def make_prefix(classes: Tensor, conditions: Tensor | None = None) -> Tensor:
+    """Classes (B,) and conditions (B, hc, wc), of any integer type -> the prefix, int64."""
+    if conditions is None:
+        return classes
+    return torch.cat([classes[:, None], conditions.flatten(1).to(classes)], dim=1)
+
+
+def null_prefix(prefix: Tensor, config: GPTConfig) -> Tensor:
+    """A prefix of the same shape without class and condition."""
+    null = torch.full_like(prefix, config.no_condition)
+    null.view(len(null), -1)[:, 0] = config.no_class
+    return null
+
+
+def drop_conditioning(
+    prefix: Tensor, config: GPTConfig, generator: torch.Generator | None = None
+) -> Tensor:
+    """Drop the class of some images and the condition of some, for guidance.
+
+    The fractions are `class_dropout` and `condition_dropout`. Both are dropped together in half of
+    the smaller fraction, so that each is also dropped alone, all of it often enough to be learned.
+    If the two fractions less that overlap sum to more than 1, no image keeps both, and the overlap
+    is their excess over 1. The generator is one of the CPU.
+    """
+    chance = torch.rand(len(prefix), generator=generator).to(prefix.device)
+    together = min(config.class_dropout, config.condition_dropout) / 2
+    dropped = (chance - config.class_dropout + together) % 1 < config.condition_dropout
+    dropped = dropped[:, None].repeat(1, config.prefix_length)
+    dropped[:, 0] = chance < config.class_dropout
+    return torch.where(dropped.view_as(prefix), null_prefix(prefix, config), prefix)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
+
+    c are the logits with class and condition, u those without.
+    """
+
+    guidance_scale: float = option(
+        1.0,
+        "classifier-free guidance: above 1 samples follow class and condition more closely; 1: "
+        "none",
+        min=0,
+        below=math.inf,
+    )
+    guidance_schedule: str = option(
+        "constant",
+        "how the scale rises from 1 at the first token to its value at the last; constant: no rise",
+        choices=("constant", "linear", "cosine"),
+    )
+    guidance_power: float = option(
+        1.0,
+        "exponent of the progress in the schedule: above 1, the scale rises later; with cosine "
+        "this is RAR's power-cosine",
+        above=0,
+        below=math.inf,
+    )
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "part of the tokens that is guided, as 0.2,0.8; outside of it the scale is 1",
+        metavar="START,END",
+        min=0,
+        max=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def at(self, token: int, tokens: int) -> float:
+        """The scale for token number `token` of `tokens`.
+
+        Power-cosine (arXiv 2411.00776): (1 - cos(pi * progress^power)) / 2 of the way from 1. The
+        interval is that of arXiv 2404.07724, over tokens instead of noise levels.
+        """
+        progress = token / max(1, tokens - 1)
+        start, end = self.guidance_interval
+        if not start <= progress <= end:
+            return 1.0
+        progress = 1.0 if self.guidance_schedule == "constant" else progress**self.guidance_power
+        if self.guidance_schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return 1 + (self.guidance_scale - 1) * progress

@@ -21,15 +21,13 @@ from utils.provenance import Provenance, Stage
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}
 CLASSES, CODES = "cls_embedding.embedding_table.weight", "tok_embeddings.weight"
-QKV = "layers.0.attention.wqkv.weight"
+QKV, GATE = "layers.0.attention.wqkv.weight", "layers.0.feed_forward.w1.weight"
 # LlamaGen's keys by ours; {i} is the number of a layer. Several are concatenated by rows.
-KEYS: dict[str, tuple[str, ...]] = {
+KEYS = {
     "prefix_embedding.weight": (CLASSES,),
     "token_embedding.weight": (CODES,),
     "norm.weight": ("norm.weight",),
     "head.weight": ("output.weight",),
-}
-LAYER_KEYS = {
     "blocks.{i}.norm_attention.weight": ("layers.{i}.attention_norm.weight",),
     "blocks.{i}.attention.qkv.weight": ("layers.{i}.attention.wqkv.weight",),
     "blocks.{i}.attention.out.weight": ("layers.{i}.attention.wo.weight",),
@@ -58,7 +56,7 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
         heads: attention heads; 0: those of LlamaGen's model of this width.
 
     Raises:
-        ValueError: weights that are missing, left over, or of a text-to-image model.
+        ValueError: weights that are missing, left over, or of another model.
     """
     for other, part in OTHERS.items():
         if any(part in name for name in weights):
@@ -66,10 +64,11 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     if CLASSES not in weights:
         raise ValueError("not a class-conditional GPT of LlamaGen: it has no cls_embedding table")
     num_layers = len({name.split(".")[1] for name in weights if re.match(r"layers\.\d+\.", name)})
-    keys: dict[str, tuple[str, ...]] = dict(KEYS)
-    for i in range(num_layers):
-        for ours, theirs in LAYER_KEYS.items():
-            keys[ours.format(i=i)] = tuple(key.format(i=i) for key in theirs)
+    keys = {
+        ours.format(i=i): [key.format(i=i) for key in theirs]
+        for i in range(num_layers)
+        for ours, theirs in KEYS.items()
+    }
     try:
         model = GPT(_infer_config(weights, latent_dim, heads, num_layers))
         state = {
@@ -95,7 +94,7 @@ def _infer_config(
     weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int, num_layers: int
 ) -> GPTConfig:
     """The sizes of the model that a checkpoint's shapes show."""
-    for key in (CODES, CLASSES, QKV, "layers.0.feed_forward.w1.weight"):
+    for key in (CODES, CLASSES, QKV, GATE):
         if weights[key].dim() != 2:
             raise ValueError(f"{key!r} must be 2-D, got {tuple(weights[key].shape)}")
     codebook_size, dim = weights[CODES].shape
@@ -113,14 +112,14 @@ def _infer_config(
         num_heads=heads,
         num_kv_heads=kv_heads,
         dim=dim,
-        hidden_dim=len(weights["layers.0.feed_forward.w1.weight"]),
+        hidden_dim=len(weights[GATE]),
         qk_norm=False,
         blank_prefix=True,
     )
 
 
 def _rotate_halves(qkv: Tensor, config: GPTConfig) -> Tensor:
-    """Projection ((heads + 2 kv_heads) * d, dim) with the rows of queries and keys reordered.
+    """The rows of queries and keys reordered, of a projection ((heads + 2 kv_heads) * d, dim).
 
     LlamaGen rotates neighbours (2i, 2i + 1) together, this project (i, i + d/2). Queries and keys
     that are reordered alike have the same products.

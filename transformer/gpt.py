@@ -18,9 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from transformer import attention
+from transformer.attention import KVCache, attend
 from transformer.config import GPTConfig
-from transformer.kv_cache import KVCache
 from transformer.layers import Block, Head, RMSNorm, Rotary
 from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin
 
@@ -34,13 +33,8 @@ class GPT(nn.Module):
     predicts the first token.
     """
 
-    def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attention.attend) -> None:
-        """Build the layers and initialise them.
-
-        Args:
-            config: with a latent_dim.
-            attend: `attention.attend` or an `attention.FlexAttention`.
-        """
+    def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attend) -> None:
+        """Build and initialise the layers; `attend` may be a `FlexAttention`."""
         super().__init__()
         if config.latent_dim is None:
             raise ValueError("a GPT needs latent_dim")
@@ -51,12 +45,10 @@ class GPT(nn.Module):
         self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         if config.condition_latent_dim is not None:
             self.condition_embedding = nn.Embedding(config.condition_codebook_size + 1, config.dim)
-        # Each depth has embeddings of its own.
         self.token_embedding = nn.Embedding(config.depth * config.codebook_size, config.dim)
         if config.positions == "learned":
-            self.position_embedding = nn.Parameter(
-                torch.zeros(self.prefix_length + positions, config.dim)
-            )
+            rows = self.prefix_length + positions
+            self.position_embedding = nn.Parameter(torch.zeros(rows, config.dim))
         if config.order_anneal is not None:
             self.target_embedding = nn.Embedding(positions, config.dim)
         self.dropout = nn.Dropout(config.dropout)
@@ -88,12 +80,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def use_codebook(self, codes: Tensor) -> None:
-        """Before a training: token embeddings and neighbours of codes, as the config has them.
+        """Before a training: embeddings and neighbours of codes (K, D), as the config has them.
 
         A random projection keeps the ratios of distances (Johnson and Lindenstrauss, 1984).
-
-        Args:
-            codes: (K, D), of the tokenizer.
         """
         codes = codes.float()
         if self.config.start_from_codebook:
@@ -138,7 +127,11 @@ class GPT(nn.Module):
         if prefix is not None:
             x = torch.cat([self._embed_prefix(prefix), x], dim=1)  # (B, P + T, dim)
         if config.positions == "learned":
-            x = x + self._absolute_positions(grid, positions, begins)
+            rows = self.prefix_length + grid.embedding_rows(positions)
+            if begins:
+                of_prefix = torch.arange(self.prefix_length, device=x.device)
+                rows = torch.cat([of_prefix.expand(*rows.shape[:-1], -1), rows], dim=-1)
+            x = x + self.position_embedding[rows]
         if config.order_anneal is not None:
             if next_positions is None:
                 last = positions[..., -1:, :]
@@ -168,14 +161,10 @@ class GPT(nn.Module):
         Returns:
             tokens: (B, n), n = h * w * depth, depth innermost.
             positions: (n, 3), with an order (B, n, 3).
-
-        Raises:
-            ValueError: a grid of another size, or an order that the model was not trained for.
         """
-        if tuple(indices.shape[1:3]) != self.grid.size:
-            raise ValueError(
-                f"this GPT has a grid of {self.grid.size}, got {tuple(indices.shape[1:3])}"
-            )
+        size = tuple(indices.shape[1:3])
+        if size != self.grid.size:
+            raise ValueError(f"this GPT has a grid of {self.grid.size}, got {size}")
         tokens, positions = indices.flatten(1), self.grid.raster(indices.device)
         if order is None:
             return tokens, positions
@@ -221,23 +210,18 @@ class GPT(nn.Module):
     def grid_positions(
         self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
     ) -> GridPositions:
-        """Positions of a grid of `size`.
-
-        Raises:
-            ValueError: another size than the trained one, with a condition, which covers that; or
-                with absolute positions, which can only slide.
-        """
-        config, slides = self.config, extension == PositionExtension.SLIDE
-        if size != self.grid.size and config.condition_latent_dim is not None:
+        """Positions of a grid of `size`; a ValueError where this GPT has none."""
+        grid = GridPositions(size, self.grid.size, self.config.depth, extension)
+        if size != self.grid.size and self.config.condition_latent_dim is not None:
             raise ValueError(
                 f"a GPT with conditions takes grids of its own size {self.grid.size}, got {size}"
             )
-        if size != self.grid.size and config.has_absolute_positions and not slides:
+        if size != self.grid.size and self.config.has_absolute_positions and not grid.slides:
             raise ValueError(
                 "learned positions (also those of order_anneal) can neither be extrapolated nor "
                 "interpolated"
             )
-        return GridPositions(size, self.grid.size, config.depth, extension)
+        return grid
 
     def make_cache(
         self,
@@ -246,8 +230,8 @@ class GPT(nn.Module):
         extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
         """An empty cache for grids of `size`, see `grid_positions`; default: the trained size."""
-        grid, like = self.grid_positions(size or self.grid.size, extension), self.head.weight
-        return KVCache(self.config, batch_size, grid, device=like.device, dtype=like.dtype)
+        grid = self.grid_positions(size or self.grid.size, extension)
+        return KVCache(self.config, batch_size, grid, self.head.weight)
 
     def pretrained_config(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -280,32 +264,22 @@ class GPT(nn.Module):
                 cls(config).load_state_dict(tensors, assign=True)
             model = cls(config)
             model.load_state_dict(tensors)
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"cannot read {weights}: {error}") from error
-        except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        except (safetensors.SafetensorError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{weights} does not fit {path.name}: {error}") from error
         return model.eval().to(device)
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
         """The prefix (B,) or (B, P) -> (B, P, dim)."""
-        classes, conditions = prefix.reshape(len(prefix), -1).tensor_split([1], dim=1)
-        if 1 + conditions.shape[1] != self.prefix_length:
+        prefix = prefix.reshape(len(prefix), -1)
+        if prefix.shape[1] != self.prefix_length:
             raise ValueError(
                 f"this GPT takes a class and {self.prefix_length - 1} indices of a condition, "
-                f"got {conditions.shape[1]} indices"
+                f"got {prefix.shape[1] - 1} indices"
             )
-        x = self.prefix_embedding(classes)
+        x = self.prefix_embedding(prefix[:, :1])
         if self.config.condition_latent_dim is None:
             return x
-        return torch.cat([x, self.condition_embedding(conditions)], dim=1)
-
-    def _absolute_positions(self, grid: GridPositions, positions: Tensor, begins: bool) -> Tensor:
-        """Learned embeddings of positions (T, 3) or (B, T, 3), with those of the prefix if any."""
-        x = self.position_embedding[self.prefix_length + grid.embedding_rows(positions)]
-        if not begins:
-            return x
-        prefix = self.position_embedding[: self.prefix_length]
-        return torch.cat([prefix.expand(*x.shape[:-2], -1, -1), x], dim=-2)
+        return torch.cat([x, self.condition_embedding(prefix[:, 1:])], dim=1)
 
     def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
         """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.
@@ -334,8 +308,7 @@ class GPT(nn.Module):
                 raise ValueError("without a prefix, tokens need the cache of those before them")
             numbers = grid.numbers(positions)
             return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
-        slides = grid.extension == PositionExtension.SLIDE and grid.size != grid.trained
-        if slides and positions.shape[-2]:
+        if grid.slides and positions.shape[-2]:
             raise ValueError("with sliding positions a larger grid is sampled token by token")
         width = grid.size[1]
         shape = {

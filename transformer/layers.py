@@ -16,7 +16,7 @@ EPSILON = 1e-5  # of all norms, as in LlamaGen
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
 NEIGHBOURS = 8  # of a code, for label smoothing
 
-Rotary = tuple[Tensor, Tensor]  # cos and sin
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, head_dim / 2) or (B, 1, T, head_dim / 2)
 # Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -78,13 +78,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 
     def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        """States (B, T, dim) -> (B, T, dim).
-
-        Args:
-            x: of T tokens.
-            rotary: cos and sin, (T, head_dim / 2) each or (B, 1, T, head_dim / 2).
-            attend: attention over the tokens that are visible.
-        """
+        """States (B, T, dim) -> (B, T, dim)."""
         queries, keys, values = self.heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         qk, v = qkv.split([queries + keys, values], dim=1)  # (B, heads + kv_heads, T, d), ...
@@ -124,7 +118,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rotary: Rotary | None, attend: Attend) -> Tensor:
-        """States (B, T, dim) -> (B, T, dim); see `SelfAttention` for the arguments."""
+        """States (B, T, dim) -> (B, T, dim)."""
         x = x + self.dropout(self.attention(self.norm_attention(x), rotary, attend))
         return x + self.dropout(self.feed_forward(self.norm_feed_forward(x)))
 
@@ -145,24 +139,17 @@ class Head(nn.Linear):
         The shares of the neighbours fall with their distances d: softmax(-d^2 / mean of d^2).
         """
         self.smoothing, count = smoothing, min(NEIGHBOURS, len(codes) - 1)
-        nearest = [
-            torch.cdist(some, codes).topk(count + 1, largest=False) for some in codes.split(1024)
-        ]
+        nearest = [torch.cdist(x, codes).topk(count + 1, largest=False) for x in codes.split(1024)]
         distances, self.neighbours = (torch.cat(x)[:, 1:] for x in zip(*nearest, strict=True))
         self.shares = (-distances.square() / distances.square().mean()).softmax(dim=1)
 
     def forward(
         self, hidden: Tensor, targets: Tensor | None = None, *, depth: int | None = None
     ) -> Tensor:
-        """Logits, or the cross-entropy of `targets`.
+        """Logits (B, n, K), or the cross-entropy (B, n) of `targets` (B, n) in nats, float32.
 
-        Args:
-            hidden: (B, n, dim), states that predict all depths of n / depth positions in turn.
-            targets: (B, n) indices; their loss is computed in chunks where the logits are large.
-            depth: the depth that all `hidden` (..., dim) predict instead.
-
-        Returns:
-            (B, n, codebook_size) or (..., codebook_size); with `targets` (B, n), nats, float32.
+        The states `hidden` (B, n, dim) predict all depths of n / depth positions in turn, or all
+        (..., dim) the given `depth`: logits (..., K).
         """
         weights = self.weight.chunk(self.depth)  # (K, dim) each
         if depth is not None:
@@ -171,13 +158,13 @@ class Head(nn.Linear):
         if targets is not None:
             parts.append(targets.unflatten(1, (-1, self.depth)).unbind(2))
         results = [
-            F.linear(x, weight) if not indices else self._loss(x, weight, *indices)
+            self._loss(x, weight, *indices) if indices else F.linear(x, weight)
             for weight, x, *indices in zip(*parts, strict=True)
         ]
         return torch.stack(results, dim=2).flatten(1, 2)
 
     def _loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        """Cross-entropy (B, t) of hidden states (B, t, dim), one depth's weight, and targets."""
+        """Of states (B, t, dim) of one depth; in chunks where the logits would be large."""
 
         def nats(hidden: Tensor, targets: Tensor) -> Tensor:
             logits = F.linear(hidden, weight).float()

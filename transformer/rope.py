@@ -17,16 +17,9 @@ class PositionExtension(StrEnum):
 def rotary_cos_sin(
     coordinates: Tensor, head_dim: int, base: float = 10000.0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of a 2-D rotary embedding (RoPE, arXiv 2104.09864).
+    """cos and sin (..., head_dim / 2) of a 2-D rotary embedding (RoPE, arXiv 2104.09864).
 
-    The first half of the angles depends on the row, the second half on the column.
-
-    Args:
-        coordinates: (..., 2), row and column; 0, 0 is not rotated.
-        head_dim: a multiple of 4.
-
-    Returns:
-        Two tensors (..., head_dim / 2), float32.
+    Half of the angles depend on the rows of the coordinates (..., 2), half on the columns.
     """
     quarter = head_dim // 4
     frequencies = base ** (-torch.arange(quarter, device=coordinates.device) / quarter)
@@ -35,11 +28,9 @@ def rotary_cos_sin(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x[..., i], x[..., i + head_dim / 2]) by its angle.
+    """Rotate each pair (x[..., i], x[..., i + head_dim / 2]) of x (..., T, head_dim) by its angle.
 
-    Args:
-        x: (..., T, head_dim).
-        cos, sin: (T, head_dim / 2), or of a shape that broadcasts to half of x.
+    cos and sin are (T, head_dim / 2), or of a shape that broadcasts to half of x.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -63,15 +54,8 @@ class GridPositions:
         extension: PositionExtension = PositionExtension.SLIDE,
     ) -> None:
         self.size, self.trained, self.depth, self.extension = size, trained, depth, extension
-        compress = extension == PositionExtension.INTERPOLATE
-        self.scale = tuple(
-            t / s if compress and s > t else 1.0 for s, t in zip(size, trained, strict=True)
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """h * w * depth."""
-        return self.size[0] * self.size[1] * self.depth
+        self.num_tokens = size[0] * size[1] * depth
+        self.slides = extension == PositionExtension.SLIDE and size != trained
 
     def at(self, tokens: Tensor) -> Tensor:
         """Raster numbers of tokens (...), depth innermost -> their positions (..., 3), int64."""
@@ -96,11 +80,12 @@ class GridPositions:
 
         They count from 1; the class is at (0, 0). A compressed position keeps its centre.
         """
-        row, column = positions[..., 0], positions[..., 1]
-        vertical, horizontal = self.scale
-        return torch.stack(
-            [(row + 0.5) * vertical + 0.5, (column + 0.5) * horizontal + 0.5], dim=-1
-        )
+        centres = []
+        for axis, (size, trained) in enumerate(zip(self.size, self.trained, strict=True)):
+            compress = self.extension == PositionExtension.INTERPOLATE and size > trained
+            scale = trained / size if compress else 1.0
+            centres.append((positions[..., axis] + 0.5) * scale + 0.5)
+        return torch.stack(centres, dim=-1)
 
     def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Rotary coordinates of another grid laid over this one, (its h * w, 2), float32.
@@ -119,14 +104,12 @@ class GridPositions:
         A crop of the trained size slides along the grid, centred on the position as far as the
         borders allow; the result is the position within that crop.
         """
-        inside = [
-            x
-            if size <= trained
-            else torch.where(x < trained // 2, x, (x + (trained - size)).clamp(min=trained // 2))
-            for x, size, trained in zip(
-                positions[..., :2].unbind(dim=-1), self.size, self.trained, strict=True
-            )
-        ]
+        inside = []
+        for axis, (size, trained) in enumerate(zip(self.size, self.trained, strict=True)):
+            x, middle = positions[..., axis], trained // 2
+            if size > trained:
+                x = torch.where(x < middle, x, (x + (trained - size)).clamp(min=middle))
+            inside.append(x)
         return torch.stack(inside, dim=-1)
 
     def embedding_rows(self, positions: Tensor) -> Tensor:
@@ -154,18 +137,8 @@ def visible_mask(
 ) -> Tensor:
     """The 2-D window as a mask: True at [q, k] where token queries[q] attends to keys[k].
 
-    A prefix token attends to the prefix up to itself; see `transformer.attention`.
-
-    Args:
-        queries: (Q,) places in the sequence; 0 .. prefix - 1 are the prefix.
-        keys: (S,) places in the sequence.
-        width: columns of the grid.
-        window: extent of the window in latent positions; 0 for none.
-        prefix: number of prefix tokens.
-        depth: tokens per latent position.
-
-    Returns:
-        (Q, S), bool.
+    See `transformer.attention`. Queries (Q,) and keys (S,) are places in a sequence, which begins
+    with the prefix; the grid has `width` columns. Returns (Q, S), bool.
     """
     q, k = queries[:, None], keys[None, :]
     causal = k <= q
@@ -186,7 +159,7 @@ def random_order_probability(anneal: tuple[float, float], progress: float) -> fl
     start, end = anneal
     if progress < start:
         return 1.0
-    return max(0.0, (end - progress) / (end - start)) if end > start else 0.0
+    return 0.0 if progress >= end else (end - progress) / (end - start)
 
 
 def sample_permutations(

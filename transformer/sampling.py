@@ -1,49 +1,138 @@
-"""Sampling: the loop over tokens, its steps as CUDA graphs, and the completion of grids."""
+"""Sampling: logit filters, random numbers, the loop over tokens, completion of grids."""
 
+import math
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.filters import (
-    DEFAULT_PARAMS,
-    NO_GUIDANCE,
-    Guidance,
-    SamplingParams,
-    guide_and_sample,
-    random_keys,
-    uniform,
-)
+from transformer.attention import KVCache
+from transformer.config import Guidance, check_fields, null_prefix, option
 from transformer.gpt import GPT
-from transformer.kv_cache import KVCache
-from transformer.prefix import null_prefix
 from transformer.rope import PositionExtension
 
+# To divide by less than this is to divide by zero, in float32.
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+# SplitMix64 in signed numbers: 2^64 over the golden ratio, then the shifts and factors.
+GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
+ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
 WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
 CACHE_PARTS = 4  # a captured step reads as many of them as are written; one graph for each
 
 Outputs = tuple[Tensor, Tensor]
+Function = Callable[[], Outputs]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the distribution of the model is filtered before sampling, in this order.
+
+    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082. The most likely index
+    always stays.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = option(
+        1.0, "below 1: safer, less varied samples; 0: the most likely", min=0, below=math.inf
+    )
+    top_k: int = option(0, "sample from the k most likely indices; 0: from all", min=0)
+    top_p: float = option(
+        1.0,
+        "nucleus sampling: the most likely indices whose probabilities sum to p",
+        above=0,
+        max=1,
+    )
+    min_p: float = option(
+        0.0, "sample from indices with this fraction of the highest probability", min=0, max=1
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> Tensor:
+    """Logits (..., K) -> the distributions to sample from, (..., K), float32."""
+    logits, size = logits.float(), logits.shape[-1]
+    if params.temperature < SMALLEST_TEMPERATURE:
+        return F.one_hot(logits.argmax(dim=-1), size).float()
+    # The most likely one at 0, so that no temperature takes it out of range.
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
+    if 0 < params.top_k < size:
+        ordered, order = logits.topk(params.top_k, dim=-1)
+    elif params.top_p < 1:
+        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    else:
+        return _apply_min_p(logits.softmax(dim=-1), params.min_p)
+    ordered = ordered.softmax(dim=-1)
+    if params.top_p < 1:
+        before = ordered.cumsum(dim=-1) - ordered  # probability of all more likely indices
+        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
+        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+    ordered = _apply_min_p(ordered, params.min_p)
+    return torch.zeros_like(logits).scatter(-1, order, ordered)
+
+
+def _apply_min_p(distribution: Tensor, min_p: float) -> Tensor:
+    if min_p == 0:
+        return distribution
+    bar = distribution.amax(dim=-1, keepdim=True) * min_p
+    kept = distribution.masked_fill(distribution < bar, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def sample_from_probs(distribution: Tensor, uniform: Tensor) -> Tensor:
+    """One index (B,) from each distribution (B, K), by inversion of its cumulative distribution.
+
+    Indices of probability 0 are never sampled. `uniform` (B,) is in [0, 1).
+    """
+    cumulative = distribution.cumsum(dim=-1)
+    # Rounding may leave the total a little off 1: the number is scaled, and kept below it.
+    total = cumulative[:, -1]
+    below = torch.nextafter(total, torch.zeros_like(total))
+    target = torch.minimum(uniform.to(total) * total, below)
+    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
+
+
+def random_keys(seed: int, images: Tensor) -> Tensor:
+    """One key of the random numbers for each number of an image (B,), int64; any seed."""
+    signed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
+    return _mix(images * GOLDEN_RATIO + signed)
+
+
+def uniform(keys: Tensor, token: Tensor | int) -> Tensor:
+    """A number in [0, 1), float32, for each key (B,) and the number of a token, (1,) or (B,).
+
+    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a hash of seed, image and token, so that a
+    sample depends on nothing else: not on the batch, nor on the tokens before.
+    """
+    steps = (torch.as_tensor(token, device=keys.device) + 1) * GOLDEN_RATIO  # modulo 2^64
+    return _shifted(_mix(keys + steps), 40).float() / (1 << 24)
+
+
+def _mix(x: Tensor) -> Tensor:
+    for shift, factor in ROUNDS:
+        x = (x ^ _shifted(x, shift)) * factor
+    return x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """A logical shift to the right; that of signed numbers is arithmetic."""
+    return x >> bits & (1 << 64 - bits) - 1
 
 
 def next_logits(model: GPT, cache: KVCache, tokens: Tensor, token: Tensor, depth: int) -> Tensor:
-    """Logits (B, K) of the token that follows, with all that differs between steps in tensors.
+    """Logits (B, K) of the token with raster number `token`, (1,), after `tokens` (B, 1).
 
-    Args:
-        model: in eval mode.
-        cache: prepared for `tokens`.
-        tokens: (B, 1), the previous token of each grid.
-        token: (1,), raster number of the token that follows, at least 1.
-        depth: of that token.
+    All that differs between steps is in tensors. The cache is prepared for `tokens`.
     """
     hidden = model(tokens, cache.grid.at(token - 1), cache=cache)[:, -1]
     return model.head(hidden, depth=depth)
-
-
-@lru_cache(maxsize=1)
-def _compiled_next_logits() -> Callable[..., Tensor]:
-    return torch.compile(next_logits)
 
 
 class CUDAGraphCapture:
@@ -52,7 +141,7 @@ class CUDAGraphCapture:
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, function: Callable[[], Outputs]) -> Callable[[], Outputs]:
+    def __call__(self, function: Function) -> Function:
         """`function` as a graph; the tensors that it returns are overwritten by each replay."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -72,11 +161,12 @@ class CUDAGraphCapture:
 
 
 class DecodeStep:
-    """Samples batches of grids token by token, with one cache for all batches.
+    """Samples batches of `batch_size` grids token by token, with one cache for all batches.
 
     Attributes:
         cache: keys and values of the batch; with guidance of both halves of a doubled one.
-        batch_size: B, grids in a batch.
+        capture: makes a graph of a function; None where every step runs eagerly.
+        forward: `next_logits`, or its compiled form.
     """
 
     def __init__(
@@ -86,90 +176,82 @@ class DecodeStep:
         *,
         size: tuple[int, int],
         position_extension: PositionExtension = PositionExtension.SLIDE,
-        guidance: Guidance = NO_GUIDANCE,
-        params: SamplingParams = DEFAULT_PARAMS,
-        capture: Callable[[Callable[[], Outputs]], Callable[[], Outputs]] | None = None,
-        forward: Callable[..., Tensor] = next_logits,
+        guidance: Guidance | None = None,
+        params: SamplingParams | None = None,
+        compiled: bool = False,
     ) -> None:
         """Allocate the cache, and the tensors that captured graphs read.
 
         Args:
             model: in eval mode.
-            batch_size: grids in a batch.
-            size: (h, w) of the grids.
-            position_extension: positions in a grid that is larger than the trained one.
+            batch_size: B, grids in a batch.
+            size: (h, w) of the grids; larger than trained by the `position_extension`.
             guidance: conditional and unconditional pass in one doubled batch.
             params: logit filters.
-            capture: makes a graph of a function without arguments, such as `CUDAGraphCapture()`;
-                default: every step runs eagerly.
-            forward: `next_logits`, or its compiled form.
+            compiled: as compiled CUDA graphs, where the model is on a GPU.
         """
-        self.model, self.guidance, self.params = model, guidance, params
-        self.batch_size, guided = batch_size, guidance.guidance_scale != 1
+        self.model, self.batch_size = model, batch_size
+        self.guidance, self.params = guidance or Guidance(), params or SamplingParams()
+        guided = self.guidance.guidance_scale != 1
         self.cache = model.make_cache(batch_size * (1 + guided), size, position_extension)
-        self._capture, self._forward = capture, forward
-        self._graphs: dict[tuple[int, int], Callable[[], Outputs]] = {}  # by slots and depth
         device = self.cache.device
+        self.capture: Callable[[Function], Function] | None = None
+        self.forward: Callable[..., Tensor] = next_logits
+        if compiled and device.type == "cuda":
+            self.capture, self.forward = CUDAGraphCapture(), torch.compile(next_logits)
+        self._graphs: dict[tuple[int, int], Function] = {}  # by slots and depth
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self._token = torch.zeros(1, dtype=torch.long, device=device)
         self._keys = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._scale = torch.ones((), device=device) if guided else None
 
     def begin(self, prefix: Tensor, keys: Tensor, known: Tensor | None = None) -> Outputs:
-        """Begin a batch and sample its first token, or the one after the known tokens.
-
-        Args:
-            prefix: (B,) or (B, P), see `make_prefix`.
-            keys: (B,), see `random_keys`.
-            known: (B, n), the tokens of whole rows at the top.
+        """Begin a batch and sample its first token, or the one after whole known rows (B, n).
 
         Returns:
-            logits: (B, K), conditional.
+            logits: (B, K), conditional, float32.
             sampled: (B,), int64.
         """
-        self._keys.copy_(keys)
         self.cache.reset()
-        if known is None:
-            known = keys.new_zeros(len(keys), 0)
-        token = known.shape[1]
+        self._keys.copy_(keys)
+        known = keys.new_zeros(len(keys), 0) if known is None else known
+        self._set_token(known.shape[1])
+        positions = self.cache.grid.at(torch.arange(known.shape[1], device=keys.device))
         if self._scale is not None:
             prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
             known = torch.cat([known, known])
-            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
-        positions = self.cache.grid.at(torch.arange(token, device=keys.device))
         hidden = self.model(known, positions, prefix=prefix, cache=self.cache)[:, -1]
-        logits = self.model.head(hidden, depth=0)
-        sampled = guide_and_sample(logits, uniform(keys, token), self.params, self._scale)
-        return logits[: self.batch_size], sampled
+        return self._sample(self.model.head(hidden, depth=0))
 
     def __call__(self, tokens: Tensor, token: int) -> Outputs:
         """Sample the token with raster number `token` after `tokens` (B,), the one before it."""
         self._tokens.copy_(tokens[:, None])
-        self._token.fill_(token)
-        if self._scale is not None:
-            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
+        self._set_token(token)
         depth = token % self.model.config.depth
-        if self._capture is None:
+        if self.capture is None:
             self.cache.prepare(token - 1)
             return self._decode(depth)
         key = self.cache.prepare(token - 1, CACHE_PARTS), depth
         if key not in self._graphs:
-            self._graphs[key] = self._capture(partial(self._decode, depth))
+            self._graphs[key] = self.capture(partial(self._decode, depth))
         return self._graphs[key]()
 
+    def _set_token(self, token: int) -> None:
+        self._token.fill_(token)
+        if self._scale is not None:
+            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
+
     def _decode(self, depth: int) -> Outputs:
-        rows = self._tokens if self._scale is None else self._tokens.repeat(2, 1)
-        logits = self._forward(self.model, self.cache, rows, self._token, depth)
-        random = uniform(self._keys, self._token)
-        sampled = guide_and_sample(logits, random, self.params, self._scale)
-        return logits[: self.batch_size], sampled
+        tokens = self._tokens if self._scale is None else self._tokens.repeat(2, 1)
+        return self._sample(self.forward(self.model, self.cache, tokens, self._token, depth))
 
-
-def make_step(model: GPT, batch_size: int, *, compiled: bool = False, **options: Any) -> DecodeStep:
-    """A `DecodeStep`: eager, or `compiled`, on a GPU, as compiled CUDA graphs."""
-    if compiled and model.head.weight.device.type == "cuda":
-        options |= {"capture": CUDAGraphCapture(), "forward": _compiled_next_logits()}
-    return DecodeStep(model, batch_size, **options)
+    def _sample(self, logits: Tensor) -> Outputs:
+        """Logits (B, K), or with the unconditional ones (2B, K), -> the results of `begin`."""
+        logits = logits.float()
+        cond, uncond = logits[: self.batch_size], logits[self.batch_size :]
+        logits = cond if self._scale is None else torch.lerp(uncond, cond, self._scale)
+        distribution = probabilities(logits, self.params)
+        return cond, sample_from_probs(distribution, uniform(self._keys, self._token))
 
 
 @torch.no_grad()
@@ -184,15 +266,7 @@ def generate_rows(
 ) -> Iterator[Tensor]:
     """Sample one batch of grids row by row; a window bounds the memory for any height.
 
-    Args:
-        step: of the model, for this batch size and size of grid.
-        prefix: (B,) class of each image, or `model.config.no_class`; with a condition (B, P), see
-            `make_prefix`; on the model's device.
-        keys: (B,), see `random_keys`; on the model's device.
-        known: (B, h, w) or (B, h, w, depth), indices that are kept where `known_mask` is True.
-        known_mask: (h, w), bool.
-        scores: (B,), float32, to which the log-probabilities of the known tokens behind a sampled
-            one are added, without guidance and filters.
+    Args are those of `generate`, on the model's device, and the `random_keys` of the images.
 
     Yields:
         (B, w) or (B, w, depth), int64, from the top row to the bottom row.
@@ -201,30 +275,25 @@ def generate_rows(
     is_known = [False] * (height * width) if known_mask is None else known_mask.flatten().tolist()
     start = is_known.index(False) if False in is_known else height * width  # first to be sampled
     # Known rows at the top are one prefill; in grids of other sizes the prefix moves with the row.
-    top = start // width
-    if (height, width) != config.latent_dim and top < height:
-        top = 0
-    if top:
+    top = start // width if (height, width) == config.latent_dim else 0
+    row_length, before = width * config.depth, None
+    row = keys.new_empty(len(keys), *config.grid_shape((1, width))[1:])
+    if known is not None:
         yield from known[:, :top].long().unbind(dim=1)
-    row_length = width * config.depth
-    first = top * row_length
-    known_tokens = None if known is None else known.flatten(1).long()
-    for number in range(top, height):
-        row = keys.new_empty(len(prefix), row_length)
-        for place in range(row_length):
-            token = number * row_length + place
-            if token == first:
-                before = None if known_tokens is None else known_tokens[:, :first]
-                logits, tokens = step.begin(prefix, keys, before)
-            else:
-                logits, tokens = step(tokens, token)
-            if is_known[token // config.depth]:
-                tokens = known_tokens[:, token]
-                if scores is not None and token // config.depth > start:
-                    chosen = logits.float().log_softmax(dim=-1).gather(1, tokens[:, None])
-                    scores += chosen[:, 0]
-            row[:, place] = tokens
-        yield row if config.depth == 1 else row.unflatten(1, (width, config.depth))
+        known = known.flatten(1).long()
+        before = known[:, : top * row_length]
+    for token in range(top * row_length, height * row_length):
+        if token == top * row_length:
+            logits, tokens = step.begin(prefix, keys, before)
+        else:
+            logits, tokens = step(tokens, token)
+        if known is not None and is_known[token // config.depth]:
+            tokens = known[:, token]
+            if scores is not None and token // config.depth > start:
+                scores += logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+        row.view(len(row), -1)[:, token % row_length] = tokens
+        if (token + 1) % row_length == 0:
+            yield row.clone()
 
 
 @torch.no_grad()
@@ -239,7 +308,7 @@ def generate(
     known_mask: Tensor | None = None,
     out: Tensor | None = None,
     scores: Tensor | None = None,
-    progress: Callable[[int], object] | None = None,
+    progress: Callable[[int], object] = lambda count: None,
     **options: Any,
 ) -> Tensor:
     """Sample one grid of indices for each prefix, a function of seed, image and token alone.
@@ -251,13 +320,13 @@ def generate(
         seed: of all random numbers.
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
-        known: (N, h, w[, depth]), indices that are kept where
-        known_mask: (h, w), bool, is True.
+        known: (N, h, w[, depth]), indices that are kept where `known_mask`, (h, w), is True.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: as a memory map,
             it makes the memory independent of the height, if there is a window.
-        scores: (N,), float32, on the CPU, see `generate_rows`.
+        scores: (N,), float32, on the CPU, to which the log-probabilities of the known tokens
+            behind a sampled one are added, without guidance and filters.
         progress: called with the number of images after each batch.
-        options: position_extension, guidance and params of `DecodeStep`; compiled of `make_step`.
+        options: of `DecodeStep`.
 
     Returns:
         `out`; without it (N, h, w) or (N, h, w, depth), int64, on the CPU.
@@ -267,15 +336,13 @@ def generate(
         out = torch.empty(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
     keys = random_keys(seed, torch.arange(len(prefix), device=device))
     step: DecodeStep | None = None
-    for start in range(0, len(prefix), batch_size):
-        batch = slice(start, start + batch_size)
-        count = len(prefix[batch])
-        if step is None or step.batch_size != count:
+    for batch in torch.arange(len(prefix)).split(batch_size):
+        if step is None or step.batch_size != len(batch):
             step = None  # first, so that there are never two caches
-            step = make_step(model, count, size=size, **options)
-        sums = torch.zeros(count, device=device)
+            step = DecodeStep(model, len(batch), size=size, **options)
+        sums = torch.zeros(len(batch), device=device)
         rows = generate_rows(
-            *(step, prefix[batch].to(device), keys[batch]),
+            *(step, prefix[batch].to(device), keys[batch.to(device)]),
             known=None if known is None else known[batch].to(device),
             known_mask=known_mask,
             scores=None if scores is None else sums,
@@ -284,8 +351,7 @@ def generate(
             out[batch, number] = row.to("cpu", out.dtype)
         if scores is not None:
             scores[batch] = sums.cpu()
-        if progress is not None:
-            progress(count)
+        progress(len(batch))
     return out
 
 
@@ -304,7 +370,7 @@ def complete(
     candidates: int = 1,
     **options: Any,
 ) -> Tensor:
-    """Sample the positions that are not known.
+    """Sample the positions that are not known; like `known`, int64, on the CPU.
 
     In raster order a position is sampled without regard to the known ones behind it. So several
     candidates are sampled, and that one is kept under which the known tokens behind sampled ones
@@ -312,26 +378,13 @@ def complete(
     with the samples as proposals.
 
     Args:
-        model: in eval mode.
-        prefix: (N,) or (N, P), see `generate`.
-        known: (N, h, w) or (N, h, w, depth); indices that are sampled may have any value.
-        known_mask: (h, w), bool.
+        model, prefix, known, known_mask, options: see `generate`.
         candidates: samples per image; no effect where all known positions come first.
-        options: see `generate`.
-
-    Returns:
-        Like `known`, int64, on the CPU.
     """
     candidates = candidates if later_known_mask(known_mask).any() else 1
     prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, known))
-    scores = torch.zeros(len(prefixes))
-    sampled = generate(
-        *(model, prefixes),
-        known=grids,
-        known_mask=known_mask,
-        size=(known_mask.shape[0], known_mask.shape[1]),
-        scores=scores,
-        **options,
-    )
+    scores, (height, width) = torch.zeros(len(prefixes)), known_mask.shape
+    options |= {"known": grids, "known_mask": known_mask, "scores": scores}
+    sampled = generate(model, prefixes, size=(height, width), **options)
     best = scores.view(-1, candidates).argmax(dim=1)
     return sampled[best + torch.arange(len(prefix)) * candidates]
