@@ -11,17 +11,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from transformer import (
-    GPT,
-    GPTConfig,
-    Guidance,
-    PositionExtension,
-    SamplingParams,
-    complete,
-    generate,
-    later_known_mask,
-    make_prefix,
-)
+from transformer import GPT, GPTConfig, Guidance, PositionExtension, SamplingParams, sampling
+from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.decoding import read_mask
 from utils.data.index_dataset import Conditions, load_conditions, write_conditions
@@ -88,7 +79,7 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
         mask = cli.build_or_error(known_side, text, indices.latent_dim)
     else:
         mask = torch.from_numpy(read_mask(text, indices.latent_dim))
-    if arguments.candidates > 1 and not later_known_mask(mask).any():
+    if arguments.candidates > 1 and not sampling.later_known_mask(mask).any():
         raise cli.UserError(
             f"--candidates are ranked by known indices behind sampled ones, but --mask {text} "
             "leaves none there; omit --candidates"
@@ -155,8 +146,8 @@ def read_conditions(
             "this GPT needs a condition (--condition_dropout 0); pass an indices folder with "
             "conditions by --conditions"
         )
-    grid = vocabulary.condition.latent_dim
-    return Conditions(torch.full((count, *grid), config.no_condition), [])
+    grid = vocabulary.condition
+    return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
 def choose_labels(
@@ -274,10 +265,11 @@ def main(arguments: argparse.Namespace) -> None:
             )
             options["progress"] = bar.update
             if known is None:  # rows are written as they are sampled, for grids of any height
-                generate(gpt.model, prefix, size=size, out=indices, **options)
+                sampling.generate(gpt.model, prefix, size=size, out=indices, **options)
             else:
                 options["candidates"] = arguments.candidates
-                indices.copy_(complete(gpt.model, prefix, known.grids, known.mask, **options))
+                inputs = prefix, known.grids, known.mask
+                indices.copy_(sampling.complete(gpt.model, *inputs, **options))
                 if tokenizer is not None:
                     picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
@@ -335,13 +327,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="known part of them: top, bottom, left or right and a fraction, or a picture that is "
         f"white there (default: {MASK})",
     )
-    add(
-        "--candidates",
-        type=cli.positive,
-        default=1,
-        help="samples per image; the one that makes the known indices behind it likeliest stays "
-        "(default: 1)",
-    )
+    text = "samples per image, of which the known indices choose the likeliest one (default: 1)"
+    add("--candidates", type=cli.positive, default=1, help=text)
     add("--variations", type=cli.positive, default=1, help="completions of each image (default: 1)")
     add("--model_dir", help="tokenizer, for a picture of the completions")
     add(

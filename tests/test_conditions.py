@@ -146,7 +146,7 @@ def models(data: Path) -> GridMeta:
         ("told --complete plain", "plain has no conditions, which this GPT needs"),
         ("told --conditions plain", "has codebook_size 32, but plain has codebook_size 16"),
         ("told --conditions other", "but that of other is ffffffffffff"),
-        ("told --latent_dim 9,21", "takes grids of its own size (6, 10), got (9, 21)"),
+        ("told --latent_dim 9,21", "grids must be (6, 10), got (9, 21)"),
         ("untold --conditions other", "the GPT in untold takes no conditions"),
         ("always", "needs a condition"),
     ],

@@ -51,7 +51,7 @@ def some_input(model: GPT, count: int = 3) -> tuple[Tensor, Tensor]:
     conditions = None
     if config.condition_latent_dim is not None:
         conditions = torch.randint(CONDITIONS, (count, 2, 2), generator=generator)
-        conditions[-1] = config.no_condition
+        conditions[-1] = config.condition_codebook_size
     prefix = make_prefix(torch.arange(count) % (CLASSES + 1), conditions)
     shape = (*config.latent_dim, config.depth)[: 2 if config.depth == 1 else 3]
     return prefix, torch.randint(CODES, (count, *shape), generator=generator)

@@ -68,7 +68,7 @@ def fit_gpt(indices: Tensor) -> GPT:
 
 @torch.inference_mode()
 def bits(tokenizer: VQVAE, gpt: GPT, images: Tensor) -> Tensor:
-    prefix = torch.full((len(images),), gpt.config.no_class)
+    prefix = torch.full((len(images),), gpt.config.num_classes)
     return gpt.loss(prefix, tokenizer.encode(images)).mean(dim=1)
 
 

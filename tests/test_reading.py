@@ -13,8 +13,6 @@ EXEMPT = {
     "source lines",
     "lines of the longest file",
     "train.py: lines imported",
-    "files of one GPT training step",
-    "files of one sampling step",
     "mean characters of a line of code",
 }
 STEPS = [name for name in BUDGETS if name.startswith("files of")]

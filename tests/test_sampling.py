@@ -241,7 +241,7 @@ def test_guidance() -> None:
     plain = generate(model, prefix)
     assert torch.equal(generate(model, prefix, guidance=Guidance(1.0, "linear")), plain)
     # A scale of 0 is the model without classes, and 1 + 1e-9 goes through both passes.
-    none = generate(model, torch.full_like(prefix, model.config.no_class))
+    none = generate(model, torch.full_like(prefix, model.config.num_classes))
     assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), none)
     assert torch.equal(generate(model, prefix, guidance=Guidance(1 + 1e-9)), plain)
     assert not torch.equal(generate(model, prefix, guidance=Guidance(3.0)), plain)

@@ -24,32 +24,24 @@ from transformer.rope import (
     window_is_full,
 )
 
-# Sides of a tile in latent positions: large enough for efficient matrix products, small beside
-# the window.
-TILE_ROWS, TILE_COLUMNS = 8, 16
-# A grid of so few tokens is one tile: a second call would cost more than the mask saves.
-TOKENS_IN_ONE_TILE = 512
-# Tokens per call: what is copied for a call, with margins, is small beside a large grid.
-TOKENS_PER_CALL = 4096
+TILE_ROWS, TILE_COLUMNS = 8, 16  # latent positions: enough for efficient matrix products
+TOKENS_IN_ONE_TILE = 512  # below, a second call would cost more than the mask saves
+TOKENS_PER_CALL = 4096  # limits the memory of what is copied for a call
 
 
-def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None = None, is_causal: bool = False
-) -> Tensor:
+def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
     """PyTorch's own, in float32 on a CPU, where a training step in bfloat16 takes 31 % longer."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+        return F.scaled_dot_product_attention(q, k, v, **mask)
     with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=attn_mask, is_causal=is_causal
-        )
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **mask)
     return y.type_as(q)
 
 
 class _Tiling(NamedTuple):
     """How a grid is cut: tiles of queries, and the margins of keys around each tile.
 
-    Columns are counted in tokens, `depth` per latent position; the window in latent positions.
+    Columns are counted in tokens, the window in latent positions.
     """
 
     grid: tuple[int, int]
@@ -61,17 +53,13 @@ class _Tiling(NamedTuple):
     halo: int  # rows of keys above a tile
     side: int  # columns of keys to its left, and to its right
 
-    @property
-    def across(self) -> int:
-        """Tiles beside each other."""
-        return -(-self.grid[1] // self.columns)
-
 
 def _tile(grid: tuple[int, int], depth: int, window: int, prefix: int) -> _Tiling:
     """Tiles of about TILE_ROWS x TILE_COLUMNS; as wide as the grid where margins would not pay."""
     height, width = grid[0], grid[1] * depth
     halo, side = min(window, height) - 1, (min(window, grid[1]) - 1) * depth
-    rows, columns = height, max(-(-TILE_COLUMNS // depth) * depth, side)  # whole latent positions
+    rows = height
+    columns = max(-(-TILE_COLUMNS // depth) * depth, side)  # whole latent positions
     if height * width <= TOKENS_IN_ONE_TILE or columns + 2 * side >= width:
         columns, side = width, 0
     if height * width > TOKENS_IN_ONE_TILE:
@@ -86,21 +74,17 @@ def _tile_mask(tiling: _Tiling, halo: int, device: torch.device) -> Tensor:
     The first band has no `halo`, rows of keys above the tiles.
     """
     width, columns, side = tiling.grid[1], tiling.columns, tiling.side
-    rows = torch.arange(tiling.rows, device=device)
-    column = torch.arange(tiling.across, device=device)[:, None] * columns
-    column_q = column + torch.arange(columns, device=device)  # (across, columns)
-    column_k = column + torch.arange(-side, columns + side, device=device)
-    down = rows[:, None] - torch.arange(-halo, tiling.rows, device=device)  # row_q - row_k
-    before = column_q[:, :, None] >= column_k[:, None, :]
-    beside = column_q[:, :, None] // tiling.depth - column_k[:, None, :] // tiling.depth
-    # (across, rows, columns, rows of keys, columns of keys)
-    down = down[None, :, None, :, None]
-    before, beside = before[:, None, :, None, :], beside[:, None, :, None, :]
-    earlier = (down > 0) | ((down == 0) & before)
-    near = (down < tiling.window) & (beside.abs() < tiling.window)
-    inside = ((column_k >= 0) & (column_k < width))[:, None, None, None, :]
-    visible = (earlier & near & inside).flatten(3).flatten(1, 2)
-    return F.pad(visible, (tiling.prefix, 0), value=True)
+    shape = {"width": width // tiling.depth, "depth": tiling.depth}
+    rows = torch.arange(halo + tiling.rows, device=device)[:, None] * width
+    masks = []
+    for left in range(0, width, columns):
+        column = torch.arange(left - side, left + columns + side, device=device)
+        inside = ((column >= 0) & (column < width)).repeat(len(rows))
+        queries = (rows[halo:] + column[side : side + columns]).flatten()
+        keys = (rows + column).flatten()
+        visible = visible_mask(queries, keys, window=tiling.window, prefix=0, **shape)
+        masks.append(visible & inside)
+    return F.pad(torch.stack(masks), (tiling.prefix, 0), value=True)
 
 
 def attend(
@@ -113,21 +97,17 @@ def attend(
     prefix: int = 1,
     depth: int = 1,
 ) -> Tensor:
-    """Causal attention over `prefix` tokens and a grid, exact for every window.
+    """Causal attention over `prefix` tokens, at least 1, and a grid, exact for every window.
 
     Without a window this is one causal call. With one, the grid is cut into tiles: the keys of a
     tile are the tile itself, and the rows above it and columns beside it that the window reaches.
     Time and memory grow with the number of tokens; a mask over all pairs of them never exists.
 
     Args:
-        q, k, v: (B, heads, prefix + h*w*depth, head_dim).
+        q, k, v: (B, heads, prefix + h*w*depth, head_dim), the shape of the result.
         grid: rows and columns (h, w).
         window: extent of the window in latent positions; 0 for none.
-        prefix: number of prefix tokens, at least 1.
-        depth: tokens per latent position.
-
-    Returns:
-        (B, heads, prefix + h*w*depth, head_dim).
+        prefix, depth: tokens of the prefix, and per latent position.
     """
     height, width = grid[0], grid[1] * depth
     if q.shape[2] != prefix + height * width:
@@ -137,13 +117,14 @@ def attend(
     tiling = _tile(grid, depth, window, prefix)
     before = q[:, :, :prefix], k[:, :, :prefix], v[:, :, :prefix]
     outputs = [scaled_dot_product_attention(*before, is_causal=True)]
-    # The first band of tiles has no rows above it; of the others many go into one call.
+    # The first band of tiles has no rows above it; many others go into one call.
     bands = max(1, TOKENS_PER_CALL // (tiling.rows * width))
     sizes = [min(tiling.rows, height)]
     while sum(sizes) < height:
         sizes.append(min(bands * tiling.rows, height - sum(sizes)))
     # Split, not sliced: the gradients of all parts are then joined once.
-    parts = [x[:, :, prefix:].unflatten(2, tiling.grid).split(sizes, dim=2) for x in (q, k, v)]
+    grids = [x[:, :, prefix:].unflatten(2, tiling.grid) for x in (q, k, v)]
+    parts = [x.split(sizes, dim=2) for x in grids]
     above: list[Tensor] = []
     for q_rows, *key_rows in zip(*parts, strict=True):
         keys = key_rows
@@ -165,13 +146,13 @@ def _attend_rows(
     """
     batch, heads, height, width, dim = q.shape
     halo, side = keys[0].shape[2] - height, tiling.side
-    rows, columns, across = tiling.rows, tiling.columns, tiling.across
-    bands = -(-height // rows)
+    rows, columns = tiling.rows, tiling.columns
+    bands, across = -(-height // rows), -(-width // columns)
 
     def cut(x: Tensor, above: int, beside: int) -> Tensor:
         """Rows of the grid -> (B, heads, bands, across, tokens of a tile and its margins, d)."""
-        missing_rows, missing_columns = bands * rows - height, across * columns - width
-        x = F.pad(x, (0, 0, beside, beside + missing_columns, 0, missing_rows))
+        right = beside + across * columns - width
+        x = F.pad(x, (0, 0, beside, right, 0, bands * rows - height))
         x = x.unfold(2, above + rows, rows).unfold(3, columns + 2 * beside, columns)
         return x.permute(0, 1, 2, 3, 5, 6, 4).flatten(4, 5)
 
@@ -195,35 +176,27 @@ def block_mask(
     from torch.nn.attention.flex_attention import create_block_mask  # takes half a second
 
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        shape = {"width": grid[1], "window": window, "prefix": prefix, "depth": depth}
-        return visible_mask(query[None], key[None], **shape)[0, 0]
+        shape = {"window": window, "prefix": prefix, "depth": depth}
+        return visible_mask(query[None], key[None], width=grid[1], **shape)[0, 0]
 
-    length = prefix + grid[0] * grid[1] * depth
-    # Compiled, the mask of all pairs is never materialised.
-    make = torch.compile(create_block_mask) if device.type == "cuda" else create_block_mask
+    length, make = prefix + grid[0] * grid[1] * depth, create_block_mask
+    if device.type == "cuda":
+        make = torch.compile(make)  # which never materialises the mask of all pairs
     return make(visible, None, None, length, length, device=device)
 
 
 class FlexAttention:
     """`attend` as one fused kernel (arXiv 2412.05496); it has a backward pass on CUDA only."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        *,
-        grid: tuple[int, int],
-        window: int,
-        prefix: int = 1,
-        depth: int = 1,
-    ) -> None:
-        """Make the mask of one grid, see `attend`, once and outside of a compiled model."""
+    def __init__(self, device: torch.device, **shape: Any) -> None:
+        """Make the mask of a grid, with the arguments of `attend`, outside of a compiled model."""
         from torch.nn.attention.flex_attention import flex_attention
 
-        # Only the compiled kernel is fast.
-        self.kernel = torch.compile(flex_attention) if device.type == "cuda" else flex_attention
-        self.shape: dict[str, Any] = {"grid": grid, "window": window}
-        self.shape |= {"prefix": prefix, "depth": depth}
-        is_full = window_is_full(window, grid)
+        self.kernel: Any = flex_attention
+        if device.type == "cuda":
+            self.kernel = torch.compile(flex_attention)  # only this one is fast
+        self.shape = {"prefix": 1, "depth": 1, **shape}
+        is_full = window_is_full(shape["window"], shape["grid"])
         self.mask = None if is_full else block_mask(**self.shape, device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **shape: Any) -> Tensor:
@@ -242,24 +215,21 @@ class KVCache:
 
     A token is written by its position, a tensor; so `attend` is the same computation for every
     token, which a CUDA graph can capture. What must be a number on the host is set by `prepare`.
-
-    Attributes:
-        grid: positions of the grid that is generated.
-        keys, values: of each layer (B, kv_heads, prefix + ring, head_dim); tensors of their own,
-            because a compiler copies the whole of a tensor whose parts are written.
-        slots: how many slots of the ring `attend` reads.
     """
 
     def __init__(
         self, config: GPTConfig, batch_size: int, grid: GridPositions, like: Tensor
     ) -> None:
         """Allocate the cache on the device and in the type of `like`."""
-        self.grid, self.prefix, self.device = grid, config.prefix_length, like.device
-        self.rope_base = config.rope_base
+        self.grid, self.prefix = grid, config.prefix_length
+        self.device, self.rope_base = like.device, config.rope_base
         height, self.width = grid.size
-        self.window = 0 if window_is_full(config.window_size, grid.size) else config.window_size
+        is_full = window_is_full(config.window_size, grid.size)
+        self.window = 0 if is_full else config.window_size
         self.ring = min(self.window or height, height) * self.width * grid.depth
-        shape = batch_size, config.num_kv_heads, self.prefix + self.ring, config.head_dim
+        slots = self.prefix + self.ring
+        shape = batch_size, config.num_kv_heads, slots, config.head_dim
+        # Not one tensor: a compiler would copy the whole of it where a part is written.
         self.keys = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.values = [like.new_zeros(shape) for _ in range(config.num_layers)]
         self.reset()
@@ -278,10 +248,9 @@ class KVCache:
     def prepare(self, token: int, parts: int | None = None) -> int:
         """Get ready for the token with this raster number, before the model is called with it.
 
-        Limits `attend` to the slots that are written by then and, in grids larger than the
-        trained one, rotates the prefix by the distance of the token (see `GridPositions.offsets`).
-        With `parts`, the slots are rounded up to a multiple of 1/parts of the ring, so that few
-        different computations occur. Returns the number of slots that are read.
+        Limits `attend` to the slots that are written by then, rounded up to a multiple of 1/parts
+        of the ring if few different computations should occur; returns their number. Where
+        positions slide, rotates the prefix by the `GridPositions.offsets` of the token.
         """
         written = min(token + 1, self.ring)
         part = 1 if parts is None else -(-self.ring // parts)
@@ -302,11 +271,7 @@ class KVCache:
         self._offset = offset.tolist()
 
     def mask(self, tokens: Tensor) -> Tensor | None:
-        """The slots that tokens with these raster numbers (T,) attend to; None: all that are read.
-
-        Returns:
-            (T, prefix + slots), bool.
-        """
+        """Which slots the tokens numbered (T,) attend to, (T, prefix + slots); None: to all."""
         if self._all_visible and len(tokens) == 1:
             return None
         # Each slot holds the latest token that belongs there.
@@ -328,18 +293,14 @@ class KVCache:
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """Store k and v of some tokens of one row, and attend from q to all that the mask shows.
+        """Store k and v (B, kv_heads, T, head_dim) of the `tokens` numbered (T,), all of one row.
 
-        Args:
-            q: (B, heads, T, head_dim), the shape of the result.
-            k, v: (B, kv_heads, T, head_dim).
-            tokens: (T,), their raster numbers, in rising order.
-            mask: of `mask(tokens)`.
+        Attend from q (B, heads, T, head_dim), the shape of the result, by `mask(tokens)`.
         """
         stop, slots = self.prefix + self.slots, tokens % self.ring + self.prefix
         keys = self.keys[layer].index_copy_(2, slots, k)[:, :, :stop]
         values = self.values[layer].index_copy_(2, slots, v)[:, :, :stop]
-        # Heads that share keys become further queries of one head: (B, kv_heads, groups * T, d).
+        # Heads that share keys become queries of one: (B, kv_heads, groups * T, d).
         groups = q.shape[1] // k.shape[1]
         queries = q.unflatten(1, (-1, groups)).flatten(2, 3)
         if mask is not None and groups > 1:

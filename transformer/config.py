@@ -1,9 +1,13 @@
-"""Configuration of a GPT: its flags and named sizes; its prefix, and guidance by it."""
+"""Configuration of a GPT: its flags and named sizes; its prefix, and guidance by it.
+
+The prefix is (B,) where a model takes only a class, else (B, 1 + hc * wc): the class, then the
+indices of another grid, the condition, in raster order (arXiv 2012.09841, section 3.2).
+"""
 
 import math
 import operator
 import types
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_type_hints
 
 import torch
@@ -44,7 +48,8 @@ def check_fields(config: Any) -> None:
         kind = hints[name]
         if isinstance(kind, types.UnionType):  # X | None
             kind = get_args(kind)[0]
-        kinds, parts = get_args(kind) or (kind,), value if isinstance(value, tuple) else (value,)
+        kinds = get_args(kind) or (kind,)
+        parts = value if isinstance(value, tuple) else (value,)
         fits = len(kinds) == len(parts) and all(
             isinstance(x, (int, float) if wanted is float else wanted)
             and isinstance(x, bool) == (wanted is bool)
@@ -69,12 +74,13 @@ class GPTConfig:
     codebook_size: int = field(metadata={"min": 2})  # number of codebook indices K
     # Indices per latent position (residual quantization).
     depth: int = field(default=1, metadata={"min": 1})
-    # Without "no class", which has an embedding as well.
+    # Its embeddings have one more: the token num_classes is "no class".
     num_classes: int = field(default=0, metadata={"min": 0})
-    condition_codebook_size: int = 0  # of a conditioning grid before the image's; 0: none
+    # Of a conditioning grid before the image's; 0: none. This index is "not given".
+    condition_codebook_size: int = 0
     condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
     latent_dim: tuple[int, int] | None = option(
-        None, "side, or H,W, of the latent grid; default: that of the indices", min=1
+        None, "side or H,W of the latent grid; default: that of the indices", min=1
     )
     size: str = option(
         "tiny",
@@ -97,7 +103,7 @@ class GPTConfig:
     )
     rope_base: float = option(
         10000.0,
-        "base of the rotary frequencies; a lower one, as 100, rotates more within small grids",
+        "base of the rotary frequencies; a lower one, as 100, suits small grids",
         above=1,
         below=math.inf,
     )
@@ -107,15 +113,14 @@ class GPTConfig:
     )
     label_smoothing: float = option(
         0.0,
-        "part of the loss that is spread over the codes nearest to the right one, by distance; "
-        "needs a tokenizer",
+        "part of the loss that is spread over the nearest codes; needs a tokenizer",
         min=0,
         below=1,
     )
     window_size: int = option(
         0,
-        "each latent position attends to those less than this many rows above and columns beside "
-        "it; 0: to all earlier ones",
+        "each position attends to those less than this many rows above and columns "
+        "beside it; 0: to all earlier ones",
         min=0,
     )
     dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
@@ -130,8 +135,8 @@ class GPTConfig:
     )
     order_anneal: tuple[float, float] | None = option(
         None,
-        "fractions of the training, as 0.5,0.75: random orders up to the first, raster order from "
-        "the second on, a falling mix between (RAR); default: raster order",
+        "fractions of the training, as 0.5,0.75: random orders up to the first, a falling "
+        "mix up to the second, then raster order (RAR); default: raster order",
         metavar="START,END",
         min=0,
         max=1,
@@ -143,48 +148,32 @@ class GPTConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         shape = self._shape()
-        num_heads, num_kv_heads, dim = shape["num_heads"], shape["num_kv_heads"], shape["dim"]
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"num_heads {num_heads} must be a multiple of num_kv_heads {num_kv_heads}"
-            )
-        if dim % (4 * num_heads):
-            raise ValueError(f"dim {dim} must be a multiple of 4 * num_heads = {4 * num_heads}")
+        heads, kv_heads, dim = shape["num_heads"], shape["num_kv_heads"], shape["dim"]
+        if heads % kv_heads:
+            raise ValueError(f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}")
+        if dim % (4 * heads):
+            raise ValueError(f"dim {dim} must be a multiple of 4 * num_heads = {4 * heads}")
         if self.needs_codebook and self.depth > 1:
             raise ValueError("start_from_codebook and label_smoothing need depth 1")
-        if bool(self.condition_codebook_size) != (self.condition_latent_dim is not None):
-            raise ValueError("condition_codebook_size and condition_latent_dim go together")
         if self.order_anneal is not None:
             if self.order_anneal[0] > self.order_anneal[1]:
                 raise ValueError(f"order_anneal must rise, got {self.order_anneal}")
             if self.window_size:
-                raise ValueError(
-                    f"order_anneal needs window_size 0, got {self.window_size}: a random order "
-                    "has no rows above"
-                )
+                raise ValueError("order_anneal needs window_size 0: there are no rows above")
 
     def _shape(self) -> dict[str, Any]:
         """The dimensions, each 0 replaced by its value."""
-        num_layers, num_heads, dim, hidden_dim = SIZES[self.size]
-        if self.dim not in (0, dim):
+        names = "num_layers", "num_heads", "dim", "hidden_dim"
+        shape = dict(zip(names, SIZES[self.size], strict=True))
+        if self.dim not in (0, shape["dim"]):
             # About as many weights as a plain layer of width 4 * dim, in whole 64s.
-            hidden_dim = -(-8 * self.dim // (3 * 64)) * 64
-        num_heads = self.num_heads or num_heads
-        return {
-            "num_layers": self.num_layers or num_layers,
-            "num_heads": num_heads,
-            "num_kv_heads": self.num_kv_heads or num_heads,
-            "dim": self.dim or dim,
-            "hidden_dim": self.hidden_dim or hidden_dim,
-        }
+            shape["hidden_dim"] = -(-8 * self.dim // (3 * 64)) * 64
+        shape |= {name: getattr(self, name) for name in names if getattr(self, name)}
+        return shape | {"num_kv_heads": self.num_kv_heads or shape["num_heads"]}
 
     def resolve_defaults(self) -> "GPTConfig":
         """This config with the dimensions that are 0 replaced by those of `size`."""
         return replace(self, **self._shape())
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of config.json."""
-        return {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self)}
 
     @classmethod
     def from_json(cls, values: Any) -> "GPTConfig":
@@ -194,26 +183,13 @@ class GPTConfig:
         if model != "GPT":
             raise ValueError(f"it holds a {model!s:.80}, but a GPT is needed here")
         if version not in range(1, FORMAT_VERSION + 1):
-            raise ValueError(
-                f"its format_version is {version!r:.80}, but this version of the code reads up to "
-                f"{FORMAT_VERSION}; update the code"
-            )
+            raise ValueError(f"format_version {version!r:.80} is too new; update this code")
         return cls(**values)
 
     @property
     def needs_codebook(self) -> bool:
         """Whether a training begins with `GPT.use_codebook`."""
         return self.start_from_codebook or self.label_smoothing > 0
-
-    @property
-    def no_class(self) -> int:
-        """The prefix token that stands for "no class"; the classes are 0 .. num_classes - 1."""
-        return self.num_classes
-
-    @property
-    def no_condition(self) -> int:
-        """The index at every position of a condition that is not given."""
-        return self.condition_codebook_size
 
     @property
     def prefix_length(self) -> int:
@@ -225,19 +201,9 @@ class GPTConfig:
         """Width of one attention head, of a config whose defaults are resolved."""
         return self.dim // self.num_heads
 
-    @property
-    def has_absolute_positions(self) -> bool:
-        """Whether some embedding table has one row per latent position of the trained grid."""
-        return self.positions == "learned" or self.order_anneal is not None
-
     def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the indices of a grid of `size`: (h, w), or (h, w, depth) if depth > 1."""
         return size if self.depth == 1 else (*size, self.depth)
-
-
-# --- the prefix ---------------------------------------------------------------------------------
-# (B,) where a model takes only a class, else (B, 1 + hc * wc): the class, then the indices of
-# another grid, the condition, in raster order (arXiv 2012.09841, section 3.2).
 
 
 def make_prefix(classes: Tensor, conditions: Tensor | None = None) -> Tensor:
@@ -249,8 +215,8 @@ def make_prefix(classes: Tensor, conditions: Tensor | None = None) -> Tensor:
 
 def null_prefix(prefix: Tensor, config: GPTConfig) -> Tensor:
     """A prefix of the same shape without class and condition."""
-    null = torch.full_like(prefix, config.no_condition)
-    null.view(len(null), -1)[:, 0] = config.no_class
+    null = torch.full_like(prefix, config.condition_codebook_size)
+    null.view(len(null), -1)[:, 0] = config.num_classes
     return null
 
 
@@ -281,20 +247,19 @@ class Guidance:
 
     guidance_scale: float = option(
         1.0,
-        "classifier-free guidance: above 1 samples follow class and condition more closely; 1: "
-        "none",
+        "classifier-free guidance: above 1, samples follow class and condition closely; 1: none",
         min=0,
         below=math.inf,
     )
     guidance_schedule: str = option(
         "constant",
-        "how the scale rises from 1 at the first token to its value at the last; constant: no rise",
+        "how the scale rises from 1 to its value at the last token; constant: no rise",
         choices=("constant", "linear", "cosine"),
     )
     guidance_power: float = option(
         1.0,
-        "exponent of the progress in the schedule: above 1, the scale rises later; with cosine "
-        "this is RAR's power-cosine",
+        "exponent of the progress: above 1, the scale rises later; with cosine this is "
+        "RAR's power-cosine",
         above=0,
         below=math.inf,
     )

@@ -48,22 +48,16 @@ BUFFERS = {"freqs_cis", "causal_mask"}  # not used here
 
 
 def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int = 0) -> GPT:
-    """A class-conditional GPT of LlamaGen, with the same logits, in eval mode and float32.
+    """The GPT with these weights of a class-conditional one of LlamaGen, in eval mode and float32.
 
-    Args:
-        weights: its state dict.
-        latent_dim: rows and columns (h, w) of the grid it was trained on.
-        heads: attention heads; 0: those of LlamaGen's model of this width.
-
-    Raises:
-        ValueError: weights that are missing, left over, or of another model.
+    It was trained on grids of `latent_dim` (h, w). 0 heads: those of LlamaGen's model of its
+    width. A ValueError for weights that are missing, left over, or of another model.
     """
     for other, part in OTHERS.items():
         if any(part in name for name in weights):
             raise ValueError(f"this is {other}, not a class-conditional GPT of LlamaGen")
-    if CLASSES not in weights:
-        raise ValueError("not a class-conditional GPT of LlamaGen: it has no cls_embedding table")
-    num_layers = len({name.split(".")[1] for name in weights if re.match(r"layers\.\d+\.", name)})
+    layers = (re.match(r"layers\.\d+\.", name) for name in weights)
+    num_layers = len({found[0] for found in layers if found})
     keys = {
         ours.format(i=i): [key.format(i=i) for key in theirs]
         for i in range(num_layers)
@@ -94,23 +88,17 @@ def _infer_config(
     weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int, num_layers: int
 ) -> GPTConfig:
     """The sizes of the model that a checkpoint's shapes show."""
-    for key in (CODES, CLASSES, QKV, GATE):
-        if weights[key].dim() != 2:
-            raise ValueError(f"{key!r} must be 2-D, got {tuple(weights[key].shape)}")
     codebook_size, dim = weights[CODES].shape
     heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
     if heads < 1 or dim % heads:
         raise ValueError(f"a width of {dim} has no {heads} heads; set their number (num_heads)")
-    kv_heads = (len(weights[QKV]) - dim) // (2 * (dim // heads))
-    if kv_heads < 1:
-        raise ValueError(f"{QKV!r} has no keys and values")
     return GPTConfig(
         codebook_size=codebook_size,
         num_classes=len(weights[CLASSES]) - 1,
         latent_dim=latent_dim,
         num_layers=num_layers,
         num_heads=heads,
-        num_kv_heads=kv_heads,
+        num_kv_heads=(len(weights[QKV]) - dim) // (2 * (dim // heads)),
         dim=dim,
         hidden_dim=len(weights[GATE]),
         qk_norm=False,
@@ -141,10 +129,7 @@ def main(arguments: argparse.Namespace) -> None:
     origin = Provenance(lineage=(Stage.now("gpt", inputs, ""),))
     content = model_files(model, origin) | {FILE: vocabulary.content()}
     files.write_folder(folder, content)
-    print(
-        f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads, "
-        f"{config.num_classes} classes, {config.codebook_size} codes: written to {folder}"
-    )
+    print(f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads: {folder}")
     words = ("transformer_generation.py", "--model_path", folder, "--num_images", "8")
     print(cli.next_command(*words))
 
@@ -155,10 +140,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--from", choices=("llamagen",), required=True, help="project to import from")
     add("--checkpoint", required=True, metavar="FILE", help="such as c2i_B_256.pt")
     add("--output_dir", required=True, help="model folder to write")
-    size = "grid it was trained on: 16 for 256 pixels (default), 24 for 384"
-    add("--latent_dim", type=cli.height_and_width, default=(16, 16), help=size)
-    heads = "attention heads (default: follows from the width)"
-    add("--num_heads", type=cli.positive, default=0, help=heads)
+    text = "grid it was trained on: 16 for 256 pixels (default), 24 for 384"
+    add("--latent_dim", type=cli.height_and_width, default=(16, 16), help=text)
+    text = "attention heads (default: follows from the width)"
+    add("--num_heads", type=cli.positive, default=0, help=text)
     return parser
 
 

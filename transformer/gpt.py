@@ -8,6 +8,7 @@ embeddings of their own, each with one more for "not given".
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.attention import KVCache, attend
-from transformer.config import GPTConfig
+from transformer.config import FORMAT_VERSION, GPTConfig
 from transformer.layers import Block, Head, RMSNorm, Rotary
 from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin
 
@@ -29,23 +30,22 @@ STD = 0.02  # of the initial weights
 class GPT(nn.Module):
     """p(indices | prefix) = product over the tokens of p(token | prefix and the tokens before it).
 
-    Each element of the sequence predicts the token that comes next: the last one of the prefix
-    predicts the first token.
+    Each element predicts the token that comes next, the last one of the prefix the first token.
     """
 
     def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attend) -> None:
         """Build and initialise the layers; `attend` may be a `FlexAttention`."""
         super().__init__()
-        if config.latent_dim is None:
-            raise ValueError("a GPT needs latent_dim")
         self.config, self.attend = config.resolve_defaults(), attend
         config, self.prefix_length = self.config, config.prefix_length
         self.grid = GridPositions(config.latent_dim, config.latent_dim, config.depth)
         positions = math.prod(config.latent_dim)
         self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         if config.condition_latent_dim is not None:
-            self.condition_embedding = nn.Embedding(config.condition_codebook_size + 1, config.dim)
-        self.token_embedding = nn.Embedding(config.depth * config.codebook_size, config.dim)
+            rows = config.condition_codebook_size + 1
+            self.condition_embedding = nn.Embedding(rows, config.dim)
+        rows = config.depth * config.codebook_size
+        self.token_embedding = nn.Embedding(rows, config.dim)
         if config.positions == "learned":
             rows = self.prefix_length + positions
             self.position_embedding = nn.Parameter(torch.zeros(rows, config.dim))
@@ -55,7 +55,7 @@ class GPT(nn.Module):
         self.blocks: Any = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.dim)
         self.head = Head(config.dim, config.codebook_size, config.depth)
-        if config.tie_embeddings:  # (arXiv 1608.05859) an attribute, saved and counted once
+        if config.tie_embeddings:  # an attribute, saved and counted once
             del self.head.weight
             object.__setattr__(self.head, "weight", self.token_embedding.weight)
         self._initialise()
@@ -110,20 +110,19 @@ class GPT(nn.Module):
             tokens: (B, T) indices. In a window's model that begins, whole rows in raster order.
             positions: (T, 3), or (B, T, 3) for an order per image: row, column and depth of each.
             prefix: (B,) or (B, P), see `make_prefix`.
-            next_positions: what each element predicts, of the shape of `positions` but, with a
-                prefix, one longer; default: the token after it, by raster order after the last.
-                Only a model with `order_anneal` reads it.
+            next_positions: what each element predicts, for a model with `order_anneal`; with a
+                prefix one longer. Default: the token after it, by raster order after the last.
             cache: of `make_cache`, `prepare`d for the last of the tokens.
 
         Returns:
-            (B, T, dim), states of the tokens; with a prefix (B, 1 + T, dim), the first one is that
-            of the prefix, which predicts the first token.
+            (B, T, dim); with a prefix (B, 1 + T, dim), whose first state predicts the first token.
         """
         config, begins = self.config, prefix is not None
         grid = self.grid if cache is None else cache.grid
         # Each depth has embeddings of its own.
-        x = tokens if config.depth == 1 else tokens + positions[..., 2] * config.codebook_size
-        x = self.token_embedding(x)
+        if config.depth > 1:
+            tokens = tokens + positions[..., 2] * config.codebook_size
+        x = self.token_embedding(tokens)
         if prefix is not None:
             x = torch.cat([self._embed_prefix(prefix), x], dim=1)  # (B, P + T, dim)
         if config.positions == "learned":
@@ -134,8 +133,8 @@ class GPT(nn.Module):
             x = x + self.position_embedding[rows]
         if config.order_anneal is not None:
             if next_positions is None:
-                last = positions[..., -1:, :]
-                last = grid.next(last) if last.numel() else grid.raster(x.device)[:1]
+                last = grid.numbers(positions[..., -1:, :]) + 1
+                last = grid.at(last) if last.numel() else grid.raster(x.device)[:1]
                 following = positions if begins else positions[..., 1:, :]
                 next_positions = torch.cat([following, last], dim=-2)
             target = self.target_embedding(grid.embedding_rows(next_positions))
@@ -155,8 +154,8 @@ class GPT(nn.Module):
 
         Args:
             indices: (B, h, w) or (B, h, w, depth), of `config.latent_dim`.
-            order: (B, h * w), a permutation of the latent positions for each image; needs a model
-                with `order_anneal`. Default: raster order.
+            order: (B, h * w), a permutation of the latent positions of each image, for a model
+                with `order_anneal`; default: raster order.
 
         Returns:
             tokens: (B, n), n = h * w * depth, depth innermost.
@@ -169,7 +168,7 @@ class GPT(nn.Module):
         if order is None:
             return tokens, positions
         if self.config.order_anneal is None:
-            raise ValueError("only a GPT trained with order_anneal takes other orders than raster")
+            raise ValueError("only a GPT with order_anneal takes orders")
         depths = torch.arange(self.config.depth, device=order.device)
         order = (order[:, :, None] * self.config.depth + depths).flatten(1)  # of tokens
         return tokens.gather(1, order), positions[order]
@@ -203,8 +202,7 @@ class GPT(nn.Module):
             attention, feed_forward = block.attention, block.feed_forward
             maps[attention.qkv.weight] = [x * attention.head_dim for x in attention.heads]
             maps[feed_forward.gate_and_value.weight] = [self.config.hidden_dim] * 2
-            for layer in (attention.out, feed_forward.out):
-                maps[layer.weight] = [layer.out_features]
+            maps[attention.out.weight] = maps[feed_forward.out.weight] = [self.config.dim]
         return maps
 
     def grid_positions(
@@ -212,15 +210,11 @@ class GPT(nn.Module):
     ) -> GridPositions:
         """Positions of a grid of `size`; a ValueError where this GPT has none."""
         grid = GridPositions(size, self.grid.size, self.config.depth, extension)
-        if size != self.grid.size and self.config.condition_latent_dim is not None:
-            raise ValueError(
-                f"a GPT with conditions takes grids of its own size {self.grid.size}, got {size}"
-            )
-        if size != self.grid.size and self.config.has_absolute_positions and not grid.slides:
-            raise ValueError(
-                "learned positions (also those of order_anneal) can neither be extrapolated nor "
-                "interpolated"
-            )
+        if size != grid.trained and self.config.condition_latent_dim is not None:
+            raise ValueError(f"with conditions, grids must be {grid.trained}, got {size}")
+        absolute = self.config.positions == "learned" or self.config.order_anneal is not None
+        if size != grid.trained and absolute and not grid.slides:
+            raise ValueError("learned positions and those of order_anneal can only slide")
         return grid
 
     def make_cache(
@@ -235,24 +229,20 @@ class GPT(nn.Module):
 
     def pretrained_config(self) -> dict[str, Any]:
         """The content of config.json."""
-        return self.config.to_json()
+        return {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self.config)}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.detach().cpu().contiguous() for name, x in self.state_dict().items()}
+        tensors = {name: x.contiguous() for name, x in self.state_dict().items()}
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
-        (folder / "config.json").write_text(json.dumps(self.pretrained_config(), indent=2) + "\n")
+        config = json.dumps(self.pretrained_config(), indent=2)
+        (folder / "config.json").write_text(config + "\n")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """The model of a local model folder, in eval mode.
-
-        Raises:
-            OSError: a file cannot be read.
-            ValueError: another kind of model, a newer format, or files that do not fit together.
-        """
+        """The model of a local model folder, in eval mode; an OSError or a ValueError."""
         path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
         try:
             config = GPTConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
@@ -270,12 +260,9 @@ class GPT(nn.Module):
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
         """The prefix (B,) or (B, P) -> (B, P, dim)."""
-        prefix = prefix.reshape(len(prefix), -1)
-        if prefix.shape[1] != self.prefix_length:
-            raise ValueError(
-                f"this GPT takes a class and {self.prefix_length - 1} indices of a condition, "
-                f"got {prefix.shape[1] - 1} indices"
-            )
+        prefix, length = prefix.reshape(len(prefix), -1), self.prefix_length
+        if prefix.shape[1] != length:
+            raise ValueError(f"the prefix must have {length} tokens, got {prefix.shape[1]}")
         x = self.prefix_embedding(prefix[:, :1])
         if self.config.condition_latent_dim is None:
             return x
@@ -284,19 +271,19 @@ class GPT(nn.Module):
     def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
         """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.
 
-        The class is not rotated. The condition is laid over the grid, so that its distance to the
-        position at the same place of the picture is 0.
+        The class is at (0, 0), not rotated; the condition is laid over the grid.
         """
         config, coordinates = self.config, grid.coordinates(positions)
         if begins:
-            parts = [coordinates.new_zeros(1, 2)]
+            prefix = coordinates.new_zeros(1, 2)
             if config.condition_latent_dim is not None:
-                parts.append(grid.aligned_positions(config.condition_latent_dim, positions.device))
-            prefix = torch.cat(parts).expand(*coordinates.shape[:-2], -1, -1)
+                size, device = config.condition_latent_dim, positions.device
+                prefix = torch.cat([prefix, grid.aligned_positions(size, device)])
+            prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
         cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
         if begins and config.blank_prefix:
-            cos = torch.cat([torch.zeros_like(cos[..., :1, :]), cos[..., 1:, :]], dim=-2)
+            cos = F.pad(cos[..., 1:, :], (0, 0, 1, 0))
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])
 
     def _attention(
@@ -305,11 +292,11 @@ class GPT(nn.Module):
         """Attention of each layer, called with its number, q, k and v."""
         if not begins:
             if cache is None:
-                raise ValueError("without a prefix, tokens need the cache of those before them")
+                raise ValueError("without a prefix, tokens need the cache")
             numbers = grid.numbers(positions)
             return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
         if grid.slides and positions.shape[-2]:
-            raise ValueError("with sliding positions a larger grid is sampled token by token")
+            raise ValueError("larger grids with sliding positions are sampled token by token")
         width = grid.size[1]
         shape = {
             "grid": (positions.shape[-2] // (width * grid.depth), width),

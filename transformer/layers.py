@@ -154,13 +154,12 @@ class Head(nn.Linear):
         weights = self.weight.chunk(self.depth)  # (K, dim) each
         if depth is not None:
             return F.linear(hidden, weights[depth])
-        parts = [weights, hidden.unflatten(1, (-1, self.depth)).unbind(2)]
-        if targets is not None:
-            parts.append(targets.unflatten(1, (-1, self.depth)).unbind(2))
-        results = [
-            self._loss(x, weight, *indices) if indices else F.linear(x, weight)
-            for weight, x, *indices in zip(*parts, strict=True)
-        ]
+        parts = zip(hidden.unflatten(1, (-1, self.depth)).unbind(2), weights, strict=True)
+        if targets is None:
+            results = [F.linear(x, weight) for x, weight in parts]
+        else:
+            indices = targets.unflatten(1, (-1, self.depth)).unbind(2)
+            results = [self._loss(*part, x) for part, x in zip(parts, indices, strict=True)]
         return torch.stack(results, dim=2).flatten(1, 2)
 
     def _loss(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 class PositionExtension(StrEnum):
     """Positions in grids that are larger than the trained one."""
 
-    SLIDE = "slide"  # the prefix is rotated as for a crop of the trained size around the position
+    SLIDE = "slide"  # the prefix is rotated as for a crop around the position
     EXTRAPOLATE = "extrapolate"  # positions continue beyond the trained range
     INTERPOLATE = "interpolate"  # positions are compressed into the trained range
 
@@ -37,14 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class GridPositions:
-    """Positions (row, column, depth) of a grid, and their meaning to a model trained on another.
-
-    Attributes:
-        size: rows and columns (h, w) of the grid.
-        trained: rows and columns that the model was trained on.
-        depth: tokens per latent position.
-        extension: how positions are mapped where `size` is larger than `trained`.
-    """
+    """Positions (row, column, depth) in a grid of `size` (h, w) for a model of `trained` (h, w)."""
 
     def __init__(
         self,
@@ -71,15 +64,8 @@ class GridPositions:
         row, column, depth = positions.unbind(dim=-1)
         return (row * self.size[1] + column) * self.depth + depth
 
-    def next(self, positions: Tensor) -> Tensor:
-        """Positions (..., 3) of the tokens that follow in raster order, (..., 3)."""
-        return self.at(self.numbers(positions) + 1)
-
     def coordinates(self, positions: Tensor) -> Tensor:
-        """Rotary coordinates of positions (..., 3): (..., 2), float32.
-
-        They count from 1; the class is at (0, 0). A compressed position keeps its centre.
-        """
+        """Rotary coordinates (..., 2), float32, of positions; they count from 1."""
         centres = []
         for axis, (size, trained) in enumerate(zip(self.size, self.trained, strict=True)):
             compress = self.extension == PositionExtension.INTERPOLATE and size > trained
@@ -88,10 +74,7 @@ class GridPositions:
         return torch.stack(centres, dim=-1)
 
     def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
-        """Rotary coordinates of another grid laid over this one, (its h * w, 2), float32.
-
-        The same place of the picture has the same coordinates in both, whatever their sizes.
-        """
+        """Rotary coordinates (its h * w, 2), float32, of another grid laid over this one."""
         rows, columns = (
             (torch.arange(count, device=device) + 0.5) * (own / count) + 0.5
             for count, own in zip(size, self.size, strict=True)
@@ -116,13 +99,14 @@ class GridPositions:
         """Rows (...) of a table with one embedding per position of the trained grid."""
         row, column = self.trained_positions(positions).unbind(dim=-1)
         # Beyond the last token nothing follows; any row will do.
-        return (row * self.trained[1] + column).clamp(max=self.trained[0] * self.trained[1] - 1)
+        height, width = self.trained
+        return (row * width + column).clamp(max=height * width - 1)
 
     def offsets(self, positions: Tensor) -> Tensor:
-        """Distances (..., 2) of positions from the ones in the trained grid that they stand for.
+        """Distances (..., 2) of positions from their `trained_positions`.
 
-        A prefix rotated by this distance looks to a position as it did in training, because the
-        product of a rotated query and a rotated key depends on their distance alone.
+        The product of a rotated query and a rotated key depends on their distance alone: a prefix
+        rotated by the offset is to a position what it was in training.
         """
         return positions[..., :2] - self.trained_positions(positions)
 
@@ -152,7 +136,7 @@ def visible_mask(
 
 
 def random_order_probability(anneal: tuple[float, float], progress: float) -> float:
-    """Probability of a random order after a fraction `progress` of the training (RAR, 2411.00776).
+    """Probability of a random order at a fraction `progress` of the training (RAR, 2411.00776).
 
     1 up to the first number of `anneal`, 0 from the second on, linear in between (section 3.2).
     """
@@ -165,10 +149,7 @@ def random_order_probability(anneal: tuple[float, float], progress: float) -> fl
 def sample_permutations(
     indices: Tensor, probability: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Orders (B, h * w) for grids (B, h, w[, depth]): each random with this probability, or raster.
-
-    An order permutes latent positions; the tokens of a position stay together.
-    """
+    """Orders of latent positions (B, h * w) for grids (B, h, w[, depth]), random or raster."""
     count, positions = len(indices), indices.shape[1] * indices.shape[2]
     shuffled = torch.rand(count, positions, generator=generator).argsort(dim=1)
     is_random = torch.rand(count, 1, generator=generator) < probability

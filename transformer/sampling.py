@@ -17,11 +17,12 @@ from transformer.rope import PositionExtension
 
 # To divide by less than this is to divide by zero, in float32.
 SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
-# SplitMix64 in signed numbers: 2^64 over the golden ratio, then the shifts and factors.
+# SplitMix64: 2^64 over the golden ratio, the shifts, and the factors, as signed numbers.
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
-ROUNDS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
+SHIFTS = (30, 27, 31)
+FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64), 1)
 WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
-CACHE_PARTS = 4  # a captured step reads as many of them as are written; one graph for each
+CACHE_PARTS = 4  # one graph for each number of parts that are written
 
 Outputs = tuple[Tensor, Tensor]
 Function = Callable[[], Outputs]
@@ -33,9 +34,6 @@ class SamplingParams:
 
     top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082. The most likely index
     always stays.
-
-    Raises:
-        ValueError: a value is out of its range.
     """
 
     temperature: float = option(
@@ -116,7 +114,7 @@ def uniform(keys: Tensor, token: Tensor | int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    for shift, factor in ROUNDS:
+    for shift, factor in zip(SHIFTS, FACTORS, strict=True):
         x = (x ^ _shifted(x, shift)) * factor
     return x
 
@@ -163,10 +161,7 @@ class CUDAGraphCapture:
 class DecodeStep:
     """Samples batches of `batch_size` grids token by token, with one cache for all batches.
 
-    Attributes:
-        cache: keys and values of the batch; with guidance of both halves of a doubled one.
-        capture: makes a graph of a function; None where every step runs eagerly.
-        forward: `next_logits`, or its compiled form.
+    With guidance a batch is doubled: conditional grids, then unconditional ones.
     """
 
     def __init__(
@@ -180,22 +175,13 @@ class DecodeStep:
         params: SamplingParams | None = None,
         compiled: bool = False,
     ) -> None:
-        """Allocate the cache, and the tensors that captured graphs read.
-
-        Args:
-            model: in eval mode.
-            batch_size: B, grids in a batch.
-            size: (h, w) of the grids; larger than trained by the `position_extension`.
-            guidance: conditional and unconditional pass in one doubled batch.
-            params: logit filters.
-            compiled: as compiled CUDA graphs, where the model is on a GPU.
-        """
+        """Allocate the cache, and the tensors that captured graphs read, `compiled` on a GPU."""
         self.model, self.batch_size = model, batch_size
         self.guidance, self.params = guidance or Guidance(), params or SamplingParams()
         guided = self.guidance.guidance_scale != 1
         self.cache = model.make_cache(batch_size * (1 + guided), size, position_extension)
         device = self.cache.device
-        self.capture: Callable[[Function], Function] | None = None
+        self.capture: Callable[[Function], Function] | None = None  # every step runs eagerly
         self.forward: Callable[..., Tensor] = next_logits
         if compiled and device.type == "cuda":
             self.capture, self.forward = CUDAGraphCapture(), torch.compile(next_logits)
@@ -205,7 +191,7 @@ class DecodeStep:
         self._keys = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._scale = torch.ones((), device=device) if guided else None
 
-    def begin(self, prefix: Tensor, keys: Tensor, known: Tensor | None = None) -> Outputs:
+    def begin(self, prefix: Tensor, keys: Tensor, known: Tensor) -> Outputs:
         """Begin a batch and sample its first token, or the one after whole known rows (B, n).
 
         Returns:
@@ -214,7 +200,6 @@ class DecodeStep:
         """
         self.cache.reset()
         self._keys.copy_(keys)
-        known = keys.new_zeros(len(keys), 0) if known is None else known
         self._set_token(known.shape[1])
         positions = self.cache.grid.at(torch.arange(known.shape[1], device=keys.device))
         if self._scale is not None:
@@ -272,11 +257,13 @@ def generate_rows(
         (B, w) or (B, w, depth), int64, from the top row to the bottom row.
     """
     (height, width), config = step.cache.grid.size, step.model.config
-    is_known = [False] * (height * width) if known_mask is None else known_mask.flatten().tolist()
-    start = is_known.index(False) if False in is_known else height * width  # first to be sampled
-    # Known rows at the top are one prefill; in grids of other sizes the prefix moves with the row.
+    is_known = [False] * (height * width)
+    if known_mask is not None:
+        is_known = known_mask.flatten().tolist()
+    start = [*is_known, False].index(False)  # the first one that is sampled
+    # Known rows at the top are one prefill; in other grids the prefix moves with the row.
     top = start // width if (height, width) == config.latent_dim else 0
-    row_length, before = width * config.depth, None
+    row_length, before = width * config.depth, keys.new_zeros(len(keys), 0)
     row = keys.new_empty(len(keys), *config.grid_shape((1, width))[1:])
     if known is not None:
         yield from known[:, :top].long().unbind(dim=1)
@@ -315,21 +302,17 @@ def generate(
 
     Args:
         model: in eval mode.
-        prefix: (N,) class of each image, or `model.config.no_class`; with a condition (N, P), see
-            `make_prefix`.
+        prefix: (N,) or with a condition (N, P), see `make_prefix`.
         seed: of all random numbers.
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
-        known: (N, h, w[, depth]), indices that are kept where `known_mask`, (h, w), is True.
-        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row: as a memory map,
-            it makes the memory independent of the height, if there is a window.
-        scores: (N,), float32, on the CPU, to which the log-probabilities of the known tokens
-            behind a sampled one are added, without guidance and filters.
+        known: (N, h, w[, depth]), kept where `known_mask`, (h, w), is True.
+        out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
+            memory map bounds the memory for any height. Default: a new one, int64.
+        scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
+            sampled one, without guidance and filters.
         progress: called with the number of images after each batch.
         options: of `DecodeStep`.
-
-    Returns:
-        `out`; without it (N, h, w) or (N, h, w, depth), int64, on the CPU.
     """
     size, device = size or model.config.latent_dim, model.head.weight.device
     if out is None:
@@ -373,13 +356,9 @@ def complete(
     """Sample the positions that are not known; like `known`, int64, on the CPU.
 
     In raster order a position is sampled without regard to the known ones behind it. So several
-    candidates are sampled, and that one is kept under which the known tokens behind sampled ones
-    are most likely, without guidance and filters: the mode of self-normalised importance sampling
-    with the samples as proposals.
-
-    Args:
-        model, prefix, known, known_mask, options: see `generate`.
-        candidates: samples per image; no effect where all known positions come first.
+    candidates are sampled for each image, and that one is kept under which the known tokens behind
+    sampled ones are most likely, without guidance and filters: the mode of self-normalised
+    importance sampling with the samples as proposals. For the arguments see `generate`.
     """
     candidates = candidates if later_known_mask(known_mask).any() else 1
     prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, known))
