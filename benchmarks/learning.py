@@ -6,16 +6,20 @@
 
 Every model trains with each learning rate and each seed; its row in the table is that of its best
 learning rate, chosen by the mean over the seeds. Batches and their order are the same for all.
+
+The data and every finished training stay in `--work_dir`: the same command goes on after a stop,
+and a further learning rate or seed adds to the table.
 """
 
 import argparse
+import json
 import math
 import multiprocessing
+import re
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,9 +36,9 @@ from vqvae import VQVAE, VQVAEConfig
 
 Curve = dict[str, list[float]]  # of each metric at each evaluation
 
-DIM, LAYERS, HEADS = 128, 4, 4
+HEADS = 4
 CODEBOOK_SIZE, CODEBOOK_DIM = 512, 8
-VALIDATION = 5000  # images, the last in a random order
+VALIDATION = 2000  # images, the last in a random order
 
 
 class Job(NamedTuple):
@@ -44,42 +48,34 @@ class Job(NamedTuple):
     model: str
     learning_rate: float
     seed: int
+    encodes: bool = False  # the indices that the GPTs learn
 
 
 # ---------------------------------------------------------------------------------------- the GPTs
 
 
-def our_gpt(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> GPT:
-    shape = {"num_layers": LAYERS, "num_heads": HEADS, "dim": DIM, "dropout": 0.0}
-    return GPT(GPTConfig(codebook_size, num_classes=num_classes, latent_dim=grid, **shape))
-
-
-def gpt2(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
-    return make_gpt2(our_gpt(num_classes, codebook_size, grid).config)
-
-
-def llama(num_classes: int, codebook_size: int, grid: tuple[int, int]) -> nn.Module:
+def llama(config: GPTConfig) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=codebook_size + num_classes,
-        max_position_embeddings=1 + math.prod(grid),
-        hidden_size=DIM,
-        intermediate_size=our_gpt(1, 2, grid).config.hidden_dim,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+    shape = LlamaConfig(
+        vocab_size=config.codebook_size + config.num_classes,
+        max_position_embeddings=1 + math.prod(config.latent_dim),
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
     )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(shape)
 
 
-GPTS: dict[str, Callable[[int, int, tuple[int, int]], nn.Module]] = {
-    "ours": our_gpt,
-    "GPT-2 (transformers)": gpt2,
+GPTS: dict[str, Callable[[GPTConfig], nn.Module]] = {
+    "ours": GPT,
+    "GPT-2 (transformers)": make_gpt2,
     "Llama (transformers)": llama,
 }
 
@@ -224,20 +220,30 @@ def train(
             curve["step"].append(step + 1)
             for name, value in values.items():
                 curve.setdefault(name, []).append(value)
+            shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+            print(f"  step {step + 1:>6,}  {shown}", flush=True)
     return curve
 
 
-def load(folder: str, name: str, device: torch.device) -> Tensor:
-    """One of the arrays that `prepare` and `encode` wrote."""
-    return torch.from_numpy(np.load(Path(folder) / f"{name}.npy", allow_pickle=False)).to(device)
+def load(folder: Path, name: str, device: torch.device) -> Tensor:
+    """One of the arrays that `prepare` wrote."""
+    return torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)).to(device)
 
 
 def train_gpt(job: Job, flags: argparse.Namespace) -> Curve:
     device = torch.device(flags.device)
-    indices, classes = (load(flags.folder, x, device).long() for x in ("indices", "classes"))
-    num_classes = int(classes.max()) + 1
+    indices, classes = (load(flags.work_dir, x, device).long() for x in ("indices", "classes"))
     torch.manual_seed(job.seed)
-    model = GPTS[job.model](num_classes, CODEBOOK_SIZE, tuple(indices.shape[1:3])).to(device)
+    config = GPTConfig(
+        CODEBOOK_SIZE,
+        num_classes=int(classes.max()) + 1,
+        latent_dim=(indices.shape[1], indices.shape[2]),
+        num_layers=flags.layers,
+        num_heads=HEADS,
+        dim=flags.dim,
+        dropout=0.0,
+    )
+    model = GPTS[job.model](config.resolve_defaults()).to(device)
     train_rows = len(indices) - VALIDATION
 
     def loss_of(rows: Tensor) -> Tensor:
@@ -261,7 +267,7 @@ def to_batch(images: Tensor) -> Tensor:
 
 def train_tokenizer(job: Job, flags: argparse.Namespace) -> Curve:
     device = torch.device(flags.device)
-    images = load(flags.folder, "images", device)
+    images = load(flags.work_dir, "images", device)
     torch.manual_seed(job.seed)
     model = TOKENIZERS[job.model](tuple(images.shape[2:]), images.shape[1])
     model = model.to(device, memory_format=torch.channels_last)
@@ -282,23 +288,23 @@ def train_tokenizer(job: Job, flags: argparse.Namespace) -> Curve:
 
     optimizer = make_optimizer(model, job.learning_rate, (0.9, 0.99), weight_decay=0.0)
     curve = train(model, loss_of, evaluate, optimizer, train_rows, flags, job.seed)
-    if flags.encode:
+    if job.encodes:
         with torch.inference_mode():
             grids = [model(to_batch(part))[1].cpu() for part in images.split(500)]
-        np.save(Path(flags.folder) / "indices.npy", torch.cat(grids).numpy().astype(np.uint16))
+        np.save(flags.work_dir / "indices.npy", torch.cat(grids).numpy().astype(np.uint16))
     return curve | {"parameters": [sum(p.numel() for p in model.parameters())]}
 
 
-def prepare(path_to_data: str, folder: str) -> None:
+def prepare(path_to_data: str, folder: Path) -> None:
     """Write the images of a CSV and their classes as arrays, in a random order."""
     dataset = ImageDataset(path_to_data)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     names = sorted({row.label for row in dataset.rows})
     classes = np.array([names.index(row.label) for row in dataset.rows], dtype=np.int64)
-    np.save(Path(folder) / "classes.npy", classes[order.numpy()])
+    np.save(folder / "classes.npy", classes[order.numpy()])
     batches = dataset.batches(order.split(500), torch.device("cpu"))
     images = torch.cat([((x + 1) * 127.5).round().byte() for x in batches])
-    np.save(Path(folder) / "images.npy", images.numpy())
+    np.save(folder / "images.npy", images.numpy())
 
 
 PARTS: dict[str, tuple[Any, Any, str]] = {
@@ -308,9 +314,18 @@ PARTS: dict[str, tuple[Any, Any, str]] = {
 
 
 def run(job: Job, flags: argparse.Namespace) -> Curve:
-    if flags.device == "cpu" and flags.jobs > 1:
-        torch.set_num_threads(1)
-    return PARTS[job.part][1](job, flags)
+    """The curve of a training, read where a finished one with the same settings left it."""
+    size = (flags.dim, flags.layers) if job.part == "gpt" else ()
+    name = "-".join(str(x) for x in (*job, flags.steps, flags.batch_size, *size))
+    file = flags.work_dir / f"{re.sub('[^a-zA-Z0-9.-]+', '_', name)}.json"
+    if not file.exists():
+        print(f"{job.part}: {job.model}, learning rate {job.learning_rate:g}, seed {job.seed}")
+        if flags.device == "cpu" and flags.jobs > 1:
+            torch.set_num_threads(1)
+        curve = PARTS[job.part][1](job, flags)
+        file.with_suffix(".tmp").write_text(json.dumps(curve))
+        file.with_suffix(".tmp").replace(file)
+    return json.loads(file.read_text())
 
 
 def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
@@ -345,25 +360,20 @@ def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
 
 
 def main(flags: argparse.Namespace) -> None:
-    with TemporaryDirectory() as flags.folder:
-        compare(flags)
-
-
-def compare(flags: argparse.Namespace) -> None:
-    """Train all models on the arrays in `flags.folder`, and print and record the tables."""
-    prepare(flags.path_to_data, flags.folder)
-    flags.encode = "gpt" in flags.parts
-    if flags.encode:
-        first = train_tokenizer(Job("tokenizer", "ours, vq", 2e-3, 0), flags)
+    """Train all models, and print and record the tables."""
+    flags.work_dir.mkdir(parents=True, exist_ok=True)
+    if not (flags.work_dir / "images.npy").exists():
+        prepare(flags.path_to_data, flags.work_dir)
+    if "gpt" in flags.parts:
+        first = run(Job("tokenizer", "ours, vq", 2e-3, 0, encodes=True), flags)
         print(f"the indices are those of a tokenizer with an MSE of {first['mse'][-1]:.5f}")
-    flags.encode = False
     jobs = [
         Job(part, model, rate, seed)
         for part in flags.parts
+        for seed in flags.seeds
+        for rate in flags.learning_rates
         for model in PARTS[part][0]
         if not flags.models or model in flags.models
-        for rate in flags.learning_rates
-        for seed in flags.seeds
     ]
     with ProcessPoolExecutor(flags.jobs, multiprocessing.get_context("spawn")) as pool:
         running = {job: pool.submit(run, job, flags) for job in jobs}
@@ -385,9 +395,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=cli.positive, default=1000)
     parser.add_argument("--batch_size", type=cli.positive, default=64)
     parser.add_argument("--learning_rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--dim", type=cli.positive, default=128, help="width of the GPTs")
+    parser.add_argument("--layers", type=cli.positive, default=4, help="of the GPTs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=cli.positive, default=1, help="trainings at once")
+    parser.add_argument("--work_dir", type=Path, default=Path("outputs/learning"))
     return parser
 
 
