@@ -4,6 +4,7 @@ A recipe is the flags of the five scripts. `--factor train.learning_rate=1e-3,2e
 flag of one stage around the base recipe of `RECIPES`; several factors are varied one at a time, or
 all together with `--grid`. Stages that recipes share are run once, and finished stages are kept in
 `--work_dir`, so that a search can be stopped and continued. Each recipe runs with each seed.
+`--until gpt` ends with the bits per token, which takes a fraction of the time.
 """
 
 import argparse
@@ -50,6 +51,7 @@ RECIPES: dict[str, str] = {
         transformer_generation --num_images 10000 --temperature 0.9
     """,
 }
+LAST = {"gpt": ("gpt",), "quality": ("reconstructions", "quality")}  # stages, by --until
 COLUMNS = ("mse", "codebook_usage", "bits_per_token", "rfd", "fd", "label_agreement", "seconds")
 
 
@@ -191,11 +193,12 @@ def plan(recipe: Recipe, seed: int, flags: argparse.Namespace) -> dict[str, Stag
 
 
 def results(stages: dict[str, Stage]) -> dict[str, float]:
-    """All metrics of a finished recipe, and the seconds of its five stages."""
+    """All metrics of the stages of a recipe that have run, and their seconds."""
     values: dict[str, float] = {}
     for name, file in (("reconstructions", "reconstructions.json"), ("quality", "samples.json")):
-        found = json.loads((stages[name].folder / file).read_text())
-        values |= {key: one["value"] for key, one in found["metrics"].items()}
+        if seconds_file(stages[name]).exists():
+            found = json.loads((stages[name].folder / file).read_text())
+            values |= {key: one["value"] for key, one in found["metrics"].items()}
     for name in ("tokenizer", "gpt"):
         lines = (stages[name].folder / "metrics.jsonl").read_text().splitlines()
         for line in map(json.loads, lines):
@@ -207,13 +210,16 @@ def results(stages: dict[str, Stage]) -> dict[str, float]:
     if "best_bits_per_token" in values:
         values["bits_per_token"] = values.pop("best_bits_per_token")
     for name in ("tokenizer", "indices", "gpt", "samples", "images"):
-        values[f"seconds_{name}"] = float(seconds_file(stages[name]).read_text())
+        if seconds_file(stages[name]).exists():
+            values[f"seconds_{name}"] = float(seconds_file(stages[name]).read_text())
     values["seconds"] = sum(x for key, x in values.items() if key.startswith("seconds_"))
     return values
 
 
 def mean_and_range(found: list[float]) -> str:
-    """`1.23 (1.20 to 1.26)` of several seeds, `1.23` of one."""
+    """`1.23 (1.20 to 1.26)` of several seeds, `1.23` of one, `-` of none."""
+    if not found:
+        return "-"
     mean = f"{statistics.fmean(found):.4g}"
     return mean if len(found) == 1 else f"{mean} ({min(found):.4g} to {max(found):.4g})"
 
@@ -230,8 +236,8 @@ def main(flags: argparse.Namespace) -> None:
     def run(job: tuple[str, int, dict[str, Stage]]) -> tuple[str, int, dict[str, float] | str]:
         name, seed, stages = job
         try:
-            runner.run(stages["reconstructions"])
-            runner.run(stages["quality"])
+            for last in LAST[flags.until]:
+                runner.run(stages[last])
         except cli.UserError as error:
             return name, seed, str(error)
         return name, seed, results(stages)
@@ -247,7 +253,7 @@ def main(flags: argparse.Namespace) -> None:
     print(f"| recipe | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 1)}")
     for name, by_seed in found.items():
         columns = [
-            mean_and_range([values[key] for values in by_seed.values() if key in values] or [0.0])
+            mean_and_range([values[key] for values in by_seed.values() if key in values])
             for key in COLUMNS
         ]
         print(f"| {name} | {' | '.join(columns)} |")
@@ -271,6 +277,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--factor", action="append", default=[], metavar="STAGE.FLAG=VALUE,...", help="repeatable"
     )
     parser.add_argument("--grid", action="store_true", help="all combinations of the factors")
+    parser.add_argument("--until", choices=tuple(LAST), default="quality", help="what is measured")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--jobs", type=cli.positive, default=1, help="recipes run at once")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
