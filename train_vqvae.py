@@ -79,12 +79,12 @@ def in_words(values: dict[str, float]) -> str:
 
 def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: int) -> None:
     """Images and errors; how often the codes are used, where they lie, what each looks like."""
-    codes = inspect_codebook(model, seen.counts)
+    usage, projection, decoded_codes = inspect_codebook(model, seen.counts)
     for name, picture in {
         "reconstructions": figures.comparison(seen.originals, seen.images),
-        "code_usage": figures.bars(codes.usage),
-        "code_embedding": figures.points(codes.projection, codes.usage),
-        "decoded_codes": figures.grid(codes.decoded_codes),
+        "code_usage": figures.bars(usage),
+        "code_embedding": figures.points(projection, usage),
+        "decoded_codes": figures.grid(decoded_codes),
     }.items():
         run.picture(f"pictures/{name}", picture, step)
 
@@ -350,7 +350,6 @@ def main(arguments: argparse.Namespace) -> None:
     forward = group.wrap(model)
     load = partial(load_images, dataset, data, state)
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
-    options["last_layer"] = model.decoder.conv_out.weight
     name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
     flags = cast(cli.Flags, arguments)
     name = tracking.name_of(flags, f"{name}-f{model.config.downsampling}")
@@ -373,8 +372,6 @@ def main(arguments: argparse.Namespace) -> None:
             values, indices = forward_backward(
                 forward, images, losses, autocast, step=state.progress.step, **options
             )
-            if adversary is not None:
-                adversary.average_gradients()
             # A side that its phase does not train has no gradients: its optimiser does nothing.
             if loop.optimizer_step(state, rows, values, dataset.name):
                 used = model.quantizer.count(indices)

@@ -1,8 +1,10 @@
-"""All quantizers beside each other: the same network, data and time for each of them."""
+"""All quantizers beside each other: the same network, data, steps and bits per image for each."""
 
 import argparse
+import json
 import math
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,39 +20,36 @@ from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
-SEED = 0
-# Settings by name; residual a second time, with as many bits an image as the others have.
-CASES = {
-    **{name: {"quantizer": name} for name in QUANTIZERS},
-    "residual-3x8": {"quantizer": "residual", "codebook_size": 8, "depth": 3},
-}
-COLUMNS = ("quantizer", "MSE", "usage %", "perplexity", "bits an image", "images/s")
+SPLIT_SEED = 0
+# Settings by name. All have 9 bits per latent position: 512 codes, or 3 of 8.
+CASES: dict[str, dict[str, object]] = {name: {"quantizer": name} for name in QUANTIZERS}
+CASES["residual"] |= {"codebook_size": 8, "depth": 3}
+COLUMNS = ("quantizer", "MSE", "relative", "usage %", "perplexity", "bits an image", "images/s")
 
 
-def train(model: VQVAE, dataset: ImageDataset, rows: Tensor, flags: argparse.Namespace) -> float:
-    """Train for `--seconds`; the learning rate follows a cosine of time. Returns images/s."""
+def train(
+    model: VQVAE, dataset: ImageDataset, rows: Tensor, seed: int, flags: argparse.Namespace
+) -> float:
+    """Train for `--steps`; the learning rate follows a cosine. Returns images/s."""
     optimizer = make_optimizer(
         model, TrainingConfig(learning_rate=flags.learning_rate), betas=(0.9, 0.99)
     )
-    device = torch.device("cpu")
-    start, done, epoch = time.perf_counter(), 0, 0
-    with tqdm(total=flags.seconds, unit="s", desc=model.config.quantizer, disable=None) as bar:
-        while True:
-            batches = epoch_order(rows, SEED, epoch).split(flags.batch_size)
-            for images in dataset.batches(batches[: len(rows) // flags.batch_size], device):
-                passed = (time.perf_counter() - start) / flags.seconds
-                if passed >= 1:
-                    return done / (passed * flags.seconds)
-                bar.update(round(passed * flags.seconds) - bar.n)
-                warm_up = min(1.0, (done / flags.batch_size + 1) / 100)
-                rate = flags.learning_rate * warm_up * (1 + math.cos(math.pi * passed)) / 2
-                reconstruction, quantized = model(images)
-                loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
-                loss.backward()
-                optimizer_step(optimizer, rate, max_grad_norm=1.0)
-                model.quantizer.end_step()
-                done += len(images)
-            epoch += 1
+    per_epoch = len(rows) // flags.batch_size
+    batches: list[Tensor] = []
+    for epoch in range(math.ceil(flags.steps / per_epoch)):
+        batches += epoch_order(rows, seed, epoch).split(flags.batch_size)[:per_epoch]
+    start = time.perf_counter()
+    images_of_steps = dataset.batches(batches[: flags.steps], torch.device("cpu"))
+    bar = tqdm(images_of_steps, total=flags.steps, desc=model.config.quantizer, disable=None)
+    for step, images in enumerate(bar):
+        warm_up = min(1.0, (step + 1) / 100)
+        rate = flags.learning_rate * warm_up * (1 + math.cos(math.pi * step / flags.steps)) / 2
+        reconstruction, quantized = model(images)
+        loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
+        loss.backward()
+        optimizer_step(optimizer, rate, max_grad_norm=1.0)
+        model.quantizer.end_step()
+    return flags.steps * flags.batch_size / (time.perf_counter() - start)
 
 
 @torch.inference_mode()
@@ -70,27 +69,39 @@ def evaluate(model: VQVAE, dataset: ImageDataset, rows: Tensor) -> dict[str, flo
     }
 
 
+def measure(
+    settings: dict[str, object], dataset: ImageDataset, flags: argparse.Namespace
+) -> dict[str, float]:
+    """Train and evaluate one case with each seed: means over the seeds, and the MSE of each."""
+    train_rows, val_rows = split_rows(dataset.rows, val_fraction=0.1, seed=SPLIT_SEED)
+    found = []
+    for seed in flags.seeds:
+        torch.manual_seed(seed)
+        size = {"image_size": dataset.size, "in_channels": dataset.channels}
+        config = VQVAEConfig.create(**settings | size | {"patch_size": flags.patch_size})
+        model = VQVAE(config).to(memory_format=torch.channels_last)
+        speed = train(model, dataset, train_rows, seed, flags)
+        values = evaluate(model.eval(), dataset, val_rows[: flags.max_val_images])
+        found.append(values | {"images_per_second": speed, f"MSE_{seed}": values["MSE"]})
+    means = {key: sum(values[key] for values in found) / len(found) for key in found[0]}
+    return means | {key: x for values in found for key, x in values.items() if "MSE_" in key}
+
+
 def main(flags: argparse.Namespace) -> None:
     dataset = ImageDataset(flags.path_to_data)
-    train_rows, val_rows = split_rows(dataset.rows, val_fraction=0.1, seed=SEED)
-    print(f"{dataset}\n{torch.get_num_threads()} threads, {flags.seconds} s of training for each\n")
+    given = {name: json.loads(x) for name, _, x in (text.partition("=") for text in flags.set)}
+    print(f"{dataset}\n{torch.get_num_threads()} threads, {flags.steps} steps for each\n")
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+    data = Path(flags.path_to_data).parent.name
     results = {}
     for name in flags.quantizers:
-        torch.manual_seed(SEED)
-        config = VQVAEConfig.create(
-            **CASES[name],
-            image_size=dataset.size,
-            in_channels=dataset.channels,
-            patch_size=flags.patch_size,
-        )
-        model = VQVAE(config).to(memory_format=torch.channels_last)
-        speed = train(model, dataset, train_rows, flags)
-        values = evaluate(model.eval(), dataset, val_rows)
-        results[name] = {**values, "images_per_second": speed}
+        values = measure(CASES[name] | given, dataset, flags)
+        results[" ".join([f"{data}: {name}", *flags.set])] = values
+        best = min(found["MSE"] for found in results.values())
         print(
-            f"| {name} | {values['MSE']:.5f} | {values['codebook_usage']:.0f} | "
-            f"{values['perplexity']:.0f} | {values['bits']:.0f} | {speed:,.0f} |",
+            f"| {name} | {values['MSE']:.5f} | {values['MSE'] / best:.2f} | "
+            f"{values['codebook_usage']:.0f} | {values['perplexity']:.0f} | {values['bits']:.0f} | "
+            f"{values['images_per_second']:,.0f} |",
             flush=True,
         )
     print(f"\nwritten: {record.merge('quantizers', results)}")
@@ -98,14 +109,17 @@ def main(flags: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--path_to_data", required=True, metavar="CSV", help="CSV of images")
-    parser.add_argument("--seconds", type=cli.positive, default=180, help="of training, each")
-    parser.add_argument(
-        "--quantizers", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="X"
-    )
-    parser.add_argument("--patch_size", type=cli.positive, default=4)
-    parser.add_argument("--batch_size", type=cli.positive, default=64)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    add = parser.add_argument
+    add("--path_to_data", required=True, metavar="CSV", help="CSV of images")
+    add("--steps", type=cli.positive, default=500, help="of training, each")
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--quantizers", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="X")
+    setting = "setting of all networks, as channels_per_group=8; repeatable"
+    add("--set", action="append", default=[], metavar="NAME=JSON", help=setting)
+    add("--patch_size", type=cli.positive, default=4)
+    add("--batch_size", type=cli.positive, default=64)
+    add("--learning_rate", type=float, default=2e-3)
+    add("--max_val_images", type=cli.positive, default=2000)
     return parser
 
 

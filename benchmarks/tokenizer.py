@@ -56,7 +56,7 @@ def make_step(
         adversary = AdversarialLoss(config, 3, size, total_steps=1).to(device)
         adversary.to(memory_format=torch.channels_last)
         against = make_optimizer(adversary, rates, betas=(0.5, 0.9))
-        acting = {"adversary": adversary, "last_layer": model.decoder.conv_out.weight}
+        acting = {"adversary": adversary}
     if flags.compile:
         compile_model(model)
     autocast = partial(distributed.autocast, device, flags.precision)

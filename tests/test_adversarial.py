@@ -140,9 +140,9 @@ def test_gradients_are_taken_outside_of_autocast_and_losses_within(
 
     monkeypatch.setattr(torch.autograd, "grad", recorded("grad", torch.autograd.grad))
     losses = recorded("losses", ReconstructionLoss(LossConfig()))
-    images, last = torch.rand(2, 1, 16, 16) * 2 - 1, model.decoder.conv_out.weight
+    images = torch.rand(2, 1, 16, 16) * 2 - 1
     bf16 = partial(autocast, torch.device("cpu"), "bf16")
-    forward_backward(model, images, losses, bf16, adversary=adversary, last_layer=last, step=70)
+    forward_backward(model, images, losses, bf16, adversary=adversary, step=70)
     assert seen == {"grad": [False] * 3, "losses": [True]}
 
 
@@ -201,8 +201,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(with_adversary: bool
         acting = {}
         if with_adversary:
             adversary = make_adversarial(disc_adaptive_max=0.0).eval()
-            last = model.decoder.conv_out.weight
-            acting = {"adversary": adversary, "last_layer": last, "step": 70}  # in the ramp
+            acting = {"adversary": adversary, "step": 70}  # in the ramp
         losses = ReconstructionLoss(LossConfig())
         values, indices = forward_backward(model, images, losses, CPU, accumulate=parts, **acting)
         trained = [*model.parameters(), *(adversary.parameters() if with_adversary else ())]
@@ -217,8 +216,7 @@ def test_the_generator_is_frozen_while_only_the_discriminator_trains() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     losses = ReconstructionLoss(LossConfig())
-    acting = {"adversary": adversary, "last_layer": model.decoder.conv_out.weight}
-    forward_backward(model, images, losses, CPU, accumulate=2, **acting, step=50)
+    forward_backward(model, images, losses, CPU, accumulate=2, adversary=adversary, step=50)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert model.training
@@ -229,8 +227,7 @@ def test_before_its_start_the_discriminator_has_no_gradients() -> None:
     model, adversary = make_model(), make_adversarial()
     images = torch.rand(8, 1, 16, 16) * 2 - 1
     losses = ReconstructionLoss(LossConfig())
-    acting = {"adversary": adversary, "last_layer": model.decoder.conv_out.weight}
-    values, _ = forward_backward(model, images, losses, CPU, **acting, step=49)
+    values, _ = forward_backward(model, images, losses, CPU, adversary=adversary, step=49)
     assert all(parameter.grad is None for parameter in adversary.parameters())
     assert model.decoder.conv_out.weight.grad.abs().sum() > 0
     assert not any("disc" in name for name in values)
@@ -304,9 +301,14 @@ def test_a_discriminator_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) 
 
 
 def test_images_too_small_for_the_discriminator_are_refused() -> None:
-    assert PatchDiscriminator(3, (28, 28))(torch.rand(2, 3, 28, 28)).shape == (2, 1, 1, 1)
+    assert PatchDiscriminator(AdversarialConfig(), 3, (28, 28))(torch.rand(2, 3, 28, 28)).shape == (
+        2,
+        1,
+        1,
+        1,
+    )
     with pytest.raises(ValueError, match="24 pixels"):
-        PatchDiscriminator(3, (16, 64))
+        PatchDiscriminator(AdversarialConfig(), 3, (16, 64))
 
 
 @pytest.mark.parametrize(

@@ -35,16 +35,16 @@ def test_statistics_start_with_the_most_used_codes(name: str) -> None:
     model = make_model(name)
     counts = torch.zeros(model.config.num_codes)
     counts[[5, 9, 2]] = torch.tensor([1.0, 6.0, 3.0])
-    codes = inspect_codebook(model, counts, max_projected=50, max_decoded=4)
-    torch.testing.assert_close(codes.usage[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
-    assert len(codes.usage) == len(counts)
-    assert codes.projection.shape == (50, 2)
-    assert codes.decoded_codes.shape == (4, 3, 4, 4)
+    usage, projection, decoded_codes = inspect_codebook(model, counts, 50, max_decoded=4)
+    torch.testing.assert_close(usage[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
+    assert len(usage) == len(counts)
+    assert projection.shape == (50, 2)
+    assert decoded_codes.shape == (4, 3, 4, 4)
     assert model.training
     if model.config.depth == 1:
         grids = torch.tensor([9, 2, 5])[:, None, None].expand(3, 2, 4)  # all of the latent grid
         decoded = model.eval().decode(grids)[:, :, 4:8, 8:12]
-        torch.testing.assert_close(codes.decoded_codes[:3], decoded)
+        torch.testing.assert_close(decoded_codes[:3], decoded)
 
 
 def test_principal_components_have_the_largest_variances() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
 }
 LOSSES = ("hinge", "vanilla", "non_saturating")
 ADAPTIVE = "disc_adaptive_schedule"
-Phase = Literal["reconstruction only", "discriminator only", "joint"]
 
 
 def _part(default: Any, description: str, needs: str = "disc_weight", **metadata: Any) -> Any:
@@ -149,8 +148,8 @@ class DiscriminatorSchedule:
         self.strength, self.ramp_factor = 0.0, 1.0
         self.baseline = 0.0  # 0: not known yet
 
-    def phase(self, step: int) -> Phase:
-        """What step `step` (from 0) trains."""
+    def phase(self, step: int) -> str:
+        """What step `step` (from 0) trains: "discriminator only", for example."""
         if step < self.start:
             return "reconstruction only"
         return "discriminator only" if step < self.start + self.warmup else "joint"
@@ -187,34 +186,26 @@ class DiscriminatorSchedule:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images (B, C, H, W) -> a logit for each patch (B, 1, h', w').
 
-    4x4 convolutions, `layers` of stride 2 and two of stride 1, with `NORMS` between them.
+    4x4 convolutions, `disc_layers` of stride 2 and two of stride 1, with `NORMS` between them.
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        image_size: tuple[int, int],
-        channels: int = 64,
-        layers: int = 3,
-        norm: str = "group",
+        self, config: AdversarialConfig, in_channels: int, image_size: tuple[int, int]
     ) -> None:
         super().__init__()
+        layers, norm = config.disc_layers, config.disc_norm
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
             raise ValueError(
                 f"a discriminator of {layers} layers needs images of {3 << layers} pixels or more; "
                 "use fewer disc_layers"
             )
-        parts: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1)]
-        width = channels
+        width = config.disc_channels
+        parts: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1)]
         for layer in range(1, layers + 1):
-            wider = channels * min(2**layer, 8)
+            before, width = width, config.disc_channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            parts += [
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=norm == "none"),
-                NORMS[norm](wider),
-            ]
-            width = wider
+            conv = nn.Conv2d(before, width, 4, stride, padding=1, bias=norm == "none")
+            parts += [nn.LeakyReLU(0.2), conv, NORMS[norm](width)]
         parts += [nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4, padding=1)]
         self.layers = nn.Sequential(*parts)
         for module in self.modules():
@@ -250,13 +241,7 @@ class AdversarialLoss(nn.Module):
         self.schedule = DiscriminatorSchedule(config, total_steps)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same in every process
-            self.discriminator = PatchDiscriminator(
-                in_channels,
-                image_size,
-                config.disc_channels,
-                config.disc_layers,
-                config.disc_norm,
-            )
+            self.discriminator = PatchDiscriminator(config, in_channels, image_size)
         self.register_buffer("logits", torch.zeros(2))
 
     def logits_of(self, images: Tensor) -> Tensor:
@@ -270,10 +255,8 @@ class AdversarialLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The term to add to the generator's loss, and numbers to log.
 
-        Args:
-            reconstructions: (B, C, H, W) with their graph.
-            reconstruction_loss: the loss that the term is balanced against, with its graph.
-            last_layer: weight of the decoder's last convolution.
+        The reconstructions (B, C, H, W) and their loss come with their graph, which begins at
+        `last_layer`, the weight of the decoder's last convolution.
         """
         self.discriminator.requires_grad_(False)  # this loss trains the generator alone
         loss = generator_loss(self.config.disc_loss, self.logits_of(reconstructions))
@@ -292,30 +275,29 @@ class AdversarialLoss(nn.Module):
         real, fake = self.logits_of(images), self.logits_of(reconstructions.detach())
         terms = {"disc_loss": discriminator_loss(self.config.disc_loss, real, fake)}
         means = torch.stack([real.detach().mean(), fake.detach().mean()])
-        values = {"disc_real": means[0], "disc_fake": means[1]}
         if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
             self.logits.lerp_(all_reduce_mean(means.clone()), 1 - LECAM_DECAY)
-            distance = (real - self.logits[1]).relu().square().mean()
-            distance = distance + (self.logits[0] - fake).relu().square().mean()
+            distances = (real - self.logits[1]).relu(), (self.logits[0] - fake).relu()
+            distance = sum(x.square().mean() for x in distances)
             terms["lecam_loss"] = self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
             # Its square grows with the number of logits, to which the weight therefore applies.
             slope = gradient(real.sum(), images, create_graph=True)
             penalty = slope.square().sum() / real.numel()
             terms["r1_loss"] = self.config.r1_weight / 2 * penalty
-        logged = {name: term.detach() for name, term in terms.items()}
-        return torch.stack([*terms.values()]).sum(), values | logged
+        logged = {"disc_real": means[0], "disc_fake": means[1]}
+        logged |= {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum(), logged
 
     def get_extra_state(self) -> Tensor:
         """The schedule's strength, ramp factor and baseline, (3,)."""
-        schedule = self.schedule
-        state = [schedule.strength, schedule.ramp_factor, schedule.baseline]
-        return torch.tensor(state, dtype=torch.float64)
+        one = self.schedule
+        return torch.tensor([one.strength, one.ramp_factor, one.baseline], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Restore what `get_extra_state` returned."""
-        schedule = self.schedule
-        schedule.strength, schedule.ramp_factor, schedule.baseline = state.tolist()
+        one = self.schedule
+        one.strength, one.ramp_factor, one.baseline = state.tolist()
 
     def average_gradients(self) -> None:
         """Average the discriminator's gradients over all processes."""

@@ -1,8 +1,6 @@
 """Settings of a tokenizer, and published tokenizers as presets."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
-from types import MappingProxyType
 from typing import Any, Self, get_type_hints
 
 from vqvae.quantizers import QUANTIZERS, QuantizerOptions
@@ -98,13 +96,32 @@ class VQVAEConfig:
     @classmethod
     def from_preset(cls, preset: str, **values: Any) -> Self:
         """A preset with other values; its codes give way to another quantizer, or to `levels`."""
-        settings = dict(PRESETS[preset])
+        settings = PRESETS[preset].copy()
         quantizer = settings.get("quantizer", cls.quantizer)
         if values.get("quantizer", quantizer) != quantizer:
             settings.pop("codebook_dim", None)
         if "levels" in values:
             settings = {name: x for name, x in settings.items() if not name.startswith("codebook")}
         return cls.create(**settings | values)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """The config that config.json holds.
+
+        Raises:
+            ValueError: it holds another model, of a newer format, or other settings.
+        """
+        model, version = values.pop("model", None), values.pop("format_version", 1)
+        if model != "VQVAE":
+            raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")
+        if version not in range(1, FORMAT_VERSION + 1):
+            raise ValueError(
+                f"its format_version is {version!r:.80}, but this version of the code reads up to "
+                f"{FORMAT_VERSION}; update the code"
+            )
+        if version < 2 and values.get("quantizer") == "ibq":
+            values["similarity"] = "inner_product"  # the only one there was
+        return cls.create(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """All settings flat, as `create` takes them and config.json holds them."""
@@ -145,6 +162,11 @@ class VQVAEConfig:
             "value_range": self.value_range,
             "resampling": self.resampling,
         }
+
+    @property
+    def widths(self) -> list[int]:
+        """Channels of each level."""
+        return [self.channels * multiplier for multiplier in self.channel_multipliers]
 
     @property
     def downsampling(self) -> int:
@@ -208,33 +230,30 @@ def training_only() -> set[str]:
     return {each.name for each in every if each.metadata.get("training_only")}
 
 
-# What taming-transformers' VQGANs and LlamaGen's tokenizer share.
-_VQGAN = {
-    "patch_size": 1,
-    "channels": 128,
-    "num_res_blocks": 2,
-    "mid_blocks": 2,
-    "mid_attention": True,
-    "z_channels": 256,
-    "codebook_size": 16384,
-}
-
-
-def _vqgan(*multipliers: int, dim: int = 256, **settings: Any) -> Mapping[str, Any]:
-    """A VQGAN with attention at its lowest resolution."""
-    levels = {"channel_multipliers": multipliers, "attention_levels": (len(multipliers) - 1,)}
-    return MappingProxyType({**_VQGAN, **levels, "codebook_dim": dim, **settings})
+def _vqgan(*multipliers: int, dim: int = 256, **settings: Any) -> dict[str, Any]:
+    """What taming-transformers' VQGANs and LlamaGen's tokenizer share."""
+    shared = {
+        "patch_size": 1,
+        "channels": 128,
+        "channel_multipliers": multipliers,
+        "num_res_blocks": 2,
+        "attention_levels": (len(multipliers) - 1,),
+        "mid_blocks": 2,
+        "mid_attention": True,
+        "z_channels": 256,
+        "codebook_size": 16384,
+        "codebook_dim": dim,
+    }
+    return shared | settings
 
 
 # Settings of `VQVAEConfig.create`; others have their defaults. "-s2d" is for space to depth: 2x2
 # pixels are moved into channels, which replaces the level at full resolution.
-PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {
-        "vqvae-small": {},
-        "vqgan-f8": _vqgan(1, 1, 2, 4, quantizer="gumbel", codebook_size=8192),
-        "vqgan-f8-s2d": _vqgan(1, 2, 4, patch_size=2, quantizer="gumbel", codebook_size=8192),
-        "vqgan-f16": _vqgan(1, 1, 2, 2, 4),
-        "vqgan-f16-s2d": _vqgan(1, 2, 2, 4, patch_size=2),
-        "llamagen-f16": _vqgan(1, 1, 2, 2, 4, dim=8, quantizer="cosine"),
-    }
-)
+PRESETS: dict[str, dict[str, Any]] = {
+    "vqvae-small": {},
+    "vqgan-f8": _vqgan(1, 1, 2, 4, quantizer="gumbel", codebook_size=8192),
+    "vqgan-f8-s2d": _vqgan(1, 2, 4, patch_size=2, quantizer="gumbel", codebook_size=8192),
+    "vqgan-f16": _vqgan(1, 1, 2, 2, 4),
+    "vqgan-f16-s2d": _vqgan(1, 2, 2, 4, patch_size=2),
+    "llamagen-f16": _vqgan(1, 1, 2, 2, 4, dim=8, quantizer="cosine"),
+}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vqvae.model import VQVAE
@@ -64,25 +65,21 @@ def reconstruct(
     return Reconstructions(sums, counts, originals, shown)
 
 
-class CodebookStats(NamedTuple):
-    """A codebook from the most to the least used code.
-
-    Attributes:
-        usage: fraction of all choices, (K,), falling.
-        projection: first n codes on their two first principal components (PCA), (n, 2).
-        decoded_codes: what the first m codes decode to among their like, (m, C, f, f) in [-1, 1].
-    """
-
-    usage: Tensor
-    projection: Tensor
-    decoded_codes: Tensor
-
-
 @torch.no_grad()
 def inspect_codebook(
     model: VQVAE, counts: Tensor, max_projected: int = 4096, max_decoded: int = 256
-) -> CodebookStats:
-    """Statistics of a codebook, learned or implicit; counts as `Quantizer.count` orders them."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A codebook, learned or implicit, from the most to the least used code.
+
+    Args:
+        model: the tokenizer.
+        counts: of all codes, as `Quantizer.count` orders them.
+        max_projected, max_decoded: n and m.
+
+    Returns:
+        The fraction of each code, (K,); the first n codes on their two first principal components
+        (PCA), (n, 2); what the first m decode to among their like, (m, C, f, f) in [-1, 1].
+    """
     usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
     codes = model.quantizer.codes(order[:max_projected])
     training, f = model.training, model.config.downsampling
@@ -93,7 +90,7 @@ def inspect_codebook(
     model.train(training)
     top, left = height // 2 * f, width // 2 * f
     middle = decoded[:, :, top : top + f, left : left + f]
-    return CodebookStats(usage, principal_components(codes), middle)
+    return usage, principal_components(codes), middle
 
 
 def principal_components(vectors: Tensor) -> Tensor:
@@ -103,8 +100,7 @@ def principal_components(vectors: Tensor) -> Tensor:
     """
     vectors = vectors.double().cpu()
     vectors = vectors - vectors.mean(dim=0)
-    if vectors.shape[1] == 1:
-        return torch.cat([vectors, torch.zeros_like(vectors)], dim=1).float()
     axes = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -2:].flip(1)  # (D, 2)
     largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
-    return (vectors @ (axes * largest.sign())).float()
+    projected = (vectors @ (axes * largest.sign())).float()
+    return F.pad(projected, (0, 2 - projected.shape[1]))  # where D is 1

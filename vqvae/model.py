@@ -20,6 +20,10 @@ from torch import Tensor, nn
 from vqvae.config import FORMAT_VERSION, VQVAEConfig
 from vqvae.quantizers import QUANTIZERS, Quantized
 
+# What the files of a model folder that is damaged, or of another model, may cause.
+LOADING_ERRORS = (ValueError, TypeError, AttributeError, RecursionError, RuntimeError)
+LOADING_ERRORS += (safetensors.SafetensorError,)
+
 
 def group_norm(config: VQVAEConfig, channels: int) -> nn.GroupNorm:
     """GroupNorm with `channels_per_group`, or 32 groups where it is 0, as far as these divide."""
@@ -92,28 +96,21 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """(B, in_channels, h, w) -> (B, out_channels, h', w'): one resolution.
+    """(B, in_channels, h, w) -> (B, width of the level, h', w'): one resolution.
 
     Residual blocks, each with attention or not, then `resample` to the resolution of the next.
     """
 
     def __init__(
-        self,
-        config: VQVAEConfig,
-        in_channels: int,
-        out_channels: int,
-        num_blocks: int,
-        attention: bool,
-        resample: nn.Module,
+        self, config: VQVAEConfig, level: int, in_channels: int, blocks: int, resample: nn.Module
     ) -> None:
         super().__init__()
-        widths = [in_channels] + [out_channels] * num_blocks
-        self.block = nn.ModuleList(
-            ResidualBlock(config, before, after) for before, after in pairwise(widths)
-        )
+        width = config.widths[level]
+        pairs = pairwise([in_channels, *[width] * blocks])
+        self.block = nn.ModuleList(ResidualBlock(config, *pair) for pair in pairs)
+        attention = level in config.attention_levels
         self.attn = nn.ModuleList(
-            Attention(config, out_channels) if attention else nn.Identity()
-            for _ in range(num_blocks)
+            Attention(config, width) if attention else nn.Identity() for _ in range(blocks)
         )
         self.resample = resample
 
@@ -123,13 +120,14 @@ class Level(nn.Module):
         return self.resample(x)
 
 
-def middle(config: VQVAEConfig, channels: int) -> nn.Sequential:
+def middle(config: VQVAEConfig) -> nn.Sequential:
     """Layers at the lowest resolution: residual blocks, attention after the first."""
+    width = config.widths[-1]
     layers: list[nn.Module] = [
-        ResidualBlock(config, channels, channels) for _ in range(config.mid_blocks)
+        ResidualBlock(config, width, width) for _ in range(config.mid_blocks)
     ]
     if config.mid_attention:
-        layers.insert(1, Attention(config, channels))
+        layers.insert(1, Attention(config, width))
     return nn.Sequential(*layers)
 
 
@@ -138,19 +136,16 @@ class Encoder(nn.Module):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        z, dim = config.z_channels, config.codebook_dim
+        z, dim, widths = config.z_channels, config.codebook_dim, config.widths
         self.patch_size = config.patch_size
         pixels = config.in_channels * config.patch_size**2  # of one block, in all channels
         self.conv_in = nn.Conv2d(pixels, config.channels, 3, padding=1)
         self.down = nn.ModuleList()
-        for level, (before, width) in enumerate(pairwise([config.channels, *widths])):
-            resample = Downsample(width) if level < len(widths) - 1 else nn.Identity()
-            attention = level in config.attention_levels
-            self.down.append(
-                Level(config, before, width, config.num_res_blocks, attention, resample)
-            )
-        self.mid = middle(config, widths[-1])
+        for level, before in enumerate([config.channels, *widths[:-1]]):
+            last = level == len(widths) - 1
+            resample = nn.Identity() if last else Downsample(widths[level])
+            self.down.append(Level(config, level, before, config.num_res_blocks, resample))
+        self.mid = middle(config)
         self.norm_out = group_norm(config, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], z or dim, 3, padding=1)
         self.quant_conv = nn.Conv2d(z, dim, 1) if z else nn.Identity()
@@ -173,23 +168,18 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
-        widths = [config.channels * multiplier for multiplier in config.channel_multipliers]
-        widths.reverse()  # the decoder starts at the lowest resolution
-        z, dim = config.z_channels, config.codebook_dim
+        z, dim, widths = config.z_channels, config.codebook_dim, config.widths
         self.patch_size = config.patch_size
         self.post_quant_conv = nn.Conv2d(dim, z, 1) if z else nn.Identity()
-        self.conv_in = nn.Conv2d(z or dim, widths[0], 3, padding=1)
-        self.mid = middle(config, widths[0])
+        self.conv_in = nn.Conv2d(z or dim, widths[-1], 3, padding=1)
+        self.mid = middle(config)
         self.up = nn.ModuleList()
-        for level, (before, width) in enumerate(pairwise([widths[0], *widths])):
-            resample = Upsample(width) if level < len(widths) - 1 else nn.Identity()
-            attention = len(widths) - 1 - level in config.attention_levels
-            self.up.append(
-                Level(config, before, width, config.num_res_blocks + 1, attention, resample)
-            )
-        self.norm_out = group_norm(config, widths[-1])
+        for level, before in reversed([*enumerate([*widths[1:], widths[-1]])]):
+            resample = Upsample(widths[level]) if level else nn.Identity()
+            self.up.append(Level(config, level, before, config.num_res_blocks + 1, resample))
+        self.norm_out = group_norm(config, widths[0])
         pixels = config.in_channels * config.patch_size**2
-        self.conv_out = nn.Conv2d(widths[-1], pixels, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], pixels, 3, padding=1)
 
     def forward(self, z_q: Tensor) -> Tensor:
         x = self.post_quant_conv(z_q)  # (B, z_channels, h, w)
@@ -248,7 +238,7 @@ class VQVAE(nn.Module):
         return self.decoder(self.embed(indices)).clamp(-1, 1)
 
     def pretrained_config(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """The content of config.json, which `VQVAEConfig.from_json` reads."""
         return {"model": "VQVAE", "format_version": FORMAT_VERSION, **self.config.to_dict()}
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -269,26 +259,12 @@ class VQVAE(nn.Module):
         """
         path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            model, version = values.pop("model", None), values.pop("format_version", 1)
-            if model != "VQVAE":
-                raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")
-            if version not in range(1, FORMAT_VERSION + 1):
-                raise ValueError(
-                    f"its format_version is {version!r:.80}, but this version of the code reads "
-                    f"up to {FORMAT_VERSION}; update the code"
-                )
-            if version < 2 and values.get("quantizer") == "ibq":
-                values["similarity"] = "inner_product"  # the only one there was
-            config = VQVAEConfig.create(**values)
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: {error}") from error
-        try:
+            config = VQVAEConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
             tensors = safetensors.torch.load_file(weights)
             with torch.device("meta"):  # a config may describe a network of any size
                 cls(config).load_state_dict(tensors, assign=True)
-            tokenizer = cls(config)
-            tokenizer.load_state_dict(tensors)
-        except (ValueError, RuntimeError, safetensors.SafetensorError) as error:
-            raise ValueError(f"{weights} does not fit {path.name}: {error}") from error
-        return tokenizer.eval().to(device)
+        except LOADING_ERRORS as error:
+            raise ValueError(f"config.json or model.safetensors: {error}") from error
+        model = cls(config)
+        model.load_state_dict(tensors)
+        return model.eval().to(device)

@@ -36,7 +36,6 @@ def forward_backward(
     *,
     accumulate: int = 1,
     adversary: AdversarialLoss | None = None,
-    last_layer: Tensor | None = None,
     step: int = 0,
 ) -> tuple[Values, Tensor]:
     """Accumulate the gradients of one batch, for the tokenizer, the discriminator, or both.
@@ -50,7 +49,7 @@ def forward_backward(
         losses: the reconstruction terms.
         autocast: makes the context in which the networks run.
         accumulate: number of micro-batches the batch is split into.
-        adversary: discriminator and its losses; last_layer: see `AdversarialLoss.generator_term`.
+        adversary: discriminator and its losses.
         step: of the training, from 0.
 
     Returns:
@@ -83,11 +82,10 @@ def forward_backward(
             loss = reconstruction_loss + sum(quantized.losses.values())
             logged |= {f"{name}_loss": x for name, x in (terms | quantized.losses).items()}
             if adversary is not None and phase == "joint":
-                assert last_layer is not None
+                last_layer = tokenizer.decoder.conv_out.weight
+                pair = reconstructions, reconstruction_loss
                 with autocast():
-                    term, more = adversary.generator_term(
-                        reconstructions, reconstruction_loss, last_layer
-                    )
+                    term, more = adversary.generator_term(*pair, last_layer)
                 loss, logged = loss + term, logged | more
             (loss / accumulate).backward()
         if adversary is not None and phase != "reconstruction only":
@@ -98,5 +96,7 @@ def forward_backward(
         for name, value in logged.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate
         indices.append(quantized.indices)
+    if adversary is not None:
+        adversary.average_gradients()
     tokenizer.quantizer.end_step()
     return values, torch.cat(indices)
