@@ -245,8 +245,11 @@ def evaluate_and_log(
     dataset: ImageDataset,
     rows: Tensor,
     adversary: AdversarialLoss | None,
-) -> float:
-    """Log metrics and pictures of the validation images; the score, of which lower is better."""
+) -> tuple[float, Tensor]:
+    """Log metrics and pictures of the validation images.
+
+    Returns the score, of which lower is better, and how often each code was used.
+    """
     group, config, step = state.group, state.config, state.progress.step
     values, shown = evaluate(state.ema.model, dataset, rows, config.batch_size, group)
     if adversary is not None:
@@ -258,7 +261,8 @@ def evaluate_and_log(
     if group.is_main:
         log_pictures(run, state.ema.model, shown, step)
     group.print(f"step {step:>6,}  {in_words(values)}")
-    return metrics.sign_of(config.best_metric, BEST_METRICS) * values[config.best_metric]
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
+    return sign * values[config.best_metric], shown.counts
 
 
 def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, rows: Tensor) -> None:
@@ -339,7 +343,7 @@ def main(arguments: argparse.Namespace) -> None:
     model = build_model(model_config, start, dataset, group.device)
     adversary = build_adversary(configs.adversarial, dataset, schedule, group, config.accumulate)
     reset = configs.start.reset_codebook_on_collapse
-    monitor = CollapseMonitor(model.quantizer, group.device, reset=reset)
+    monitor = CollapseMonitor(model.quantizer, reset=reset)
     counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
     parts = {"counts": counts, "collapse_monitor": monitor}
     measured = {"data_sha256": fingerprint(dataset.rows), "precision": precision}
@@ -374,19 +378,17 @@ def main(arguments: argparse.Namespace) -> None:
             )
             # A side that its phase does not train has no gradients: its optimiser does nothing.
             if loop.optimizer_step(state, rows, values, dataset.name):
-                used = model.quantizer.count(indices)
-                counts += used
-                monitor.update(used)
+                counts += model.quantizer.count(indices)
             step = state.progress.step
             evaluates = schedule.evaluates(step) or needs_baseline(adversary, step)
             if schedule.logs(step) or evaluates:
                 log_training(state, run, counts)
             if evaluates:
-                score = evaluate_and_log(state, run, dataset, val_rows, adversary)
+                score, used = evaluate_and_log(state, run, dataset, val_rows, adversary)
                 # The pixel error does not tell which model with an adversary is best: the last.
                 adversarial = adversary is not None and adversary.schedule.strength > 0
                 loop.keep_best(state, checkpoints, score, always=adversarial)
-                for line in monitor.check(final=step == schedule.total_steps):
+                for line in monitor.check(used, final=step == schedule.total_steps):
                     group.print(line)
             if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break

@@ -362,39 +362,18 @@ def test_invalid_settings_are_refused(settings: dict, complaint: str) -> None:
 def test_a_collapse_is_reported_and_the_codes_are_reset_at_most_three_times(name: str) -> None:
     quantizer = make(name)
     resets = quantizer.supports_reset
-    monitor = CollapseMonitor(quantizer, torch.device("cpu"), reset=resets)
+    monitor = CollapseMonitor(quantizer, reset=resets)
     counts = torch.zeros(quantizer.options.num_codes)
     counts[0] = 3 * len(counts)
-    monitor.update(counts)
-    assert monitor.check(final=False) == []  # fewer indices than suffice
+    assert monitor.check(counts, final=False) == []  # fewer indices than suffice
+    assert len(monitor.check(counts * 2, final=True)) == 1  # a reset would leave no trained codes
     for number in range(5):
-        monitor.update(counts * 2)
-        lines = monitor.check(final=False)
+        lines = monitor.check(counts * 2, final=False)
         assert quantizer.usage_hint in lines[0]
         assert len(lines) == 1 + (resets and number < 3)
         if hasattr(quantizer, "initialised"):
             assert not quantizer.initialised
-    monitor.update(4.0 + 0 * counts)
-    assert monitor.check(final=False) == []  # all codes are in use
-
-
-def test_the_usage_is_that_since_the_last_measurement_and_continues_after_a_checkpoint() -> None:
-    first, second = (
-        CollapseMonitor(make("vq", codebook_size=100), torch.device("cpu"), reset=True)
-        for _ in range(2)
-    )
-    counts = torch.zeros(100)
-    counts[:10] = 39
-    first.update(counts)
-    assert first.usage() is None
-    first.num_resets = 2
-    second.load_state_dict(first.state_dict())
-    second.update(counts / 39)
-    assert second.usage() == pytest.approx(10)
-    assert second.usage() is None
-    second.update(counts * 2)
-    assert len(second.check(final=True)) == 1  # a reset would leave a model without codes
-    second.update(counts * 2)
-    assert len(second.check(final=False)) == 2
-    second.update(counts * 2)
-    assert len(second.check(final=False)) == 1
+    assert monitor.check(4.0 + 0 * counts, final=False) == []  # all codes are in use
+    again = CollapseMonitor(quantizer, reset=resets)
+    again.load_state_dict(monitor.state_dict())
+    assert again.num_resets == (3 if resets else 0)

@@ -277,8 +277,8 @@ class AdversarialLoss(nn.Module):
         means = torch.stack([real.detach().mean(), fake.detach().mean()])
         if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
             self.logits.lerp_(all_reduce_mean(means.clone()), 1 - LECAM_DECAY)
-            distances = (real - self.logits[1]).relu(), (self.logits[0] - fake).relu()
-            distance = sum(x.square().mean() for x in distances)
+            above, below = (real - self.logits[1]).relu(), (self.logits[0] - fake).relu()
+            distance = above.square().mean() + below.square().mean()
             terms["lecam_loss"] = self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
             # Its square grows with the number of logits, to which the weight therefore applies.

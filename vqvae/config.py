@@ -14,9 +14,6 @@ class VQVAEConfig:
     """Everything needed to build a `VQVAE`; `VQVAEConfig.create` takes all settings flat.
 
     >>> VQVAEConfig.create(quantizer="fsq", levels=(8, 5, 5, 5), image_size=(64, 64))
-
-    Raises:
-        ValueError: a value is out of its range, or does not divide the image into latent positions.
     """
 
     quantizer: str = option(
@@ -77,21 +74,18 @@ class VQVAEConfig:
         """A config from flat settings: of the network, and options of its quantizer.
 
         Raises:
-            ValueError: a name that is unknown or has no effect, or a value of another type.
+            ValueError: a name is unknown or has no effect, or a value has another type or range.
         """
         quantizer = values.get("quantizer", cls.quantizer)
         if quantizer not in tuple(QUANTIZERS):
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
         network = {each.name for each in fields(cls)} - {"quantizer_options"}
-        options = {name: value for name, value in values.items() if name not in network}
+        options = {name: values.pop(name) for name in values.keys() - network}
         for name in sorted(options.keys() - OPTIONS[quantizer].keys()):
             if name not in OPTION_TYPES:
                 raise ValueError(f"{name!r:.80} is unknown to this version")
             raise ValueError(f"{name} has no effect with the quantizer {quantizer}; leave it out")
-        chosen = QUANTIZERS[quantizer].Options(**options)
-        return cls(
-            quantizer_options=chosen, **{name: values[name] for name in network & values.keys()}
-        )
+        return cls(quantizer_options=QUANTIZERS[quantizer].Options(**options), **values)
 
     @classmethod
     def from_preset(cls, preset: str, **values: Any) -> Self:
@@ -138,30 +132,24 @@ class VQVAEConfig:
             raise ValueError(f"there must be 1 to 16 channel_multipliers, got {levels}")
         if not set(self.attention_levels) <= set(range(levels)):
             raise ValueError(
-                f"attention_levels must be in 0..{levels - 1}, one of each of the "
-                f"channel_multipliers, got {self.attention_levels}"
+                f"attention_levels must be in 0..{levels - 1}, got {self.attention_levels}"
             )
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
             raise ValueError(f"value_range must be two ascending numbers, got {self.value_range}")
         f = self.downsampling
         if self.image_size is not None and any(n % f for n in self.image_size):
-            height, width = self.image_size
-            nearest = [max(f, round(side / f) * f) for side in self.image_size]
+            given, nearest = self.image_size, [max(f, round(n / f) * f) for n in self.image_size]
             raise ValueError(
-                f"image_size {height},{width} is not a multiple of the downsampling factor {f} "
-                f"(patch_size {self.patch_size}, {levels} channel_multipliers); use "
-                f"image_size {nearest[0]},{nearest[1]}, or a smaller patch_size"
+                f"image_size {given[0]},{given[1]} is not a multiple of the downsampling factor "
+                f"{f}; use image_size {nearest[0]},{nearest[1]}, or a smaller patch_size"
             )
 
     @property
     def image_options(self) -> dict[str, Any]:
         """Size, channels and values of the images, as a data set takes them."""
-        return {
-            "size": self.image_size,
-            "channels": self.in_channels,
-            "value_range": self.value_range,
-            "resampling": self.resampling,
-        }
+        size, channels = self.image_size, self.in_channels
+        more = {"value_range": self.value_range, "resampling": self.resampling}
+        return {"size": size, "channels": channels, **more}
 
     @property
     def widths(self) -> list[int]:

@@ -19,11 +19,7 @@ from utils.provenance import Provenance, Stage
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.formats import FIRST_KEY, FORMATS, describe_lookup, export_weights, import_weights
 
-# Values without which a VQModel of diffusers is another network.
-DIFFUSERS_FIXED: dict[str, object] = {"_class_name": "VQModel", "act_fn": "silu"}
-DIFFUSERS_FIXED |= {"norm_num_groups": 32, "norm_type": "group"}
 # Parameters that taming's classes require.
-TAMING_LOSS = {"target": "taming.modules.losses.vqperceptual.DummyLoss"}
 WARM_UP = {"warm_up_steps": 0, "max_decay_steps": 1000001, "lr_start": 0.9, "lr_max": 0.9}
 GUMBEL_TEMPERATURE = {
     "target": "taming.lr_scheduler.LambdaWarmUpCosineScheduler",
@@ -53,7 +49,7 @@ def write_taming(config: VQVAEConfig) -> dict[str, Any]:
             "attn_resolutions": [side >> level for level in config.attention_levels],
             "dropout": config.dropout,
         },
-        "lossconfig": TAMING_LOSS,
+        "lossconfig": {"target": "taming.modules.losses.vqperceptual.DummyLoss"},
     }
     if config.quantizer == "gumbel":
         params["kl_weight"] = config.to_dict()["entropy_weight"]
@@ -84,7 +80,11 @@ def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
     assert config.image_size is not None
     levels = range(len(config.channel_multipliers))
     attention = ["Attn" if level in config.attention_levels else "" for level in levels]
-    return DIFFUSERS_FIXED | {
+    return {
+        "_class_name": "VQModel",
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "norm_type": "group",
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "block_out_channels": [config.channels * m for m in config.channel_multipliers],
@@ -122,14 +122,12 @@ def read_config(project: str, path: Path) -> tuple[dict[str, Any], dict[str, Any
 
     try:
         files.check_size(path, CONFIG_BYTES)
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML, too
-        return READERS[project](content)
-    except (OSError, UnicodeError, RecursionError, yaml.YAMLError) as error:
+        return READERS[project](yaml.safe_load(path.read_text(encoding="utf-8")))  # or JSON
+    except (OSError, RecursionError, yaml.YAMLError) as error:
         raise cli.UserError(f"cannot read {path}: {cli.one_line(error)}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        raise cli.UserError(
-            f"{path} is not the config of a {project} tokenizer: {error!r:.200}"
-        ) from error
+        line = f"{path} is not the config of a {project} tokenizer: {error!r:.200}"
+        raise cli.UserError(line) from error
 
 
 def contradiction(written: Any, found: Any, name: str = "") -> str:
@@ -197,9 +195,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     if config.quantizer in ("vq", "ema", "cosine", "ibq"):
         distance, same = describe_lookup(model)
         shares = ", ".join(f"{100 * share:.0f} % by {name}" for name, share in same.items())
-        print(
-            f"check: error of the codes {distance:.2f} of a zero vector's; equal indices: {shares}"
-        )
+        print(f"check: codes at {distance:.2f} of a zero vector's error; equal indices: {shares}")
         if distance > 1:
             print(
                 "warning: its codes do not fit its encodings: it may have been trained with "

@@ -30,10 +30,9 @@ class Format:
     """How another project stores the network that `VQVAE` is."""
 
     keys: Mapping[str, str]  # parts of our keys, as regular expressions, and what they are there
-    # Its quantizers, each with its keys of their weights by ours; the first that are all there.
+    # Quantizers with their keys of the weights by ours. Without a setting, the first that fits.
     quantizers: Mapping[str, Mapping[str, str]]
-    # Others' quantizers in the same layout, which only their settings tell apart; not written.
-    lookalikes: Mapping[str, Mapping[str, str]] = field(default_factory=dict, kw_only=True)
+    writes: tuple[str, ...]  # quantizers that its class can be given
     commitment_cost: float  # weight of the encoder's loss term in its trainings
     required: Mapping[str, Any]  # settings that its class cannot vary
     decoder_from_top: bool = False  # decoder level 0 is that of the highest resolution
@@ -57,8 +56,7 @@ class Format:
         mid = ".mid.1." if config.mid_attention else ".mid.2."
         levels = len(config.channel_multipliers)
         theirs = {key: self.key(key.replace(".mid.1.", mid), levels) for key in ours}
-        quantizers = {**self.quantizers, **self.lookalikes}
-        return {**theirs, **quantizers[config.quantizer]}
+        return {**theirs, **self.quantizers[config.quantizer]}
 
 
 # Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
@@ -76,10 +74,10 @@ FORMATS = {
             r"\.mid\.1\.": ".mid.attn_1.",
             r"\.mid\.2\.": ".mid.block_2.",
         },
+        # The last two are those of github.com/TencentARC/SEED-Voken (cosine: l2_normalize).
+        quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ, "ibq": VQ, "cosine": VQ},
         # Its EMAVQ cannot be built (in its quantizer two names are undefined): written as VQModel.
-        quantizers={"gumbel": GUMBEL, "vq": VQ, "ema": VQ},
-        # github.com/TencentARC/SEED-Voken: IBQ, and VQModel with l2_normalize
-        lookalikes={"ema": VQ | EMA, "ibq": VQ, "cosine": VQ},
+        writes=("gumbel", "vq", "ema"),
         commitment_cost=LEGACY_COMMITMENT_COST,
         required={**FIXED, "mid_attention": True},
         decoder_from_top=True,
@@ -94,14 +92,10 @@ FORMATS = {
             r"\.(down|up)\.(\d+)\.": r".conv_blocks.\2.",
         },
         quantizers={"cosine": VQ},
+        writes=("cosine",),
         commitment_cost=0.25,
-        required={
-            **FIXED,
-            "mid_attention": True,
-            "channels": 128,
-            "num_res_blocks": 2,
-            "in_channels": 3,
-        },
+        required=FIXED
+        | {"mid_attention": True, "channels": 128, "num_res_blocks": 2, "in_channels": 3},
         ignored=("quantize.codebook_used",),
         buffers={"quantize.codebook_used": 65536},
         nest="model",
@@ -122,7 +116,8 @@ FORMATS = {
             r"\.([qkv])\.": r".to_\1.",
             r"\.proj_out\.": ".to_out.0.",
         },
-        quantizers={"vq": VQ, "ema": VQ},
+        quantizers={"vq": VQ, "ema": VQ | EMA},
+        writes=("vq", "ema"),
         commitment_cost=LEGACY_COMMITMENT_COST,
         required=FIXED,
     ),
@@ -142,11 +137,6 @@ OTHERS = {
 }
 
 
-def use_averages(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with the moving averages that Lightning's LitEma kept beside its weights."""
-    return {key: state.get(f"model_ema.{key.replace('.', '')}", x) for key, x in state.items()}
-
-
 def import_weights(
     project: str,
     state: Mapping[str, Tensor],
@@ -162,14 +152,14 @@ def import_weights(
         settings: of its config file: those of `NOT_IN_WEIGHTS` are used, the others must agree.
 
     Raises:
-        ValueError: keys that are missing or unknown, a network that `VQVAE` does not cover, or
-            settings that contradict the weights.
+        ValueError: another network, missing or unknown keys, or settings that contradict weights.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():
         if any(re.search(pattern, key) for key in state):
             raise ValueError(f"this is {other}, which is no network of {project}")
-    state = use_averages(state)
+    # Lightning's LitEma keeps moving averages beside the weights, without the dots of their keys.
+    state = {key: state.get(f"model_ema.{key.replace('.', '')}", x) for key, x in state.items()}
     unseen = {name: settings[name] for name in NOT_IN_WEIGHTS if name in settings}
     try:
         inferred = infer_settings(layout, state, settings.get("quantizer", "")) | unseen
@@ -205,13 +195,7 @@ def import_weights(
 def infer_settings(
     layout: Format, state: Mapping[str, Tensor], quantizer: str = ""
 ) -> dict[str, Any]:
-    """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout.
-
-    Args:
-        layout: the format.
-        state: the state dict.
-        quantizer: the one that it is known to have; "": the first whose keys are there.
-    """
+    """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout."""
 
     def numbers(key: str) -> list[int]:
         """Those numbers that make it a key of the state dict."""
@@ -223,11 +207,10 @@ def infer_settings(
     widths = [len(state[layout.key(f"{down}.{i}.block.0.conv2.weight")]) for i in levels or [0]]
     if any(width % channels for width in widths):
         raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
-    every = {**layout.quantizers, **layout.lookalikes}
-    found = [x for x in every if state.keys() >= set(every[x].values())] or [*layout.quantizers]
-    found = ["ema"] if state.keys() >= set((VQ | EMA).values()) else found
+    known = layout.quantizers
+    found = [x for x in known if state.keys() >= set(known[x].values())] or [*known]
     quantizer = quantizer if quantizer in found else found[0]
-    codes = state[every[quantizer]["quantizer.embedding.weight"]]
+    codes = state[known[quantizer]["quantizer.embedding.weight"]]
     beta = 0.25 if quantizer == "ema" else layout.commitment_cost
     return {
         "in_channels": in_channels,
@@ -254,11 +237,10 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     """
     layout, config = FORMATS[project], model.config
     last = len(config.channel_multipliers) - 1
-    for name, values in {
-        "quantizer": tuple(layout.quantizers),
-        **{name: (value,) for name, value in layout.required.items()},
-        **({"attention_levels": ((last,),)} if project == "llamagen" else {}),
-    }.items():
+    allowed = {"quantizer": layout.writes} | {k: (x,) for k, x in layout.required.items()}
+    if project == "llamagen":
+        allowed["attention_levels"] = ((last,),)
+    for name, values in allowed.items():
         if (found := getattr(config, name)) not in values:
             only = ", ".join(map(str, values))
             raise ValueError(f"{project} has no tokenizer with {name} {found}, only {only}")
@@ -270,8 +252,9 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
         if wrong:
             raise ValueError(f"{project} has no tokenizer {what}")
     state, own = {}, model.state_dict()
-    keys = {k: x for k, x in layout.all_keys(config).items() if not k.startswith("quantizer.")}
-    for ours, theirs in (keys | dict(layout.quantizers[config.quantizer])).items():
+    for ours, theirs in layout.all_keys(config).items():
+        if ours in EMA:
+            continue
         weight = own[ours]
         if project == "diffusers" and ".attentions." in theirs and weight.dim() == 4:
             weight = weight[:, :, 0, 0]  # its attention has Linear instead of 1x1 convolutions
@@ -290,19 +273,19 @@ def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
         model that is read as it was trained; and the share of equal indices of other lookups.
     """
     generator = torch.Generator().manual_seed(0)
-    size, channels = model.config.image_size or (64, 64), model.config.in_channels or 3
-    noise = torch.randn(1, channels, 8, 8, generator=generator)
-    images = F.interpolate(noise, size=size, mode="bicubic").clamp(-1, 1)
-    z_e, quantizer = model.encoder(images), model.quantizer
+    config, quantizer = model.config, model.quantizer
+    noise = torch.randn(1, config.in_channels or 3, 8, 8, generator=generator)
+    images = F.interpolate(noise, size=config.image_size, mode="bicubic").clamp(-1, 1)
+    z_e = model.encoder(images)
     vectors, indices = z_e.permute(0, 2, 3, 1).flatten(0, 2), quantizer.nearest(z_e).flatten()
-    codes = quantizer.lookup(torch.arange(model.config.codebook_size))
-    unit, unit_codes = F.normalize(vectors, dim=1), F.normalize(codes, dim=1)
-    vectors = unit if model.config.quantizer == "cosine" else vectors
-    error = (vectors - quantizer.lookup(indices)).square().sum() / vectors.square().sum()
-    lookups = {
-        "distance": (vectors @ codes.T - codes.square().sum(dim=1) / 2).argmax(dim=1),
-        "inner product": (vectors @ codes.T).argmax(dim=1),
-        "angle": (unit @ unit_codes.T).argmax(dim=1),
+    vectors = F.normalize(vectors, dim=1) if config.quantizer == "cosine" else vectors
+    codes = quantizer.lookup(torch.arange(config.codebook_size))
+    error = (vectors - codes[indices]).square().sum() / vectors.square().sum()
+    products, lengths = vectors @ codes.T, codes.norm(dim=1)
+    scores = {
+        "distance": products - lengths.square() / 2,
+        "inner product": products,
+        "angle": products / lengths.clamp_min(1e-12),
     }
-    same = {name: float((found == indices).float().mean()) for name, found in lookups.items()}
+    same = {name: float((x.argmax(dim=1) == indices).float().mean()) for name, x in scores.items()}
     return float(error), same

@@ -89,13 +89,10 @@ class PerceptualLoss(nn.Module):
             import lpips
         except ImportError as error:
             raise ImportError("LPIPS needs the package lpips: pip install lpips") from error
-        features = read_backbone(network, weights) if pretrained else {}
         with warnings.catch_warnings(action="ignore"):  # lpips uses a deprecated torchvision API
             self.lpips = lpips.LPIPS(net=network, pnet_rand=True, verbose=False)
-        for part in self.lpips.net.children() if pretrained else ():
-            for number, layer in part.named_children():
-                for name, parameter in layer.named_parameters():
-                    parameter.data.copy_(features[f"{number}.{name}"])
+        if pretrained:
+            load_backbone(self.lpips.net, network, weights)
         self.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
@@ -108,16 +105,11 @@ class PerceptualLoss(nn.Module):
         return self.lpips(images, others).flatten().float()  # also under autocast
 
 
-def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
-    """The pretrained convolutions of a network of `BACKBONES`, from a file or downloaded.
-
-    Raises:
-        OSError: the weights cannot be read or downloaded, or belong to another network.
-    """
+def load_backbone(module: nn.Module, network: str, path: str) -> None:
+    """Load the pretrained convolutions of a network into lpips' module, from a file or download."""
     from torchvision import models  # slow to import
 
     weights = models.get_model_weights(BACKBONES[network]).IMAGENET1K_V1
-    prefix = "features."
     try:
         with warnings.catch_warnings(action="ignore"):  # of unusual pickles
             if path:
@@ -125,10 +117,9 @@ def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
             else:
                 options = {"check_hash": True, "weights_only": True, "map_location": "cpu"}
                 state = weights.get_state_dict(**options)
-        state = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
-        with torch.device("meta"):
-            model = models.get_model(BACKBONES[network])
-        model.features.load_state_dict(state, assign=True)  # checks names and shapes
+        # lpips has "slice<i>.<layer>.weight" where torchvision has "features.<layer>.weight".
+        layers = {key: f"features.{key.partition('.')[2]}" for key in module.state_dict()}
+        module.load_state_dict({key: state[layer] for key, layer in layers.items()})
     except Exception as error:  # no network, no such file, or a file of anything
         line = " ".join(str(error).split())[:150]
         raise OSError(
@@ -136,4 +127,3 @@ def read_backbone(network: str, path: str = "") -> dict[str, Tensor]:
             f"({line}); download {weights.url} and pass its path as lpips_weights, or do without "
             "LPIPS"
         ) from error
-    return state

@@ -20,9 +20,7 @@ from torch import Tensor, nn
 from vqvae.config import FORMAT_VERSION, VQVAEConfig
 from vqvae.quantizers import QUANTIZERS, Quantized
 
-# What the files of a model folder that is damaged, or of another model, may cause.
-LOADING_ERRORS = (ValueError, TypeError, AttributeError, RecursionError, RuntimeError)
-LOADING_ERRORS += (safetensors.SafetensorError,)
+FILE_ERRORS = ValueError, TypeError, AttributeError, RuntimeError  # of damaged or other files
 
 
 def group_norm(config: VQVAEConfig, channels: int) -> nn.GroupNorm:
@@ -257,13 +255,13 @@ class VQVAE(nn.Module):
             OSError: a file cannot be read.
             ValueError: another kind of model, a newer format, or files that do not fit together.
         """
-        path, weights = Path(folder, "config.json"), Path(folder, "model.safetensors")
+        text = Path(folder, "config.json").read_text(encoding="utf-8")
         try:
-            config = VQVAEConfig.from_json(json.loads(path.read_text(encoding="utf-8")))
-            tensors = safetensors.torch.load_file(weights)
+            config = VQVAEConfig.from_json(json.loads(text))
+            tensors = safetensors.torch.load_file(Path(folder, "model.safetensors"))
             with torch.device("meta"):  # a config may describe a network of any size
                 cls(config).load_state_dict(tensors, assign=True)
-        except LOADING_ERRORS as error:
+        except (*FILE_ERRORS, safetensors.SafetensorError) as error:
             raise ValueError(f"config.json or model.safetensors: {error}") from error
         model = cls(config)
         model.load_state_dict(tensors)

@@ -134,7 +134,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
 
 
 def _read_backbone() -> Any:
-    return cli.build_or_error(losses.read_backbone, "alex", "lpips.pth")
+    return cli.build_or_error(losses.PerceptualLoss, "alex", "lpips.pth")
 
 
 def run(count: int) -> Result:

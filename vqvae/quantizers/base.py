@@ -18,13 +18,11 @@ Encode = Callable[[Tensor], Tensor]  # images (B, C, H, W) -> z_e (B, D, h, w)
 
 
 def option(default: Any, description: str, **metadata: Any) -> Any:
-    """A field of an options dataclass, which `check_fields` checks.
+    """A field of an options dataclass, with a line of help for the user.
 
-    Args:
-        default: its value where none is given; None: it follows from other fields or the data.
-        description: one line for the user.
-        metadata: `min`, `max` (of each element of a tuple), `choices`; `training_only=True` where
-            the value changes neither the weights' shapes nor what a trained model computes.
+    A default of None follows from other fields or the data. Metadata: `min`, `max` and `choices` of
+    the value, or of each element of a tuple, which `check_fields` checks; `training_only=True`
+    where it changes neither the weights' shapes nor what a trained model computes.
     """
     return field(default=default, metadata={"help": description, **metadata})
 
@@ -88,11 +86,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 @dataclass(frozen=True)
 class QuantizerOptions:
-    """What all quantizers have; a quantizer adds its own fields in a subclass.
-
-    Raises:
-        ValueError: a value is out of its range, or contradicts another.
-    """
+    """What all quantizers have; a quantizer adds its own fields in a subclass."""
 
     codebook_size: int = option(512, "number of codes K", min=2, max=MAX_CODES)
     codebook_dim: int = option(8, "dimension D of a code", min=1, max=1 << 16)
@@ -149,20 +143,26 @@ class Quantizer(nn.Module):
 
     Attributes:
         Options: the dataclass of its settings.
-        usage_hint: what to change when few of its codes are in use.
         supports_reset: whether `reset_codebook()` reinitialises the codes from the next batch.
         uncompiled: methods with collectives and data-dependent shapes, not to be compiled.
     """
 
     Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions
-    usage_hint: ClassVar[str] = "use a smaller codebook_size or learning_rate"
     supports_reset: ClassVar[bool] = False
     uncompiled: ClassVar[tuple[str, ...]] = ("batch_mean",)
 
     def __init__(self, options: QuantizerOptions) -> None:
         super().__init__()
         self.options = options
+        self.entropy_weight = getattr(options, "entropy_weight", 0.0)
         self.batch_means: list[Tensor] = []  # see `observe`
+
+    @property
+    def usage_hint(self) -> str:
+        """What to change when few codes are in use."""
+        helpful = [x for x in ("dead_code_threshold", "entropy_weight") if hasattr(self.options, x)]
+        more = f"a higher {' or '.join(helpful)}, or " if helpful else ""
+        return f"use {more}a smaller codebook_size or learning_rate"
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Vectors (N, D) -> z_q (N, D) with its gradient, indices (N,), losses."""
@@ -199,21 +199,24 @@ class Quantizer(nn.Module):
             loss = loss + one + (mean * mean.clamp_min(1e-20).log()).sum()
         return loss
 
+    def entropy_term(self, vectors: Tensor) -> dict[str, Tensor]:
+        """The weighted entropy loss of vectors (N, D) by its name, if it has a weight."""
+        weight = self.entropy_weight
+        return {"entropy": weight * self.entropy_loss(vectors)} if weight > 0 else {}
+
     def batch_mean(self, part: int, mean: Tensor) -> Tensor:
         """The mean assignment over the global batch, (K,), given that over these vectors."""
         return self.batch_means[part] if self.batch_means else all_reduce_mean(mean.clone())
 
     def needs_batch(self) -> bool:
         """Whether the next step depends on its batch as a whole."""
-        return getattr(self.options, "entropy_weight", 0) > 0
+        return self.entropy_weight > 0
 
     @torch.no_grad()
     def begin_step(self, encode: Encode, micro_batches: Sequence[Tensor]) -> None:
-        """Prepare a step of several forward passes, of images of equal numbers.
+        """Prepare a step of several forward passes, each with equally many images.
 
-        Args:
-            encode: the encoder. It runs on all images once more where the quantizer `needs_batch`.
-            micro_batches: the images of each forward pass.
+        The encoder runs on all images once more where the quantizer `needs_batch`.
         """
         if len(micro_batches) > 1 and self.needs_batch():
             vectors = [_to_vectors(encode(images)) for images in micro_batches]
@@ -222,14 +225,10 @@ class Quantizer(nn.Module):
 
     def observe(self, micro_batches: list[Tensor]) -> None:
         """Keep the mean assignments of all vectors of the step to come, (N, D) each."""
-        if getattr(self.options, "entropy_weight", 0) > 0:
-            means = [
-                [assignment_entropy(logits)[1] for logits in self.entropy_logits(vectors)]
-                for vectors in micro_batches
-            ]
-            self.batch_means = [
-                all_reduce_mean(torch.stack(part).mean(dim=0)) for part in zip(*means, strict=True)
-            ]
+        if self.entropy_weight > 0:
+            logits = zip(*map(self.entropy_logits, micro_batches), strict=True)
+            means = ([assignment_entropy(one)[1] for one in part] for part in logits)
+            self.batch_means = [all_reduce_mean(torch.stack(x).mean(dim=0)) for x in means]
 
     def end_step(self) -> None:
         """Learn from the vectors that were quantized in training mode since the last call."""
@@ -239,14 +238,13 @@ class Quantizer(nn.Module):
         """Encodings (B, D, h, w) -> `Quantized`."""
         with torch.autocast(z_e.device.type, enabled=False):
             z_q, indices, losses = self.quantize(_to_vectors(z_e))
-        grid = z_e.permute(0, 2, 3, 1).shape[:3]  # (B, h, w)
+        grid = z_e[:, 0].shape  # (B, h, w)
         return Quantized(_to_grid(z_q, grid), indices.unflatten(0, grid), losses)
 
     def nearest(self, z_e: Tensor) -> Tensor:
         """Encodings (B, D, h, w) -> indices (B, h, w), or (B, h, w, depth)."""
         with torch.autocast(z_e.device.type, enabled=False):
-            indices = self.assign(_to_vectors(z_e))
-        return indices.unflatten(0, z_e.permute(0, 2, 3, 1).shape[:3])
+            return self.assign(_to_vectors(z_e)).unflatten(0, z_e[:, 0].shape)
 
     def embed(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w), or (B, h, w, depth) -> z_q (B, D, h, w)."""

@@ -7,15 +7,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from vqvae.quantizers.base import (
-    Quantizer,
-    QuantizerOptions,
-    all_gather,
-    all_reduce_sum,
-    entropy_weight,
-    option,
-    process_rank,
-)
+from vqvae.quantizers import base
+from vqvae.quantizers.base import Quantizer, QuantizerOptions, all_gather, all_reduce_sum, option
 
 # The lookup computes at most this many distances at once (64 MiB in float32).
 CHUNK = 1 << 24
@@ -28,13 +21,9 @@ ENTROPY_TEMPERATURE = 0.01  # of soft assignments, relative to the codes' mean s
 def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Codebook lookup: argmin over k of offsets[k] - v . codebook[k] for each v of `vectors`.
 
-    By default the nearest code: |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 is the same for all
+    Vectors (N, D), codebook (K, D), offsets (K,), by default half the squared length of each code,
+    which finds the nearest: |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 is the same for all
     codes. Memory does not grow with N x K. Ties go to the lowest index.
-
-    Args:
-        vectors: (N, D).
-        codebook: (K, D).
-        offsets: (K,); default: half the squared length of each code.
     """
     if offsets is None:
         offsets = codebook.square().sum(dim=1) / 2
@@ -75,7 +64,7 @@ def kmeans(
 class CodebookOptions(QuantizerOptions):
     """Options of quantizers whose codes are learned."""
 
-    entropy_weight: float = entropy_weight(0.0)
+    entropy_weight: float = base.entropy_weight(0.0)
     dead_code_threshold: float = option(
         0.03, "reset codes used less than this share of 1/K; 0: never", training_only=True
     )
@@ -96,10 +85,6 @@ class CodebookQuantizer(Quantizer):
     Options = CodebookOptions
     supports_reset = True
     uncompiled: ClassVar[tuple[str, ...]] = ("batch_mean", "assign_and_record")
-    usage_hint = (
-        "use a higher dead_code_threshold or entropy_weight, or a smaller codebook_size or "
-        "learning_rate"
-    )
 
     def __init__(self, options: CodebookOptions) -> None:
         super().__init__(options)
@@ -178,8 +163,7 @@ class CodebookQuantizer(Quantizer):
         threshold = self.options.dead_code_threshold / self.options.codebook_size
         dead = (self.usage_ema < threshold).nonzero().flatten()
         if len(dead) > 0:
-            # As k-means++ samples its centres. A batch that is not finite has no largest error;
-            # the training reports it elsewhere.
+            # As k-means++ samples its centres, also from a batch that is not finite.
             errors = all_gather((vectors - self.lookup(indices)).square().sum(dim=1))
             weights = errors.cpu().double().nan_to_num(0, 0) + 1e-12
             generator = next_generator(self.rng_offset)
@@ -198,36 +182,19 @@ class CodebookQuantizer(Quantizer):
 
 
 class CollapseMonitor:
-    """Measures codebook usage between evaluations, warns of a collapse and may reset the codes.
-
-    Part of the training state. All processes call each method, except `update`, together.
-    """
+    """Warns of evaluations that find few codes in use, and may reset the codebook."""
 
     LOW_USAGE = 20.0  # percent
     INDICES_PER_CODE = 4  # fewer do not suffice to measure the usage
     MAX_RESETS = 3
 
-    def __init__(self, quantizer: Quantizer, device: torch.device, *, reset: bool) -> None:
-        """Begin to count; `reset`: reinitialise the codes on collapse."""
+    def __init__(self, quantizer: Quantizer, *, reset: bool) -> None:
         self.quantizer, self.reset, self.num_resets = quantizer, reset, 0
-        self.counts = torch.zeros(quantizer.options.num_codes, device=device)  # of this process
 
-    def update(self, counts: Tensor) -> None:
-        """Add how often a batch used each code, (num_codes,)."""
-        self.counts += counts
-
-    def usage(self) -> float | None:
-        """Percent of codes in use since the last measurement; None: too few indices so far."""
-        counts = all_reduce_sum(self.counts.clone())
-        if counts.sum() < self.INDICES_PER_CODE * len(counts):
-            return None
-        self.counts.zero_()
-        return 100 * float((counts > 0).float().mean())
-
-    def check(self, *, final: bool) -> list[str]:
-        """Lines to print, if few codes are in use; `final`: training ends here, without a reset."""
-        usage = self.usage()
-        if usage is None or usage >= self.LOW_USAGE:
+    def check(self, counts: Tensor, *, final: bool) -> list[str]:
+        """Lines to print, given how often each code was used; `final`: the training ends here."""
+        usage = 100 * float((counts > 0).float().mean())
+        if usage >= self.LOW_USAGE or counts.sum() < self.INDICES_PER_CODE * len(counts):
             return []
         lines = [
             f"warning: only {usage:.1f} % of the codes are in use, so the images will lack detail; "
@@ -243,11 +210,9 @@ class CollapseMonitor:
         return lines
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counts of all processes, and the number of resets."""
-        counts = all_reduce_sum(self.counts.clone())
-        return {"counts": counts, "num_resets": torch.tensor(self.num_resets)}
+        """The number of resets."""
+        return {"num_resets": torch.tensor(self.num_resets)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue: the first process takes the counts of all."""
-        self.counts.copy_(state["counts"] if process_rank() == 0 else torch.zeros_like(self.counts))
+        """Restore what `state_dict` returned."""
         self.num_resets = int(state["num_resets"])

@@ -7,15 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vqvae.quantizers.base import (
-    Encode,
-    Quantized,
-    all_reduce_mean,
-    assignment_entropy,
-    entropy_weight,
-    option,
-    process_rank,
-)
+from vqvae.quantizers import base
+from vqvae.quantizers.base import Encode, Quantized, option
 from vqvae.quantizers.codebook import CodebookOptions, CodebookQuantizer, nearest_codes
 
 
@@ -23,7 +16,7 @@ from vqvae.quantizers.codebook import CodebookOptions, CodebookQuantizer, neares
 class GumbelOptions(CodebookOptions):
     """Options of `gumbel`."""
 
-    entropy_weight: float = entropy_weight(5e-4)
+    entropy_weight: float = base.entropy_weight(5e-4)
     temperature: float = option(
         1.0, "of the softmax whose gradient the logits get", min=1e-3, training_only=True
     )
@@ -57,7 +50,6 @@ class GumbelQuantizer(CodebookQuantizer):
     step: Tensor
     Options = GumbelOptions
     uncompiled = (*CodebookQuantizer.uncompiled, "noise")
-    usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
 
     def __init__(self, options: GumbelOptions) -> None:
         super().__init__(options)
@@ -86,7 +78,7 @@ class GumbelQuantizer(CodebookQuantizer):
         errors = (vectors - self.codebook[nearest_codes(vectors, self.codebook)]).square()
         # Not 0 where there are more codes than vectors, of lengths which set the scale.
         lengths = vectors.square().sum(dim=1).mean()
-        self.spread.copy_(all_reduce_mean(errors.sum(dim=1).mean() + 1e-4 * lengths))
+        self.spread.copy_(base.all_reduce_mean(errors.sum(dim=1).mean() + 1e-4 * lengths))
         self.set_codes(torch.arange(len(self.codebook), device=vectors.device), 1 * self.codebook)
 
     @torch.no_grad()
@@ -114,7 +106,7 @@ class GumbelQuantizer(CodebookQuantizer):
         soft = (noisy / self.current_temperature()).softmax(dim=1) @ self.codebook.detach()
         # The chosen code gets the decoder's gradient, the logits that of the soft code.
         z_q = self.lookup(indices) + (soft - soft.detach())
-        divergence = math.log(self.options.codebook_size) - assignment_entropy(logits)[0]
+        divergence = math.log(self.options.codebook_size) - base.assignment_entropy(logits)[0]
         return z_q, indices, {"entropy": self.options.entropy_weight * divergence}
 
     def current_temperature(self) -> Tensor:
@@ -126,7 +118,7 @@ class GumbelQuantizer(CodebookQuantizer):
     def noise(self, logits: Tensor) -> Tensor:
         """Gumbel noise for logits (N, K) of the next images of this step."""
         images = len(logits) // self.positions
-        first = process_rank() * (self.images_of_step or images) + self.images_before
+        first = base.process_rank() * (self.images_of_step or images) + self.images_before
         self.images_before += images
         generator = torch.Generator(logits.device)
         noise = torch.empty_like(logits)

@@ -26,7 +26,6 @@ class ResidualQuantizer(Quantizer):
     options: ResidualOptions
     Options = ResidualOptions
     supports_reset = True
-    usage_hint = EMAQuantizer.usage_hint
 
     def __init__(self, options: ResidualOptions) -> None:
         super().__init__(options)
@@ -46,17 +45,17 @@ class ResidualQuantizer(Quantizer):
         return sum(codes[1:], start=codes[0])
 
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        residual, indices = vectors, []
+        residual, chosen = vectors, []
         losses: dict[str, Tensor] = {}
         for layer in self.layers:
-            _, chosen, terms = layer.quantize(residual)
-            indices.append(chosen)
+            _, indices, terms = layer.quantize(residual)
+            chosen.append(indices)
             # Each depth moves the encoder towards the sum of codes so far, a constant.
-            residual = residual - layer.lookup(chosen).detach()
+            residual = residual - layer.lookup(indices).detach()
             losses = {name: losses.get(name, 0) + term for name, term in terms.items()}
-        stacked = torch.stack(indices, dim=1)
-        codes = self.lookup(stacked)
-        return GRADIENTS[self.options.gradient](vectors, codes), stacked, losses
+        indices = torch.stack(chosen, dim=1)
+        z_q = GRADIENTS[self.options.gradient](vectors, self.lookup(indices))
+        return z_q, indices, losses
 
     def needs_batch(self) -> bool:
         return any(layer.needs_batch() for layer in self.layers)

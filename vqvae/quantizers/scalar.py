@@ -7,24 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.quantizers.base import (
-    MAX_CODES,
-    Quantizer,
-    QuantizerOptions,
-    check_fields,
-    commitment_cost,
-    entropy_weight,
-    option,
-    straight_through,
-)
+from vqvae.quantizers import base
+from vqvae.quantizers.base import Quantizer, QuantizerOptions, option, straight_through
 
 
 def levels_for(codebook_size: int) -> tuple[int, ...]:
-    """Levels of 8 and 4 whose product is `codebook_size`, a power of two of at least 16.
-
-    Raises:
-        ValueError: it is not.
-    """
+    """Levels of 8 and 4 whose product is `codebook_size`, a power of two of at least 16."""
     bits = codebook_size.bit_length() - 1
     if codebook_size != 2**bits or bits < 4:
         raise ValueError(
@@ -39,12 +27,12 @@ def levels_for(codebook_size: int) -> tuple[int, ...]:
 class FSQOptions(QuantizerOptions):
     """Options of `fsq`. codebook_size is the product of `levels`, codebook_dim their number."""
 
-    codebook_size: int = option(None, "number of codes K", min=2, max=MAX_CODES)
+    codebook_size: int = option(None, "number of codes K", min=2, max=base.MAX_CODES)
     codebook_dim: int = option(None, "dimension D of a code", min=1)
     levels: tuple[int, ...] = option(None, "levels of each dimension, as 8,5,5,5", min=2)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        base.check_fields(self)
         levels = self.levels or levels_for(self.codebook_size or 512)
         self.derive(levels=levels, codebook_size=prod(levels), codebook_dim=len(levels))
         super().__post_init__()
@@ -108,11 +96,11 @@ class LFQOptions(QuantizerOptions):
 
     codebook_size: int = option(None, "number of codes K", min=2)
     codebook_dim: int = option(None, "dimension D of a code", min=1, max=24)
-    commitment_cost: float = commitment_cost()
-    entropy_weight: float = entropy_weight(0.1)
+    commitment_cost: float = base.commitment_cost()
+    entropy_weight: float = base.entropy_weight(0.1)
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        base.check_fields(self)
         size = self.codebook_size or 512
         dim = self.codebook_dim or size.bit_length() - 1
         if self.codebook_dim is None and size != 2**dim:
@@ -138,7 +126,6 @@ class LookupFreeQuantizer(Quantizer):
     options: LFQOptions
     bits: Tensor  # (D,)
     Options = LFQOptions
-    usage_hint = "use a higher entropy_weight, or a smaller codebook_size or learning_rate"
     SCALE = 1 / 32
     GROUP = 9  # bits
     SOFTNESS = 1.0  # of the assignment of a vector to corners by squared distance
@@ -157,11 +144,10 @@ class LookupFreeQuantizer(Quantizer):
     def quantize(self, vectors: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         indices = self.assign(vectors)
         codes = self.lookup(indices)
-        scale, options = self.SCALE, self.options
-        losses = {"commitment": scale * options.commitment_cost * F.mse_loss(vectors, codes)}
-        if options.entropy_weight > 0:
-            losses["entropy"] = scale * options.entropy_weight * self.entropy_loss(vectors)
-        return straight_through(vectors, codes), indices, losses
+        commitment = self.options.commitment_cost * F.mse_loss(vectors, codes)
+        losses = {"commitment": commitment, **self.entropy_term(vectors)}
+        scaled = {name: self.SCALE * loss for name, loss in losses.items()}
+        return straight_through(vectors, codes), indices, scaled
 
     def entropy_logits(self, vectors: Tensor) -> list[Tensor]:
         parts = []

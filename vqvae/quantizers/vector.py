@@ -6,13 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vqvae.quantizers.base import (
-    all_reduce_sum,
-    commitment_cost,
-    entropy_weight,
-    option,
-    straight_through,
-)
+from vqvae.quantizers import base
+from vqvae.quantizers.base import all_reduce_sum, option, straight_through
 from vqvae.quantizers.codebook import DECAY, CodebookOptions, CodebookQuantizer, nearest_codes
 
 
@@ -41,7 +36,7 @@ GRADIENTS = {"straight_through": straight_through, "rotation": rotation}
 class VQOptions(CodebookOptions):
     """Options of `vq`, `ema` and `cosine`."""
 
-    commitment_cost: float = commitment_cost()
+    commitment_cost: float = base.commitment_cost()
     gradient: str = option(
         "straight_through",
         "gradient estimator: `straight_through` copies gradients past the quantizer; `rotation` "
@@ -65,21 +60,16 @@ class VectorQuantizer(CodebookQuantizer):
 
     def losses(self, vectors: Tensor, codes: Tensor) -> dict[str, Tensor]:
         """Losses of projected vectors and their codes, (N, D) each."""
-        losses = {
+        return {
             "codebook": F.mse_loss(codes, vectors.detach()),
             # beta belongs to this term, which moves the encoder (equation 3).
             "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
+            **self.entropy_term(vectors),
         }
-        if self.options.entropy_weight > 0:
-            losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
-        return losses
 
 
 class EMAQuantizer(VectorQuantizer):
-    """Codes are moving averages of their vectors, as in online k-means.
-
-    arXiv 1711.00937, appendix A.1.
-    """
+    """Codes are moving averages of their vectors (arXiv 1711.00937, appendix A.1)."""
 
     counts: Tensor  # (K,)
     sums: Tensor  # (K, D)
@@ -112,10 +102,7 @@ class EMAQuantizer(VectorQuantizer):
 
 
 class CosineQuantizer(VectorQuantizer):
-    """Codes and encodings on the unit sphere, compared by angle (arXiv 2110.04627, section 3.2).
-
-    With few dimensions (8, for example) nearly every code is used.
-    """
+    """Codes and encodings on the unit sphere, compared by angle (arXiv 2110.04627, section 3.2)."""
 
     def project(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1)
@@ -125,8 +112,8 @@ class CosineQuantizer(VectorQuantizer):
 class IBQOptions(CodebookOptions):
     """Options of `ibq`."""
 
-    commitment_cost: float = commitment_cost()
-    entropy_weight: float = entropy_weight(None)
+    commitment_cost: float = base.commitment_cost()
+    entropy_weight: float = base.entropy_weight(None)
     similarity: str = option(
         "distance",
         "what makes a code near: a small `distance`, or a large `inner_product` (the paper's)",
@@ -201,6 +188,4 @@ class IndexBackpropagationQuantizer(CodebookQuantizer):
             "codebook": F.mse_loss(z_q, vectors),
             "commitment": self.options.commitment_cost * F.mse_loss(vectors, codes.detach()),
         }
-        if self.options.entropy_weight > 0 and learns:
-            losses["entropy"] = self.options.entropy_weight * self.entropy_loss(vectors)
-        return z_q, indices, losses
+        return z_q, indices, losses | (self.entropy_term(vectors) if learns else {})
