@@ -174,7 +174,7 @@ def build_adversary(
         )
     sizes = dataset.channels, dataset.size, schedule.total_steps
     adversary = cli.build_or_error(AdversarialLoss, config, *sizes)
-    if adversary.schedule.needs_more_evaluations(schedule.evaluate_every):
+    if config.disc_adaptive_schedule and schedule.evaluate_every > adversary.schedule.ramp:
         group.print(
             f"warning: evaluations are {schedule.evaluate_every:,} steps apart, but the "
             f"adversarial loss ramps up within {adversary.schedule.ramp:,} steps: its schedule "

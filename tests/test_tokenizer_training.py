@@ -332,7 +332,7 @@ def test_images_that_are_too_small_for_lpips(
     torch.save({f"features.{name}": value for name, value in features.items()}, "alex.pth")
     lpips = ("--perceptual_weight", 1, "--lpips_network", "alex", "--lpips_weights", "alex.pth")
     error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *lpips)
-    assert "images of 24x40 pixels are too small for LPIPS with the network alex" in error
+    assert "LPIPS with lpips_network alex needs images of at least 31x31 pixels" in error
     assert "image_size of at least 31" in error
     assert not Path("outputs").exists()
 

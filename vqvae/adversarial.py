@@ -34,9 +34,7 @@ class AdversarialConfig:
     disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
     disc_start: float = _part(0.5, "fraction of the training before the discriminator starts")
     disc_adaptive_schedule: bool = _part(
-        True,
-        "ramp the adversarial loss up, and down again if reconstructions get worse; without it, "
-        "full weight from disc_start on",
+        True, "ramp the loss up, and down if reconstructions get worse; else full from disc_start"
     )
     disc_warmup: float = _part(0.05, "fraction for the discriminator only", ADAPTIVE)
     disc_ramp: float = _part(0.2, "fraction of the training for the ramp up", ADAPTIVE)
@@ -44,12 +42,10 @@ class AdversarialConfig:
     disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: not adaptive")
     disc_learning_rate: float = _part(2e-4, "constant learning rate of the discriminator")
     disc_norm: str = _part(
-        "group",
-        "normalisation in the discriminator; batch: BatchNorm of PatchGAN, which couples images",
-        choices=tuple(NORMS),
+        "group", "normalisation; batch: PatchGAN's, which couples images", choices=tuple(NORMS)
     )
     disc_augment: bool = _part(
-        False, "show the discriminator augmented images (DiffAugment), for small data sets"
+        False, "augment what the discriminator gets (DiffAugment), for small data sets"
     )
     disc_channels: int = _part(64, "width of the discriminator", min=1)
     disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
@@ -61,13 +57,11 @@ class AdversarialConfig:
         warmup = self.disc_warmup if self.disc_adaptive_schedule else 0.0
         if self.disc_start + warmup >= 1:
             raise ValueError(
-                "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1, to "
-                "leave steps of joint training"
+                "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1"
             )
         if self.r1_weight > 0 and self.disc_norm == "batch":
             raise ValueError(
-                "r1_weight needs the gradient of each image, but BatchNorm mixes the images of a "
-                "batch; use another disc_norm"
+                "r1_weight cannot be combined with disc_norm batch: BatchNorm mixes the images"
             )
 
 
@@ -132,19 +126,17 @@ def diff_augment(images: Tensor) -> Tensor:
 class DiscriminatorSchedule:
     """Strength of the adversarial loss from step to step.
 
-    Before `start` the tokenizer trains without a discriminator (reconstruction only). For the next
-    `warmup` steps only the discriminator trains, on the outputs of a frozen generator. After that
-    both train (joint), and the strength grows linearly to 1 within `ramp` steps. The schedule is
-    adaptive: whenever an evaluation finds the validation error more than `bound` above the baseline
-    (the last error before joint training), the strength and its growth are halved.
+    Before `start` only the tokenizer trains, for the next `warmup` steps only the discriminator,
+    against the frozen tokenizer. After that both train, and the strength grows linearly to 1 within
+    `ramp` steps. Whenever an evaluation finds the validation error more than `bound` above the
+    baseline (the last error before joint training), the strength and its growth are halved.
     """
 
     def __init__(self, config: AdversarialConfig, total_steps: int) -> None:
-        fractions = (config.disc_start, config.disc_warmup, config.disc_ramp)
-        self.start, self.warmup, self.ramp = (round(x * total_steps) for x in fractions)
         self.adaptive, self.bound = config.disc_adaptive_schedule, config.disc_bound
-        if not self.adaptive:
-            self.warmup = self.ramp = 0
+        self.start = round(config.disc_start * total_steps)
+        self.warmup = round(config.disc_warmup * total_steps) * self.adaptive
+        self.ramp = round(config.disc_ramp * total_steps) * self.adaptive
         self.strength, self.ramp_factor = 0.0, 1.0
         self.baseline = 0.0  # 0: not known yet
 
@@ -172,10 +164,6 @@ class DiscriminatorSchedule:
         if worse:
             self.strength, self.ramp_factor = self.strength / 2, self.ramp_factor * 2
         return worse
-
-    def needs_more_evaluations(self, evaluate_every: int) -> bool:
-        """Whether evaluations this many steps apart may all miss the ramp."""
-        return self.adaptive and evaluate_every > self.ramp
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log at an evaluation."""
@@ -217,15 +205,11 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, mean=1.0, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, C, H, W) -> logits (B, 1, h', w')."""
         return self.layers(images)
 
 
 class AdversarialLoss(nn.Module):
-    """A discriminator for images (in_channels, *image_size) and the losses of both sides.
-
-    Its schedule, of a training of `total_steps`, is a part of its state dict.
-    """
+    """A discriminator of images (in_channels, *image_size), losses of both sides, a schedule."""
 
     logits: Tensor  # moving averages of the logits of real and fake images, (2,)
 
@@ -246,9 +230,8 @@ class AdversarialLoss(nn.Module):
 
     def logits_of(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W), in float32 also under autocast."""
-        if self.config.disc_augment:
-            images = diff_augment(images)
-        return self.discriminator(images).float()
+        shown = diff_augment(images) if self.config.disc_augment else images
+        return self.discriminator(shown).float()
 
     def generator_term(
         self, reconstructions: Tensor, reconstruction_loss: Tensor, last_layer: Tensor

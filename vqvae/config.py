@@ -7,6 +7,7 @@ from vqvae.quantizers import QUANTIZERS, QuantizerOptions
 from vqvae.quantizers.base import check_fields, option
 
 FORMAT_VERSION = 2  # of config.json; raised when an older version could misread it
+RESAMPLING = ("", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -18,10 +19,8 @@ class VQVAEConfig:
 
     quantizer: str = option(
         "vq",
-        "vq: nearest code by distance; ema: the same, codes as moving averages; cosine: by angle, "
-        "on the unit sphere; gumbel: the encoder scores the codes; fsq: each dimension rounded; "
-        "lfq: each dimension one bit; ibq: all codes learn at once; residual: several codes per "
-        "latent position",
+        "vq, ema: nearest code; cosine: by angle; gumbel: by scores of the encoder; fsq, lfq: each "
+        "dimension rounded; ibq: all codes learn; residual: several codes per position",
         choices=tuple(QUANTIZERS),
     )
     quantizer_options: QuantizerOptions = field(default_factory=QUANTIZERS["vq"].Options)
@@ -33,22 +32,16 @@ class VQVAEConfig:
     )
     value_range: tuple[float, float] | None = option(
         None,
-        "values of the files that become black and white, as -1000,3000; default: "
-        "decided from a sample of the data",
+        "values that become black and white, as -1000,3000; default: as the data need",
         min=float("-inf"),
     )
     resampling: str = option(
-        "",
-        "how images are resized; nearest is for label maps; default: as the data needs",
-        choices=("", "bicubic", "nearest"),
+        "", "nearest is for label maps; default: as the data need", choices=RESAMPLING
     )
     patch_size: int = option(4, "side of the pixel blocks that the stem moves into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)
     channel_multipliers: tuple[int, ...] = option(
-        (1,),
-        "width of each level relative to channels, as 1,2,4; every level after the first halves "
-        "the resolution, so f = patch_size * 2^(levels - 1)",
-        min=1,
+        (1,), "relative width of each level, as 1,2,4; each after the first halves the size", min=1
     )
     num_res_blocks: int = option(1, "residual blocks per level", min=1, max=64)
     attention_levels: tuple[int, ...] = option(
@@ -59,13 +52,10 @@ class VQVAEConfig:
     )
     mid_attention: bool = option(False, "attention after the first of mid_blocks")
     z_channels: int = option(
-        0,
-        "channels that 1x1 convolutions (quant_conv) map to codebook_dim and back; 0: no such "
-        "convolutions",
-        min=0,
+        0, "channels before quant_conv, a 1x1 convolution; 0: no such convolution", min=0
     )
     channels_per_group: int = option(
-        0, "channels that GroupNorm normalises together; 0: 32 groups, whatever the width", min=0
+        0, "channels that GroupNorm normalises together; 0: 32 groups of any size", min=0
     )
     dropout: float = option(0.0, "dropout in the residual blocks", max=1, training_only=True)
 

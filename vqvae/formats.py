@@ -244,11 +244,11 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
         if (found := getattr(config, name)) not in values:
             only = ", ".join(map(str, values))
             raise ValueError(f"{project} has no tokenizer with {name} {found}, only {only}")
-    for wrong, what in (
-        (config.z_channels == 0, "without quant_conv (z_channels 0)"),
-        (config.channels % 32 != 0, "with channels in other than 32 groups"),
-        (project == "diffusers" and config.channel_multipliers[0] != 1, "with a wider first level"),
-    ):
+    for what, wrong in {
+        "without quant_conv (z_channels 0)": config.z_channels == 0,
+        "with channels in other than 32 groups": config.channels % 32 != 0,
+        "with a wider first level": project == "diffusers" and config.channel_multipliers[0] != 1,
+    }.items():
         if wrong:
             raise ValueError(f"{project} has no tokenizer {what}")
     state, own = {}, model.state_dict()
@@ -268,9 +268,8 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
 def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
     """How well codes fit the encodings of smooth random images, to notice a wrong reading.
 
-    Returns:
-        The mean squared error of the codes relative to that of a zero vector, below 1 for a
-        model that is read as it was trained; and the share of equal indices of other lookups.
+    Returns the error of the codes relative to that of a zero vector, below 1 for a model that is
+    read as it was trained, and the share of equal indices by each lookup.
     """
     generator = torch.Generator().manual_seed(0)
     config, quantizer = model.config, model.quantizer

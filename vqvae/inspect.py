@@ -13,18 +13,12 @@ TILES = 5  # latent positions on a side of the grid from whose middle a code's p
 
 
 class Reconstructions(NamedTuple):
-    """Result of `reconstruct`.
+    """Result of `reconstruct`."""
 
-    Attributes:
-        sums: over all images: every measurement and each of the quantizer's losses, by name.
-        counts: how often each code was chosen, as `Quantizer.count` orders them.
-        originals, images: the first (n, C, H, W) and their reconstructions, in [-1, 1].
-    """
-
-    sums: dict[str, Tensor]
-    counts: Tensor
-    originals: Tensor
-    images: Tensor
+    sums: dict[str, Tensor]  # over all images, of each measurement and loss of the quantizer
+    counts: Tensor  # how often each code was chosen, as `Quantizer.count` orders them
+    originals: Tensor  # the first images (n, C, H, W) in [-1, 1]
+    images: Tensor  # and their reconstructions
 
 
 @torch.no_grad()
@@ -71,14 +65,10 @@ def inspect_codebook(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A codebook, learned or implicit, from the most to the least used code.
 
-    Args:
-        model: the tokenizer.
-        counts: of all codes, as `Quantizer.count` orders them.
-        max_projected, max_decoded: n and m.
-
     Returns:
-        The fraction of each code, (K,); the first n codes on their two first principal components
-        (PCA), (n, 2); what the first m decode to among their like, (m, C, f, f) in [-1, 1].
+        The fraction of each code, (K,), by counts as `Quantizer.count` orders them; the first codes
+        on their two first principal components (PCA), (max_projected, 2); what the first decode to
+        among their like, (max_decoded, C, f, f) in [-1, 1].
     """
     usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
     codes = model.quantizer.codes(order[:max_projected])

@@ -50,21 +50,20 @@ class ReconstructionLoss(nn.Module):
         least = MIN_SIDES[self.config.lpips_network] if self.perceptual is not None else 0
         if min(image_size) < least:
             raise ValueError(
-                f"images of {image_size[0]}x{image_size[1]} pixels are too small for LPIPS with "
-                f"the network {self.config.lpips_network}; use an image_size of at least {least}, "
-                "or perceptual_weight 0"
+                f"LPIPS with lpips_network {self.config.lpips_network} needs images of at least "
+                f"{least}x{least} pixels; use a larger image_size, or perceptual_weight 0"
             )
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> dict[str, Tensor]:
         """Both (B, C, H, W) in [-1, 1] -> weighted scalar terms by name; the loss is their sum."""
-        terms = {}
-        if self.config.l1_weight > 0:
-            terms["l1"] = self.config.l1_weight * F.l1_loss(reconstructions, images)
-        if self.config.l2_weight > 0:
-            terms["l2"] = self.config.l2_weight * F.mse_loss(reconstructions, images)
+        config, terms = self.config, {}
+        if config.l1_weight > 0:
+            terms["l1"] = config.l1_weight * F.l1_loss(reconstructions, images)
+        if config.l2_weight > 0:
+            terms["l2"] = config.l2_weight * F.mse_loss(reconstructions, images)
         if self.perceptual is not None:
-            distance = self.perceptual(reconstructions, images).mean()
-            terms["perceptual"] = self.config.perceptual_weight * distance
+            distances = self.perceptual(reconstructions, images)
+            terms["perceptual"] = config.perceptual_weight * distances.mean()
         return terms
 
 

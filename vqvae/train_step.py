@@ -61,18 +61,15 @@ def forward_backward(
     frozen = phase == "discriminator only"  # the tokenizer, whose codes must not follow the batch
     tokenizer: Any = getattr(model, "module", model)
     micro_batches = images.chunk(accumulate)
+    model.train(not frozen)
     if not frozen:
         with autocast():
             tokenizer.quantizer.begin_step(tokenizer.encoder, micro_batches)
     values: Values = {}
     indices = []
     for micro_batch in micro_batches:
-        if frozen:
-            model.eval()
         with torch.set_grad_enabled(not frozen), autocast():
             reconstructions, quantized = model(micro_batch)
-        if frozen:
-            model.train()
         reconstructions = reconstructions.float()
         logged = {"mse": F.mse_loss(reconstructions.detach(), micro_batch) / 4}  # as if in [0, 1]
         if not frozen:
@@ -98,5 +95,6 @@ def forward_backward(
         indices.append(quantized.indices)
     if adversary is not None:
         adversary.average_gradients()
+    model.train()
     tokenizer.quantizer.end_step()
     return values, torch.cat(indices)

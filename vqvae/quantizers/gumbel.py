@@ -24,25 +24,20 @@ class GumbelOptions(CodebookOptions):
         1.0, "temperature after temperature_steps", min=1e-3, training_only=True
     )
     temperature_steps: int = option(
-        0,
-        "training steps in which the temperature falls to its final value, exponentially; "
-        "0: constant",
-        min=0,
-        training_only=True,
+        0, "steps of the exponential fall; 0: none", min=0, training_only=True
     )
 
 
 class GumbelQuantizer(CodebookQuantizer):
     """Logits of all codes for each vector, in training with Gumbel noise (arXiv 1611.01144).
 
-    The decoder always gets one whole code. The gradient is that of the softmax of logits and noise
+    The decoder gets one whole code. The gradient is that of the softmax of logits and noise
     (straight-through Gumbel-softmax, section 2.2). The entropy term is the divergence of the
-    softmax from uniform, in nats, which keeps codes in use (arXiv 2102.12092, section 2.1).
-    Training computes N x K logits: for codebooks of moderate size.
+    softmax from uniform, in nats (arXiv 2102.12092, section 2.1). Training computes N x K logits.
 
-    A code is set to a vector c, at the start and on a reset, with the logit |v|^2/e - |v - c|^2/e,
-    whose first term is the same for all codes; e is the mean squared distance of vectors from
-    their codes. The noise depends on the step and the image's number in the global batch.
+    A code is set to a vector c by the logit (|v|^2 - |v - c|^2) / e, where |v|^2 is the same for
+    all codes and e is the mean squared distance of vectors from their codes. The noise depends on
+    the step and the image's number in the global batch.
     """
 
     options: GumbelOptions

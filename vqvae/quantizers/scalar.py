@@ -16,8 +16,8 @@ def levels_for(codebook_size: int) -> tuple[int, ...]:
     bits = codebook_size.bit_length() - 1
     if codebook_size != 2**bits or bits < 4:
         raise ValueError(
-            f"fsq has no levels for codebook_size {codebook_size}; use a power of two of at least "
-            "16, or give the levels of each dimension, for example levels 8,5,5,5"
+            f"fsq has no levels for codebook_size {codebook_size}; use a power of two from 16 on, "
+            "or give levels, as 8,5,5,5"
         )
     fours = -bits % 3  # as many dimensions of 2 bits as make the rest divisible by 3
     return (8,) * ((bits - 2 * fours) // 3) + (4,) * fours
@@ -41,8 +41,8 @@ class FSQOptions(QuantizerOptions):
 class FiniteScalarQuantizer(Quantizer):
     """Finite scalar quantization (arXiv 2309.15505, section 3.1): codes are a grid in [-1, 1]^D.
 
-    Dimension i has `levels[i]` values; the codebook is all of their combinations, index 0 the
-    lowest value everywhere, and the first dimension varies fastest.
+    Dimension i has `levels[i]` values. Index 0 is the lowest value of each, and the first dimension
+    varies fastest.
     """
 
     options: FSQOptions
@@ -112,15 +112,10 @@ class LFQOptions(QuantizerOptions):
 class LookupFreeQuantizer(Quantizer):
     """Lookup-free quantization (arXiv 2310.05737, section 3): codes are the corners of [-1, 1]^D.
 
-    Bit i of the index is 1 where dimension i is above 0. The entropy term makes each bit confident
-    and all combinations of bits common. Combinations are taken within groups of up to GROUP bits:
-    exact up to K = 2^GROUP, beyond it an upper bound on the mean's entropy (arXiv 2409.04410,
-    section 3.1).
-
-    The paper weights its losses, 0.25 and 0.1, against a reconstruction loss of order 1 (with LPIPS
-    and a discriminator), and the error of codes of fixed length does not shrink with the vectors
-    as that of learned codes does. `SCALE` brings both terms to the scale of a squared error of
-    images in [-1, 1].
+    Bit i of the index is 1 where dimension i is above 0. The entropy term is taken within groups of
+    up to GROUP bits: exact up to K = 2^GROUP, beyond it with an upper bound on the mean's entropy
+    (arXiv 2409.04410, section 3.1). The paper weights its losses, 0.25 and 0.1, against a
+    reconstruction loss of order 1; `SCALE` brings them to that of a squared error of images.
     """
 
     options: LFQOptions

@@ -12,11 +12,10 @@ from vqvae.quantizers.codebook import DECAY, CodebookOptions, CodebookQuantizer,
 
 
 def rotation(z_e: Tensor, z_q: Tensor) -> Tensor:
-    """z_q, bitwise, with the gradient of the rotation and scaling that maps z_e to it.
+    """z_q (N, D), bitwise, with the gradient of the rotation and scaling that maps z_e to it.
 
-    The rotation trick (arXiv 2410.06424, section 4.2): z_q = s R z_e, where R rotates z_e's
-    direction into z_q's in the plane of both, and s is the ratio of their lengths; s and R count
-    as constants. All vectors are (N, D).
+    The rotation trick (arXiv 2410.06424, section 4.2): z_q = s R z_e, where R rotates in the plane
+    of both and s is the ratio of their lengths; s and R count as constants.
     """
     z_q = z_q.detach()
     before, after = F.normalize(z_e.detach(), dim=1), F.normalize(z_q, dim=1)
@@ -39,8 +38,7 @@ class VQOptions(CodebookOptions):
     commitment_cost: float = base.commitment_cost()
     gradient: str = option(
         "straight_through",
-        "gradient estimator: `straight_through` copies gradients past the quantizer; `rotation` "
-        "rotates and scales them (rotation trick)",
+        "straight_through copies gradients past the quantizer, rotation also rotates them",
         choices=tuple(GRADIENTS),
         training_only=True,
     )
@@ -116,15 +114,11 @@ class IBQOptions(CodebookOptions):
     entropy_weight: float = base.entropy_weight(None)
     similarity: str = option(
         "distance",
-        "what makes a code near: a small `distance`, or a large `inner_product` (the paper's)",
+        "what makes a code near: a small distance, or a large inner product (as in the paper)",
         choices=("distance", "inner_product"),
     )
     softmax_temperature: float = option(
-        0.2,
-        "of the softmax that passes gradients to all codes; with distance, in units of a vector's "
-        "mean squared distance to the codes",
-        min=1e-3,
-        training_only=True,
+        0.2, "of the softmax that passes gradients to all codes", min=1e-3, training_only=True
     )
 
     def __post_init__(self) -> None:
