@@ -87,7 +87,7 @@ def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
         "norm_type": "group",
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
-        "block_out_channels": [config.channels * m for m in config.channel_multipliers],
+        "block_out_channels": config.widths,
         "down_block_types": [f"{kind}DownEncoderBlock2D" for kind in attention],
         "up_block_types": [f"{kind}UpDecoderBlock2D" for kind in reversed(attention)],
         "layers_per_block": config.num_res_blocks,

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -141,7 +140,7 @@ def import_weights(
     project: str,
     state: Mapping[str, Tensor],
     image_size: tuple[int, int],
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    settings: Mapping[str, Any] = {},
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the keys that were ignored.
 

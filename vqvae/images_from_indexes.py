@@ -1,7 +1,6 @@
 """Stage 5: turn grids of codebook indices into images: PNG files and one grid of them all."""
 
 import argparse
-import csv
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
+from utils.data.sources.csv import write_table
 from utils.model_folder import load_model
 from vqvae import VQVAE
 
@@ -51,19 +51,16 @@ def write_images(
     folder: Path, model: VQVAE, indices: Indices, batch_size: int, metadata: PngInfo
 ) -> Tensor:
     """Decode all grids into PNG files and list them; the first SHOWN images (N, C, H, W)."""
-    grids, shown = indices.tensor(), []
+    shown, written = [], 0
     device = next(model.parameters()).device
-    with tqdm(total=len(grids), unit=" images", disable=None) as bar:
-        for start in range(0, len(grids), batch_size):
-            images = model.decode(grids[start : start + batch_size].long().to(device)).cpu()
-            for number, image in enumerate(images, start):
-                figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
-            shown.append(images[: max(0, SHOWN - start)])
-            bar.update(len(images))
-    with (folder / LIST).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image_path", "label"])
-        writer.writerows([f"{n:05}.png", row.label] for n, row in enumerate(indices.rows))
+    for grids in tqdm(indices.tensor().split(batch_size), unit=" batches", disable=None):
+        images = model.decode(grids.long().to(device)).cpu()
+        for number, image in enumerate(images, written):
+            figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
+        shown.append(images[: max(0, SHOWN - written)])
+        written += len(images)
+    labels = ((f"{number:05}.png", row.label) for number, row in enumerate(indices.rows))
+    write_table(folder / LIST, ("image_path", "label"), labels)
     return torch.cat(shown)
 
 
@@ -72,12 +69,8 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_model(arguments.model_dir, VQVAE, device)
     path = addresses.fetch(arguments.indexes_path)
     config, origin = tokenizer.model.config, tokenizer.provenance
-    indices = read_indices(
-        path,
-        latent_dim=arguments.latent_dim,
-        codebook_size=config.codebook_size,
-        depth=config.depth,
-    )
+    codes = {"codebook_size": config.codebook_size, "depth": config.depth}
+    indices = read_indices(path, latent_dim=arguments.latent_dim, **codes)
     gpt_run_id = ""
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
