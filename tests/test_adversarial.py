@@ -114,7 +114,7 @@ def test_r1_is_the_same_for_large_images_and_refused_where_images_are_mixed() ->
         images = torch.rand(4, 1, side, side) * 2 - 1
         penalties.append(float(adversary.discriminator_term(images, images)[1]["r1_loss"]))
     assert penalties[1] < 2 * penalties[0]  # for 16 times as many pixels
-    with pytest.raises(ValueError, match="BatchNorm mixes the images"):
+    with pytest.raises(ValueError, match="r1_weight cannot be combined with disc_norm batch"):
         AdversarialConfig(disc_weight=1.0, disc_norm="batch", r1_weight=1.0)
 
 

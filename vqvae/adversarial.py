@@ -30,39 +30,31 @@ def _part(default: Any, description: str, needs: str = "disc_weight", **metadata
 class AdversarialConfig:
     """Discriminator, its losses and its schedule; `disc_weight` 0 trains without one."""
 
-    disc_weight: float = option(0.0, "weight of the adversarial loss; 0.8 in VQGAN, 0: none")
+    disc_weight: float = option(0.0, "weight of the adversarial loss; VQGAN: 0.8")
     disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
-    disc_start: float = _part(0.5, "fraction of the training before the discriminator starts")
+    disc_start: float = _part(0.5, "fraction of the training without it")
     disc_adaptive_schedule: bool = _part(
-        True, "ramp the loss up, and down if reconstructions get worse; else full from disc_start"
+        True, "ramp the loss up, and down where reconstructions get worse"
     )
-    disc_warmup: float = _part(0.05, "fraction for the discriminator only", ADAPTIVE)
-    disc_ramp: float = _part(0.2, "fraction of the training for the ramp up", ADAPTIVE)
-    disc_bound: float = _part(0.1, "tolerated rise of the validation MSE, a fraction", ADAPTIVE)
-    disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: not adaptive")
-    disc_learning_rate: float = _part(2e-4, "constant learning rate of the discriminator")
-    disc_norm: str = _part(
-        "group", "normalisation; batch: PatchGAN's, which couples images", choices=tuple(NORMS)
-    )
-    disc_augment: bool = _part(
-        False, "augment what the discriminator gets (DiffAugment), for small data sets"
-    )
+    disc_warmup: float = _part(0.05, "fraction for the discriminator", ADAPTIVE)
+    disc_ramp: float = _part(0.2, "fraction for the ramp up", ADAPTIVE)
+    disc_bound: float = _part(0.1, "tolerated rise of the error, a fraction", ADAPTIVE)
+    disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: none")
+    disc_learning_rate: float = _part(2e-4, "learning rate of the discriminator")
+    disc_norm: str = _part("group", "normalisation; PatchGAN: batch", choices=tuple(NORMS))
+    disc_augment: bool = _part(False, "DiffAugment, for small data sets")
     disc_channels: int = _part(64, "width of the discriminator", min=1)
     disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
-    lecam_weight: float = _part(0.0, "weight of the LeCam regularisation")
-    r1_weight: float = _part(0.0, "weight of the R1 gradient penalty, per logit")
+    lecam_weight: float = _part(0.0, "weight of LeCam")
+    r1_weight: float = _part(0.0, "weight of the R1 penalty, per logit")
 
     def __post_init__(self) -> None:
         check_fields(self)
         warmup = self.disc_warmup if self.disc_adaptive_schedule else 0.0
         if self.disc_start + warmup >= 1:
-            raise ValueError(
-                "disc_start (plus disc_warmup with disc_adaptive_schedule) must be below 1"
-            )
+            raise ValueError("disc_start plus disc_warmup must be below 1")
         if self.r1_weight > 0 and self.disc_norm == "batch":
-            raise ValueError(
-                "r1_weight cannot be combined with disc_norm batch: BatchNorm mixes the images"
-            )
+            raise ValueError("r1_weight cannot be combined with disc_norm batch")
 
 
 def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
@@ -184,7 +176,7 @@ class PatchDiscriminator(nn.Module):
         layers, norm = config.disc_layers, config.disc_norm
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
             raise ValueError(
-                f"a discriminator of {layers} layers needs images of {3 << layers} pixels or more; "
+                f"disc_layers {layers} need images of {3 << layers} pixels or more; "
                 "use fewer disc_layers"
             )
         width = config.disc_channels

@@ -19,8 +19,8 @@ class VQVAEConfig:
 
     quantizer: str = option(
         "vq",
-        "vq, ema: nearest code; cosine: by angle; gumbel: by scores of the encoder; fsq, lfq: each "
-        "dimension rounded; ibq: all codes learn; residual: several codes per position",
+        "vq, ema: nearest code; cosine: by angle; gumbel: by scores; fsq, lfq: rounded; "
+        "ibq: all codes learn; residual: several codes per position",
         choices=tuple(QUANTIZERS),
     )
     quantizer_options: QuantizerOptions = field(default_factory=QUANTIZERS["vq"].Options)
@@ -28,7 +28,7 @@ class VQVAEConfig:
         None, "H or H,W in pixels; default: that of the data", min=1
     )
     in_channels: int | None = option(
-        None, "1 grey, 3 RGB, 4 RGB + alpha; default: those of the data", choices=(1, 3, 4)
+        None, "1 grey, 3 RGB, 4 with alpha; default: as the data", choices=(1, 3, 4)
     )
     value_range: tuple[float, float] | None = option(
         None,
@@ -38,25 +38,17 @@ class VQVAEConfig:
     resampling: str = option(
         "", "nearest is for label maps; default: as the data need", choices=RESAMPLING
     )
-    patch_size: int = option(4, "side of the pixel blocks that the stem moves into channels", min=1)
+    patch_size: int = option(4, "side of the blocks moved into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)
     channel_multipliers: tuple[int, ...] = option(
-        (1,), "relative width of each level, as 1,2,4; each after the first halves the size", min=1
+        (1,), "relative width of each level, as 1,2,4; each new level halves the grid", min=1
     )
     num_res_blocks: int = option(1, "residual blocks per level", min=1, max=64)
-    attention_levels: tuple[int, ...] = option(
-        (), "levels with attention after each residual block, as 3,4; 0 is the first"
-    )
-    mid_blocks: int = option(
-        1, "residual blocks between the last level and the quantizer", min=1, max=64
-    )
+    attention_levels: tuple[int, ...] = option((), "levels with attention, as 3,4; 0 is the first")
+    mid_blocks: int = option(1, "residual blocks at the lowest resolution", min=1, max=64)
     mid_attention: bool = option(False, "attention after the first of mid_blocks")
-    z_channels: int = option(
-        0, "channels before quant_conv, a 1x1 convolution; 0: no such convolution", min=0
-    )
-    channels_per_group: int = option(
-        0, "channels that GroupNorm normalises together; 0: 32 groups of any size", min=0
-    )
+    z_channels: int = option(0, "channels before the 1x1 quant_conv; 0: no such layer", min=0)
+    channels_per_group: int = option(0, "channels in a group of GroupNorm; 0: 32 groups", min=0)
     dropout: float = option(0.0, "dropout in the residual blocks", max=1, training_only=True)
 
     @classmethod
@@ -121,11 +113,9 @@ class VQVAEConfig:
         if not 1 <= levels <= 16:
             raise ValueError(f"there must be 1 to 16 channel_multipliers, got {levels}")
         if not set(self.attention_levels) <= set(range(levels)):
-            raise ValueError(
-                f"attention_levels must be in 0..{levels - 1}, got {self.attention_levels}"
-            )
+            raise ValueError(f"attention_levels must be in 0..{levels - 1}")
         if self.value_range is not None and self.value_range[0] >= self.value_range[1]:
-            raise ValueError(f"value_range must be two ascending numbers, got {self.value_range}")
+            raise ValueError("value_range must be two ascending numbers")
         f = self.downsampling
         if self.image_size is not None and any(n % f for n in self.image_size):
             given, nearest = self.image_size, [max(f, round(n / f) * f) for n in self.image_size]

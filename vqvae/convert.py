@@ -115,8 +115,7 @@ def read_config(project: str, path: Path) -> tuple[dict[str, Any], dict[str, Any
     """A tokenizer's part of another project's config file, and settings beside the weights'."""
     if project not in READERS:
         raise cli.UserError(
-            f"{project} has no config files; leave out --config: all settings but --image_size "
-            "follow from the weights"
+            f"{project} has no config files; leave out --config: settings follow from weights"
         )
     import yaml  # comes with MLflow
 
@@ -185,7 +184,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise cli.UserError(f"{path}: {error}") from error
     if "quantize.used" in ignored:
-        print("warning: the checkpoint's remap of used codes is ignored: indices are unmapped")
+        print("warning: the checkpoint's remap of used codes is ignored")
     print(f"ignored, not part of the model: {cli.first_few(ignored + outside) or 'nothing'}")
     inputs = {arguments.checkpoint: files.sha256(path)} if path.is_file() else {}
     origin = Provenance(lineage=(Stage.now("tokenizer", inputs, ""),))

@@ -34,7 +34,7 @@ def commitment_cost() -> Any:
 
 def entropy_weight(default: float | None) -> Any:
     """The option `entropy_weight`."""
-    description = "weight of the entropy term: confident assignments, evenly used codes"
+    description = "weight of the entropy term, for an even use of codes"
     return option(default, description, training_only=True)
 
 

@@ -38,7 +38,7 @@ class VQOptions(CodebookOptions):
     commitment_cost: float = base.commitment_cost()
     gradient: str = option(
         "straight_through",
-        "straight_through copies gradients past the quantizer, rotation also rotates them",
+        "straight_through, or rotation (the rotation trick)",
         choices=tuple(GRADIENTS),
         training_only=True,
     )
@@ -114,7 +114,7 @@ class IBQOptions(CodebookOptions):
     entropy_weight: float = base.entropy_weight(None)
     similarity: str = option(
         "distance",
-        "what makes a code near: a small distance, or a large inner product (as in the paper)",
+        "how codes are compared; the paper: inner_product",
         choices=("distance", "inner_product"),
     )
     softmax_temperature: float = option(
