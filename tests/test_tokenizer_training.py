@@ -333,7 +333,6 @@ def test_images_that_are_too_small_for_lpips(
     lpips = ("--perceptual_weight", 1, "--lpips_network", "alex", "--lpips_weights", "alex.pth")
     error = error_of("train_vqvae", "--path_to_data", data, *SMALL_BATCHES, *lpips)
     assert "LPIPS with lpips_network alex needs images of at least 31x31 pixels" in error
-    assert "image_size of at least 31" in error
     assert not Path("outputs").exists()
 
 
