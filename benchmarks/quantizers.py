@@ -21,6 +21,8 @@ from utils.training.optim import make_optimizer, optimizer_step
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SPLIT_SEED = 0
+# Half the width of vqvae-small, so that a table takes minutes; `--set` overrides it.
+NETWORK: dict[str, object] = {"channels": 32, "channels_per_group": 8}
 # Settings by name. All have 9 bits per latent position: 512 codes, or 3 of 8.
 CASES: dict[str, dict[str, object]] = {name: {"quantizer": name} for name in QUANTIZERS}
 CASES["residual"] |= {"codebook_size": 8, "depth": 3}
@@ -78,7 +80,7 @@ def measure(
     for seed in flags.seeds:
         torch.manual_seed(seed)
         size = {"image_size": dataset.size, "in_channels": dataset.channels}
-        config = VQVAEConfig.create(**settings | size | {"patch_size": flags.patch_size})
+        config = VQVAEConfig.create(**NETWORK | size | settings)
         model = VQVAE(config).to(memory_format=torch.channels_last)
         speed = train(model, dataset, train_rows, seed, flags)
         values = evaluate(model.eval(), dataset, val_rows[: flags.max_val_images])
@@ -111,15 +113,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--path_to_data", required=True, metavar="CSV", help="CSV of images")
-    add("--steps", type=cli.positive, default=500, help="of training, each")
+    add("--steps", type=cli.positive, default=300, help="of training, each")
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--quantizers", nargs="+", choices=tuple(CASES), default=tuple(CASES), metavar="X")
-    setting = "setting of all networks, as channels_per_group=8; repeatable"
+    setting = "setting of all tokenizers, as channels=64; repeatable"
     add("--set", action="append", default=[], metavar="NAME=JSON", help=setting)
-    add("--patch_size", type=cli.positive, default=4)
-    add("--batch_size", type=cli.positive, default=64)
+    add("--batch_size", type=cli.positive, default=32)
     add("--learning_rate", type=float, default=2e-3)
-    add("--max_val_images", type=cli.positive, default=2000)
+    add("--max_val_images", type=cli.positive, default=1000)
     return parser
 
 
