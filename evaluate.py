@@ -130,15 +130,11 @@ def encode_conditions(
             raise UserError(f"{gpt} takes no conditions; leave out --condition_model_dir")
         return None
     if not address:
-        raise UserError(
-            f"{gpt} takes conditions; give their tokenizer by --condition_model_dir, and their "
-            "pictures in a column condition_path"
-        )
+        column = "their pictures in a column condition_path"
+        raise UserError(f"{gpt} takes conditions; add --condition_model_dir, and {column}")
     if flags.skip_bad_images:
-        raise UserError(
-            "--skip_bad_images cannot be combined with --condition_model_dir: a skipped picture "
-            "leaves its image without a condition; take both out of the CSV"
-        )
+        bad = "--skip_bad_images cannot be combined with --condition_model_dir"
+        raise UserError(f"{bad}; take bad pictures out of the CSV, with their images")
     tokenizer = load_model(address, VQVAE, settings.device)
     owner = f"the condition of {flags.model_path}"
     vocabulary.condition.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=owner)
@@ -190,10 +186,8 @@ def find_records(place: str) -> dict[str, Path]:
     deeper = home.glob("*/*.json") if home.name == report.FOLDER else ()
     files = [file for file in sorted((*home.glob("*.json"), *deeper)) if file.stem in KINDS]
     if not files:
-        raise UserError(
-            f"no evaluation at {place}; give a JSON of evaluate.py, its folder, or the id of an "
-            "evaluated run"
-        )
+        takes = "a JSON of evaluate.py, its folder, or the id of an evaluated run"
+        raise UserError(f"no evaluation at {place}; give {takes}")
     return {str(file.relative_to(home).with_suffix("")): file for file in files}
 
 
@@ -205,9 +199,8 @@ def compare_all(first: dict[str, Path], second: dict[str, Path]) -> str:
         if len(one) == len(other) == 1:
             pairs[kind] = one[0], other[0]
     if not pairs:
-        raise UserError(
-            f"nothing to compare: there are {', '.join(first)} here, and {', '.join(second)} there"
-        )
+        here, there = ", ".join(first), ", ".join(second)
+        raise UserError(f"nothing to compare: there are {here} here, and {there} there")
     return "\n".join(f"{name}\n{compare(*pair)}" for name, pair in pairs.items())
 
 
@@ -225,10 +218,8 @@ def compare(first: Path, second: Path) -> str:
     for key in needed:
         a, b = (protocol.get(key) for protocol in protocols)
         if a != b:
-            raise UserError(
-                f"these evaluations cannot be compared: {key} is {a} against {b}; evaluate both by "
-                "one protocol"
-            )
+            differs = f"these evaluations cannot be compared: {key} is {a} against {b}"
+            raise UserError(f"{differs}; evaluate both by one protocol")
     rows = {}
     values, others = one["metrics"], other["metrics"]
     for key in (key for key in values if key in others):

@@ -21,6 +21,7 @@ from utils.data.index_dataset import load_conditions, read_conditions, write_con
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row, read_rows
 from utils.data.vocabulary import FILE, GridMeta, Vocabulary, read_vocabulary
+from utils.evaluation.features import Settings
 from utils.files import sha256, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
@@ -171,13 +172,14 @@ def test_conditions_that_the_other_scripts_cannot_take(
     error = error_of("vqvae.images_from_indexes", *decode, "--condition_model_dir", "low")
     assert "plain has no conditions" in error
     for gpt, address, message in (
-        ("told", None, "takes conditions; give their tokenizer"),
+        ("told", None, "takes conditions; add --condition_model_dir"),
         ("untold", "low", "takes no conditions; leave"),
         ("told", "tokenizer", "the condition of told belongs to the tokenizer"),
     ):
         flags = Namespace(model_path=gpt, condition_model_dir=address, skip_bad_images=0)
+        settings = Settings(torch.device("cpu"), 4, 0)
         with pytest.raises(UserError, match=message):
-            evaluate.encode_conditions(flags, read_vocabulary(gpt), torch.device("cpu"))
+            evaluate.encode_conditions(flags, read_vocabulary(gpt), settings)
 
 
 def test_damaged_conditions(own_folder: Path) -> None:

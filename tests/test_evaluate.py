@@ -388,10 +388,10 @@ def test_too_few_images(error_of: Call, digits: Path, tokenizer: Path) -> None:
     error = error_of(
         "evaluate", "reconstructions", "--model_dir", tokenizer, "--path_to_data", data
     )
-    assert "has only 1 of the at least 2 images" in error
+    assert "has only 1 images; give 2 or more" in error
     write_images(Path("five"), count=5, size=(8, 8))
     flags = ("samples", "--images", "five/data.csv", "--path_to_data", digits / "train.csv")
-    assert "has only 5 of the at least 6 images" in error_of("evaluate", *flags)
+    assert "has only 5 images; give 6 or more" in error_of("evaluate", *flags)
 
 
 def test_labels_where_they_are_needed(error_of: Call, digits: Path) -> None:

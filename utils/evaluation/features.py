@@ -200,15 +200,11 @@ def class_targets(network: FeatureNetwork, rows: Sequence[Row], what: str) -> Te
     unknown = first_few(sorted({row.label for row in rows} - numbers.keys()))
     left_out = int((targets == UNKNOWN).sum())
     if left_out == len(rows):
-        raise UserError(
-            f"the classifier was not trained on the labels {unknown} of {what}; give data of the "
-            "same classes"
-        )
+        classes = f"the classifier was not trained on the labels {unknown} of {what}"
+        raise UserError(f"{classes}; give data of the same classes")
     if left_out:
-        warn(
-            f"label_agreement leaves out {left_out:,} of {len(rows):,} images of {what}, whose "
-            f"classes the classifier has no training images of: {unknown}"
-        )
+        share = f"{left_out:,} of {len(rows):,} images of {what}"
+        warn(f"label_agreement leaves out {share}, of classes without training images: {unknown}")
     return targets
 
 
@@ -286,10 +282,8 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
     names = tuple(sorted(counts))
     rare = [f"{name} ({counts[name]})" for name in names if counts[name] < FEW_IMAGES]
     if rare:
-        warn(
-            f"classes with fewer than {FEW_IMAGES} training images, for which label_agreement says "
-            f"little: {first_few(rare)}"
-        )
+        few = f"classes with fewer than {FEW_IMAGES} training images"
+        warn(f"{few}, for which label_agreement means little: {first_few(rare)}")
     part = part.split(TRAINING_IMAGES, settings.seed)[0]  # at most so many are used
     images = torch.cat([thumbnails(x) for x in part.batches(settings, "reading images")])
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

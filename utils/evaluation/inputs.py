@@ -50,10 +50,8 @@ def read_images(
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
     path = path or Path(getattr(flags, flag))
     if not path.exists():
-        raise UserError(
-            f"no such CSV file: {path}; --{flag} takes a CSV of image paths, or a folder with a "
-            "folder of images for each class"
-        )
+        takes = f"--{flag} takes a CSV of images, or a folder of class folders"
+        raise UserError(f"no such CSV file: {path}; {takes}")
     dataset = ImageDataset(path, cli.read_flags(ImageConfig, flags), **options)
     print(dataset)
     _check_count(flags, dataset, path)
@@ -63,9 +61,7 @@ def read_images(
 def _check_count(flags: argparse.Namespace, images: Images, path: Path) -> None:
     needed = NEEDED[flags.kind]
     if len(images) < needed:
-        raise UserError(
-            f"{path} has only {len(images)} of the at least {needed} images that are needed here"
-        )
+        raise UserError(f"{path} has only {len(images)} images; give {needed} or more")
 
 
 def read_real(
@@ -82,8 +78,8 @@ def read_real(
     if real.size != size:
         sizes = ["x".join(map(str, one)) for one in (real.size, size)]
         raise UserError(
-            f"the images in {path} have {sizes[0]} pixels, the samples {sizes[1]}; bring "
-            "both to one size by --image_size H,W"
+            f"the images in {path} have {sizes[0]} pixels, the samples {sizes[1]}; resize them by "
+            "--image_size H,W"
         )
     if flags.path_to_test:
         options |= {"value_range": real.value_range, "resampling": real.resampling}
@@ -99,10 +95,8 @@ def read_real(
         described = {"held_out": "drawn from path_to_data as the training did", **asdict(split)}
     train, held_out = split_rows(real.rows, **asdict(split or Split(0.0, 0)))
     if min(len(train), len(held_out)) < NEEDED[flags.kind]:
-        raise UserError(
-            f"{path} has {len(held_out)} validation images, too few to compare with; give "
-            "others by --path_to_test"
-        )
+        few = f"{path} has {len(held_out)} validation images, too few to compare with"
+        raise UserError(f"{few}; give others by --path_to_test")
     return RealImages(ImageSet(real, train), ImageSet(real, held_out), described)
 
 
@@ -113,10 +107,7 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     if flags.images:
         return _read_pictures(flags, tokenizer and tokenizer.model.config.in_channels)
     if flags.image_size:
-        raise UserError(
-            "--image_size cannot be combined with --indexes_path, whose images have the size that "
-            "the tokenizer decodes; leave it out"
-        )
+        raise UserError("--image_size cannot be combined with --indexes_path; leave it out")
     if tokenizer is None:
         raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
     return _read_grids(flags, tokenizer)
@@ -127,10 +118,8 @@ def _read_pictures(flags: argparse.Namespace, channels: int | None) -> Samples:
     path = Path(flags.images)
     table = path / LIST if path.is_dir() else path
     if not table.is_file():
-        raise UserError(
-            f"no images at {path}; --images takes a folder of images_from_indexes.py or a CSV of "
-            "image paths"
-        )
+        takes = "--images takes a folder of images_from_indexes.py, or a CSV"
+        raise UserError(f"no images at {path}; {takes}")
     images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
     place = table.parent if table.name == LIST else table
     sha256 = hashlib.sha256()
@@ -223,9 +212,7 @@ def open_network(name: str | None, path: str, device: torch.device) -> FeatureNe
     try:
         network = make(path).requires_grad_(False).eval().to(device)
     except ImportError as error:
-        raise UserError(
-            f"--features {name} needs the package {package}: pip install {package}"
-        ) from error
+        raise UserError(f"--features {name} needs {package}: pip install {package}") from error
     except Exception as error:  # no network, no such file, other weights: of many types
         raise UserError(
             f"--features {name} cannot use {path or 'what it downloads'} ({one_line(error, 150)}); "

@@ -45,10 +45,8 @@ class SampleEvaluator:
         if tokenizer is None:
             raise UserError("--fd_samples needs the tokenizer of the indices; add --model_dir")
         if len(held_out) < 2:
-            raise UserError(
-                f"--fd_samples leaves {len(held_out)} validation images to compare with; use 2 or "
-                "more, or 0 for none"
-            )
+            left = f"--fd_samples leaves {len(held_out)} validation images to compare with"
+            raise UserError(f"{left}; use 2 or more, or 0 for none")
         if not group.is_main:
             return
         self._tokenizer, self._settings = tokenizer.model, Settings(group.device, BATCH, seed)
