@@ -51,9 +51,6 @@ class Job(NamedTuple):
     encodes: bool = False  # the indices that the GPTs learn
 
 
-# ---------------------------------------------------------------------------------------- the GPTs
-
-
 def llama(config: GPTConfig) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,9 +84,6 @@ def token_loss(model: nn.Module, classes: Tensor, indices: Tensor) -> Tensor:
     tokens = torch.cat([classes[:, None] + CODEBOOK_SIZE, indices.flatten(1)], dim=1)
     logits = model(tokens[:, :-1]).logits[..., :CODEBOOK_SIZE]
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
-
-
-# ---------------------------------------------------------------------------------- the tokenizers
 
 
 class Ours(nn.Module):
@@ -169,9 +163,6 @@ TOKENIZERS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
     "our network, FSQ (vector-quantize-pytorch)": peer_fsq,
     "VQModel (diffusers)": Diffusers,
 }
-
-
-# ------------------------------------------------------------------------------------ the training
 
 
 def make_optimizer(
