@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,8 @@ def test_trainings_log_ssim_and_the_distance_of_samples(
     assert curve("t", "val/best_ssim") == pytest.approx([max(ssim[1:])], rel=1e-3)
 
     call("quantize_dataset", "--model_dir", "t", "--path_to_data", data, "--output_dir", "i")
+    used = len(np.unique(np.load("i/indices.npy")))  # not in percent of what 30 images can use
+    assert f": {used} of 16 codes in use, " in capsys.readouterr().out
     flags = ("--path_to_data", "i", *TINY_GPT, "--max_epochs", 2)
     evaluated = ("--model_dir", "t", "--fd_samples", 10, "--best_metric", "fd_classifier")
     capsys.readouterr()
