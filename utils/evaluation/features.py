@@ -30,8 +30,8 @@ NETWORKS = ("classifier", "inception", "dinov2")
 MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
 CACHE = Path("outputs/cache")
 TRAINING_IMAGES = 180_000  # that the training of the classifier uses at most, with repetitions
-CHECK_IMAGES, PATIENCE = 4096, 5  # images between checks of its accuracy; checks without gain
-MAX_HELD_OUT = 2000  # images for these checks
+CHECK_IMAGES, PATIENCE = 4096, 4  # images between checks of its accuracy; checks without gain
+MAX_HELD_OUT = 5000  # images for these checks
 BATCH, RATE = 128, 2e-3
 FEW_IMAGES = 10  # of a class, too few to learn it
 UNKNOWN = -1  # number of a class without training images
@@ -308,39 +308,41 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
 
 
 def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int) -> None:
-    """Train on images (N, C, H, W), uint8, of classes (N,), while accuracy on new images rises.
+    """Train on images (N, C, H, W), uint8, of classes (N,), while accuracy on new ones rises.
 
-    A tenth of the images is held out. The result is an average of the weights over the training,
-    which needs no learning rate schedule, and so no length that is known before.
+    A tenth of the images is held out to measure it. From the end of the rise on, the learning rate
+    falls to 0, within half as many steps as were taken before.
     """
     order = epoch_order(torch.arange(len(images)), seed, 0)
     count = min(MAX_HELD_OUT, max(1, len(images) // 10))
     held_out, rows = order[:count], order[count:]
-    trained, average = (deepcopy(model).to(memory_format=torch.channels_last) for _ in range(2))
+    trained = deepcopy(model).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(trained.parameters(), RATE)
-    pairs = zip(average.eval().state_dict().values(), trained.state_dict().values(), strict=True)
-    averages, weights = zip(*(pair for pair in pairs if pair[0].is_floating_point()), strict=True)
 
-    def predict(network: nn.Module, chosen: Tensor) -> Tensor:
-        return network(images[chosen].float() / 127.5 - 1)[1]
+    def predict(chosen: Tensor) -> Tensor:
+        return trained(images[chosen].float() / 127.5 - 1)[1]
 
-    accuracies, size = [-1.0], min(BATCH, len(rows))
-    steps = TRAINING_IMAGES // size
+    size = min(BATCH, len(rows))
+    most, end = max(1, TRAINING_IMAGES * 2 // 3 // size), 0  # steps at a constant learning rate
+    accuracies: list[float] = []
     epochs = (epoch_order(rows, seed, epoch).split(size) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if len(batch) == size)
-    bar = tqdm(desc="classifier, at most", total=TRAINING_IMAGES, unit=" images", disable=None)
-    for step, batch in zip(range(1, 1 + steps), batches, strict=False):
-        F.cross_entropy(predict(trained, batch), labels[batch]).backward()
+    bar = tqdm(batches, "classifier", most * 3 // 2, unit=" steps at most", disable=None)
+    for step, batch in enumerate(bar, 1):
+        if end:
+            optimizer.param_groups[0]["lr"] = RATE * max(0.0, 3 - 2 * step / end)
+        F.cross_entropy(predict(batch), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_(averages, weights, 9 / (9 + step))
-        bar.update(size)
-        if step % (CHECK_IMAGES // BATCH) == 0 or step == steps:
+        if not end and step % (CHECK_IMAGES // BATCH) == 0:
+            trained.eval()
             with torch.inference_mode():
-                logits = torch.cat([predict(average, x) for x in held_out.split(BATCH)])
+                logits = torch.cat([predict(part) for part in held_out.split(BATCH)])
+            trained.train()
             accuracies.append(float((logits.argmax(dim=1) == labels[held_out]).double().mean()))
-            if accuracies[-1] > max(accuracies[:-1]):
-                model.load_state_dict(average.state_dict())
-            elif max(accuracies[-PATIENCE:]) <= max(accuracies[:-PATIENCE], default=-1.0):
-                break
-    bar.close()
+        best = accuracies.index(max(accuracies)) if accuracies else 0
+        if not end and (best < len(accuracies) - PATIENCE or step == most):
+            end = step
+        if end and step >= 1.5 * end:
+            break
+    model.load_state_dict(trained.state_dict())
