@@ -1,5 +1,10 @@
 """Evaluate reconstructions of a tokenizer, samples of a GPT, or the likelihood of images."""
 
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import argparse
 import math
 from collections.abc import Callable

@@ -1,5 +1,10 @@
 """Stage 2: turn every image of a data set into a grid of codebook indices."""
 
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import argparse
 import math
 from functools import partial
@@ -7,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import cli, distributed, tracking
 from utils.data import sources
@@ -18,6 +22,7 @@ from utils.data.sources import Row, split_rows
 from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
 from utils.model_folder import load_model
+from utils.progress import ProgressBar
 from utils.provenance import LoadedModel, Provenance
 from vqvae import VQVAE
 
@@ -28,7 +33,7 @@ def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> Tensor:
     device = next(model.parameters()).device
     batches = torch.arange(len(dataset)).split(batch_size)
     grids = []
-    with tqdm(total=len(dataset), unit=" images", disable=None) as bar:
+    with ProgressBar(total=len(dataset), unit=" images") as bar:
         for images in dataset.batches(batches, device):
             grids.append(model.encode(images).to("cpu", torch.int32))
             bar.update(len(images))
@@ -65,7 +70,7 @@ def quantize_crops(
     grids = allocate(folder / CROPS, shape, meta.codebook_size)
     views = max(crops, 1)
     batches = torch.arange(len(dataset)).split(batch_size)
-    with tqdm(total=views * len(dataset), unit=" crops", disable=None) as bar:
+    with ProgressBar(total=views * len(dataset), unit=" crops") as bar:
         for view in range(views):
             crop = Augmentation(False, crops > 0, seed, epoch=view)
             for rows, images in zip(batches, dataset.batches(batches, device, crop), strict=True):

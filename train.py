@@ -1,12 +1,15 @@
 """Stage 3: fit a GPT to the codebook indices of a data set."""
 
-import argparse
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,9 +31,9 @@ from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
 from utils.evaluation import metrics
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel, Provenance, joined
-from utils.training import loop
-from utils.training.checkpoint import Checkpointer, continue_training, find_output_dir
+from utils.provenance import LoadedModel, joined
+from utils.training import loop, start
+from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
@@ -51,32 +54,23 @@ class Validation(NamedTuple):
     data: IndexDataset
     tokenizer: LoadedModel | None
     evaluator: Any  # `SampleEvaluator` with --fd_samples, else None
-    precision: str
-    baselines: dict[str, float]
+    unigram: float
+    bigram: float
 
 
 def make_validation(
-    data: IndexDataset,
-    tokenizer: LoadedModel | None,
-    source: IndicesConfig,
-    group: distributed.Distributed,
-    precision: str,
-    seed: int,
+    data: IndexDataset, tokenizer: LoadedModel | None, fd_samples: int, **options: Any
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     evaluator = None
-    if source.fd_samples:
+    if fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
-        splits = data.train_rows, data.val_rows[: source.fd_samples]
-        evaluator = SampleEvaluator(
-            tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
-        )
+        splits = data.train_rows, data.val_rows[:fd_samples]
+        evaluator = SampleEvaluator(tokenizer, data.grids, data.rows, *splits, **options)
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
-    bits = metrics.baselines(*splits, data.vocabulary.codebook_size, data.vocabulary.depth)
-    names = "unigram_bits_per_token", "bigram_bits_per_token"
-    baselines = dict(zip(names, bits, strict=True))
-    return Validation(data, tokenizer, evaluator, precision, baselines)
+    sizes = data.vocabulary.codebook_size, data.vocabulary.depth
+    return Validation(data, tokenizer, evaluator, *metrics.baselines(*splits, *sizes))
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
@@ -88,30 +82,27 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
     return load_model(address, VQVAE, device)
 
 
-def build_model(config: GPTConfig, device: torch.device, *, flex_attention: bool) -> GPT:
-    if not flex_attention:
-        return GPT(config).to(device)
-    if device.type != "cuda":
-        raise cli.UserError(f"--flex_attention needs CUDA, not {device}; omit it")
-    attend = FlexAttention(
-        device,
-        grid=config.latent_dim,
-        window=config.window_size,
-        prefix=config.prefix_length,
-        depth=config.depth,
-    )
-    return GPT(config, attend=attend).to(device)
-
-
-def read_codes(tokenizer: LoadedModel | None, codebook_size: int, device: torch.device) -> Tensor:
-    """The codes (K, D) of the tokenizer; a UserError without one."""
-    if tokenizer is None:
-        raise cli.UserError(
-            "--start_from_codebook and --label_smoothing need the tokenizer; add --model_dir"
-        )
-    with torch.no_grad():
-        indices = torch.arange(codebook_size, device=device)[:, None, None]
-        return tokenizer.model.embed(indices).flatten(1)
+def build_model(
+    config: GPTConfig, tokenizer: LoadedModel | None, device: torch.device, *, flex_attention: bool
+) -> GPT:
+    """The GPT, with the codes of the tokenizer if it needs them."""
+    options: Any = {}
+    if flex_attention:
+        if device.type != "cuda":
+            raise cli.UserError(f"--flex_attention needs CUDA, not {device}; omit it")
+        shape: Any = {"grid": config.latent_dim, "depth": config.depth}
+        shape |= {"window": config.window_size, "prefix": config.prefix_length}
+        options["attend"] = FlexAttention(device, **shape)
+    model = GPT(config, **options).to(device)
+    if config.needs_codebook:
+        if tokenizer is None:
+            raise cli.UserError(
+                "--start_from_codebook and --label_smoothing need the tokenizer; add --model_dir"
+            )
+        with torch.no_grad():
+            indices = torch.arange(config.codebook_size, device=device)[:, None, None]
+            model.use_codebook(tokenizer.model.embed(indices).flatten(1))
+    return model
 
 
 def load_batches(
@@ -154,18 +145,17 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT,
-    batches: Iterator[tuple[Tensor, Tensor]],
-    precision: str,
-    group: distributed.Distributed,
+    model: GPT, data: IndexDataset, state: TrainState, group: distributed.Distributed
 ) -> Tensor:
-    """Bits per token at each latent position (h, w), over the batches of all processes."""
+    """Bits per token of the validation data at each latent position (h, w), by all of `group`."""
     model.eval()
     height, width = model.config.latent_dim
     # nats of each token, images
     total = torch.zeros(height * width * model.config.depth + 1, dtype=torch.float64)
-    for prefix, indices in batches:
-        with distributed.autocast(indices.device, precision):
+    rows = group.shard(data.val_rows)  # none, where there are fewer rows than processes
+    parts = rows.split(state.config.batch_size) if len(rows) else ()
+    for prefix, indices in load_batches(data, group.device, parts):
+        with distributed.autocast(group.device, state.settings["precision"]):
             nats = model.loss(prefix, indices)
         total[:-1] += nats.sum(dim=0).cpu()
         total[-1] += len(indices)
@@ -178,7 +168,7 @@ def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -
     """A picture of samples, always from the same random numbers.
 
     They are of all classes in turn, or of the classes and conditions of the first validation
-    images. Without a tokenizer the (first) indices themselves are shown as shades of grey.
+    images.
     """
     training_mode = model.training
     model.eval()
@@ -187,180 +177,159 @@ def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
     indices = generate(model, prefix, seed=0)
     model.train(training_mode)
+    return picture_of(indices, data, tokenizer, model.head.weight.device)
+
+
+def picture_of(
+    indices: Tensor, data: IndexDataset, tokenizer: LoadedModel | None, device: torch.device
+) -> Image.Image:
+    """A grid of decoded images; without a tokenizer the (first) indices as shades of grey."""
     if tokenizer is None:
-        first = indices if model.config.depth == 1 else indices[..., 0]
-        return figures.grid(first[:, None] / (model.config.codebook_size - 1) * 2 - 1)
+        first = indices if data.vocabulary.depth == 1 else indices[..., 0]
+        return figures.grid(first[:, None] / (data.vocabulary.codebook_size - 1) * 2 - 1)
     with torch.inference_mode():
-        return figures.grid(tokenizer.model.decode(indices.to(model.head.weight.device)))
+        return figures.grid(tokenizer.model.decode(indices.long().to(device)))
 
 
-def open_run(
-    state: TrainState,
-    output_dir: Path,
-    run_name: str,
-    flags: cli.Flags,
-    data: IndexDataset,
-    tokenizer: LoadedModel | None,
-) -> tracking.Run:
-    """The MLflow run of this training: a new one, or the one that a resumed training continues."""
-    settings, model = state.settings | {"run_name": run_name}, cast(GPT, state.model)
+def about_run(
+    state: TrainState, data: IndexDataset, tokenizer: LoadedModel | None
+) -> dict[str, Any]:
+    """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
+    settings = state.settings
     params = {name: settings[name] for name in ("window_size", "batch_size", "learning_rate")}
-    params["shape"] = f"{model.config.num_layers} x {model.config.dim}"
-    params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    tokenizer_run_id = data.vocabulary.tokenizer_run_id
-    run = tracking.Run(
-        output_dir,
-        stage="gpt",
-        run_id=state.progress.run_id or None,
-        continued=bool(state.progress.run_id),
-        experiment=state.config.experiment,
-        run_name=run_name,
-        enabled=state.group.is_main,
-        config=settings,
-        params=data.params | params,
-        flags=flags,
-        tags={"tokenizer_run_id": tokenizer_run_id},
-        inputs={settings["path_to_data"]: digest(data.path)}
-        | ({} if tokenizer is None else {settings["model_dir"]: tokenizer.sha256}),
-        upstream=joined(lineage_of(data.path), () if tokenizer is None else tokenizer.lineage),
-    )
-    state.progress.run_id = run.run_id
-    return run
+    params["shape"] = f"{settings['num_layers']} x {settings['dim']}"
+    params["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+    inputs, lineage = {settings["path_to_data"]: digest(data.path)}, lineage_of(data.path)
+    if tokenizer is not None:
+        inputs[settings["model_dir"]] = tokenizer.sha256
+        lineage = joined(lineage, tokenizer.lineage)
+    tags = {"tokenizer_run_id": data.vocabulary.tokenizer_run_id}
+    about = {"stage": "gpt", "params": data.params | params, "tags": tags}
+    return {**about, "inputs": inputs, "upstream": lineage}
 
 
 def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validation) -> float:
     """Log metrics and samples of the present model; the score, of which lower is better."""
     data, model, group = validation.data, state.ema.model, state.group
-    config, step = state.config, state.progress.step
-    values: dict[str, float] = {}
+    step, values = state.progress.step, {}
     if validation.evaluator is not None:
         inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
-        values |= validation.evaluator.metrics(partial(generate, model.eval(), inputs))
-    rows = group.shard(data.val_rows)  # none, where there are fewer rows than processes
-    parts = rows.split(config.batch_size) if len(rows) else ()
-    batches = load_batches(data, group.device, parts)
-    by_position = evaluate(model, batches, validation.precision, group)
+        values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
+    by_position = evaluate(model, data, state, group)
     values["bits_per_token"] = float(by_position.mean())
-    run.metrics("val", values | validation.baselines, step)
+    values["unigram_bits_per_token"] = validation.unigram
+    values["bigram_bits_per_token"] = validation.bigram
+    run.metrics("val", values, step)
     run.picture("pictures/bits_by_position", figures.heat(by_position), step)
     if group.is_main:
         run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
     group.print(f"step {step:>6,}  val {values['bits_per_token']:.3f} bits per token")
-    return metrics.sign_of(config.best_metric, BEST_METRICS) * values[config.best_metric]
-
-
-def log_training(state: TrainState, run: tracking.Run, tokens_per_image: int) -> None:
-    """Log the means of the steps since the last log."""
-    values = state.averages.take()
-    images_per_second = values.pop("steps_per_second") * state.config.batch_size
-    values["tokens_per_second"] = images_per_second * tokens_per_image
-    run.metrics("train", values, state.progress.step)
+    return state.sign * values[state.config.best_metric]
 
 
 def report_best(state: TrainState, run: tracking.Run, validation: Validation) -> None:
     """Log the best GPT with samples and its score, and print both; by one process."""
-    data, config, device = validation.data, state.config, state.group.device
-    folder = run.output_dir / "best"
-    best = load_model(folder, GPT, device).model
+    data, config, unigram = validation.data, state.config, validation.unigram
+    folder, name = run.output_dir / "best", config.best_metric
+    best = load_model(folder, GPT, state.group.device).model
     run.picture("pictures/best_samples", sample_grid(best, data, validation.tokenizer), 0)
-    name, sign = config.best_metric, metrics.sign_of(config.best_metric, BEST_METRICS)
-    bits = value = sign * state.progress.best
+    bits = value = state.sign * state.progress.best
     scores, step, register = {f"val/best_{name}": value}, state.progress.step, config.register
-    run.model(folder, scores, step, register=register, lower_is_better=sign > 0)
+    run.model(folder, scores, step, register=register, lower_is_better=state.sign > 0)
     print(f"best: val {name} {value:.3f}")
     if name != "bits_per_token":
-        batches = load_batches(data, device, data.val_rows.split(config.batch_size))
         alone = replace(state.group, world_size=1)
-        bits = float(evaluate(best, batches, validation.precision, alone).mean())
-    unigram, bigram = validation.baselines.values()
-    print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {bigram:.3f}")
+        bits = float(evaluate(best, data, state, alone).mean())
+    print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {validation.bigram:.3f}")
     if not bits < unigram:
         print(NO_BETTER_WARNING.format(bits, unigram))
     print(run.ui_hint)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    resumed = continue_training(cast(cli.Flags, arguments))
+def main(arguments: cli.Flags) -> None:
+    resumed = continue_training(arguments)
     config = cli.read_flags(TrainingConfig, arguments)
     optimizer_config = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
-    metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
     tokenizer = load_tokenizer(source.model_dir, group.device)
-    data = IndexDataset(
-        addresses.fetch(source.path_to_data),
-        tokenizer,
-        latent_dim=arguments.latent_dim,
-        val_fraction=source.val_fraction,
-        seed=config.seed,
-    )
+    split: dict[str, Any] = {"val_fraction": source.val_fraction, "seed": config.seed}
+    path, size = addresses.fetch(source.path_to_data), arguments.latent_dim
+    data = IndexDataset(path, tokenizer, latent_dim=size, **split)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
-    validation = make_validation(data, tokenizer, source, group, precision, config.seed)
-
+    options: dict[str, Any] = {"seed": config.seed, "group": group}
+    validation = make_validation(data, tokenizer, source.fd_samples, **options)
     model_config = cli.read_flags(GPTConfig, arguments, **data.vocabulary.model_values)
     model_config = model_config.resolve_defaults()
-    model = build_model(model_config, group.device, flex_attention=arguments.flex_attention)
-    if model_config.needs_codebook:
-        model.use_codebook(read_codes(tokenizer, model_config.codebook_size, group.device))
+    flex = arguments.flex_attention
+    model = build_model(model_config, tokenizer, group.device, flex_attention=flex)
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
     settings = asdict(optimizer_config) | asdict(source) | asdict(model_config)
     settings |= {"data_sha256": fingerprint(data.rows, *data.arrays), "precision": precision}
-    state = TrainState(config, schedule, group, model, {"optimizer": optimizer}, settings)
+    state = TrainState(config, schedule, group, model, {"optimizer": optimizer}, settings, sign)
     state.checkpoint.restore(resumed)
     loss = torch.compile(model.loss) if config.compile else model.loss
     loss = partial(loss, forward=group.wrap(model))
 
-    name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
-    flags = cast(cli.Flags, arguments)
-    name = tracking.name_of(flags, name)
-    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
-    name = name if config.output_dir else output_dir.name
-    run = open_run(state, output_dir, name, flags, data, tokenizer)
-    origin = Provenance(run.run_id, config.seed, source.val_fraction, run.lineage)
-    vocabulary = {FILE: data.vocabulary.content()}
-    checkpoints = Checkpointer(run, state.checkpoint, origin, resumed, vocabulary)
     group.print(data)
-    group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
-    unigram, bigram = validation.baselines.values()
-    group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
+    load = partial(load_batches, data, group.device)
 
-    with loop.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+    def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        done = state.progress.step / schedule.total_steps
+        inputs = model_inputs(*batch, model_config, done)
+        return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate)}
+
+    if config.dry_run:
+        shown = picture_of(data.grids[data.val_rows[:SAMPLES]], data, tokenizer, group.device)
+        start.dry_run(state, data.train_rows, load, step_on, shown)
+        return
+    name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
+    name, files = tracking.name_of(arguments, name), {FILE: data.vocabulary.content()}
+    about = about_run(state, data, tokenizer)
+    run, checkpoints = start.open_run(
+        state, tracking.Run, name, resumed, files, flags=arguments, **about
+    )
+    baselines = f"unigram {validation.unigram:.3f}, bigram {validation.bigram:.3f}"
+    group.print(f"baselines: {baselines} bits per token")
+
+    with cli.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
         if state.progress.step == 0:
             checkpoints.save()
             evaluate_and_log(state, run, validation)
             state.averages.restart()
-        load = partial(load_batches, data, group.device)
-        for rows, (prefix, grids) in loop.batches(state, checkpoints, data.train_rows, load):
-            done = state.progress.step / schedule.total_steps
-            inputs = model_inputs(prefix, grids, model_config, done)
-            bits = train_step(loss, inputs, precision, config.accumulate)
-            loop.optimizer_step(state, rows, {"bits_per_token": bits}, data.name)
-            step = state.progress.step
-            if schedule.logs(step):
-                log_training(state, run, data.grids[0].numel())
-            if schedule.evaluates(step):
+        tokens_per_step = config.batch_size * data.grids[0].numel()
+        for rows, batch in loop.batches(state, checkpoints, data.train_rows, load):
+            loop.optimizer_step(state, rows, step_on(batch), data.name)
+            step, evaluates = state.progress.step, loop.evaluation_is_due(state)
+            if schedule.logs(step) or evaluates:  # the means of the steps since the last log
+                values = state.averages.take()
+                values["tokens_per_second"] = values.pop("steps_per_second") * tokens_per_step
+                run.metrics("train", values, step)
+            if evaluates:
                 score = evaluate_and_log(state, run, validation)
                 # Scores of a model that still learns random orders do not count.
                 if random_orders(model_config, step / schedule.total_steps) == 0:
                     loop.keep_best(state, checkpoints, score)
-            if loop.end_step(state, checkpoints, stop, evaluated=schedule.evaluates(step)):
+            if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break
         if group.is_main:
             report_best(state, run, validation)
     if group.is_main:
-        words = ["transformer_generation.py", "--model_path", output_dir / "best"]
-        words += ["--vocabulary_path", output_dir / "best" / FILE, "--run_id", run.run_id]
+        best = run.output_dir / "best"
+        words = ["transformer_generation.py", "--model_path", best]
+        words += ["--vocabulary_path", best / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
         print(cli.next_command(*words))
     group.shutdown()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
-    cli.add_flags(parser, IndicesConfig, "indices", required=False)
+    cli.add_flags(parser, IndicesConfig, "indices")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, GPTConfig, "transformer")
     cli.add_flags(parser, OptimizerConfig, "optimiser")

@@ -1,15 +1,20 @@
 """Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
 
-import argparse
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
@@ -17,12 +22,13 @@ from utils.data.images import Augmentation, DataConfig, ImageDataset
 from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.model_folder import load_model
-from utils.provenance import LoadedModel, Provenance
+from utils.provenance import LoadedModel
 from utils.training import loop
-from utils.training.checkpoint import Checkpointer, continue_training, find_output_dir
+from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
+from utils.training.start import dry_run, open_run
 from utils.training.state import fingerprint
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
@@ -89,44 +95,36 @@ def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: i
         run.picture(f"pictures/{name}", picture, step)
 
 
-def given_settings(flags: cli.Flags) -> dict[str, Any]:
-    """The tokenizer's settings by flags or `--resume`, as `VQVAEConfig.create` takes them."""
-    names = {field.name for field in (*fields(VQVAEConfig), *fields(all_options()))}
-    return {name: getattr(flags, name) for name in names & (flags.given | flags.stored)}
-
-
 def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
     """The tokenizer of --init_from, if there is one, and the settings of the one to train.
 
     A UserError if there is no such tokenizer, or flags contradict it or each other.
     """
-    start, model_config = _read_start(config.init_from, flags)
+    names = {field.name for field in (*fields(VQVAEConfig), *fields(all_options()))}
+    given = {name: getattr(flags, name) for name in names & (flags.given | flags.stored)}
+    if not config.init_from:
+        preset = flags.preset or "vqvae-small"
+        start, model_config = None, cli.build_or_error(VQVAEConfig.from_preset, preset, **given)
+    else:
+        if flags.preset:
+            raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
+        start = load_model(config.init_from, VQVAE)
+        settings = start.model.config.to_dict()
+        settings |= {"value_range": None, "resampling": ""}  # of these data, not of the former
+        free = {"image_size", "value_range", "resampling", *training_only()}
+        for name in sorted(given.keys() & settings.keys() - free):
+            if given[name] != settings[name]:
+                raise cli.UserError(
+                    f"--{name} {given[name]} contradicts {config.init_from}, where it is "
+                    f"{settings[name]}; leave it out"
+                )
+        model_config = cli.build_or_error(VQVAEConfig.create, **settings | given)
     name = model_config.quantizer
     if config.reset_codebook_on_collapse and not QUANTIZERS[name].supports_reset:
         raise cli.UserError(
             f"--reset_codebook_on_collapse has no effect with the quantizer {name}; leave it out"
         )
     return start, model_config
-
-
-def _read_start(init_from: str, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
-    given = given_settings(flags)
-    if not init_from:
-        preset = flags.preset or "vqvae-small"
-        return None, cli.build_or_error(VQVAEConfig.from_preset, preset, **given)
-    if flags.preset:
-        raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
-    start = load_model(init_from, VQVAE)
-    settings = start.model.config.to_dict()
-    settings |= {"value_range": None, "resampling": ""}  # of these data, not of the former
-    free = {"image_size", "value_range", "resampling", *training_only()}
-    for name in sorted(given.keys() & settings.keys() - free):
-        if given[name] != settings[name]:
-            raise cli.UserError(
-                f"--{name} {given[name]} contradicts {init_from}, where it is {settings[name]}; "
-                "leave it out"
-            )
-    return start, cli.build_or_error(VQVAEConfig.create, **settings | given)
 
 
 def read_images(
@@ -183,33 +181,19 @@ def build_adversary(
     return adversary.to(group.device, memory_format=torch.channels_last)
 
 
-def open_run(
-    state: TrainState, output_dir: Path, run_name: str, flags: cli.Flags, start: LoadedModel | None
-) -> tracking.Run:
-    """The MLflow run of this training: a new one, or the one that a resumed training continues."""
-    settings, model = state.settings | {"run_name": run_name}, cast(VQVAE, state.model)
+def about_run(state: TrainState, model: VQVAE, start: LoadedModel | None) -> dict[str, Any]:
+    """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
+    settings, data = state.settings, state.settings["path_to_data"]
     shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
     params = {name: settings[name] for name in (*shown, "learning_rate")}
-    params["data"] = Path(settings["path_to_data"]).name
-    params["latent_dim"] = model.config.latent_dim
+    params |= {"data": Path(data).name, "latent_dim": model.config.latent_dim}
     params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    run = tracking.Run(
-        output_dir,
-        stage="tokenizer",
-        run_id=state.progress.run_id or None,
-        continued=bool(state.progress.run_id),
-        experiment=state.config.experiment,
-        run_name=run_name,
-        enabled=state.group.is_main,
-        config=settings,
-        params=params,
-        flags=flags,
-        inputs={settings["path_to_data"]: sources.digest(settings["path_to_data"])}
-        | ({} if start is None else {settings["init_from"]: start.sha256}),
-        upstream=() if start is None else start.lineage,
-    )
-    state.progress.run_id = run.run_id
-    return run
+    about: dict[str, Any] = {"stage": "tokenizer", "params": params}
+    about["inputs"] = {data: sources.digest(data)}
+    if start is not None:
+        about["inputs"][settings["init_from"]] = start.sha256
+        about["upstream"] = start.lineage
+    return about
 
 
 def load_images(
@@ -223,10 +207,6 @@ def load_images(
     seed = state.config.seed
     augmentation = Augmentation(data.horizontal_flip, data.random_crop, seed, epoch)
     return dataset.batches(batches, state.group.device, augmentation)
-
-
-def needs_baseline(adversary: AdversarialLoss | None, step: int) -> bool:
-    return adversary is not None and adversary.schedule.needs_baseline(step)
 
 
 def log_training(state: TrainState, run: tracking.Run, counts: Tensor) -> None:
@@ -261,8 +241,7 @@ def evaluate_and_log(
     if group.is_main:
         log_pictures(run, state.ema.model, shown, step)
     group.print(f"step {step:>6,}  {in_words(values)}")
-    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
-    return sign * values[config.best_metric], shown.counts
+    return state.sign * values[config.best_metric], shown.counts
 
 
 def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, rows: Tensor) -> None:
@@ -277,9 +256,8 @@ def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, row
     run.table("reconstructions", figures.comparison_table(names, *pair))
     shown = dict.fromkeys((config.best_metric, "mse", "psnr", "ssim"))  # the first decides
     scores = {f"val/best_{name}": values[name] for name in shown}
-    lower_is_better = metrics.sign_of(config.best_metric, BEST_METRICS) > 0
     step, register = state.progress.step, config.register
-    run.model(folder, scores, step, register=register, lower_is_better=lower_is_better)
+    run.model(folder, scores, step, register=register, lower_is_better=state.sign > 0)
     print(f"best: {in_words(values)}\n{run.ui_hint}")
 
 
@@ -293,25 +271,18 @@ class Configs(NamedTuple):
     adversarial: AdversarialConfig
 
 
-def read_configs(flags: argparse.Namespace) -> Configs:
+def read_configs(flags: cli.Flags) -> Configs:
     kinds = typing.get_type_hints(Configs).values()
     configs = Configs(*(cli.read_flags(kind, flags) for kind in kinds))
     for config in configs:
         cli.reject_unused_flags(config, flags)
-    metrics.sign_of(configs.training.best_metric, BEST_METRICS)  # refuses unknown metrics
     return configs
 
 
-def make_state(
-    configs: Configs,
-    schedule: Schedule,
-    group: Distributed,
-    model: VQVAE,
-    adversary: AdversarialLoss | None,
-    parts: dict[str, Any],
-    measured: dict[str, str],
-) -> TrainState:
-    """Optimisers, settings and parts of a training; `measured` settings are not flags."""
+def make_optimizers(
+    configs: Configs, model: VQVAE, adversary: AdversarialLoss | None
+) -> dict[str, Optimizer]:
+    """AdamW for the tokenizer, and for the discriminator at a constant rate, if there is one."""
     config = configs.training
     optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
     if adversary is not None:
@@ -319,68 +290,69 @@ def make_state(
         optimizers["disc_optimizer"] = make_optimizer(adversary, own, betas=(0.5, 0.9))
         for param_group in optimizers["disc_optimizer"].param_groups:
             param_group["scheduled"] = False
-    settings = model.config.to_dict()
-    for one in configs:
-        settings |= asdict(one)
-    changed = [x for x in (model.quantizer, adversary) if x is not None]
-    parts = {"adversary": adversary, **parts}
-    settings |= measured
-    return TrainState(config, schedule, group, model, optimizers, settings, parts, changed)
+    return optimizers
 
 
-def main(arguments: argparse.Namespace) -> None:
-    resumed = continue_training(cast(cli.Flags, arguments))
+def main(arguments: cli.Flags) -> None:
+    resumed = continue_training(arguments)
     configs = read_configs(arguments)
     config, data = configs.training, configs.data
+    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
-    start, model_config = read_start(configs.start, cast(cli.Flags, arguments))
+    start, model_config = read_start(configs.start, arguments)
     losses = cli.build_or_error(ReconstructionLoss, configs.losses).to(group.device)
     dataset, train_rows, val_rows = read_images(data, model_config, config.seed, group)
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
     cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
     adversary = build_adversary(configs.adversarial, dataset, schedule, group, config.accumulate)
-    reset = configs.start.reset_codebook_on_collapse
+    reset, device = configs.start.reset_codebook_on_collapse, group.device
     monitor = CollapseMonitor(model.quantizer, reset=reset)
-    counts = torch.zeros(model.config.num_codes, device=group.device)  # of codes since the last log
-    parts = {"counts": counts, "collapse_monitor": monitor}
-    measured = {"data_sha256": fingerprint(dataset.rows), "precision": precision}
-    state = make_state(configs, schedule, group, model, adversary, parts, measured)
+    counts = torch.zeros(model.config.num_codes, device=device)  # of codes since the last log
+    parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
+    settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
+    settings |= {"data_sha256": fingerprint(dataset.rows), "precision": precision}
+    optimizers = make_optimizers(configs, model, adversary)
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
+    state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]
     state.checkpoint.restore(resumed)
     if config.compile:
         compile_model(model)
     forward = group.wrap(model)
     load = partial(load_images, dataset, data, state)
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
-    name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
-    flags = cast(cli.Flags, arguments)
-    name = tracking.name_of(flags, f"{name}-f{model.config.downsampling}")
-    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
-    name = name if config.output_dir else output_dir.name
-    run = open_run(state, output_dir, name, flags, start)
-    origin = Provenance(run.run_id, config.seed, data.val_fraction, run.lineage)
-    checkpoints = Checkpointer(run, state.checkpoint, origin, resumed)
-    if group.is_main:
-        dataset.write_skipped(output_dir)
-    group.print(f"{dataset}\n{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
-    group.print(f"{schedule} on {group.device} in {precision}; writing to {output_dir}")
 
-    with loop.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+    def step_on(images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        step = state.progress.step
+        return forward_backward(forward, images, losses, autocast, step=step, **options)
+
+    group.print(f"{dataset}\n{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
+    if config.dry_run:
+        first = next(dataset.batches([val_rows[:PICTURES]], torch.device("cpu")))
+        dry_run(state, train_rows, load, lambda x: step_on(x)[0], figures.grid(first))
+        return
+    name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
+    name = tracking.name_of(arguments, f"{name}-f{model.config.downsampling}")
+    about = about_run(state, model, start)
+    run, checkpoints = open_run(state, tracking.Run, name, resumed, flags=arguments, **about)
+    if group.is_main:
+        dataset.write_skipped(run.output_dir)
+
+    with cli.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
         if state.progress.step == 0:
             checkpoints.save()
             evaluate_and_log(state, run, dataset, val_rows, adversary)
             state.averages.restart()
         for rows, images in loop.batches(state, checkpoints, train_rows, load):
-            values, indices = forward_backward(
-                forward, images, losses, autocast, step=state.progress.step, **options
-            )
+            values, indices = step_on(images)
             # A side that its phase does not train has no gradients: its optimiser does nothing.
             if loop.optimizer_step(state, rows, values, dataset.name):
                 counts += model.quantizer.count(indices)
             step = state.progress.step
-            evaluates = schedule.evaluates(step) or needs_baseline(adversary, step)
+            needs_baseline = adversary is not None and adversary.schedule.needs_baseline(step)
+            evaluates = loop.evaluation_is_due(state) or needs_baseline
             if schedule.logs(step) or evaluates:
                 log_training(state, run, counts)
             if evaluates:
@@ -395,21 +367,17 @@ def main(arguments: argparse.Namespace) -> None:
         if group.is_main:
             report_best(state, run, dataset, val_rows)
     if group.is_main:
-        words = ("quantize_dataset.py", "--model_dir", output_dir / "best", "--path_to_data")
+        words = ("quantize_dataset.py", "--model_dir", run.output_dir / "best", "--path_to_data")
         print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))
     group.shutdown()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
-    parser.add_presets(
-        {
-            # The large ones were published with about this learning rate.
-            name: {**preset, "learning_rate": 1e-4} if preset else {}
-            for name, preset in PRESETS.items()
-        }
-    )
-    cli.add_flags(parser, DataConfig, "images", required=False)
+    # The large ones were published with about this learning rate.
+    rate = {"learning_rate": 1e-4}
+    parser.add_presets({name: x and {**x, **rate} for name, x in PRESETS.items()})
+    cli.add_flags(parser, DataConfig, "images")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, VQVAEConfig, "tokenizer")
     cli.add_flags(parser, all_options(), "quantizer")

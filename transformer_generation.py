@@ -1,5 +1,10 @@
 """Stage 4: sample new grids of codebook indices from a GPT, or complete grids."""
 
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import argparse
 import sys
 from pathlib import Path
@@ -9,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from transformer import GPT, GPTConfig, Guidance, PositionExtension, SamplingParams, sampling
 from transformer.config import make_prefix
@@ -29,6 +33,7 @@ from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import sha256
 from utils.model_folder import load_model
+from utils.progress import ProgressBar
 from utils.provenance import LoadedModel, joined
 from vqvae import VQVAE
 
@@ -258,7 +263,7 @@ def main(arguments: argparse.Namespace) -> None:
         rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
 
     total = count * (1 if known is None else arguments.candidates)
-    with run, tqdm(total=total, unit=" images", disable=None) as bar:
+    with run, ProgressBar(total=total, unit=" images") as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)

@@ -17,7 +17,8 @@ from utils.data.images import ImageDataset
 from utils.data.sources import epoch_order, split_rows
 from utils.evaluation import metrics
 from utils.training.config import TrainingConfig
-from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.loop import clip_gradients, update_weights
+from utils.training.optim import make_optimizer
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 
 SPLIT_SEED = 0
@@ -49,7 +50,8 @@ def train(
         reconstruction, quantized = model(images)
         loss = F.mse_loss(reconstruction, images) + sum(quantized.losses.values())
         loss.backward()
-        optimizer_step(optimizer, rate, max_grad_norm=1.0)
+        clip_gradients(optimizer, 1.0)
+        update_weights(optimizer, rate)
         model.quantizer.end_step()
     return flags.steps * flags.batch_size / (time.perf_counter() - start)
 

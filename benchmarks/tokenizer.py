@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import record
 from utils import cli, distributed
 from utils.training.config import TrainingConfig
-from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.loop import clip_gradients, update_weights
+from utils.training.optim import make_optimizer
 from vqvae import PRESETS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.losses import LossConfig, PerceptualLoss, ReconstructionLoss
@@ -63,9 +64,11 @@ def make_step(
 
     def step(images: torch.Tensor) -> None:
         forward_backward(model, images, losses, autocast, **acting)
-        optimizer_step(optimizer, 1e-4, 1.0)
+        clip_gradients(optimizer, 1.0)
+        update_weights(optimizer, 1e-4)
         if acting:
-            optimizer_step(against, 1e-4, 1.0)
+            clip_gradients(against, 1.0)
+            update_weights(against, 1e-4)
 
     return step
 

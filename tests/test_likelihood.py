@@ -12,7 +12,8 @@ from benchmarks.likelihood import auroc, noisy
 from transformer import GPT, GPTConfig
 from utils.data.sources import epoch_order
 from utils.training.config import TrainingConfig
-from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.loop import clip_gradients, update_weights
+from utils.training.optim import make_optimizer
 from vqvae import VQVAE, VQVAEConfig
 
 CODES = 32
@@ -52,7 +53,8 @@ def fit_tokenizer(images: Tensor) -> VQVAE:
         reconstruction, quantized = model(batch)
         loss = (reconstruction - batch).square().mean() + sum(quantized.losses.values())
         loss.backward()
-        optimizer_step(optimizer, 4e-3, 1.0)
+        clip_gradients(optimizer, 1.0)
+        update_weights(optimizer, 4e-3)
     return model.eval()
 
 
@@ -62,7 +64,8 @@ def fit_gpt(indices: Tensor) -> GPT:
     optimizer = make_optimizer(model, TrainingConfig(learning_rate=4e-3), (0.9, 0.95))
     for batch in batches(indices, 200, 1):
         model.loss(torch.zeros(len(batch), dtype=torch.long), batch).mean().backward()
-        optimizer_step(optimizer, 4e-3, 1.0)
+        clip_gradients(optimizer, 1.0)
+        update_weights(optimizer, 4e-3)
     return model.eval()
 
 

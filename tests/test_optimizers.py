@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
 from utils.training.config import TrainingConfig
-from utils.training.optim import Muon, make_optimizer, optimizer_step, orthogonalize
+from utils.training.loop import clip_gradients, update_weights
+from utils.training.optim import Muon, make_optimizer, orthogonalize
 
 RATE, DECAY = 0.01, 0.5
 
@@ -27,7 +28,8 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter).sign()
-    norm = optimizer_step(optimizer, RATE, max_grad_norm=1.0)
+    norm = clip_gradients(optimizer, 1.0)
+    update_weights(optimizer, RATE)
     assert norm == pytest.approx(math.sqrt(sum(p.numel() for p in model.parameters())))
     maps = model.linear_maps()
     chosen = {id(parameter) for parameter in maps}
@@ -91,7 +93,8 @@ def test_the_learning_rate_reaches_all_parts() -> None:
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizer_step(optimizer, 0.0, max_grad_norm=1.0)
+    clip_gradients(optimizer, 1.0)
+    update_weights(optimizer, 0.0)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
@@ -105,5 +108,6 @@ def test_it_learns_a_rule_of_rows() -> None:
         logits = model.logits(torch.zeros(32, dtype=torch.long), indices)
         loss = F.cross_entropy(logits.flatten(0, 1), indices.flatten())
         loss.backward()
-        optimizer_step(optimizer, 1e-2, max_grad_norm=1.0)
+        clip_gradients(optimizer, 1.0)
+        update_weights(optimizer, 1e-2)
     assert loss.item() < 0.75 * math.log(8)

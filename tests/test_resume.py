@@ -46,7 +46,7 @@ def train(
     config = TrainingConfig(batch_size=10, max_epochs=4, seed=1, ema_decay=0.5)
     optimizers = {"optimizer": make_optimizer(net, config, (0.9, 0.99))}
     parts, plan = {"counts": counts, "absent": None}, Schedule(config, 25, 5)
-    state = TrainState(config, plan, ALONE, net, optimizers, SETTINGS | settings, parts)
+    state = TrainState(config, plan, ALONE, net, optimizers, SETTINGS | settings, 1, parts)
     state.checkpoint.restore(resumed)
     run = Run(folder, enabled=False)
     checkpoints = Checkpointer(run, state.checkpoint, Provenance(), resumed)

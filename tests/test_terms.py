@@ -32,7 +32,7 @@ TERMS = {
     r"\bslowness\b": "ramp factor",
     r"stands? still": "frozen generator",
     r"\badd_gradients\b": "forward_backward",
-    r"\.obeyed\b|def obeyed": "stop_if_requested",
+    r"\.obeyed\b|def obeyed": "StopSignals",
     r"bad_evaluations": "evaluations_without_improvement",
     r"progress\.exhausted|def exhausted": "should_stop",
     r"\bOutbox\b|\boutbox\b": "async queue",

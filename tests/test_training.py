@@ -9,19 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.cli import StopSignals, UserError
 from utils.distributed import Distributed
 from utils.training.checkpoint import find_output_dir
 from utils.training.config import TrainingConfig
 from utils.training.loop import (
     Schedule,
-    StopSignals,
     TrainState,
     batches,
+    clip_gradients,
     end_step,
     keep_best,
+    update_weights,
 )
-from utils.training.optim import make_optimizer, optimizer_step
+from utils.training.optim import make_optimizer
 from utils.training.state import Progress
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
@@ -59,8 +60,30 @@ def test_when_what_is_due() -> None:
     assert [step for step in range(1, 81) if plan.evaluates(step)] == [20, 40, 60, 80]
     plan = schedule(205, evaluate_every=30, max_steps=70)
     assert [step for step in range(1, 71) if plan.evaluates(step)] == [30, 60, 70]
-    assert [step for step in range(1, 71) if plan.logs(step)] == [30, 50, 60, 70]
+    assert [step for step in range(1, 71) if plan.logs(step)] == [50]
     assert schedule(205, max_steps=1000).total_steps == 1000
+
+
+def test_the_default_length_is_20_epochs_and_enough_steps() -> None:
+    """500 images made 140 steps, in which nothing is learned."""
+    small, large = (Schedule(TrainingConfig(batch_size=10), count, 10) for count in (100, 10_000))
+    assert (small.total_steps, small.evaluate_every) == (1000, 50)
+    assert (large.total_steps, large.evaluate_every) == (20_000, 1000)
+    assert Schedule(TrainingConfig(batch_size=10, max_epochs=3), 100, 10).total_steps == 30
+
+
+@pytest.mark.parametrize(("last", "fast"), [(0.5, True), (0.95, False)])
+def test_a_training_that_ends_while_it_improves_fast_says_so(
+    last: float, fast: bool, capsys: pytest.CaptureFixture
+) -> None:
+    state = make_state(max_steps=4)
+    for step, score in enumerate((2.0, 1.0, 0.97, last), 1):
+        state.progress.step = step
+        keep_best(state, Counter(state), score)
+        end_step(state, Counter(state), StopSignals(print), evaluated=True)
+    said = capsys.readouterr().out
+    assert ("mse improved by 50% in the second half" in said) == fast
+    assert ("--max_steps 8" in said) == fast
 
 
 @pytest.mark.parametrize(
@@ -83,7 +106,7 @@ def test_what_cannot_be_scheduled(arguments: dict, complaint: str) -> None:
     [
         {"batch_size": 0},
         {"accumulate": 0},
-        {"max_epochs": 0},
+        {"max_epochs": -1},
         {"warmup_steps": -1},
         {"learning_rate": 0.0},
         {"learning_rate": math.nan},
@@ -231,7 +254,8 @@ def test_only_matrices_decay() -> None:
     optimizer = make_optimizer(net, TrainingConfig(weight_decay=0.5), (0.9, 0.99))
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    norm = optimizer_step(optimizer, 0.1, 1.0)
+    norm = clip_gradients(optimizer, 1.0)
+    update_weights(optimizer, 0.1)
     assert norm == 0
     for name, value in net.named_parameters():
         factor = 0.95 if name in ("conv.weight", "mixer.weight", "linear.weight") else 1
@@ -245,7 +269,8 @@ def test_gradients_are_clipped_together() -> None:
     before = [parameter.detach().clone() for parameter in net.parameters()]
     for parameter, value in zip(net.parameters(), (2.0, 2.0), strict=True):
         parameter.grad = torch.full_like(parameter, value)
-    assert optimizer_step(optimizer, 0.1, 1.0) == 4
+    assert clip_gradients(optimizer, 1.0) == 4
+    update_weights(optimizer, 0.1)
     for parameter, old in zip(net.parameters(), before, strict=True):
         assert torch.allclose(parameter, old - 0.1 * 2 / 4, atol=1e-5)
 

@@ -8,6 +8,11 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import torch
 from torch import Tensor
 

@@ -3,16 +3,28 @@
 import argparse
 import dataclasses
 import errno
+import itertools
+import operator
 import os
+import re
 import shlex
+import signal
 import sys
 import tempfile
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
+# Limits of a field, by their name in its metadata.
+LIMITS = {
+    "min": ("at least", operator.ge),
+    "max": ("at most", operator.le),
+    "above": ("above", operator.gt),
+    "below": ("below", operator.lt),
+}
 # What takes less memory, by the flag that a script may have for it.
 LESS_MEMORY = {
     "batch_size": "a smaller --batch_size",
@@ -35,82 +47,102 @@ class Stopped(Exception):
         self.exit_code = 128 + signal_number
 
 
+class StopSignals(AbstractContextManager):
+    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
+
+    A second signal calls `end_at_once(exit code)` and ends the process, even while it waits for a
+    server. SIGUSR1, which batch systems send before the time is up, and SIGHUP of a closed
+    terminal count as SIGTERM. Under nohup, which ignores SIGHUP, the training continues.
+    """
+
+    def __init__(self, end_at_once: Callable[[int], object]) -> None:
+        self.number, self._end_at_once = 0, end_at_once
+
+    def __enter__(self) -> "StopSignals":
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        number = number if number == signal.SIGINT else signal.SIGTERM
+        if self.number:
+            try:
+                self._end_at_once(128 + number)
+            finally:
+                os._exit(128 + number)  # an exception would wait for all that is left to send
+        self.number = number
+
+
 def integers(text: str) -> tuple[int, ...]:
     """`1,2,4` -> (1, 2, 4); nothing -> ()."""
-    if not text:
-        return ()
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers like 1,2,4, got {text!r}") from None
+    return tuple(map(int, text.split(","))) if text else ()
 
 
 def height_and_width(text: str) -> tuple[int, int]:
     """`28` -> (28, 28), `24,40` or `24x40` -> (24, 40)."""
-    values = integers(text.replace("x", ","))
-    if not 1 <= len(values) <= 2 or min(values) < 1:
+    match = re.fullmatch(r"([1-9]\d*)(?:[x,]([1-9]\d*))?", text)
+    if not match:
         raise argparse.ArgumentTypeError(f"expected H or H,W of 1 or more, got {text!r}")
-    return values[0], values[-1]
+    return int(match[1]), int(match[2] or match[1])
 
 
 def two_numbers(text: str) -> tuple[float, float]:
     """`0.5,0.75` -> (0.5, 0.75)."""
-    try:
-        first, second = (float(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"expected two numbers like 0.5,0.75, got {text!r}"
-        ) from None
+    first, second = map(float, text.split(","))
     return first, second
 
 
-def _value_type(annotation: object) -> Callable[[str], object]:
+def _value_type(annotation: typing.Any) -> Callable[[str], object]:
     """What turns a flag's text into a field of type `annotation`."""
-    options = typing.get_args(annotation)
     if isinstance(annotation, types.UnionType):  # X | None
-        (annotation,) = (option for option in options if option is not type(None))
-    if typing.get_origin(annotation) is tuple:
-        first, last = typing.get_args(annotation)
-        if first is float:
-            return two_numbers
-        return integers if last is Ellipsis else height_and_width
-    return typing.cast(type, annotation)
+        annotation = typing.get_args(annotation)[0]
+    if typing.get_origin(annotation) is not tuple:
+        return annotation
+    first, last = typing.get_args(annotation)
+    if first is float:
+        return two_numbers
+    return integers if last is Ellipsis else height_and_width
 
 
-def flag(
-    default: typing.Any = dataclasses.MISSING, text: str = "", **metadata: object
-) -> typing.Any:
+def flag(default: typing.Any, text: str, **metadata: object) -> typing.Any:
     """A field of a config dataclass that is also a flag with this help text.
 
-    Metadata: `choices`, `metavar`, and `needs` (see `reject_unused_flags`).
+    Metadata: `choices`, `metavar`, `LIMITS`, and `needs` (see `reject_unused_flags`).
     """
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
-def add_flags(
-    parser: argparse.ArgumentParser, config_class: type, title: str, *, required: bool = True
-) -> None:
-    """Add a flag for each field of a config dataclass with a help text, under a title.
+def check_limits(config: typing.Any) -> None:
+    """A ValueError for a field that is not within the `LIMITS` of its metadata."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for key, (words, holds) in LIMITS.items():
+            limit = field.metadata.get(key)
+            if limit is not None and not holds(value, limit):
+                raise ValueError(f"{field.name} must be {words} {limit}, got {value}")
 
-    Fields without a default are `required`, unless `main` finds their values elsewhere.
-    """
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
+    """Add a flag for each field of a config dataclass with a help text, under a title."""
     group = parser.add_argument_group(title)
     hints = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         if "help" not in field.metadata:
             continue
-        options: dict[str, typing.Any] = {"help": field.metadata["help"].replace("%", "%%")}
-        if field.default is dataclasses.MISSING:
-            options["required"] = required
-        else:
-            options["default"] = field.default
+        options: dict[str, typing.Any]
         if hints[field.name] is bool:
-            options["action"] = argparse.BooleanOptionalAction  # a preset may have turned it on
+            options = {"action": argparse.BooleanOptionalAction}  # a preset may have turned it on
         else:
+            options = {name: field.metadata.get(name) for name in ("choices", "metavar")}
             options["type"] = _value_type(hints[field.name])
-            options["choices"] = field.metadata.get("choices")
-            options["metavar"] = field.metadata.get("metavar")
-        group.add_argument(f"--{field.name}", **options)
+        text = field.metadata["help"].replace("%", "%%")
+        group.add_argument(f"--{field.name}", default=field.default, help=text, **options)
 
 
 def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
@@ -151,9 +183,8 @@ def positive(text: str) -> int:
 class Flags(argparse.Namespace):
     """Parsed flags.
 
-    Attributes:
-        given: names of those on the command line (no default, no preset).
-        stored: names of those whose values are those of the training that `--resume` continues.
+    `given` names those on the command line (no default, no preset), `stored` those whose values
+    are of the training that `--resume` continues.
     """
 
     __slots__ = ("given", "stored")  # apart from the flags themselves, which are vars()
@@ -174,31 +205,23 @@ class HelpFormatter(argparse.HelpFormatter):
         return f"{action.help} (default: {str(value).replace('%', '%%')})"
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        by_type = {
-            int: "N",
-            positive: "N",
-            float: "X",
-            height_and_width: "H,W",
-            integers: "N,N,...",
-            two_numbers: "X,X",
-        }
+        by_type = {int: "N", positive: "N", float: "X", height_and_width: "H,W"}
+        by_type |= {integers: "N,N,...", two_numbers: "X,X"}
         name = action.dest
-        if action.type in by_type:
-            return by_type[action.type]
         if name.startswith("path") or name.endswith(("_dir", "_path", "_weights", "checkpoint")):
             return "PATH"
-        return name.rpartition("_")[2].upper()
+        return by_type.get(action.type, name.rpartition("_")[2].upper())
 
 
 class Parser(argparse.ArgumentParser):
     """A parser with a flag that changes the defaults of others; it makes `Flags`."""
 
-    presets: Mapping[str, Mapping[str, object]] = types.MappingProxyType({})
+    presets: Mapping[typing.Any, Mapping[str, object]] = types.MappingProxyType({})
 
-    def __init__(self, *arguments: typing.Any, **options: typing.Any) -> None:
-        super().__init__(*arguments, **{"formatter_class": HelpFormatter} | options)
+    def __init__(self, **options: typing.Any) -> None:
+        super().__init__(**{"formatter_class": HelpFormatter} | options)
 
-    def add_presets(self, presets: Mapping[str, Mapping[str, object]]) -> None:
+    def add_presets(self, presets: Mapping[typing.Any, Mapping[str, object]]) -> None:
         """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
         self.presets = presets
         self.add_argument(
@@ -208,13 +231,10 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        if self.presets:
-            first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-            first.add_argument("--preset")
-            self.set_defaults(**self.presets.get(first.parse_known_args(args)[0].preset, {}))
         absent = object()
         probe = argparse.Namespace(**{action.dest: absent for action in self._actions})
         super().parse_known_args(args, probe)
+        self.set_defaults(**self.presets.get(vars(probe).get("preset"), {}))
         flags, rest = super().parse_known_args(args, namespace or Flags())
         flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
         flags.stored = frozenset()
@@ -231,7 +251,10 @@ def make_parser(description: str | None, prog: str | None = None) -> Parser:
 
 
 def configure_process() -> None:
-    """Set defaults of libraries in the environment, before they are imported."""
+    """Set defaults of libraries in the environment; scripts call this before they import torch."""
+    # OpenMP's threads spin while they wait for each other. Beside another busy process the one
+    # waited for has no core, and a training takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # MLflow waits for four minutes in each call unless it is told otherwise.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -239,7 +262,7 @@ def configure_process() -> None:
 
 
 def run(
-    main: Callable[[argparse.Namespace], None],
+    main: Callable[[typing.Any], None],
     parser: argparse.ArgumentParser,
     *,
     torchrun: bool = False,
@@ -259,7 +282,7 @@ def run(
     run_with(main, arguments)
 
 
-def run_with(main: Callable[[argparse.Namespace], None], arguments: argparse.Namespace) -> None:
+def run_with(main: Callable[[typing.Any], None], arguments: argparse.Namespace) -> None:
     """`run` with flags that are parsed already."""
     configure_process()
     try:
@@ -294,30 +317,24 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def error_line(error: BaseException, arguments: argparse.Namespace) -> str:
+def error_line(error: typing.Any, arguments: argparse.Namespace) -> str:
     """What went wrong and what to do, for an error that a user can cause; "" for others."""
     if isinstance(error, UserError):
         return str(error)
-    if out_of_memory(error):
+    signs = ("out of memory", "can't allocate memory", "not enough memory")  # of CPU or GPU
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         ways = [way for name, way in LESS_MEMORY.items() if hasattr(arguments, name)]
         advice = ", or ".join(ways) or "a machine with more"
         return f"out of memory: {one_line(error)}; use {advice}"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"no room is left on the disk ({error}); what was saved before is intact: make room, "
             "and run it again (a training with --resume)"
         )
-    if isinstance(error, PermissionError) or (
-        isinstance(error, OSError) and error.errno == errno.EROFS
-    ):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"cannot use {error.filename}: {error.strerror}; check who may read or write it"
     return ""
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the memory of this machine or of its GPU is used up."""
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def printable(text: str) -> str:
@@ -340,15 +357,13 @@ def unused(path: Path) -> Path:
 
     It is created at once, so that of several processes each gets its own.
     """
-    folder, number = path, 1
-    while True:
-        try:
+    folder = path
+    for number in itertools.count(2):
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)
-        except FileExistsError:
-            number += 1
-            folder = path.with_name(f"{path.name}-{number}")
-        else:
-            return folder
+            break
+        folder = path.with_name(f"{path.name}-{number}")
+    return folder
 
 
 def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -356,12 +371,7 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute"
     )
-    parser.add_argument(
-        "--batch_size",
-        type=positive,
-        default=batch_size,
-        help="images at once",
-    )
+    parser.add_argument("--batch_size", type=positive, default=batch_size, help="images at once")
 
 
 def next_command(script: object, *words: object) -> str:
@@ -370,8 +380,7 @@ def next_command(script: object, *words: object) -> str:
     return f"\nnext:\n  python {shlex.join(map(str, (path, *words)))}"
 
 
-def first_few(items: Sequence[str], total: int | None = None, limit: int = 5) -> str:
-    """The first items and how many there are: `a, b, c, d, e and 7 more`."""
-    total = len(items) if total is None else total
-    rest = total - min(limit, len(items))
+def first_few(items: Sequence[str], total: int = 0, limit: int = 5) -> str:
+    """The first of `items`, or of `total` of which these are some: `a, b, c, d, e and 7 more`."""
+    rest = (total or len(items)) - min(limit, len(items))
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest else "")

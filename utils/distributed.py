@@ -18,22 +18,12 @@ from utils.cli import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's MPS, else the CPU.
-
-    Raises:
-        UserError: the device is not available.
-    """
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    names = [device for device, is_available in available.items() if is_available]
-    if name == "auto":
-        name = names[0]
-    if name not in names:
+    """`auto` is CUDA, else Apple's MPS, else the CPU; a UserError for one that is not available."""
+    has_cuda, has_mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    names = ["cuda"] * has_cuda + ["mps"] * has_mps + ["cpu"]
+    if name not in ("auto", *names):
         raise UserError(f"--device {name} is not available here; there is: {', '.join(names)}")
-    return torch.device(name)
+    return torch.device(names[0] if name == "auto" else name)
 
 
 @dataclass(frozen=True)
@@ -55,12 +45,7 @@ class Distributed:
             tqdm.write(str(line), file=sys.stdout)
 
     def fail(self, message: str) -> NoReturn:
-        """End a training for a reason that all processes have found; the main one reports it.
-
-        Raises:
-            UserError: in the main process.
-            SystemExit: in the others.
-        """
+        """End a training for a reason that all processes have found; the main one reports it."""
         if self.is_main:
             raise UserError(message)
         sys.exit(2)
@@ -93,10 +78,7 @@ class Distributed:
         return [one.cpu() for one in gathered]
 
     def shutdown(self) -> None:
-        """Leave the process group; every process calls it at the end of its work.
-
-        Not after an error: the other processes may be waiting for this one in a collective.
-        """
+        """Leave the process group at the end; after an error others may wait for this process."""
         if self.world_size > 1:
             dist.destroy_process_group()
 
@@ -106,17 +88,16 @@ class Distributed:
             return model
         parallel = nn.parallel.DistributedDataParallel
         # Codebook statistics are reduced by the quantizers. PyTorch renamed the argument.
-        names = inspect.signature(parallel).parameters
-        name = next(x for x in ("forward_sync_buffers", "broadcast_buffers") if x in names)
-        unsynced: dict[str, Any] = {name: False}
-        return parallel(model, **unsynced)
+        is_new = "forward_sync_buffers" in inspect.signature(parallel).parameters
+        name = "forward_sync_buffers" if is_new else "broadcast_buffers"
+        options: dict[str, Any] = {name: False}
+        return parallel(model, **options)
 
 
 def init_distributed(device: str, seed: int) -> Distributed:
-    """Join the other processes of torchrun, if there are any, and seed Python, NumPy and torch.
+    """Join the other processes of torchrun, if there are any; seed all libraries by seed + rank.
 
-    The seed is seed + rank. Parameters are made before `Distributed.wrap`, which copies those of
-    the main process.
+    Parameters are made before `Distributed.wrap`, which copies those of the main process.
     """
     picked, world_size, rank = pick_device(device), int(os.environ.get("WORLD_SIZE", 1)), 0
     if world_size > 1:

@@ -3,12 +3,19 @@
 import argparse
 import io
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
+# Not earlier: dataclasses import inspect, and vqvae/ has a file of that name.
+from dataclasses import replace
 
 import torch
 from torch import Tensor

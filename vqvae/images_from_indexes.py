@@ -7,16 +7,21 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from utils.cli import configure_process
+
+if __name__ == "__main__":
+    configure_process()
+
 import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from tqdm import tqdm
 
 from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.data.sources.csv import write_table
 from utils.model_folder import load_model
+from utils.progress import ProgressBar
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
@@ -53,7 +58,7 @@ def write_images(
     """Decode all grids into PNG files and list them; the first SHOWN images (N, C, H, W)."""
     shown, written = [], 0
     device = next(model.parameters()).device
-    for grids in tqdm(indices.tensor().split(batch_size), unit=" batches", disable=None):
+    for grids in ProgressBar(indices.tensor().split(batch_size), unit=" batches"):
         images = model.decode(grids.long().to(device)).cpu()
         for number, image in enumerate(images, written):
             figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)

@@ -206,6 +206,4 @@ def _try(read: Reader, expected: Any, path: Path, content: bytes) -> str:
         return "same"
     if path.parts[0] == LOGS:  # nothing says what was in a line that can still be read
         return "in part"
-    return (
-        "fell back" if "is damaged; taking the one before" in said.getvalue() else f"{path}: read"
-    )
+    return "fell back" if "is damaged or missing" in said.getvalue() else f"{path}: read"

@@ -55,7 +55,8 @@ class DataConfig(ImageConfig):
     """The images of a training."""
 
     path_to_data: str = flag(
-        text="CSV with columns image_path[,label][,split], or a folder of class folders",
+        "",
+        "CSV with columns image_path[,label][,split], or a folder of class folders",
         metavar="DATA",
     )
     val_fraction: float = flag(0.1, "share of the images for validation, without a split column")

@@ -29,9 +29,7 @@ CONDITION, CROPS = "condition.npy", "crops.npy"
 class IndicesConfig:
     """The data of a training on indices."""
 
-    path_to_data: str = flag(
-        text="indices folder of quantize_dataset.py, runs:/..., or a text file"
-    )
+    path_to_data: str = flag("", "indices folder of quantize_dataset.py, runs:/..., or a text file")
     model_dir: str = flag("", "tokenizer that decodes the samples drawn in training")
     val_fraction: float = flag(0.1, "share of a text file's lines for validation")
     fd_samples: int = flag(0, "samples that an evaluation draws for FD (classifier); 0: none")

@@ -13,7 +13,7 @@ import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, TextIO
 
 from filelock import FileLock
 from torch import nn
@@ -56,35 +56,23 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     home = Path(output_dir if resume == "auto" else resume)
     if RUN_ID.fullmatch(resume) and not home.exists():
         home = _recover(resume, output_dir)
-    if step_of(home) >= 0:
-        if not is_intact(home):
-            raise UserError(
-                f"--resume {home}: the checkpoint is damaged or missing; name another, or the "
-                "output folder for the newest intact one"
-            )
-        found = home
-    elif checkpoints := checkpoints_in(home):
-        found = _newest_intact(checkpoints)
-    elif resume == "auto":
+    candidates = [home] if step_of(home) >= 0 else checkpoints_in(home)
+    if not candidates and resume == "auto":
         return None
-    else:
+    if not candidates:
         raise UserError(
             f"--resume {resume}: no checkpoint there; give the output folder of a training"
         )
-    if output_dir and found.parents[1].resolve() != Path(output_dir).resolve():
-        raise UserError(
-            f"--resume {resume} continues in {found.parents[1]}; omit --output_dir {output_dir}"
-        )
-    return found
-
-
-def _newest_intact(checkpoints: list[Path]) -> Path:
-    for folder in reversed(checkpoints):
+    found = candidates[0].parents[1]
+    if output_dir and found.resolve() != Path(output_dir).resolve():
+        raise UserError(f"--resume {resume} continues in {found}; omit --output_dir {output_dir}")
+    for folder in reversed(candidates):
         if is_intact(folder):
             return folder
-        print(f"warning: {folder} is damaged; taking the one before", file=sys.stderr)
+        print(f"warning: {folder} is damaged or missing", file=sys.stderr)
     raise UserError(
-        f"all checkpoints in {checkpoints[0].parent} are damaged; begin in another --output_dir"
+        f"--resume {resume}: no intact checkpoint in {', '.join(map(str, candidates))}; name "
+        "another, or begin in another --output_dir"
     )
 
 
@@ -97,6 +85,8 @@ def _recover(run_id: str, output_dir: str) -> Path:
     if not output_dir and _last_run_id(original) == run_id:
         return original
     home = Path(output_dir or f"outputs/{run_id}")  # never a path that only the store names
+    if _last_run_id(home) not in ("", run_id):
+        raise UserError(f"{home} holds another training; name another --output_dir for {run_id}")
     if not has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
         raise UserError(
             f"--resume {run_id}: this run left no checkpoint in MLflow: only trainings that were "
@@ -104,18 +94,8 @@ def _recover(run_id: str, output_dir: str) -> Path:
         )
     home.mkdir(parents=True, exist_ok=True)
     with FileLock(home / f"recovery{TEMPORARY}"):
-        if not checkpoints_in(home):
-            fetched = fetch(f"runs:/{run_id}/{ARTIFACTS}")
-            ignored = shutil.ignore_patterns(FOLDER)
-            shutil.copytree(fetched, home, dirs_exist_ok=True, ignore=ignored)
-            for folder in checkpoints_in(fetched):
-                staging = home / FOLDER / (folder.name + TEMPORARY)
-                shutil.copytree(folder, staging, dirs_exist_ok=True)
-                staging.rename(home / FOLDER / folder.name)
-        elif _last_run_id(home) != run_id:
-            raise UserError(
-                f"{home} holds another training; name another --output_dir for {run_id}"
-            )
+        if not any(map(is_intact, checkpoints_in(home))):  # also after a crash while copying
+            shutil.copytree(fetch(f"runs:/{run_id}/{ARTIFACTS}"), home, dirs_exist_ok=True)
     return home
 
 
@@ -166,40 +146,33 @@ def find_output_dir(
     return Path(output_dir)
 
 
-class RunLog(Protocol):
-    """The part of `utils.tracking.Run` that the checkpointer uses."""
-
-    output_dir: Path
-
-    def folder(self, path: Path, name: str) -> None: ...
-    def file(self, path: Path, name: str = "") -> None: ...
-    def note_status(self, status: str) -> None: ...
-
-
 class Checkpointer(AbstractContextManager):
     """Writes the checkpoints of one training, and status.json; on exit records how it ended."""
 
     def __init__(
         self,
-        run: RunLog,
+        run: Any,
         state: CheckpointState,
         provenance: Provenance,
         resumed: Path | None,
         extra_files: Files | None = None,
+        lock: TextIO | None = None,
     ) -> None:
         """Remove what a crash left behind, and rename checkpoints after `resumed` to *.abandoned.
 
-        `extra_files` belong to the model folder. All processes call all methods in one order.
+        `run` is a `tracking.Run`; `extra_files` belong to the model folder; `lock` is released at
+        the end. All processes call all methods in one order.
         """
         self._run, self._state, self._is_main = run, state, state.group.is_main
         self._provenance, self._extra_files = provenance, extra_files or {}
-        self._home = run.output_dir / FOLDER
-        self._last_status: dict[str, Any] = {}
+        self._home: Path = run.output_dir
+        self._status, self._lock = "", lock
         if not self._is_main:
             return
-        for stale in (*run.output_dir.glob(f"*{TEMPORARY}"), *self._home.glob(f"*{TEMPORARY}")):
-            shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
-        for path in checkpoints_in(run.output_dir):
+        for place in (self._home, self._home / FOLDER):
+            for stale in place.glob(f"*{TEMPORARY}"):
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
+        for path in checkpoints_in(self._home):
             if resumed is not None and step_of(path) > step_of(resumed):
                 aside = unused(path.with_name(f"{path.name}.abandoned"))
                 print(f"{path} comes after {resumed.name}: now {aside.name}", file=sys.stderr)
@@ -211,19 +184,19 @@ class Checkpointer(AbstractContextManager):
         if self._is_main:
             files = model_files(model, self._provenance) | self._extra_files
             _check_finite(files)
-            write_folder(self._run.output_dir / BEST, files)
+            write_folder(self._home / BEST, files)
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet, and remove old ones.
 
         A UserError if the disk is full, or a number in the weights is NaN or infinite.
         """
-        metrics = self._run.output_dir / METRICS
+        step, metrics = self._state.progress.step, self._home / METRICS
         if self._is_main and metrics.is_file():
             flush(metrics)
         files = model_files(self._state.model, self._provenance) | self._extra_files
         files |= self._state.files()
-        folder = self._home / f"step-{self._state.progress.step:08}"
+        folder = self._home / FOLDER / f"step-{step:08}"
         if not self._is_main:
             return
         _check_finite(files)
@@ -231,7 +204,7 @@ class Checkpointer(AbstractContextManager):
             return
         write_folder(folder, files)
         intact = 0
-        for path in reversed(checkpoints_in(self._run.output_dir)):
+        for path in reversed(checkpoints_in(self._home)):
             if intact == KEEP:
                 discard(path)
             else:
@@ -240,22 +213,19 @@ class Checkpointer(AbstractContextManager):
 
     def _write_status(self, status: str, **more: object) -> None:
         """Write status.json, for programs that restart trainings."""
-        self._last_status = {"status": status, **more}
-        checkpoints = checkpoints_in(self._run.output_dir)
+        self._status, checkpoints = status, checkpoints_in(self._home)
         content = {
             "status": status,
+            **more,
             "step": self._state.progress.step,
             "checkpoint": str(checkpoints[-1]) if checkpoints else None,
             "run_id": self._state.progress.run_id,
             "time": time.time(),
-            **more,
         }
-        staging = self._run.output_dir / (STATUS + TEMPORARY)
-        try:
+        staging = self._home / (STATUS + TEMPORARY)
+        with suppress(OSError):  # a full disk, which the checkpoints report
             staging.write_text(json.dumps(content, indent=2) + "\n")
-            staging.replace(self._run.output_dir / STATUS)
-        except OSError:  # a full disk, which the checkpoints report
-            staging.unlink(missing_ok=True)
+            staging.replace(self._home / STATUS)
 
     def __exit__(
         self,
@@ -263,8 +233,12 @@ class Checkpointer(AbstractContextManager):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._is_main:
-            return
+        if self._is_main:
+            self._note_end(error)
+        if self._lock:
+            self._lock.close()
+
+    def _note_end(self, error: BaseException | None) -> None:
         if error is None:
             self._write_status("FINISHED", exit_code=0)
             return
@@ -274,24 +248,21 @@ class Checkpointer(AbstractContextManager):
             code = 2 if isinstance(error, UserError) else 1
             self._write_status("FAILED", exit_code=code, error=one_line(error, limit=500))
         # Log all that a continuation on another machine needs, as this one may be gone soon.
-        home = self._run.output_dir
         with suppress(OSError):  # a full disk must not hide why the training ended
-            for newest in checkpoints_in(home)[-1:]:
-                self._run.folder(newest, f"{ARTIFACTS}/{FOLDER}/{newest.name}")
-            if (home / BEST).is_dir():
-                self._run.folder(home / BEST, f"{ARTIFACTS}/{BEST}")
-            if (home / METRICS).is_file():
-                self._run.file(home / METRICS, ARTIFACTS)
+            for path in (*checkpoints_in(self._home)[-1:], *self._home.glob(BEST)):
+                self._run.folder(path, f"{ARTIFACTS}/{path.relative_to(self._home)}")
+            for path in self._home.glob(METRICS):
+                self._run.file(path, ARTIFACTS)
 
     def end_at_once(self, exit_code: int) -> None:
         """Record that the process ends now, after a second signal. MLflow learns of it later."""
         if not self._is_main:
             return
-        last = self._last_status if self._last_status["status"] != "RUNNING" else {}
-        self._write_status(**{"status": "KILLED"} | last | {"exit_code": exit_code})
+        status = "KILLED" if self._status == "RUNNING" else self._status
+        self._write_status(status, exit_code=exit_code)
         with suppress(OSError):
-            self._run.note_status(self._last_status["status"])
-        home = self._run.output_dir
+            self._run.note_status(status)
+        home = self._home
         print(f"stopped at once; --resume {home} goes on from the last checkpoint", file=sys.stderr)
 
 

@@ -1,29 +1,26 @@
 """The training loop in parts: schedule, batches, one guarded step, and the tail of every step."""
 
 import math
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from tqdm import tqdm
 
-from utils.cli import Stopped, UserError, first_few
+from utils.cli import Stopped, StopSignals, UserError, first_few
 from utils.data.sources import epoch_order
 from utils.distributed import Distributed
+from utils.progress import ProgressBar
 from utils.training.checkpoint import Checkpointer
-from utils.training.config import TrainingConfig, checkpoint_interval
+from utils.training.config import EPOCHS, MIN_STEPS, TrainingConfig
 from utils.training.optim import EMA
 from utils.training.state import CheckpointState, Progress
 
 T = TypeVar("T")
+FAST = 0.1  # relative improvement in the second half of a training that was too short
 ROWS_SHOWN = 64  # of a batch with NaN or infinite numbers
 
 
@@ -43,34 +40,37 @@ class Schedule:
         self, config: TrainingConfig, num_train: int, num_val: int, world_size: int = 1
     ) -> None:
         """Plan a training; a UserError for too few rows, or a batch that does not divide."""
-        if num_train < config.batch_size:
+        size = config.batch_size
+        if num_train < size:
             raise UserError(
-                f"{num_train} training images are too few for one batch of {config.batch_size}; "
-                f"use --batch_size {max(num_train, 1)} or less, or more images"
+                f"{num_train} training images are too few for one batch of {size}; use "
+                f"--batch_size {max(num_train, 1)} or less, or more images"
             )
         if num_val == 0:
             raise UserError(
                 "no validation images; mark some rows as val in the split column, or raise "
                 "--val_fraction"
             )
-        if config.batch_size % (config.accumulate * world_size):
+        if size % (config.accumulate * world_size):
             raise UserError(
-                f"--batch_size {config.batch_size} does not divide into {world_size} processes x "
+                f"--batch_size {size} does not divide into {world_size} processes x "
                 f"{config.accumulate} micro-batches (--accumulate)"
             )
-        self.steps_per_epoch = num_train // config.batch_size
-        self.total_steps = self.steps_per_epoch * config.max_epochs
-        if config.max_steps:
-            self.total_steps = config.max_steps
+        self.steps_per_epoch = num_train // size
+        self.total_steps = config.max_steps or self.steps_per_epoch * config.max_epochs
         self.evaluate_every = config.evaluate_every or self.steps_per_epoch
-        self.save_every, self.save_seconds = checkpoint_interval(config.checkpoint_every)
+        if not self.total_steps:
+            self.total_steps = max(self.steps_per_epoch * EPOCHS, MIN_STEPS)
+            self.evaluate_every = config.evaluate_every or self.total_steps // EPOCHS
+        every = config.checkpoint_every or "0"
+        in_minutes = every.endswith("m")
+        self.save_every = 0 if in_minutes else int(every)
+        self.save_seconds = 60.0 * int(every[:-1]) if in_minutes else math.inf
         self._config = config
 
     def __str__(self) -> str:
-        return (
-            f"{self.total_steps:,} steps of {self._config.batch_size} images, evaluated every "
-            f"{self.evaluate_every:,}"
-        )
+        steps = f"{self.total_steps:,} steps of {self._config.batch_size} images"
+        return f"{steps}, evaluated every {self.evaluate_every:,}"
 
     def learning_rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to 0 at the end (arXiv 1608.03983)."""
@@ -83,7 +83,7 @@ class Schedule:
 
     def logs(self, step: int) -> bool:
         """Whether the averages since the last log are due after this step."""
-        return step % self.LOG_EVERY == 0 or self.evaluates(step)
+        return step % self.LOG_EVERY == 0
 
     def evaluates(self, step: int) -> bool:
         """Whether an evaluation is due after this step."""
@@ -94,9 +94,7 @@ class Averages:
     """Means of named numbers since the last log; the sums stay on their device until then."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor | float] = {}
-        self._counts: dict[str, int] = {}  # not every step has every number
-        self._steps = 0
+        self._sums: dict[str, Tensor] = {}  # (2,): sum, and the number of steps that have it
         self.restart()
 
     def restart(self) -> None:
@@ -105,35 +103,31 @@ class Averages:
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         """Add the values of one step."""
-        self._steps += 1
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-            self._counts[name] = self._counts.get(name, 0) + 1
+        for name, value in {**values, "steps": 1.0}.items():
+            if not isinstance(value, Tensor):
+                value = torch.tensor(value, dtype=torch.double)
+            pair = torch.stack([value, torch.ones_like(value)])
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def take(self) -> dict[str, float]:
         """The means and `steps_per_second`; then start over."""
-        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
-        means["steps_per_second"] = self._steps / (time.perf_counter() - self._since)
-        self._sums, self._counts, self._steps = {}, {}, 0
+        steps = float(self._sums.pop("steps", torch.zeros(1))[0])
+        pairs = {name: pair.tolist() for name, pair in self._sums.items()}
+        means = {name: total / count for name, (total, count) in pairs.items()}
+        means["steps_per_second"] = steps / (time.perf_counter() - self._since)
+        self._sums = {}
         self.restart()
         return means
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed training needs to log the same means."""
-        state = {"steps": torch.tensor(self._steps)}
-        state["seconds"] = torch.tensor(time.perf_counter() - self._since, dtype=torch.double)
-        for name, value in self._sums.items():
-            exact = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.double)
-            state |= {f"sum.{name}": exact, f"count.{name}": torch.tensor(self._counts[name])}
-        return state
+        seconds = torch.tensor(time.perf_counter() - self._since, dtype=torch.double)
+        return {**self._sums, "seconds": seconds}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from `state_dict`; a KeyError if it is of something else."""
-        self._steps = int(state["steps"])
-        self._since = time.perf_counter() - float(state["seconds"])
-        names = [key.removeprefix("sum.") for key in state if key.startswith("sum.")]
-        self._sums = {name: state[f"sum.{name}"] for name in names}
-        self._counts = {name: int(state[f"count.{name}"]) for name in names}
+        self._sums = dict(state)
+        self._since = time.perf_counter() - float(self._sums.pop("seconds"))
 
 
 @dataclass
@@ -142,6 +136,7 @@ class TrainState:
 
     `ema.model` is what is evaluated and kept. The gradient norm of an optimiser is logged under
     its name, with gradient_norm for optimizer. `settings` and `parts`: see `CheckpointState`.
+    `sign` is -1 where the best model is that with the highest metric, else 1.
     `changed_by_forward` are modules that a forward pass changes already, such as a codebook of
     moving averages; they are restored when a batch is skipped.
     """
@@ -152,13 +147,15 @@ class TrainState:
     model: nn.Module
     optimizers: dict[str, Optimizer]
     settings: dict[str, Any] = field(default_factory=dict)
+    sign: int = 1
     parts: dict[str, Any] = field(default_factory=dict)
     changed_by_forward: Sequence[nn.Module] = ()
     progress: Progress = field(default_factory=Progress)
     averages: Averages = field(default_factory=Averages)
 
     def __post_init__(self) -> None:
-        self.saved_at = time.monotonic()  # when the last checkpoint was written
+        self.started_at = self.saved_at = time.monotonic()  # of the last checkpoint
+        self.time_is_up = False  # --max_minutes
         self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
@@ -184,27 +181,20 @@ def batches(
     this process for each batch, and the epoch, into the batches.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
-
-    def saved_on_error(loaded: Iterator[T]) -> Iterator[T]:
-        try:
-            yield from loaded
-        except UserError:
-            if group.world_size == 1:  # others would wait for the processes that go on
-                checkpoints.save()
-            raise
-
-    with tqdm(
-        total=schedule.total_steps,
-        initial=progress.step,
-        unit=" steps",
-        disable=None if group.is_main else True,  # None: unless on a terminal
-        leave=False,
-    ) as bar:
+    total, is_main = schedule.total_steps, group.is_main
+    options: dict[str, Any] = {"initial": progress.step, "disable": not is_main, "leave": False}
+    with ProgressBar(total=total, unit=" steps", **options) as bar:
         while progress.step < schedule.total_steps:
             order = epoch_order(rows, config.seed, progress.epoch)
             epoch = order.split(config.batch_size)[progress.offset : schedule.steps_per_epoch]
-            loaded = saved_on_error(load([group.shard(x) for x in epoch], progress.epoch))
-            for batch_rows, batch in zip(epoch, loaded, strict=True):
+            loaded = load([group.shard(x) for x in epoch], progress.epoch)
+            for batch_rows in epoch:
+                try:
+                    batch = next(loaded)
+                except UserError:
+                    if group.world_size == 1:  # others would wait for the processes that go on
+                        checkpoints.save()
+                    raise
                 progress.offset += 1
                 if config.on_nonfinite == "skip":
                     states = [module.state_dict() for module in state.changed_by_forward]
@@ -214,6 +204,21 @@ def batches(
                 if progress.step >= schedule.total_steps:
                     return
             progress.epoch, progress.offset = progress.epoch + 1, 0
+
+
+def clip_gradients(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """Clip the gradients of all parameters together; returns their norm before."""
+    parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+def update_weights(optimizer: Optimizer, learning_rate: float) -> None:
+    """Take a step and clear the gradients."""
+    for group in optimizer.param_groups:
+        if group.get("scheduled", True):
+            group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def optimizer_step(
@@ -232,28 +237,23 @@ def optimizer_step(
     learning_rate = state.schedule.learning_rate(progress.step)
     values = dict(values)
     for name, optimizer in state.optimizers.items():
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, state.config.max_grad_norm)
+        norm = clip_gradients(optimizer, state.config.max_grad_norm)
         values[name.replace("optimizer", "gradient_norm")] = norm
     progress.step += 1
     numbers = torch.stack([x.to(group.device, torch.float32) for x in values.values()])
     if group.all_reduce_max(int(not numbers.isfinite().all())):
-        everywhere = torch.stack(group.all_gather(numbers)).T.tolist()
-        odd = [
-            f"{name} {next(x for x in of_all if not math.isfinite(x))}"
-            for name, of_all in zip(values, everywhere, strict=True)
-            if not all(map(math.isfinite, of_all))
-        ]
+        odd = {
+            f"{name} {x}"
+            for process in group.all_gather(numbers)
+            for name, x in zip(values, process.tolist(), strict=True)
+            if not math.isfinite(x)
+        }
         names = first_few([row_name(row) for row in rows.tolist()], limit=ROWS_SHOWN)
         where = f"at learning rate {learning_rate:.2g}, in {names}"
-        _skip_batch(state, f"step {progress.step}: {', '.join(odd)} {where}")
+        _skip_batch(state, f"step {progress.step}: {', '.join(sorted(odd))} {where}")
         return False
     for optimizer in state.optimizers.values():
-        for param_group in optimizer.param_groups:
-            if param_group.get("scheduled", True):
-                param_group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update_weights(optimizer, learning_rate)
     if state.config.ema_decay:
         state.ema.update(state.model, progress.step)
     state.averages.add({**values, "learning_rate": learning_rate})
@@ -262,19 +262,13 @@ def optimizer_step(
 
 def _skip_batch(state: TrainState, problem: str) -> None:
     """Undo what a batch has changed, or end the training."""
-    config, progress, group = state.config, state.progress, state.group
-    if config.on_nonfinite != "skip":
-        group.fail(
-            f"{problem}; lower --learning_rate, use --precision fp32 or --on_nonfinite skip, then "
-            "--resume"
-        )
+    progress, group, limit = state.progress, state.group, state.config.nonfinite_limit
+    advice = "lower --learning_rate or use --precision fp32, then --resume"
+    if state.config.on_nonfinite != "skip":
+        group.fail(f"{problem}; {advice}, or leave out such batches by --on_nonfinite skip")
     progress.skipped += 1
-    limit = config.nonfinite_limit
     if progress.skipped > limit:
-        group.fail(
-            f"{problem}; {limit} batches were skipped before (--nonfinite_limit): lower "
-            "--learning_rate or use --precision fp32, then --resume"
-        )
+        group.fail(f"{problem}; {limit} batches were skipped before (--nonfinite_limit): {advice}")
     group.print(f"warning: {problem}; skipped, {progress.skipped} of {limit}")
     for optimizer in state.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
@@ -282,49 +276,12 @@ def _skip_batch(state: TrainState, problem: str) -> None:
         module.load_state_dict(before)
 
 
-class StopSignals(AbstractContextManager):
-    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
-
-    A second signal ends the process at once, even while it waits for a server. SIGUSR1, which
-    batch systems send before the time is up, and SIGHUP of a closed terminal count as SIGTERM.
-    Under nohup, which ignores SIGHUP, the training continues.
-    """
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-
-    def __init__(self, end_at_once: Callable[[int], object]) -> None:
-        """`end_at_once(exit code)` is called after a second signal; it must be quick."""
-        self.number, self._end_at_once = 0, end_at_once
-
-    def __enter__(self) -> "StopSignals":
-        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._before = {
-            number: signal.signal(number, self._receive)
-            for number in self.SIGNALS
-            if not (nohup and number == signal.SIGHUP)
-        }
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        number = number if number == signal.SIGINT else signal.SIGTERM
-        if self.number:
-            try:
-                self._end_at_once(128 + number)
-            finally:
-                os._exit(128 + number)  # an exception would wait for all that is left to send
-        self.number = number
-
-    def stop_if_requested(self, group: Distributed, checkpoints: Checkpointer) -> None:
-        """If this process or another received a signal, save and raise `Stopped`."""
-        number = group.all_reduce_max(self.number)
-        if number:
-            checkpoints.save()
-            group.shutdown()
-            raise Stopped(number)
+def evaluation_is_due(state: TrainState) -> bool:
+    """Whether to evaluate after this step: by the schedule, and when --max_minutes are over."""
+    if minutes := state.config.max_minutes:
+        late = time.monotonic() - state.started_at >= 60 * minutes
+        state.time_is_up = bool(state.group.all_reduce_max(int(late)))
+    return state.time_is_up or state.schedule.evaluates(state.progress.step)
 
 
 def keep_best(
@@ -334,11 +291,12 @@ def keep_best(
 
     With `always` the latest model counts as the best.
     """
-    improved = state.progress.improved(score)
-    if always:
-        state.progress.evaluations_without_improvement = 0
-    if improved or always:
+    progress = state.progress
+    if progress.improved(score) or always:
+        progress.evaluations_without_improvement = 0
         checkpoints.save_best(state.ema.model)
+    if 2 * progress.step <= state.schedule.total_steps:
+        progress.best_halfway = progress.best
 
 
 def end_step(
@@ -349,18 +307,32 @@ def end_step(
     Returns whether to end the training early (--patience).
     """
     group, config, progress, schedule = state.group, state.config, state.progress, state.schedule
-    due = bool(schedule.save_every) and progress.step % schedule.save_every == 0
-    if schedule.save_seconds < math.inf:
+    if schedule.save_every:
+        due = progress.step % schedule.save_every == 0
+    else:
         late = time.monotonic() - state.saved_at >= schedule.save_seconds
-        due = bool(group.all_reduce_max(int(late)))
+        due = schedule.save_seconds < math.inf and bool(group.all_reduce_max(int(late)))
     if evaluated or due:
         checkpoints.save()
         state.saved_at = time.monotonic()
     if evaluated:
         state.averages.restart()
-    stop.stop_if_requested(group, checkpoints)
+    if number := group.all_reduce_max(stop.number):  # of this process or another
+        checkpoints.save()
+        group.shutdown()
+        raise Stopped(number)
     if 0 < config.patience <= progress.evaluations_without_improvement:
         metric, patience = config.best_metric, config.patience
         group.print(f"no better {metric} in {patience} evaluations: stopping")
         return True
-    return False
+    step, total = progress.step, schedule.total_steps
+    if step == total and progress.best < progress.best_halfway < math.inf:
+        gain = (progress.best_halfway - progress.best) / abs(progress.best_halfway)
+        if gain > FAST:
+            group.print(
+                f"hint: {config.best_metric} improved by {gain:.0%} in the second half of the "
+                f"training; it may gain from more steps: --max_steps {2 * total}"
+            )
+    if state.time_is_up and step < total:
+        group.print(f"--max_minutes {config.max_minutes:g} are over: step {step:,} of {total:,}")
+    return state.time_is_up

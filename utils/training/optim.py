@@ -30,16 +30,9 @@ class OptimizerConfig:
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """U V^T, nearly, of each matrix U S V^T: its singular values move into about [0.7, 1.2].
 
-    Newton-Schulz iteration of degree 5 with Keller Jordan's coefficients
-    (https://kellerjordan.github.io/posts/muon). It is made for bfloat16, which CPUs mostly lack or
-    emulate: there it runs in float32.
-
-    Args:
-        matrices: (n, rows, columns).
-        steps: iterations.
-
-    Returns:
-        (n, rows, columns), of the type of `matrices`.
+    `matrices` are (n, rows, columns). Newton-Schulz iteration of degree 5 with Keller Jordan's
+    coefficients (https://kellerjordan.github.io/posts/muon). It is made for bfloat16, which CPUs
+    mostly lack or emulate: there it runs in float32.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16() if matrices.device.type == "cuda" else matrices
@@ -55,9 +48,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 class Muon(Optimizer):
     """Nesterov momentum, orthogonalized: every direction of a matrix gets a step of equal size.
 
-    A parameter that stacks several linear maps, as queries, keys and values, is orthogonalized map
-    by map. Steps are scaled to the size of AdamW's (arXiv 2502.16982, section 2.2), so that one
-    learning rate fits both. Maps of one shape are computed in one batch.
+    A parameter (rows, columns) that stacks several linear maps, as queries, keys and values, is
+    orthogonalized map by map: `maps` has the rows of each. Steps are scaled to the size of
+    AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate fits both. Maps of one shape
+    are computed in one batch.
     """
 
     def __init__(
@@ -67,7 +61,6 @@ class Muon(Optimizer):
         weight_decay: float,
         momentum: float = 0.95,
     ) -> None:
-        """Take the parameters, each (rows, columns) with the rows of the maps that it stacks."""
         defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([{"params": [*maps]}], defaults)
         self.rows = [list(rows) for rows in maps.values()]
@@ -131,42 +124,20 @@ def make_optimizer(
 ) -> Optimizer:
     """AdamW (arXiv 1711.05101) with decay of layer weights, but not of biases, gains, embeddings.
 
-    Args:
-        model: what to train.
-        config: learning rate and weight decay.
-        betas: of AdamW.
-        for_muon: matrices of the model that `Muon` trains instead.
+    `Muon` trains the matrices `for_muon` of the model instead.
     """
-    excluded = {id(parameter) for parameter in for_muon or ()}
-    weights = {id(module.weight) for module in model.modules() if isinstance(module, LAYERS)}
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if id(parameter) not in excluded:
-            (decayed if id(parameter) in weights else kept).append(parameter)
+    for_muon, decay = for_muon or {}, config.weight_decay
+    weights = {module.weight for module in model.modules() if isinstance(module, LAYERS)}
+    parameters = [x for x in model.parameters() if x not in for_muon]
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": [x for x in parameters if x in weights], "weight_decay": decay},
+        {"params": [x for x in parameters if x not in weights], "weight_decay": 0.0},
     ]
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     if not for_muon:
         return adamw
-    return CombinedOptimizer(Muon(for_muon, config.learning_rate, config.weight_decay), adamw)
-
-
-def optimizer_step(optimizer: Optimizer, learning_rate: float, max_grad_norm: float) -> Tensor:
-    """Clip all gradients together, take a step, clear them. Returns the norm before clipping.
-
-    The trainers' `loop.optimizer_step` does the same, unless a number is NaN or infinite.
-    """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm
+    return CombinedOptimizer(Muon(for_muon, config.learning_rate, decay), adamw)
 
 
 class EMA(Generic[Model]):
@@ -193,10 +164,10 @@ class EMA(Generic[Model]):
         torch._foreach_lerp_(averaged, latest, 1 - decay)
         # Weights that no gradient trains (codes of the `ema` quantizer) must keep agreeing with
         # the buffers that they are computed from: both are copied.
-        copied: list[tuple[Tensor, Tensor]] = [pair for pair in pairs if not pair[1].requires_grad]
-        copied += zip(self.model.buffers(), model.buffers(), strict=True)
-        for own, other in copied:
-            own.copy_(other)
+        buffers = zip(self.model.buffers(), model.buffers(), strict=True)
+        for own, other in (*pairs, *buffers):
+            if not other.requires_grad:
+                own.copy_(other)
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights, the averaged ones and the latest."""

@@ -26,7 +26,7 @@ REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
 FREE = (
     *("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data"),
     *("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths"),
-    "register",
+    *("register", "max_minutes", "dry_run"),
 )
 
 
@@ -36,7 +36,7 @@ class Progress:
 
     Attributes:
         step, epoch: done; offset: batches of the current epoch done.
-        best: the best validation score so far (lower is better).
+        best: the best validation score so far (lower is better); best_halfway: in the first half.
         evaluations_without_improvement: since then.
         skipped: batches without an update, because a number was NaN or infinite.
         run_id: the MLflow run.
@@ -46,17 +46,17 @@ class Progress:
     epoch: int = 0
     offset: int = 0
     best: float = math.inf
+    best_halfway: float = math.inf
     evaluations_without_improvement: int = 0
     skipped: int = 0
     run_id: str = ""
 
     def improved(self, score: float) -> bool:
         """Record a validation score. Is it the best so far? NaN never is."""
-        better = score < self.best
-        self.best = score if better else self.best
-        count = 0 if better else self.evaluations_without_improvement + 1
-        self.evaluations_without_improvement = count
-        return better
+        self.evaluations_without_improvement += 1
+        if score < self.best:
+            self.best, self.evaluations_without_improvement = score, 0
+        return self.evaluations_without_improvement == 0
 
 
 class CheckpointState:
@@ -77,7 +77,7 @@ class CheckpointState:
     ) -> None:
         """`settings`: plain values that a resumed training must share; parts by name, or None."""
         self.model, self.progress, self.group = model, progress, group
-        self._is_main, self._rank = group.is_main, group.rank
+        self._is_main = group.is_main
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._settings = settings | {
             "precision_of_matmul": torch.get_float32_matmul_precision(),
@@ -99,14 +99,14 @@ class CheckpointState:
         for name, part in self._parts.items():
             if isinstance(part, Tensor):
                 tensors[name] = self.group.all_reduce_sum(part.clone())
-            else:
-                is_optimizer = isinstance(part, Optimizer)
-                own = _optimizer_tensors(part) if is_optimizer else part.state_dict()
-                tensors |= {f"{name}.{key}": value for key, value in own.items()}
-        return {
-            TENSORS: tensors,
-            RECORDS: {"settings": self._settings, "progress": vars(self.progress)},
-        }
+                continue
+            own = part.state_dict()
+            if isinstance(part, Optimizer):
+                moments = own["state"].items()
+                own = {f"{n}.{key}": value for n, one in moments for key, value in one.items()}
+            tensors |= {f"{name}.{key}": value for key, value in own.items()}
+        records = {"settings": self._settings, "progress": vars(self.progress)}
+        return {TENSORS: tensors, RECORDS: records}
 
     def restore(self, folder: Path | None) -> None:
         """Load all parts from a checkpoint, if there is one. A UserError if it does not fit."""
@@ -124,7 +124,7 @@ class CheckpointState:
                     _load_optimizer(part, _with_prefix(f"{name}.", tensors))
                 else:
                     part.load_state_dict(_with_prefix(f"{name}.", tensors))
-            random = _with_prefix(f"random.{self._rank}.", tensors)
+            random = _with_prefix(f"random.{self.group.rank}.", tensors)
             if random:  # more processes than before: the new ones draw from their own seeds
                 torch.set_rng_state(random["torch"])
             if "device" in random and self.group.device.type != "cpu":
@@ -163,11 +163,6 @@ class CheckpointState:
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
-
-
-def _optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {f"{n}.{name}": value for n, one in state.items() for name, value in one.items()}
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

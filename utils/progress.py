@@ -1,0 +1,38 @@
+"""Progress of long work: a bar on a terminal, elsewhere a line at least once a minute."""
+
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS = 50  # between two lines
+
+
+class ProgressBar(tqdm):
+    """tqdm; where stderr is not a terminal, lines as `1,200 of 5,000 steps, 12.3/s, 05:17 left`."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._on_terminal, self._last = sys.stderr.isatty(), 0.0
+        if not self._on_terminal:
+            options |= {"mininterval": SECONDS, "maxinterval": 2 * SECONDS, "miniters": 1}
+        super().__init__(*arguments, **options)
+        self.leave: bool = self._on_terminal and self.leave
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:
+        """Draw the bar, or write a line if it is time for one."""
+        if self._on_terminal:
+            return super().display(msg, pos)
+        now, done = self._time(), self.n - self.initial
+        if msg is None and done and now - max(self._last, self.start_t) >= SECONDS:
+            self._last, rate = now, done / (now - self.start_t)
+            line = f"{self.n:,}{self.unit}, {rate:.3g}/s"
+            if self.total:
+                left = self.format_interval((self.total - self.n) / rate)
+                line = f"{self.n:,} of {self.total:,}{self.unit}, {rate:.3g}/s, {left} left"
+            print(f"{self.desc}: {line}" if self.desc else line, file=sys.stderr, flush=True)
+        return False
+
+    def clear(self, *arguments: Any, **options: Any) -> None:
+        """Remove the bar; lines stay."""
+        if self._on_terminal:
+            super().clear(*arguments, **options)

@@ -1,0 +1,87 @@
+"""How a training starts: with a folder, a lock and a run of its own; or as a dry run."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from utils.files import Files, lock_folder
+from utils.provenance import Provenance
+from utils.training.checkpoint import Checkpointer, find_output_dir
+from utils.training.loop import TrainState, optimizer_step
+
+T = TypeVar("T")
+DRY_STEPS = 4
+
+
+def open_run(
+    state: TrainState,
+    make_run: Callable[..., Any],
+    name: str,
+    resumed: Path | None,
+    files: Files | None = None,
+    **options: Any,
+) -> tuple[Any, Checkpointer]:
+    """The run that a training logs to, and its checkpointer.
+
+    `make_run` is `tracking.Run`, whose further arguments the `options` are. A resumed training
+    continues its run. `files` belong into every model folder.
+    """
+    config, progress, group = state.config, state.progress, state.group
+    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
+    name = name if config.output_dir else output_dir.name
+    lock = lock_folder(output_dir) if group.is_main else None
+    run = make_run(
+        output_dir,
+        run_id=progress.run_id or None,
+        continued=bool(progress.run_id),
+        experiment=config.experiment,
+        run_name=name,
+        enabled=group.is_main,
+        config=state.settings | {"run_name": name},
+        **options,
+    )
+    progress.run_id, settings = run.run_id, state.settings
+    origin = Provenance(run.run_id, config.seed, settings["val_fraction"], run.lineage)
+    plan = f"{state.schedule} on {group.device} in {settings['precision']}"
+    group.print(f"{plan}; writing to {output_dir}")
+    return run, Checkpointer(run, state.checkpoint, origin, resumed, files, lock)
+
+
+def dry_run(
+    state: TrainState,
+    rows: Tensor,
+    load: Callable[[list[Tensor], int], Iterator[T]],
+    step: Callable[[T], Mapping[str, Tensor]],
+    preview: Image,
+) -> None:
+    """Take a few steps, and print what the whole training would take. See `batches`."""
+    group, schedule = state.group, state.schedule
+    folder = Path(state.config.output_dir or "outputs/dry_run")
+    seconds = []
+    state.progress.step = schedule.total_steps // 2  # where all losses are at work
+    few = [group.shard(rows[: state.config.batch_size])] * DRY_STEPS
+    for batch in load(few, 0):
+        start = time.perf_counter()
+        values = step(batch)
+        optimizer_step(state, torch.empty(0), values)
+        float(next(iter(values.values())))  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    memory = psutil.Process().memory_info().rss
+    if group.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(group.device)
+    if group.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        preview.save(folder / "preview.png")
+    total = tqdm.format_interval(min(seconds) * schedule.total_steps)
+    group.print(f"{schedule} on {group.device} in {state.settings['precision']}")
+    group.print(
+        f"dry run: about {total} for the steps, {min(seconds):.2g} s each, beside evaluations; "
+        f"{memory / 2**30:.1f} GiB of memory; the data: {folder / 'preview.png'}"
+    )
