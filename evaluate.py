@@ -55,7 +55,8 @@ def run_evaluation(
     the images by the flags that named them.
     """
     source, home, run_id = place
-    name, stage = report.name_of(source), "gpt" if flags.kind != "reconstructions" else "tokenizer"
+    name = report.name_of(source)
+    stage = "tokenizer" if flags.kind == "reconstructions" else "gpt"
     output_dir = Path(flags.output_dir or home / report.FOLDER / name)
     with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
         record = evaluate()
@@ -89,8 +90,8 @@ def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> N
         if sources.digest(training.path) == sources.digest(dataset.path):
             training = dataset
             print(
-                "classifier: trained on these very images, so that their labels are not compared; "
-                "--path_to_train CSV trains it on others"
+                "classifier: trained on these very images, whose labels are not compared; "
+                "--path_to_train trains it on others"
             )
 
     evaluate = partial(
@@ -109,7 +110,8 @@ def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
     hashes = {f"{stage.name}_sha256": stage.sha256 for stage in samples.lineage}
     if loaded is not None:  # real images are read like the files that it was trained on
         split, tokenizer = loaded.provenance.split, loaded.model
-        options = {name: getattr(tokenizer.config, name) for name in ("value_range", "resampling")}
+        config = tokenizer.config
+        options = {"value_range": config.value_range, "resampling": config.resampling}
         hashes["tokenizer_sha256"] = loaded.sha256
     real = inputs.read_real(flags, samples.images, split, **options)
     data: dict[str, Any] = {"path_to_data": real.train.images}
@@ -173,9 +175,6 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     run_evaluation(flags, evaluate, place, {"path_to_data": dataset}, protocol)
 
 
-# --- two records compared -----------------------------------------------------------------------
-
-
 def find_records(place: str) -> dict[str, Path]:
     """The records of a JSON file, a folder or its evaluation/, or an MLflow run by its id.
 
@@ -187,9 +186,9 @@ def find_records(place: str) -> dict[str, Path]:
     if path.suffix == ".json" and path.is_file():
         return {path.stem: path}
     home = path / report.FOLDER if (path / report.FOLDER).is_dir() else path
-    # One level deeper only in evaluation/: a training has a folder of tables, one of the same name.
+    # Not in the folder of a training, which has a table reconstructions.json of its own.
     deeper = home.glob("*/*.json") if home.name == report.FOLDER else ()
-    files = [file for file in sorted((*home.glob("*.json"), *deeper)) if file.stem in KINDS]
+    files = [x for x in sorted((*home.glob("*.json"), *deeper)) if x.stem in KINDS]
     if not files:
         takes = "a JSON of evaluate.py, its folder, or the id of an evaluated run"
         raise UserError(f"no evaluation at {place}; give {takes}")
@@ -219,8 +218,8 @@ def compare(first: Path, second: Path) -> str:
     (one, images), (other, other_images) = read_record(first), read_record(second)
     protocols = one["protocol"], other["protocol"]
     # Bits are per token of one tokenizer.
-    needed = (*COMPARED, *(("tokenizer_sha256",) if "unconditional" in protocols[0] else ()))
-    for key in needed:
+    tokenizer = ("tokenizer_sha256",) if "unconditional" in protocols[0] else ()
+    for key in (*COMPARED, *tokenizer):
         a, b = (protocol.get(key) for protocol in protocols)
         if a != b:
             differs = f"these evaluations cannot be compared: {key} is {a} against {b}"
@@ -233,11 +232,12 @@ def compare(first: Path, second: Path) -> str:
         paired = "mse" if key == "psnr" else key  # a function of the MSE, with its noise
         common = paired in images and paired in other_images
         if common and len(images) > 1 and images.index.equals(other_images.index):
-            noise = float((other_images[paired].values - images[paired].values).std(ddof=1))
-            noise /= math.sqrt(len(images))
+            differences = other_images[paired].values - images[paired].values
+            noise = float(differences.std(ddof=1)) / math.sqrt(len(images))
             if key == "psnr":  # along the line between the two
                 x, y = values["mse"]["value"], others["mse"]["value"]
-                noise *= abs((b - a) / (y - x) if x != y else 10 / math.log(10) / max(x, 1e-20))
+                slope = 10 / math.log(10) / max(x, 1e-20)
+                noise *= abs((b - a) / (y - x)) if x != y else slope
         verdict = "larger than" if abs(b - a) > metrics.WIDTH * noise else "within"
         numbers = f"{b - a:.3g}", f"{metrics.WIDTH * noise:.3g}", f"{verdict} the noise"
         if key == "lpips" and protocols[0].get("lpips") != protocols[1].get("lpips"):
@@ -256,47 +256,45 @@ def read_record(path: Path) -> tuple[dict[str, Any], Any]:
         raise UserError(f"{path} is not a valid evaluation of evaluate.py")
     if not table.is_file():
         return record, pandas.DataFrame()
-    rows = pandas.read_csv(table, keep_default_na=False, dtype={"image_path": str, "label": str})
-    rows = rows.set_index(["image_path", "label"]).sort_index(kind="stable")
+    names = ["image_path", "label"]
+    rows = pandas.read_csv(table, keep_default_na=False, dtype=dict.fromkeys(names, str))
+    rows = rows.set_index(names).sort_index(kind="stable")
     return record, rows[[key for key in rows if key in PAIRED]]
-
-
-# --- flags ----------------------------------------------------------------------------------------
 
 
 def main(flags: argparse.Namespace) -> None:
     """Compare two evaluations, or make one."""
     if flags.compare and flags.kind:
-        raise UserError("--compare reads two evaluations and makes none; give it by itself")
+        raise UserError("--compare reads two evaluations and makes none; give it alone")
     if flags.compare:
         print(compare_all(*map(find_records, flags.compare)))
     elif flags.kind is None:
-        raise UserError(
-            "nothing to do; give reconstructions, samples or likelihood, or --compare RUN_A RUN_B"
-        )
+        raise UserError(f"nothing to do; give {', '.join(KINDS)}, or --compare RUN_A RUN_B")
     else:
         device = distributed.pick_device(flags.device)
         flags.evaluate(flags, Settings(device, flags.batch_size, flags.seed))
 
 
 def add_feature_flags(command: argparse.ArgumentParser, default: str | None) -> None:
+    add, names = command.add_argument, features.NETWORKS
     network = (
-        "network that sets of images are compared in: a small classifier, trained on the labels of "
-        f"the data, Inception (FID) or DINOv2 (default: {default or 'none'})"
+        "compare sets of images in a classifier, trained on the labels of the data, Inception "
+        f"(FID) or DINOv2 (default: {default or 'none'})"
     )
     weights = "weights file of Inception (default: downloads it), folder of DINOv2"
-    command.add_argument("--features", choices=features.NETWORKS, default=default, help=network)
-    command.add_argument("--feature_weights", default="", metavar="PATH", help=weights)
+    add("--features", choices=names, default=default, help=network)
+    add("--feature_weights", default="", metavar="PATH", help=weights)
 
 
 def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> None:
-    add, place = command.add_argument, "evaluation/<folder>-<name>/ in the model's output folder"
+    add = command.add_argument
     tokenizer = model_dir or "tokenizer: a folder, or runs:/..."
     add("--model_dir", help=tokenizer, required=not model_dir)
     add("--path_to_data", metavar="CSV", help="CSV of real images", required=True)
     add("--run_id", help="MLflow run to log to (default: the model's)")
-    add("--output_dir", help=f"where the files go (default: {place}, else beside the samples)")
-    add("--seed", type=int, default=0, help="of the classifier and all resamples (default: 0)")
+    place = "evaluation/<folder>-<name>/ beside the model, else beside the samples"
+    add("--output_dir", help=f"where the files go (default: {place})")
+    add("--seed", type=int, default=0, help="of the classifier and all resamples")
     cli.add_inference_flags(command, batch_size=256)
     cli.add_flags(command, ImageConfig, "images")
     debug = "show the traceback of an error, not only its line"
@@ -306,15 +304,15 @@ def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> N
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    compare = "print which metrics of two evaluations (folders, JSON files, run ids) differ"
+    compare = "compare two evaluations: folders, JSON files or run ids"
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
-    commands = parser.add_subparsers(metavar="reconstructions | samples | likelihood", dest="kind")
+    commands = parser.add_subparsers(metavar=" | ".join(KINDS), dest="kind")
     options: dict[str, Any] = {"allow_abbrev": False}
 
-    one = commands.add_parser("reconstructions", help="errors of a tokenizer on a CSV", **options)
+    one = commands.add_parser(KINDS[0], help="errors of a tokenizer on a CSV", **options)
     one.set_defaults(evaluate=evaluate_reconstructions)
     add_common_flags(one)
-    trains = "trains the classifier (default: --path_to_data, whose labels are then not compared)"
+    trains = "trains the classifier (default: --path_to_data)"
     network = "also LPIPS, through this network (default: no)"
     weights = "torchvision's weights of it (default: downloads them)"
     one.add_argument("--path_to_train", metavar="CSV", help=trains)
@@ -322,19 +320,19 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--lpips_weights", default="", metavar="PATH", help=weights)
     add_feature_flags(one, None)
 
-    two = commands.add_parser("samples", help="samples beside real images", **options)
+    two = commands.add_parser(KINDS[1], help="samples beside real images", **options)
     two.set_defaults(evaluate=evaluate_samples)
     split = "--images that do not record how their training split its data"
     add_common_flags(two, f"tokenizer of --indexes_path, or of {split}")
-    test = "real images that no training has used (default: validation images of --path_to_data)"
-    size = "resize and crop all images to this (default: the size that all of them have)"
+    test = "images that no training has used (default: validation images of --path_to_data)"
+    size = "resize and crop all images to this (default: their common size)"
     two.add_argument("--images", help="folder of images_from_indexes.py, or a CSV")
     two.add_argument("--indexes_path", help="indices of transformer_generation.py instead")
     two.add_argument("--path_to_test", metavar="CSV", help=test)
     two.add_argument("--image_size", type=cli.height_and_width, metavar="H,W", help=size)
     add_feature_flags(two, "classifier")
 
-    three = commands.add_parser("likelihood", help="rank images by their likelihood", **options)
+    three = commands.add_parser(KINDS[2], help="rank images by likelihood", **options)
     three.set_defaults(evaluate=evaluate_likelihood)
     add_common_flags(three)
     condition = "tokenizer of the pictures in the column condition_path"

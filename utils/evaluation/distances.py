@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from utils.evaluation.features import Features, label_agreement
-from utils.evaluation.metrics import POSITIVE, Estimate, estimate, frechet_distance, mean
+from utils.evaluation.metrics import (
+    POSITIVE,
+    Estimate,
+    Weights,
+    estimate,
+    frechet_distance,
+    mean,
+)
 
 CHUNK = 2048  # rows of a kernel matrix at a time
 QUERIES, REFERENCES = 2048, 8192  # rows of a block of distances
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, of the papers
 NEIGHBOURS = 10
 COPY = 0.01  # share of new images that count as copies
-
-Weights = tuple[Tensor, Tensor]  # of `metrics.resample`, one for each set
 
 
 def kernel_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:

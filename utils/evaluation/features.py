@@ -29,8 +29,8 @@ from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 NETWORKS = ("classifier", "inception", "dinov2")
 MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
 CACHE = Path("outputs/cache")
-TRAINING_IMAGES = 180_000  # that the training of the classifier uses at most, with repetitions
-CHECK_IMAGES, PATIENCE = 4096, 4  # images between checks of its accuracy; checks without gain
+TRAINING_IMAGES = 180_000  # of the classifier at most, with repetitions
+CHECK_IMAGES, PATIENCE = 4096, 4  # images between checks; checks without gain
 MAX_HELD_OUT = 5000  # images for these checks
 BATCH, RATE = 128, 2e-3
 FEW_IMAGES = 10  # of a class, too few to learn it
@@ -127,7 +127,7 @@ class Features(NamedTuple):
 
     features: Tensor  # (N, D), float32
     logits: Tensor | None  # (N, classes), or None where the network has no classes
-    pixels: Tensor  # (N, C * h * w), uint8, of the images shrunk to at most 32 pixels a side
+    pixels: Tensor  # (N, C * h * w), uint8, of the `thumbnails`
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,9 @@ def check_network(network: FeatureNetwork, real: Features, targets: Tensor | Non
             f"{network.name} is mostly noise; compare more than {dimensions:,}"
         )
     if targets is not None:
-        accuracy = label_agreement(real, targets, resample(count, 0, replicates=2)).value
-        print(f"classifier: {accuracy:.1%} of the labels of {count:,} held-out images right")
+        weights = resample(count, 0, replicates=2)
+        accuracy = f"{label_agreement(real, targets, weights).value:.1%}"
+        print(f"classifier: {accuracy} of the labels of {count:,} held-out images right")
 
 
 class Classifier(nn.Module):
@@ -276,8 +277,8 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
     counts, device = Counter(row.label for row in part.rows), settings.device
     if "" in counts or len(counts) < 2:
         raise UserError(
-            f"{what}: --features classifier needs a column label with a class for every image, two "
-            "classes or more; add it, or use other features"
+            f"{what}: --features classifier needs a class for every image, two classes or more; "
+            "add a column label, or use other features"
         )
     names = tuple(sorted(counts))
     rare = [f"{name} ({counts[name]})" for name in names if counts[name] < FEW_IMAGES]
@@ -291,16 +292,17 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
         model = Classifier(images.shape[1], len(names)).to(device)
         network = FeatureNetwork("classifier", model, f"shrunk to {MAX_SIDE} pixels", names)
         labels = class_targets(network, part.rows, what)
-        digest = hashlib.sha256(Path(__file__).read_bytes() + images.cpu().numpy().tobytes())
-        options = settings.seed, device.type, torch.__version__, images.shape, labels.tolist()
-        digest.update(str(options).encode())
+        digest = hashlib.sha256(Path(__file__).read_bytes())
+        digest.update(images.cpu().numpy().tobytes())
+        made_with = settings.seed, device.type, torch.__version__
+        digest.update(str((made_with, images.shape, labels.tolist())).encode())
         file = CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
         if file.is_file():
             model.load_state_dict(load_file(file))
         else:
             fit_classifier(model, images, labels, settings.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
-            staging = file.with_suffix(f".{os.getpid()}.tmp")  # other processes may write it, too
+            staging = file.with_suffix(f".{os.getpid()}.tmp")  # of this process alone
             save_file(model.state_dict(), staging)
             staging.replace(file)
     model.eval()
@@ -323,7 +325,7 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
         return trained(images[chosen].float() / 127.5 - 1)[1]
 
     size = min(BATCH, len(rows))
-    most, end = max(1, TRAINING_IMAGES * 2 // 3 // size), 0  # steps at a constant learning rate
+    most, end = max(1, TRAINING_IMAGES * 2 // 3 // size), 0  # steps at a constant rate
     accuracies: list[float] = []
     epochs = (epoch_order(rows, seed, epoch).split(size) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if len(batch) == size)
@@ -339,7 +341,8 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
             with torch.inference_mode():
                 logits = torch.cat([predict(part) for part in held_out.split(BATCH)])
             trained.train()
-            accuracies.append(float((logits.argmax(dim=1) == labels[held_out]).double().mean()))
+            right = logits.argmax(dim=1) == labels[held_out]
+            accuracies.append(float(right.double().mean()))
         best = accuracies.index(max(accuracies)) if accuracies else 0
         if not end and (best < len(accuracies) - PATIENCE or step == most):
             end = step

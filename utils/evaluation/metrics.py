@@ -15,15 +15,13 @@ from torch import Tensor
 from utils.cli import UserError
 
 REPLICATES, FRECHET_REPLICATES = 100, 50  # bootstrap resamples
-WIDTH = 1.96  # standard errors on each side of an estimate: 95 % of a normal distribution
+WIDTH = 1.96  # standard errors on each side: 95 % of a normal distribution
 MAX_TOKENS = 1 << 25  # more would not change a baseline
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
 
 Bounds = tuple[float, float]
+Weights = tuple[Tensor, Tensor]  # of `resample`, one for each of two sets
 ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)
-
-
-# --- estimates and their intervals --------------------------------------------------------------
 
 
 class Estimate(NamedTuple):
@@ -39,8 +37,8 @@ class Estimate(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95 %: the value -+ 1.96 standard errors, cut at the bounds of the metric."""
-        spread = WIDTH * self.standard_error
-        return max(self.bounds[0], self.value - spread), min(self.bounds[1], self.value + spread)
+        (low, high), spread = self.bounds, WIDTH * self.standard_error
+        return max(low, self.value - spread), min(high, self.value + spread)
 
 
 def resample(count: int, seed: int, replicates: int = REPLICATES) -> Tensor:
@@ -51,7 +49,8 @@ def resample(count: int, seed: int, replicates: int = REPLICATES) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(1 + replicates, count)
     for row in weights[1:]:
-        row[:] = torch.randint(count, (count,), generator=generator).bincount(minlength=count)
+        chosen = torch.randint(count, (count,), generator=generator)
+        row[:] = chosen.bincount(minlength=count)
     return weights
 
 
@@ -65,9 +64,6 @@ def mean(values: Tensor, weights: Tensor, bounds: Bounds = ANY) -> Estimate:
     bounds = SHARE if values.dtype == torch.bool else bounds
     means = weights.double() @ values.to(weights.device, torch.double) / len(values)
     return estimate(means, bounds)
-
-
-# --- pairs of images ----------------------------------------------------------------------------
 
 
 def squared_error(images: Tensor, others: Tensor) -> Tensor:
@@ -95,7 +91,7 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
         x = F.conv2d(x.flatten(0, 1)[:, None], window.view(1, 1, -1, 1))
         return F.conv2d(x, window.view(1, 1, 1, -1)).unflatten(0, images.shape[:2]).squeeze(2)
 
-    x, y = images.float() / 2, others.float() / 2  # around 0, so that little cancels in variances
+    x, y = images.float() / 2, others.float() / 2  # around 0: little cancels in variances
     mean_x, mean_y = blur(x), blur(y)
     var_x, var_y = blur(x * x) - mean_x.square(), blur(y * y) - mean_y.square()
     cov = blur(x * y) - mean_x * mean_y
@@ -125,15 +121,15 @@ def image_metrics(images: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 
 def mean_errors(
-    errors: Mapping[str, Tensor], weights: Tensor, table: Mapping[str, ImageMetric] = IMAGE_METRICS
+    errors: Mapping[str, Tensor],
+    weights: Tensor,
+    table: Mapping[str, ImageMetric] = IMAGE_METRICS,
 ) -> dict[str, Estimate]:
     """The mean of each image metric (N,), and the PSNR of the mean squared error in dB."""
-    means = {name: mean(part, weights, table[name].bounds) for name, part in errors.items()}
-    mse = (weights.double() @ errors["mse"].double() / len(errors["mse"])).clamp(min=1e-20)
-    return {"mse": means.pop("mse"), "psnr": estimate(-10 * mse.log10()), **means}
-
-
-# --- Gaussians of features ----------------------------------------------------------------------
+    means = {name: mean(x, weights, table[name].bounds) for name, x in errors.items()}
+    mse = weights.double() @ errors["mse"].double() / len(errors["mse"])
+    found = estimate(-10 * mse.clamp(min=1e-20).log10())
+    return {"mse": means.pop("mse"), "psnr": found, **means}
 
 
 def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,23 +147,24 @@ def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Ten
     root = vectors * values.clamp(min=0).sqrt()  # cov_1 = root root^T
     product = torch.linalg.eigvalsh(root.T @ cov_2 @ root)  # has the eigenvalues of C1 C2
     cross = product.clamp(min=0).sqrt().sum()
-    distance = (mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross
+    traces = cov_1.trace() + cov_2.trace()
+    distance = (mean_1 - mean_2).square().sum() + traces - 2 * cross
     return distance.clamp(min=0)  # rounding may leave equal sets a little below
 
 
-def frechet_distance(first: Tensor, second: Tensor, weights: tuple[Tensor, Tensor]) -> Estimate:
+def frechet_distance(first: Tensor, second: Tensor, weights: Weights) -> Estimate:
     """Frechet distance of two sets as Gaussians (arXiv 1706.08500): with Inception, the FID.
 
     Of features (N, D) and (M, D) by the first 51 rows of the weights (R, N) and (R, M). It falls
     with the number of images, also for sets of the same kind: compare equal counts.
     """
     first, second = first.double(), second.double()
-    rows = zip(*(part[: 1 + FRECHET_REPLICATES].to(first) for part in weights), strict=True)
-    found = [_frechet(_moments(first, a), _moments(second, b)) for a, b in rows]
+    count = 1 + FRECHET_REPLICATES
+    found = [
+        _frechet(_moments(first, a), _moments(second, b))
+        for a, b in zip(*(part[:count].to(first) for part in weights), strict=True)
+    ]
     return estimate(torch.stack(found), POSITIVE)
-
-
-# --- codebook indices ---------------------------------------------------------------------------
 
 
 def entropy(counts: Tensor) -> Tensor:
@@ -182,7 +179,8 @@ def codebook_usage(counts: Tensor) -> Tensor:
     return 100 * (counts > 0).double().sum(dim=1) / possible
 
 
-CODE_METRICS: dict[str, Callable[[Tensor], Tensor]] = {  # counts of the codes (R, K) -> (R,)
+# Counts of the codes (R, K) -> (R,).
+CODE_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     "codebook_usage": codebook_usage,
     "perplexity": lambda counts: 2 ** entropy(counts),  # from 1 to K
 }
@@ -190,7 +188,8 @@ CODE_METRICS: dict[str, Callable[[Tensor], Tensor]] = {  # counts of the codes (
 
 def codebook_metrics(counts: Tensor) -> dict[str, float]:
     """`CODE_METRICS` from how often each code occurs, (K,)."""
-    return {name: float(compute(counts.double()[None])) for name, compute in CODE_METRICS.items()}
+    counts = counts.double()[None]
+    return {name: float(compute(counts)) for name, compute in CODE_METRICS.items()}
 
 
 def index_counts(grids: Tensor, codebook_size: int, depth: int, weights: Tensor) -> Tensor:
@@ -211,8 +210,9 @@ def _with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
 
 def code_estimates(counts: Tensor, tokens_per_pixel: float) -> dict[str, Estimate]:
     """`CODE_METRICS` of `index_counts`, and bits per pixel of an ideal code for indices."""
-    found = {name: estimate(compute(counts), POSITIVE) for name, compute in CODE_METRICS.items()}
-    return found | {"entropy_per_pixel": estimate(entropy(counts) * tokens_per_pixel, POSITIVE)}
+    values = {name: compute(counts) for name, compute in CODE_METRICS.items()}
+    values["entropy_per_pixel"] = entropy(counts) * tokens_per_pixel
+    return {name: estimate(value, POSITIVE) for name, value in values.items()}
 
 
 def token_divergence(counts: Tensor, others: Tensor) -> Estimate:
@@ -231,7 +231,8 @@ def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tup
     (N, h, w, depth): each depth has its own statistics, and no bits are spent on the depth itself.
     """
     size, rows = codebook_size * depth, max(1, MAX_TOKENS // train[0].numel())
-    train, val = (_with_depth(x[:rows], codebook_size, depth).flatten(1) for x in (train, val))
+    grids = (_with_depth(x[:rows], codebook_size, depth) for x in (train, val))
+    train, val = (x.flatten(1) for x in grids)
     counts = torch.bincount(train.flatten(), minlength=size)
     unigram = (counts.double() + 1) / (counts.sum() + size)
 
@@ -244,10 +245,11 @@ def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tup
     wanted = first * size + second
     place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
     found = torch.where(observed[place] == wanted, times[place], 0).double()
-    weight = successors[first].clamp(min=1)  # after an index without successors: the unigram
+    weight = successors[first].clamp(min=1)  # without successors: the unigram
     bigram = (found + weight * unigram[second]) / (total[first] + weight)
     bits = unigram[val[:, 0]].log2().sum() + bigram.log2().sum()
-    return float(-unigram[val].log2().mean()) - math.log2(depth), float(-bits) / val.numel()
+    unigram_bits = float(-unigram[val].log2().mean()) - math.log2(depth)
+    return unigram_bits, float(-bits) / val.numel()
 
 
 # --- the best model -----------------------------------------------------------------------------
@@ -260,5 +262,6 @@ HIGHER_IS_BETTER = {"psnr", "label_agreement", *CODE_METRICS} | {
 def sign_of(metric: str, measured: Sequence[str]) -> int:
     """1 for a validation metric of which lower is better, -1 for one of which higher is better."""
     if metric not in measured:
-        raise UserError(f"--best_metric {metric} is not measured here; use {', '.join(measured)}")
+        others = ", ".join(measured)
+        raise UserError(f"--best_metric {metric} is not measured here; use {others}")
     return -1 if metric in HIGHER_IS_BETTER else 1

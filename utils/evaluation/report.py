@@ -34,12 +34,12 @@ from utils.evaluation.inputs import RealImages
 from utils.evaluation.metrics import POSITIVE, Estimate, ImageMetric
 
 FOLDER = "evaluation"  # in an output folder, and in MLflow
-PAIRS = 32  # images that are shown beside their reconstruction or nearest training image
-RANKED = 50  # images of the highest likelihood that are shown, and as many of the lowest
+PAIRS = 32  # images that are shown beside another
+RANKED = 50  # images of the highest likelihood that are shown, and of the lowest
 SPACES = ("pixels", "features")  # where nearest training images are searched
-# Prefixes of the names of metrics, and what they are printed as; "" is what is evaluated.
+# Prefixes of metrics, and what they are printed as; "" is what is evaluated.
 SETS = {"real_": "real images", "reconstructed_": "reconstructions", "": ""}
-MIX_TOLERANCE = 0.05  # difference of class shares, in total, that is not worth a warning
+MIX_TOLERANCE = 0.05  # total difference of class shares without a warning
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,16 @@ class Record:
 
         folder, section = run.output_dir, f"{FOLDER}/{name}"
         folder.mkdir(parents=True, exist_ok=True)
-        names = ("value", "low", "high", "standard_error")
+        values: dict[str, dict[str, float]] = {}
+        columns: dict[str, dict[str, str]] = {}
+        for key, metric in self.metrics.items():
+            (value, error, _), (low, high) = metric, metric.interval
+            values[key] = {"value": value, "low": low, "high": high, "standard_error": error}
+            prefix = next(one for one in SETS if key.startswith(one))
+            column = columns.setdefault(SETS[prefix] or kind, {})
+            column[key.removeprefix(prefix)] = f"{value:.5g} ({low:.4g} to {high:.4g})"
         content = {
-            "metrics": {
-                key: dict(zip(names, (one.value, *one.interval, one.standard_error), strict=True))
-                for key, one in self.metrics.items()
-            },
+            "metrics": values,
             "protocol": dict(self.protocol),
             "made_by": cli.command_line(),
         }
@@ -80,12 +84,7 @@ class Record:
             run.picture(f"{section}/{key}", picture, 0)
         for file in files:
             run.file(file, section)
-        run.metrics("test", {key: metric.value for key, metric in self.metrics.items()}, 0)
-        columns: dict[str, dict[str, str]] = {}
-        for key, metric in self.metrics.items():
-            prefix, (low, high) = next(one for one in SETS if key.startswith(one)), metric.interval
-            column = columns.setdefault(SETS[prefix] or kind, {})
-            column[key.removeprefix(prefix)] = f"{metric.value:.5g} ({low:.4g} to {high:.4g})"
+        run.metrics("test", {key: one["value"] for key, one in values.items()}, 0)
         print(f"95 % intervals\n{pandas.DataFrame(columns).fillna('').to_string()}")
         print(f"written to {folder}: {', '.join(file.name for file in files)}")
 
@@ -120,10 +119,8 @@ def protocol(flags: argparse.Namespace, dataset: ImageDataset) -> dict[str, Any]
 
 def _columns(rows: Sequence[Row]) -> dict[str, Sequence[Any]]:
     """The first columns of every table."""
-    return {"image_path": [row.image_path for row in rows], "label": [row.label for row in rows]}
-
-
-# --- reconstructions ----------------------------------------------------------------------------
+    paths, labels = [row.image_path for row in rows], [row.label for row in rows]
+    return {"image_path": paths, "label": labels}
 
 
 def report_reconstructions(
@@ -144,15 +141,17 @@ def report_reconstructions(
     found = metrics.mean_errors(errors, weights, table)
     config = tokenizer.config
     tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
-    found["bits_per_pixel"] = Estimate(math.log2(config.codebook_size) * tokens_per_pixel, 0.0)
+    bits = math.log2(config.codebook_size) * tokens_per_pixel
+    found["bits_per_pixel"] = Estimate(bits, 0.0)
     counts = metrics.index_counts(grids, config.codebook_size, config.depth, weights)
     found |= metrics.code_estimates(counts, tokens_per_pixel)
     decoded = DecodedImages(grids, dataset.rows, tokenizer)
-    sets = {"originals": ImageSet.whole(dataset), "reconstructions": ImageSet.whole(decoded)}
+    whole = ImageSet.whole(dataset), ImageSet.whole(decoded)
+    sets = dict(zip(("originals", "reconstructions"), whole, strict=True))
     protocol: dict[str, Any] = {"images": len(dataset)}
     if training is not None:
-        whole = ImageSet.whole(training)
-        network = features.train_classifier(whole, str(training.path), settings)
+        known = ImageSet.whole(training)
+        network = features.train_classifier(known, str(training.path), settings)
     if network is not None:
         protocol |= network.protocol
         parts = (extract_features(network, part, settings, x) for x, part in sets.items())
@@ -161,7 +160,8 @@ def report_reconstructions(
         if training not in (None, dataset):  # the images are new to the classifier
             targets = features.class_targets(network, dataset.rows, str(dataset.path))
         features.check_network(network, real, targets)
-        for name, metric in distances.pair_distances(real, made, (weights, weights)).items():
+        pairs = distances.pair_distances(real, made, (weights, weights))
+        for name, metric in pairs.items():
             found[f"r{distances.key(name, network.name)}"] = metric
         if targets is not None:
             for prefix, part in (("", made), ("real_", real)):
@@ -172,13 +172,16 @@ def report_reconstructions(
     for name, order in {"": torch.arange(len(dataset)), "worst_": worst}.items():
         pair = (part.load(order[:PAIRS], settings.device) for part in sets.values())
         pictures[f"{name}reconstructions"] = figures.comparison(*pair)
-    columns = _columns(dataset.rows) | {name: values.tolist() for name, values in errors.items()}
-    return Record(found, protocol, columns, pictures)
+    columns = {name: values.tolist() for name, values in errors.items()}
+    return Record(found, protocol, _columns(dataset.rows) | columns, pictures)
 
 
 @torch.inference_mode()
 def measure_reconstructions(
-    tokenizer: Any, dataset: ImageDataset, table: Mapping[str, ImageMetric], settings: Settings
+    tokenizer: Any,
+    dataset: ImageDataset,
+    table: Mapping[str, ImageMetric],
+    settings: Settings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Indices (N, h, w[, depth]), int32, and the metrics (N,) of each image, on the CPU."""
     grids: list[Tensor] = []
@@ -190,9 +193,6 @@ def measure_reconstructions(
         for name, metric in table.items():
             errors[name].append(metric.compute(images, decoded).cpu())
     return torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()}
-
-
-# --- samples ------------------------------------------------------------------------------------
 
 
 def report_samples(
@@ -232,8 +232,10 @@ def report_samples(
         what, labels = SETS[prefix] or "samples", [row.label for row in part.rows]
         images = seen[prefix] = extract_features(network, part, settings, what)
         targets = features.class_targets(network, part.rows, f"the {what}")
-        values = distances.set_metrics(reference, images, (weights, own), labels, targets, seed)
-        found |= {f"{prefix}{distances.key(x, network.name)}": one for x, one in values.items()}
+        both = weights, own
+        values = distances.set_metrics(reference, images, both, labels, targets, seed)
+        for name, metric in values.items():
+            found[f"{prefix}{distances.key(name, network.name)}"] = metric
 
     columns, pictures = _columns(sampled.rows), {}
     if network.class_names and seen[""].logits is not None:
@@ -247,10 +249,11 @@ def report_samples(
         )
         for prefix, found_near, own in (("", near, own_weights[0]), ("real_", new, weights)):
             copied = distances.copies(found_near, new)
-            found[f"{prefix}nearest_{space}"] = metrics.mean(found_near.distances, own, POSITIVE)
+            distance = metrics.mean(found_near.distances, own, POSITIVE)
+            found[f"{prefix}nearest_{space}"] = distance
             found[f"{prefix}copies_{space}"] = metrics.mean(copied, own)
-        rows = real.train.row_numbers[near.rows.cpu()].tolist()
-        columns[f"nearest_in_{space}"] = [real.train.images.rows[row].image_path for row in rows]
+        paths = [row.image_path for row in real.train.rows]
+        columns[f"nearest_in_{space}"] = [paths[row] for row in near.rows.tolist()]
         columns[f"distance_in_{space}"] = near.distances.tolist()
         columns[f"ratio_in_{space}"] = near.ratios.tolist()
         suspects = near.ratios.argsort(stable=True)[:PAIRS]  # the likeliest copies
@@ -288,13 +291,13 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
         pooled = (counts[0][label] + counts[1][label]) / sum(sizes)
         chance += math.sqrt(pooled * (1 - pooled) * (1 / sizes[0] + 1 / sizes[1]))
     difference = sum(abs(a - b) for a, b in mix.values()) / 2
-    if difference > MIX_TOLERANCE + chance:  # about 2.5 times what chance gives on average
+    if difference > MIX_TOLERANCE + chance:  # about 2.5 times the mean of chance
         largest = sorted(mix.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
         shown = [f"{label} {a:.0%} against {b:.0%}" for label, (a, b) in largest]
         features.warn(
-            f"the samples have another mix of classes than the real images ({first_few(shown, 3)})"
-            ", which alone raises every distance; generate classes as often as they occur, or give "
-            "real images of the same mix"
+            f"samples and real images have other shares of classes ({first_few(shown, 3)}), which "
+            "alone raises every distance; generate classes as often as they occur, or give real "
+            "images of the same mix"
         )
     return mix
 
@@ -303,9 +306,6 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
 def encode(tokenizer: Any, part: ImageSet, settings: Settings) -> Tensor:
     """The indices of real images, (N, h, w[, depth])."""
     return torch.cat([tokenizer.encode(x).cpu() for x in part.batches(settings, "encoding")])
-
-
-# --- likelihood ---------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
