@@ -322,8 +322,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     two = commands.add_parser(KINDS[1], help="samples beside real images", **options)
     two.set_defaults(evaluate=evaluate_samples)
-    split = "--images that do not record how their training split its data"
-    add_common_flags(two, f"tokenizer of --indexes_path, or of {split}")
+    add_common_flags(two, "tokenizer, whose reconstructions are compared, too")
     test = "images that no training has used (default: validation images of --path_to_data)"
     size = "resize and crop all images to this (default: their common size)"
     two.add_argument("--images", help="folder of images_from_indexes.py, or a CSV")

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
+from utils.progress import ProgressBar
 
 NETWORKS = ("classifier", "inception", "dinov2")
 MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
@@ -112,7 +112,7 @@ class ImageSet(NamedTuple):
     def batches(self, settings: Settings, what: str) -> Iterator[Tensor]:
         """All images in order, (B, C, H, W) in [-1, 1], with a progress bar labelled `what`."""
         batches = self.row_numbers.split(settings.batch_size)
-        with tqdm(total=len(self.row_numbers), desc=what, unit=" images", disable=None) as bar:
+        with ProgressBar(total=len(self.row_numbers), desc=what, unit=" images") as bar:
             for images in self.images.batches(batches, settings.device):
                 yield images
                 bar.update(len(images))
@@ -329,7 +329,7 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
     accuracies: list[float] = []
     epochs = (epoch_order(rows, seed, epoch).split(size) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if len(batch) == size)
-    bar = tqdm(batches, "classifier", most * 3 // 2, unit=" steps at most", disable=None)
+    bar = ProgressBar(batches, "classifier, at most", most * 3 // 2, unit=" steps")
     for step, batch in enumerate(bar, 1):
         if end:
             optimizer.param_groups[0]["lr"] = RATE * max(0.0, 3 - 2 * step / end)
