@@ -1,12 +1,13 @@
-"""The benchmark of the GPU runs: at a tiny size, on a CPU."""
+"""Benchmarks: the one of a GPU at a tiny size, on a CPU; searches that stop and go on."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu
+from benchmarks import gpu, learning, recipes
 from transformer import GPT, GPTConfig
 
 
@@ -28,3 +29,43 @@ def test_arithmetic_of_a_token() -> None:
     config = GPTConfig(32, latent_dim=(1, 1), num_layers=1, num_heads=1, dim=16, hidden_dim=24)
     weights = 4 * 16 * 16 + 3 * 16 * 24 + 16 * 32 + 2 * 16 + 2 * 16  # and gains
     assert gpu.flops_a_token(GPT(config)) == 6 * weights + 12 * 16
+
+
+def test_finished_trainings_are_not_repeated(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    def train(job: learning.Job, flags: object) -> learning.Curve:
+        done.append(job)
+        return {"bits_per_token": [float(len(done))], "parameters": [1]}
+
+    monkeypatch.setitem(learning.PARTS, "gpt", (learning.GPTS, train, "bits_per_token"))
+    words = ["--path_to_data", "none.csv", "--work_dir", str(own_folder)]
+    flags, more = (learning.make_parser().parse_args([*words, *x]) for x in ([], ["--steps", "7"]))
+    job = learning.Job("gpt", "Llama (transformers)", 1e-3, 0)
+    assert learning.run(job, flags) == learning.run(job, flags)
+    assert learning.run(job, more)["bits_per_token"] == [2.0]
+    assert done == [job, job]
+
+
+def test_a_search_can_end_with_the_gpt(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    ran = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess:
+        ran.append(command[1])
+        folder = Path(command[-1])
+        folder.mkdir()
+        line = json.dumps({"val/best_bits_per_token": float(len(ran)), "step": 1})
+        (folder / "metrics.jsonl").write_text(line + "\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(recipes.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["benchmarks/recipes.py"])
+    words = ["--path_to_train", "a.csv", "--path_to_test", "b.csv", "--until", "gpt"]
+    words += ["--seeds", "0", "--work_dir", "work", "--factor", "train.rope_base=100"]
+    recipes.main(recipes.make_parser().parse_args(words))
+    assert ran == ["train_vqvae.py", "quantize_dataset.py", "train.py", "train.py"]
+    assert "| train.rope_base=100 | - | - | 4 | - | - | - |" in capsys.readouterr().out
