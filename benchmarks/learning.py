@@ -48,7 +48,6 @@ class Job(NamedTuple):
     model: str
     learning_rate: float
     seed: int
-    encodes: bool = False  # the indices that the GPTs learn
 
 
 def llama(config: GPTConfig) -> nn.Module:
@@ -216,8 +215,14 @@ def train(
     return curve
 
 
+def save(folder: Path, name: str, values: np.ndarray) -> None:
+    """Write an array, whole or not at all."""
+    np.save(folder / "unfinished.npy", values)
+    (folder / "unfinished.npy").replace(folder / f"{name}.npy")
+
+
 def load(folder: Path, name: str, device: torch.device) -> Tensor:
-    """One of the arrays that `prepare` wrote."""
+    """One of the arrays that `save` wrote."""
     return torch.from_numpy(np.load(folder / f"{name}.npy", allow_pickle=False)).to(device)
 
 
@@ -256,7 +261,7 @@ def to_batch(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
-def train_tokenizer(job: Job, flags: argparse.Namespace) -> Curve:
+def train_tokenizer(job: Job, flags: argparse.Namespace, *, encode: bool = False) -> Curve:
     device = torch.device(flags.device)
     images = load(flags.work_dir, "images", device)
     torch.manual_seed(job.seed)
@@ -279,10 +284,10 @@ def train_tokenizer(job: Job, flags: argparse.Namespace) -> Curve:
 
     optimizer = make_optimizer(model, job.learning_rate, (0.9, 0.99), weight_decay=0.0)
     curve = train(model, loss_of, evaluate, optimizer, train_rows, flags, job.seed)
-    if job.encodes:
+    if encode:
         with torch.inference_mode():
             grids = [model(to_batch(part))[1].cpu() for part in images.split(500)]
-        np.save(flags.work_dir / "indices.npy", torch.cat(grids).numpy().astype(np.uint16))
+        save(flags.work_dir, "indices", torch.cat(grids).numpy().astype(np.uint16))
     return curve | {"parameters": [sum(p.numel() for p in model.parameters())]}
 
 
@@ -292,10 +297,10 @@ def prepare(path_to_data: str, folder: Path) -> None:
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
     names = sorted({row.label for row in dataset.rows})
     classes = np.array([names.index(row.label) for row in dataset.rows], dtype=np.int64)
-    np.save(folder / "classes.npy", classes[order.numpy()])
+    save(folder, "classes", classes[order.numpy()])
     batches = dataset.batches(order.split(500), torch.device("cpu"))
     images = torch.cat([((x + 1) * 127.5).round().byte() for x in batches])
-    np.save(folder / "images.npy", images.numpy())
+    save(folder, "images", images.numpy())  # last: where it is, both are
 
 
 PARTS: dict[str, tuple[Any, Any, str]] = {
@@ -355,9 +360,8 @@ def main(flags: argparse.Namespace) -> None:
     flags.work_dir.mkdir(parents=True, exist_ok=True)
     if not (flags.work_dir / "images.npy").exists():
         prepare(flags.path_to_data, flags.work_dir)
-    if "gpt" in flags.parts:
-        first = run(Job("tokenizer", "ours, vq", 2e-3, 0, encodes=True), flags)
-        print(f"the indices are those of a tokenizer with an MSE of {first['mse'][-1]:.5f}")
+    if "gpt" in flags.parts and not (flags.work_dir / "indices.npy").exists():
+        train_tokenizer(Job("tokenizer", "ours, vq", 2e-3, 0), flags, encode=True)
     jobs = [
         Job(part, model, rate, seed)
         for part in flags.parts
