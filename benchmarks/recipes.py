@@ -274,7 +274,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--path_to_train", required=True, type=Path, metavar="CSV")
     parser.add_argument("--path_to_test", required=True, type=Path, metavar="CSV")
     parser.add_argument(
-        "--factor", action="append", default=[], metavar="STAGE.FLAG=VALUE,...", help="repeatable"
+        "--factor", nargs="+", default=[], metavar="STAGE.FLAG=VALUE,...", help="what is varied"
     )
     parser.add_argument("--grid", action="store_true", help="all combinations of the factors")
     parser.add_argument("--until", choices=tuple(LAST), default="quality", help="what is measured")
