@@ -317,7 +317,7 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
     """
     order = epoch_order(torch.arange(len(images)), seed, 0)
     count = min(MAX_HELD_OUT, max(1, len(images) // 10))
-    held_out, rows = order[:count], order[count:]
+    held_out, rows, labels = order[:count], order[count:], labels.to(images.device)
     trained = deepcopy(model).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(trained.parameters(), RATE)
 
