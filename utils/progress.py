@@ -11,11 +11,13 @@ SECONDS = 50  # between two lines
 class ProgressBar(tqdm):
     """tqdm; where stderr is not a terminal, lines as `1,200 of 5,000 steps, 12.3/s, 05:17 left`."""
 
+    monitor_interval = 0  # no thread that corrects guesses of the rate: `miniters` of 1 makes none
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._on_terminal, self._last = sys.stderr.isatty(), 0.0
         if not self._on_terminal:
-            options |= {"mininterval": SECONDS, "maxinterval": 2 * SECONDS, "miniters": 1}
-        super().__init__(*arguments, **options)
+            options["mininterval"] = SECONDS
+        super().__init__(*arguments, miniters=1, **options)
         self.leave: bool = self._on_terminal and self.leave
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool | None:

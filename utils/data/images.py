@@ -17,13 +17,13 @@ import psutil
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
 from utils.data.sources import read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
+from utils.progress import ProgressBar
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
 SAMPLED_FILES = 64  # from which the range of values is decided
@@ -241,7 +241,7 @@ class ImageDataset:
         lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(lists) > 3 else 0
         results = chain.from_iterable(load_files(read, self.files, lists, num_workers))
-        bar = tqdm(results, title, len(self), unit=" images", disable=None, leave=False)
+        bar = ProgressBar(results, title, len(self), unit=" images", leave=False)
         bad: dict[int, str] = {}
         for row, result in enumerate(bar):
             if isinstance(result, str):

@@ -9,9 +9,9 @@ import psutil
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.files import Files, lock_folder
+from utils.progress import ProgressBar
 from utils.provenance import Provenance
 from utils.training.checkpoint import Checkpointer, find_output_dir
 from utils.training.loop import TrainState, optimizer_step
@@ -79,7 +79,7 @@ def dry_run(
     if group.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         preview.save(folder / "preview.png")
-    total = tqdm.format_interval(min(seconds) * schedule.total_steps)
+    total = ProgressBar.format_interval(min(seconds) * schedule.total_steps)
     group.print(f"{schedule} on {group.device} in {state.settings['precision']}")
     group.print(
         f"dry run: about {total} for the steps, {min(seconds):.2g} s each, beside evaluations; "

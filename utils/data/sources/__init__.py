@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.files import sha256
+from utils.progress import ProgressBar
 
 SPLITS = ("train", "val")
 FILE_COLUMNS = ("image_path", "condition_path")
@@ -113,7 +113,7 @@ def _find_files(path: Path, names: Collection[str], allow_outside_paths: bool) -
         return file in links(f"{folder}/" if folder or name.startswith("/") else "")[1]
 
     found, missing, outside = {}, [], []
-    bar = tqdm(names, "looking for files", unit=" files", disable=None, leave=False, delay=1)
+    bar = ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1)
     for name in bar:
         spelling = name if exists(name) else next(filter(exists, _spellings(name)), "")
         found[name] = spelling

@@ -12,11 +12,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.cli import UserError, first_few, one_line
 from utils.data.sources import FILE_COLUMNS, SPLITS, Row, note
 from utils.files import TABLE_BYTES, check_size
+from utils.progress import ProgressBar
 
 SEPARATORS = ",;\t"
 
@@ -91,7 +90,7 @@ def _open_table(path: Path) -> Iterator[Any]:
             if first.lower().startswith("sep="):  # Excel's
                 first = file.readline()
             lines = itertools.chain([first], file)
-            bar = tqdm(lines, path.name, unit=" lines", disable=None, leave=False, delay=1)
+            bar = ProgressBar(lines, path.name, unit=" lines", leave=False, delay=1)
             spaces = f"{separator} " in first
             yield csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
     except UnicodeDecodeError as error:
