@@ -53,6 +53,22 @@ def test_data_are_required_where_nothing_is_resumed(store: Any) -> None:
         run_train(f"{SMALL} --output_dir a")
 
 
+def test_an_early_stop_is_final_unless_the_training_gets_longer(store: Any) -> None:
+    """Resumed with more steps, it took one and stopped again."""
+    write_indices()
+    flags = f"--path_to_data indices.txt {SMALL} --batch_size 8 --evaluate_every 1 --patience 2"
+    flags += " --learning_rate 1e-9 --output_dir a --resume auto"
+
+    def step_after(more: str) -> int:
+        run_train(f"{flags} {more}")
+        return json.loads(Path("a/status.json").read_text())["step"]
+
+    stopped = step_after("--max_steps 30")
+    assert stopped < 30
+    assert step_after("--max_steps 30") == stopped
+    assert step_after("--max_steps 31") == stopped + 2
+
+
 def test_max_steps_counts_beyond_max_epochs() -> None:
     config = TrainingConfig(batch_size=8, max_epochs=2, max_steps=500)
     assert Schedule(config, 40, 4).total_steps == 500

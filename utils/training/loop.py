@@ -176,15 +176,16 @@ def batches(
     """Row numbers in all processes, and data of this one, of every batch up to the end.
 
     The order of an epoch is a function of seed and epoch, so a resumed training continues with
-    the rows that come next. Rows that fill no batch are left out of this epoch. If the data cannot
-    be read, a training in one process is saved before it ends. `load` turns the row numbers of
-    this process for each batch, and the epoch, into the batches.
+    the rows that come next; after an early stop there are none. Rows that fill no batch are left
+    out of this epoch. If the data cannot be read, a training in one process is saved before it
+    ends. `load` turns the row numbers of this process for each batch, and the epoch, into the
+    batches.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
     total, is_main = schedule.total_steps, group.is_main
     options: dict[str, Any] = {"initial": progress.step, "disable": not is_main, "leave": False}
     with ProgressBar(total=total, unit=" steps", **options) as bar:
-        while progress.step < schedule.total_steps:
+        while progress.step < schedule.total_steps and not out_of_patience(state):
             order = epoch_order(rows, config.seed, progress.epoch)
             epoch = order.split(config.batch_size)[progress.offset : schedule.steps_per_epoch]
             loaded = load([group.shard(x) for x in epoch], progress.epoch)
@@ -276,6 +277,11 @@ def _skip_batch(state: TrainState, problem: str) -> None:
         module.load_state_dict(before)
 
 
+def out_of_patience(state: TrainState) -> bool:
+    """Whether --patience ends the training, now or already before it was resumed."""
+    return 0 < state.config.patience <= state.progress.evaluations_without_improvement
+
+
 def evaluation_is_due(state: TrainState) -> bool:
     """Whether to evaluate after this step: by the schedule, and when --max_minutes are over."""
     if minutes := state.config.max_minutes:
@@ -321,7 +327,7 @@ def end_step(
         checkpoints.save()
         group.shutdown()
         raise Stopped(number)
-    if 0 < config.patience <= progress.evaluations_without_improvement:
+    if out_of_patience(state):
         metric, patience = config.best_metric, config.patience
         group.print(f"no better {metric} in {patience} evaluations: stopping")
         return True

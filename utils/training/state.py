@@ -22,6 +22,8 @@ from utils.model_folder import WEIGHTS
 TENSORS, RECORDS = "training.safetensors", "training.json"
 # Settings of which another value makes another training ...
 REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
+# ... those that let a training go on which --patience ended ...
+LONGER = {"max_steps", "max_epochs", "patience"}
 # ... and those that leave the result as it is.
 FREE = (
     *("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data"),
@@ -116,6 +118,8 @@ class CheckpointState:
         changes = self._compare_settings(records.get("settings", {}), folder)
         try:
             vars(self.progress).update(vars(typed(Progress, records["progress"])))
+            if changes.keys() & LONGER:
+                self.progress.evaluations_without_improvement = 0
             self.model.load_state_dict(read_tensors(folder / WEIGHTS))
             for name, part in self._parts.items():
                 if isinstance(part, Tensor):  # the main process takes the counts of all
@@ -132,10 +136,10 @@ class CheckpointState:
         except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
             raise UserError(
                 f"{folder} does not fit this training: {one_line(error)}; resume with the flags "
-                f"it began with ({', '.join(changes) or 'which do not differ'})"
+                f"it began with ({', '.join(changes.values()) or 'which do not differ'})"
             ) from error
 
-    def _compare_settings(self, before: dict[str, Any], folder: Path) -> list[str]:
+    def _compare_settings(self, before: dict[str, Any], folder: Path) -> dict[str, str]:
         """Which settings differ from the checkpoint's: warn, or a UserError for `REFUSED` ones."""
         now = json.loads(json.dumps(self._settings))
         changes = {
@@ -158,7 +162,7 @@ class CheckpointState:
                 f"uninterrupted run: {', '.join(changes.values())}",
                 file=sys.stderr,
             )
-        return list(changes.values())
+        return changes
 
 
 def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
