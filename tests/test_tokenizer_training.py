@@ -203,8 +203,8 @@ def test_levels_override_the_codebook_of_a_preset() -> None:
         ),
         ("--l2_weight nan", "l2_weight must be at least 0, got nan"),
         ("--disc_weight inf", "disc_weight must be"),
-        ("--learning_rate inf", "learning_rate must be a number above 0"),
-        ("--weight_decay inf", "weight_decay must be a number of 0 or more"),
+        ("--learning_rate inf", "learning_rate must be below inf"),
+        ("--weight_decay inf", "weight_decay must be below inf"),
     ],
 )
 def test_flags_without_effect_or_meaning_are_refused(
