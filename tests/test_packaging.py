@@ -1,5 +1,6 @@
 """What `pip install .` installs, and the lists of requirements."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +13,11 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.reading import ROOT
+from transformer import GPT, GPTConfig
+from utils.files import write_folder
+from utils.model_folder import model_files
+from utils.provenance import Provenance
+from vqvae import VQVAE, VQVAEConfig
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
@@ -66,3 +72,17 @@ def test_the_lock_file_satisfies_all_requirements() -> None:
 def test_the_lock_file_names_no_places() -> None:
     for line in names((ROOT / "requirements.lock").read_text()):
         assert re.fullmatch(r"[\w.-]+==[\w.!+-]+", line), line
+
+
+def test_packages_that_are_lifted_out_read_a_model_folder(own_folder: Path) -> None:
+    """A tokenizer's config.json did not make the tokenizer."""
+    tokenizer = VQVAE(VQVAEConfig.create(image_size=(8, 8), in_channels=1, channels=8))
+    gpt = GPT(GPTConfig(8, latent_dim=(2, 2), num_layers=1, num_heads=1, dim=16))
+    for name, model in {"tokenizer": tokenizer, "gpt": gpt}.items():
+        write_folder(own_folder / name, model_files(model, Provenance()))
+    for name in ("vqvae", "transformer"):
+        shutil.copytree(ROOT / name, own_folder / name)
+    code = "from transformer import GPT; from vqvae import VQVAE\n"
+    code += "VQVAE.from_pretrained('tokenizer'), GPT.from_pretrained('gpt')"
+    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
