@@ -28,19 +28,19 @@ def test_a_file_that_goes_bad_in_the_middle_of_a_training(
     streamed: Path, error_of: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All steps since the last evaluation were lost."""
-    real, count = images.read_image, 0
+    real, count = images.decoding.read_image, 0
 
     def read(file: str, **settings: object) -> object:
         nonlocal count
         count += 1
         return "it has rotted" if count > 14 else real(file, **settings)
 
-    monkeypatch.setattr(images, "read_image", read)
+    monkeypatch.setattr(images.decoding, "read_image", read)
     flags = ("--path_to_data", streamed, "--max_steps", 6, "--evaluate_every", 6)
     error = error_of("train_vqvae", *flags, *TINY_TOKENIZER, "--output_dir", "out")
     assert "1 of 12 files" in error or "it has rotted" in error
     assert 0 < step_of(checkpoints_in(Path("out"))[-1]) < 6
-    monkeypatch.setattr(images, "read_image", real)
+    monkeypatch.setattr(images.decoding, "read_image", real)
     train = ("train_vqvae.py", *flags, *TINY_TOKENIZER, "--output_dir", "out", "--resume", "auto")
     monkeypatch.setattr(sys, "argv", list(map(str, train)))
     import train_vqvae
