@@ -326,6 +326,7 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
 
     size = min(BATCH, len(rows))
     most, end = max(1, TRAINING_IMAGES * 2 // 3 // size), 0  # steps at a constant rate
+    every = max(CHECK_IMAGES, len(rows) // PATIENCE) // BATCH  # steps; in all an epoch
     accuracies: list[float] = []
     epochs = (epoch_order(rows, seed, epoch).split(size) for epoch in itertools.count(1))
     batches = (batch for epoch in epochs for batch in epoch if len(batch) == size)
@@ -336,7 +337,7 @@ def fit_classifier(model: Classifier, images: Tensor, labels: Tensor, seed: int)
         F.cross_entropy(predict(batch), labels[batch]).backward()
         optimizer.step()
         optimizer.zero_grad()
-        if not end and step % (CHECK_IMAGES // BATCH) == 0:
+        if not end and step % every == 0:
             trained.eval()
             with torch.inference_mode():
                 logits = torch.cat([predict(part) for part in held_out.split(BATCH)])
