@@ -1,7 +1,6 @@
-"""One image file: its header, and its pixels as 8-bit values whatever the file holds."""
+"""One image file: its header, its pixels as 8-bit values, or the reason why it cannot be read."""
 
 import functools
-import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +12,8 @@ import numpy as np
 from PIL import Image, ImageOps, ImagePalette, PngImagePlugin, UnidentifiedImageError
 
 from utils.cli import UserError, one_line
-from utils.data.formats import recognise
 
 MODES = {1: "L", 3: "RGB", 4: "RGBa"}  # by number of channels; a: premultiplied alpha
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "nearest": Image.Resampling.NEAREST}
 EIGHT_BITS = (0.0, 255.0)
 FLOAT_RANGES = ((0.0, 1.0), (-1.0, 1.0), EIGHT_BITS, (0.0, 65535.0))
 INTEGER_RANGES = tuple((0.0, 2.0**bits - 1) for bits in (8, 10, 12, 14, 16))
@@ -48,21 +45,18 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
     Raises an exception of any type where Pillow cannot read the file, and DecompressionBombError
     where its header, or a frame of it, says more than `max_pixels`.
     """
-    logger, limit = logging.getLogger("PIL"), Image.MAX_IMAGE_PIXELS
-    level, chunk = logger.level, PngImagePlugin.MAX_TEXT_CHUNK
+    limits = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
     try:
         with warnings.catch_warnings():  # Pillow's, of odd files, do not name the file
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            logger.setLevel(logging.CRITICAL)
-            # Pillow raises from twice this number on.
-            Image.MAX_IMAGE_PIXELS = max_pixels / 2  # type: ignore[assignment]
-            PngImagePlugin.MAX_TEXT_CHUNK = METADATA_BYTES
+            # Pillow raises from twice the number of pixels on.
+            halved: Any = max_pixels / 2
+            Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = halved, METADATA_BYTES
             # Given a path, Pillow maps the file into memory, and garbles rotated TIFF files.
             with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
                 yield image
     finally:
-        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limit, chunk
-        logger.setLevel(level)
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
 
 
 def complaint(file: str | Path, error: Exception) -> str:
@@ -85,7 +79,7 @@ def _or_complaint(read: Callable[..., T]) -> Callable[..., T | str]:
     def wrapper(file: str | Path, *arguments: Any, **options: Any) -> T | str:
         try:
             return read(file, *arguments, **options)
-        except MemoryError:  # which says nothing about the file
+        except MemoryError:
             raise
         except Exception as error:  # Pillow raises nearly every type on damaged files
             return complaint(file, error)
@@ -219,27 +213,82 @@ def read_image(
                 image = Image.alpha_composite(white, image)
         image = image.convert(MODES[channels])
         if image.size != (width, height):
-            image = ImageOps.fit(image, (width, height), RESAMPLING[resampling])
+            image = ImageOps.fit(image, (width, height), Image.Resampling[resampling.upper()])
         pixels = np.asarray(image)
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
 
 
-@_or_complaint
-def _shrink(path: str, size: tuple[int, int]) -> Image.Image:
-    with open_image(path) as picture:
-        return picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-
-
 def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
     """The known positions, (h, w), bool: where a picture, shrunk to the latent grid, is light."""
-    mask = _shrink(path, size)
-    if isinstance(mask, str):
+    try:
+        with open_image(path) as picture:
+            shrunk = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
+    except MemoryError:  # which says nothing about the file
+        raise
+    except Exception as error:
         raise UserError(
-            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: {mask}"
-        )
-    keep = np.asarray(mask) >= 128
+            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: "
+            f"{complaint(path, error)}"
+        ) from error
+    keep = np.asarray(shrunk) >= 128
     if keep.all():
         raise UserError(
             f"--mask {path} leaves nothing to sample; paint the positions to sample black"
         )
     return keep
+
+
+# --- files of other kinds -------------------------------------------------------------------------
+
+CONVERT = "convert it to PNG or JPEG"
+SAVE_SLICES = "save its slices as 16-bit PNG files"
+DOWNLOAD = "download the image itself"
+ISO_BRANDS = {
+    b"avif": "an AVIF image",
+    b"avis": "an AVIF image",
+    **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "a HEIC image"),
+}
+
+# (offset, first bytes there): what the file is, and what to do
+SIGNATURES = {
+    (0, b"\x89PNG"): ("a PNG file", "save it again as PNG"),
+    (0, b"\xff\xd8\xff"): ("a JPEG file", "save it again as JPEG"),
+    (0, b"II*\0"): ("a TIFF file", "save it as a TIFF file of 8-bit, 16-bit or 32-bit values"),
+    (0, b"MM\0*"): ("a TIFF file", "save it as a TIFF file of 8-bit, 16-bit or 32-bit values"),
+    (0, b"II+\0"): ("a BigTIFF file", CONVERT),
+    (0, b"GIF8"): ("a GIF file", CONVERT),
+    (0, b"BM"): ("a BMP file", CONVERT),
+    (8, b"WEBP"): ("a WebP file", CONVERT),
+    (0, b"\0\0\0\x0cjP  "): ("a JPEG 2000 image", CONVERT),
+    (0, b"\0\0\0\x0cJXL "): ("a JPEG XL image", CONVERT),
+    (0, b"\xff\x0a"): ("a JPEG XL image", CONVERT),
+    (0, b"8BPS"): ("a Photoshop file", CONVERT),
+    (0, b"v/1\x01"): ("an OpenEXR image", CONVERT),
+    (0, b"%PDF"): ("a PDF document", "render its pages to PNG files"),
+    (0, b"%!PS"): ("a PostScript file", "render it to a PNG file"),
+    (0, b"version https://git-lfs"): ("a Git LFS pointer", "fetch the file: git lfs pull"),
+    (128, b"DICM"): ("a DICOM file", SAVE_SLICES),
+    (344, b"n+1\0"): ("a NIfTI volume", SAVE_SLICES),
+    (344, b"ni1\0"): ("a NIfTI volume", SAVE_SLICES),
+    (0, b"\x93NUMPY"): ("a NumPy array", "save its images as PNG files"),
+    (0, b"\x89HDF"): ("an HDF5 file", "save its images as PNG files"),
+    (0, b"PK\x03\x04"): ("a ZIP archive", "unpack it"),
+    (0, b"\x1f\x8b"): ("a gzip archive", "unpack it"),
+}
+
+
+def recognise(file: str | Path) -> str:
+    """What a file is and what to do, by its first bytes; "" where they say nothing."""
+    with open(file, "rb") as stream:
+        start = stream.read(1024)
+    found = next((x for (at, key), x in SIGNATURES.items() if start[at:].startswith(key)), None)
+    if str(file).lower().endswith(".nii.gz"):
+        found = "a NIfTI volume", SAVE_SLICES
+    if start[4:8] == b"ftyp":
+        found = ISO_BRANDS.get(start[8:12], "a video or another media file"), CONVERT
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith(b"<") and b"<svg" in text:
+        found = "an SVG drawing", "render it to a PNG file"
+    elif text.startswith((b"<!doctype html", b"<html")):
+        found = "an HTML page, not the image that was to be downloaded", DOWNLOAD
+    return f"it is {found[0]}; {found[1]}" if found else ""
