@@ -1,9 +1,10 @@
 """Evaluate reconstructions of a tokenizer, samples of a GPT, or the likelihood of images."""
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import argparse
 import math
@@ -58,6 +59,7 @@ def run_evaluation(
     name = report.name_of(source)
     stage = "tokenizer" if flags.kind == "reconstructions" else "gpt"
     output_dir = Path(flags.output_dir or home / report.FOLDER / name)
+    cli.check_writable(output_dir)
     with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
         record = evaluate()
         common = report.protocol(flags, data["path_to_data"])

@@ -1,9 +1,10 @@
 """Stage 2: turn every image of a data set into a grid of codebook indices."""
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import argparse
 import math
@@ -17,10 +18,11 @@ from utils import cli, distributed, tracking
 from utils.data import sources
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
 from utils.data.index_dataset import CROPS, write_conditions
-from utils.data.indices import IndicesMeta, allocate, check_writable, write_indices
+from utils.data.indices import META, IndicesMeta, allocate, write_indices
 from utils.data.sources import Row, split_rows
 from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
+from utils.files import check_unused
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
 from utils.provenance import LoadedModel, Provenance
@@ -40,44 +42,33 @@ def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> Tensor:
     return torch.cat(grids)
 
 
-def grids_per_image(crops: int, flip: bool) -> int:
-    """The grids of each image in crops.npy: of its crops, or without crops of the image itself.
-
-    With `flip`, also of the mirror image of each.
-    """
-    return 2 * max(crops, 1) if flip else crops
-
-
 @torch.inference_mode()
 def quantize_crops(
-    folder: Path,
-    model: VQVAE,
-    dataset: ImageDataset,
-    meta: IndicesMeta,
-    *,
-    crops: int,
-    flip: bool,
-    batch_size: int,
-    seed: int,
+    folder: Path, model: VQVAE, dataset: ImageDataset, meta: IndicesMeta, flags: argparse.Namespace
 ) -> None:
-    """Write crops.npy, (N, grids, h, w[, depth]): random crops, then with `flip` mirrored ones.
+    """Write crops.npy, (N, grids, h, w[, depth]): random crops, then with `--flip` mirrored ones.
 
-    Of each image of `dataset`, which is larger than the crops, there are `crops`, or for 0 the
+    Of each image of `dataset`, which is larger than the crops, there are `--crops`, or for 0 the
     image itself. A crop is a function of seed, row and its number.
     """
     device = next(model.parameters()).device
-    shape = len(dataset), grids_per_image(crops, flip), *meta.shape
+    shape = len(dataset), grids_per_image(flags), *meta.shape
     grids = allocate(folder / CROPS, shape, meta.codebook_size)
-    views = max(crops, 1)
-    batches = torch.arange(len(dataset)).split(batch_size)
+    views = max(flags.crops, 1)
+    batches = torch.arange(len(dataset)).split(flags.batch_size)
     with ProgressBar(total=views * len(dataset), unit=" crops") as bar:
         for view in range(views):
-            crop = Augmentation(False, crops > 0, seed, epoch=view)
+            crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
             for rows, images in zip(batches, dataset.batches(batches, device, crop), strict=True):
                 grids[rows, view] = model.encode(images).cpu()
-                if flip:
+                if flags.flip:
                     grids[rows, views + view] = model.encode(images.flip(3)).cpu()
                 bar.update(len(rows))
+
+
+def grids_per_image(flags: argparse.Namespace) -> int:
+    """The grids of each image in crops.npy, with `--flip` also of mirror images."""
+    return 2 * max(flags.crops, 1) if flags.flip else flags.crops
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -105,8 +96,8 @@ def load_condition_tokenizer(address: str, device: torch.device) -> LoadedModel:
 def grid_meta(tokenizer: LoadedModel) -> GridMeta:
     """The codebook, the size and the tokenizer of its grids."""
     config = tokenizer.model.config
-    run_id = tokenizer.provenance.run_id
-    return GridMeta(config.codebook_size, config.latent_dim, tokenizer.sha256, run_id)
+    origin = tokenizer.sha256, tokenizer.provenance.run_id
+    return GridMeta(config.codebook_size, config.latent_dim, *origin, config.depth)
 
 
 def with_splits(rows: list[Row], origin: Provenance) -> list[Row]:
@@ -129,7 +120,7 @@ def main(arguments: argparse.Namespace) -> None:
     model, config, origin = tokenizer.model, tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
-    check_writable(output_dir)
+    check_unused(output_dir, META)
     dataset = ImageDataset(data, reading, **config.image_options)
     second = None
     if arguments.condition_model_dir is not None:
@@ -151,31 +142,21 @@ def main(arguments: argparse.Namespace) -> None:
         indices = quantize(model, dataset, arguments.batch_size)
         meta = IndicesMeta(
             **vars(grid_meta(tokenizer)),
-            depth=config.depth,
             lineage=run.lineage,
             condition=second and grid_meta(second),
         )
-        crops, flip, extra, add = arguments.crops, arguments.flip, "", None
+        extra, add = "", None
         if second is not None:
             grids = quantize(second.model, images, arguments.batch_size)
-            size = meta.condition.codebook_size
+            size = second.model.config.codebook_size
             add = partial(write_conditions, conditions=grids, codebook_size=size)
             extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
-        elif crops or flip:
+        elif grids_per_image(arguments):
             larger = dataset
-            if crops:
+            if arguments.crops:
                 larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
-            add = partial(
-                quantize_crops,
-                model=model,
-                dataset=larger,
-                meta=meta,
-                crops=crops,
-                flip=flip,
-                batch_size=arguments.batch_size,
-                seed=arguments.seed,
-            )
-            extra = f"; and {grids_per_image(crops, flip)} more of each"
+            add = partial(quantize_crops, model=model, dataset=larger, meta=meta, flags=arguments)
+            extra = f"; and {grids_per_image(arguments)} more of each"
         rows = with_splits(dataset.rows, origin)
         write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
         dataset.write_skipped(output_dir)

@@ -1,9 +1,10 @@
 """Stage 3: fit a GPT to the codebook indices of a data set."""
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,9 +1,10 @@
 """Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import typing
 from collections.abc import Iterator

@@ -1,9 +1,10 @@
 """Stage 4: sample new grids of codebook indices from a GPT, or complete grids."""
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import argparse
 import sys
@@ -21,9 +22,9 @@ from utils import addresses, cli, distributed, figures, tracking
 from utils.data.decoding import read_mask
 from utils.data.index_dataset import Conditions, load_conditions, write_conditions
 from utils.data.indices import (
+    META,
     IndicesMeta,
     allocate,
-    check_writable,
     digest,
     lineage_of,
     new_folder,
@@ -31,7 +32,7 @@ from utils.data.indices import (
 )
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
-from utils.files import sha256
+from utils.files import check_unused, sha256
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
 from utils.provenance import LoadedModel, joined
@@ -91,7 +92,7 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
         )
     count, times = arguments.num_images, arguments.variations
     labels = [row.label for row in indices.rows[:count] for _ in range(times)]
-    return Known(indices.tensor()[:count].long().repeat_interleave(times, dim=0), mask, labels)
+    return Known(indices.grids[:count].long().repeat_interleave(times, dim=0), mask, labels)
 
 
 def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
@@ -237,7 +238,7 @@ def main(arguments: argparse.Namespace) -> None:
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
-    check_writable(output_dir)
+    check_unused(output_dir, META)
     sources = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,

@@ -1,6 +1,8 @@
 """Config dataclasses become flags and come back; errors become one line and an exit code."""
 
 import argparse
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT
 from utils import cli
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -230,3 +234,37 @@ def test_unused(tmp_path: Path) -> None:
 )
 def test_first_few(call: Callable[[], str], text: str) -> None:
     assert call() == text
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [
+        ("train_vqvae.py", "--path_to_data"),
+        ("quantize_dataset.py", "--model_dir"),
+        ("train.py", "--path_to_data"),
+        ("transformer_generation.py", "--model_path"),
+        ("vqvae/images_from_indexes.py", "--indexes_path"),
+        ("evaluate.py", "--path_to_test"),
+    ],
+)
+def test_a_missing_input_is_refused_before_torch_is_imported(
+    tmp_path: Path, script: str, flag: str
+) -> None:
+    """It took up to ten seconds of imports."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')")
+    for words in ([flag, "a=b/c"], [f"{flag}=a=b/c"]):
+        done = subprocess.run(
+            [sys.executable, ROOT / script, *words],
+            env=os.environ | {"PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        error = f"error: no such file or folder: a=b/c; give {flag} one that exists\n"
+        assert (done.returncode, done.stderr) == (2, error)
+    done = subprocess.run(
+        [sys.executable, ROOT / script, flag, "runs:/0/checkpoints"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert "torch was imported" in done.stderr

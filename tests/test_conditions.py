@@ -98,8 +98,8 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     completion = ("--complete", both, "--mask", "left:0.5", "--num_images", 3, "--variations", 2)
     shown = ("--candidates", 2, "--model_dir", "tokenizer", "--output_dir", "completed")
     call("transformer_generation", *model, *completion, *shown)
-    kept = read_indices("completed", depth=2).tensor()[:, :, :5]
-    assert torch.equal(kept, read_indices(both, depth=2).tensor()[[0, 0, 1, 1, 2, 2], :, :5])
+    kept = read_indices("completed", depth=2).grids[:, :, :5]
+    assert torch.equal(kept, read_indices(both, depth=2).grids[[0, 0, 1, 1, 2, 2], :, :5])
     assert (np.load("completed/condition.npy") == expected[[0, 0, 1, 1, 2, 2]]).all()
 
     decode = ("--model_dir", "tokenizer", "--condition_model_dir", "low", "--output_dir", "images")

@@ -13,7 +13,14 @@ from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weigh
 from utils import cli
 from utils.model_folder import load_model
 from vqvae import VQVAE, VQVAEConfig, convert
-from vqvae.convert import FORMATS, export_weights, import_weights, write_diffusers
+from vqvae.convert import write_diffusers
+from vqvae.formats import (
+    FORMATS,
+    _smooth_images,
+    export_weights,
+    import_weights,
+    reconstruction_error,
+)
 
 
 def run(way: str, name: str, source: Path, target: Path, **more: object) -> None:
@@ -270,6 +277,30 @@ def test_codes_that_do_not_fit_the_encodings_are_a_warning(
     assert "warning: its codes do not fit its encodings" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("kind", ["vq", "gumbel"])
+def test_weights_that_are_read_wrongly_do_not_reconstruct(kind: str) -> None:
+    """Of every quantizer, also of those whose codes are not compared with the encodings."""
+    shape = {"channels": 32, "channel_multipliers": (1, 1), "num_res_blocks": 1}
+    torch.manual_seed(0)
+    model = VQVAE(VQVAEConfig.create(quantizer=kind, image_size=(16, 16), in_channels=3, **shape))
+    images = _smooth_images(model.config)
+    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        output = model(images)
+        error = (output.reconstruction - images).square().mean()
+        sum(output.quantized.losses.values(), error).backward()
+        optimizer.step()
+        model.quantizer.end_step()
+    model.eval()
+    assert reconstruction_error(model) < 0.5
+    with torch.no_grad():
+        for block in model.decoder.up:
+            for weight in block.parameters():
+                weight.copy_(weight.flatten().flip(0).view_as(weight))
+    assert reconstruction_error(model) > 0.8
+
+
 def test_averages_of_lightning_are_read(tmp_path: Path) -> None:
     state = reference_weights("taming")
     averages = {f"model_ema.{key.replace('.', '')}": x + 1 for key, x in state.items()}
@@ -295,7 +326,7 @@ def test_nothing_is_written_over(target: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "chapter.txt").write_text("years of work")
     way, name = ("source", "taming") if target == "source" else ("target", target)
-    with pytest.raises(cli.UserError, match=r"thesis exists already.*--output_dir"):
+    with pytest.raises(cli.UserError, match=r"thesis exists and is not empty.*--output_dir"):
         run(way, name, tmp_path / "nowhere", folder)  # before anything is read
     assert (folder / "chapter.txt").read_text() == "years of work"
 

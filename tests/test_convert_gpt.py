@@ -179,7 +179,7 @@ def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -
     (tmp_path / "gpt" / "chapter.txt").write_text("years of work")
     words = ("--from", "llamagen", "--checkpoint", "nowhere", "--output_dir", tmp_path / "gpt")
     flags = convert.make_parser().parse_args([*map(str, words)])
-    with pytest.raises(cli.UserError, match="gpt exists already"):
+    with pytest.raises(cli.UserError, match="gpt exists and is not empty"):
         convert.main(flags)
     assert (tmp_path / "gpt" / "chapter.txt").read_text() == "years of work"
 
@@ -202,3 +202,39 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(
         model.state_dict(), from_llamagen(make_weights(), (4, 4), HEADS).state_dict()
     )
+
+
+def to_llamagen(model: GPT) -> dict[str, Tensor]:
+    """The weights of a GPT under LlamaGen's names, whose queries and keys turn neighbours."""
+    weights, own = {}, model.state_dict()
+    rows = 2 * DIM
+    for ours, theirs in convert.KEYS.items():
+        weights[theirs[0]] = own[ours]
+    for number in range(LAYERS):
+        for ours, theirs in convert.LAYER_KEYS.items():
+            weight = own[ours.format(i=number)]
+            if ours.endswith("qkv.weight"):
+                halves = weight[:rows].unflatten(0, (-1, 2, DIM // HEADS // 2))
+                weight = torch.cat([halves.transpose(1, 2).flatten(0, 2), weight[rows:]])
+            for key, part in zip(theirs, weight.chunk(len(theirs)), strict=True):
+                weights[key.format(i=number)] = part
+    return weights
+
+
+def test_a_wrong_number_of_heads_shows_in_the_samples() -> None:
+    """It is read without an error, and samples noise."""
+    torch.manual_seed(0)
+    model = from_llamagen(make_weights(), (4, 4), HEADS).train()
+    classes = torch.arange(CLASSES)
+    grids = torch.randint(CODES, (CLASSES, 4, 4))
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.loss(classes, grids).mean().backward()
+        optimizer.step()
+    weights = to_llamagen(model.eval())
+    right, wrong = (from_llamagen(weights, (4, 4), heads) for heads in (HEADS, 2))
+    torch.testing.assert_close(right.state_dict(), model.state_dict())
+    bits = [convert.sample_bits(each) for each in (right, wrong)]
+    assert bits[0] < 0.5
+    assert bits[1] > 4 * bits[0]

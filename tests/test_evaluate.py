@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.conftest import write_images
 from utils import addresses, cli, provenance, tracking
-from utils.data.download import write_digits
+from utils.data import download
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.sources import Row
 from utils.evaluation import features, metrics, report
@@ -31,7 +31,7 @@ CODES, GRID = 16, (4, 4)
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The CSV of a folder of digits, with CSVs of its first hundreds beside it."""
     folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
+    download.write_images(folder, "digits", download.digits())
     with (folder / "digits.csv").open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     for name, part in {"train": rows[:600], "test": rows[600:800], "other": rows[800:950]}.items():

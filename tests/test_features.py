@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.data.download import write_digits
+from utils.data import download
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import Row, split_rows
 from utils.evaluation import distances, features
@@ -39,7 +39,7 @@ def target_of(names: tuple[str, ...], rows: list[Row]) -> torch.Tensor | None:
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
+    download.write_images(folder, "digits", download.digits())
     return ImageDataset(folder / "digits.csv", ImageConfig(num_workers=0))
 
 

@@ -88,7 +88,7 @@ def test_of_several_the_average_is_read_and_the_others_are_named(tmp_path: Path)
 def test_dicts_within_themselves(tmp_path: Path) -> None:
     content: dict = {"a": 1}
     content |= {f"model{number}": content for number in range(50)}
-    with pytest.raises(UserError, match="holds no state dict"):
+    with pytest.raises(UserError, match="cannot read"):
         read(tmp_path, content)
 
 

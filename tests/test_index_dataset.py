@@ -81,7 +81,7 @@ def test_crops_are_of_the_larger_image_and_their_mirror_images_follow(tokenizer:
 
 def test_without_crops_the_image_and_its_mirror_image(tokenizer: VQVAE) -> None:
     crops = crops_of(quantize("flipped", "--flip"))
-    assert torch.equal(crops[:, 0], read_indices("flipped").tensor().long())
+    assert torch.equal(crops[:, 0], read_indices("flipped").grids.long())
     images = next(ImageDataset("data/data.csv").batches([torch.arange(COUNT)], torch.device("cpu")))
     with torch.inference_mode():
         assert torch.equal(crops[:, 1], tokenizer.encode(images.flip(3)))
@@ -180,7 +180,9 @@ def test_a_text_file_beyond_the_codebook_of_the_tokenizer_is_refused(
     IndexDataset(Path("fits.txt"), loaded, **options)
     grids[(1, 2) if index == 8 else (0, 0)] = index
     np.savetxt("t.txt", grids, fmt="%d")
-    with pytest.raises(UserError, match=rf"t\.txt {position}: index {index} is out of range"):
+    with pytest.raises(
+        UserError, match=rf"t\.txt {position}: {index} is not an index of the codebook"
+    ):
         IndexDataset(Path("t.txt"), loaded, **options)
     assert IndexDataset(Path("t.txt"), None, **options).vocabulary.codebook_size == index + 1
 

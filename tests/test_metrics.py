@@ -13,6 +13,7 @@ from utils.evaluation.metrics import (
     codebook_metrics,
     entropy,
     estimate,
+    image_metrics,
     index_counts,
     mean,
     psnr,
@@ -123,6 +124,25 @@ def test_ssim_of_equal_and_of_small_images() -> None:
     assert ssim(images, -images).max() < 0.5
     flat = torch.full((1, 1, 4, 4), -0.9)
     assert float(ssim(flat, flat + 0.1)) < 0.9  # another brightness, the same structure
+
+
+def test_metrics_of_rgba_images_are_those_of_their_composites() -> None:
+    """On black alone, a black drawing equals an empty image."""
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(2, 6, 4, 16, 16, generator=generator)
+    first[:, :3] *= first[:, 3:]  # premultiplied
+    second[:, :3] *= second[:, 3:]
+    found = image_metrics(first * 2 - 1, second * 2 - 1)
+    expected = []
+    for background in (0, 1):
+        x, y = (image[:, :3] + background * (1 - image[:, 3:]) for image in (first, second))
+        expected.append(image_metrics(x * 2 - 1, y * 2 - 1))
+    for name, values in found.items():
+        mean = (expected[0][name] + expected[1][name]) / 2
+        assert torch.allclose(values, mean, atol=1e-6), name
+    drawing, empty = torch.full((1, 4, 16, 16), -1.0), torch.full((1, 4, 16, 16), -1.0)
+    drawing[:, 3] = 1
+    assert image_metrics(drawing, empty)["mse"].item() == pytest.approx(0.5)
 
 
 def test_entropy() -> None:

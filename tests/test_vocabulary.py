@@ -12,7 +12,7 @@ from utils.cli import UserError
 from utils.data.vocabulary import GridMeta, Vocabulary, read_vocabulary
 from utils.files import write_folder
 
-WORDS = Vocabulary(512, (7, 4), "ab" * 32, "run", ("0001", "1", "NA"))
+WORDS = Vocabulary(512, (7, 4), "ab" * 32, "run", class_names=("0001", "1", "NA"))
 
 
 def test_labels_and_tokens() -> None:

@@ -1,6 +1,7 @@
 """Class-conditional GPTs of LlamaGen as model folders of this project."""
 
 import argparse
+import math
 import re
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from transformer.config import GPTConfig
 from transformer.gpt import GPT
+from transformer.sampling import generate
 from utils import cli, files, foreign
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.model_folder import model_files
@@ -122,6 +124,18 @@ def _rotate_halves(qkv: Tensor, config: GPTConfig) -> Tensor:
     return torch.cat([pairs.transpose(1, 2).flatten(0, 2), qkv[rows:]])
 
 
+@torch.inference_mode()
+def sample_bits(model: GPT) -> float:
+    """Bits per token of two rows that it samples, of up to four classes.
+
+    A model that is read with the wrong number of heads or size of grid is unsure of its samples.
+    """
+    classes = torch.arange(min(4, model.config.num_classes))
+    height, width = model.config.latent_dim
+    grids = generate(model, classes, size=(min(2, height), width))
+    return float(model.loss(classes, grids).mean()) / math.log(2)
+
+
 def main(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files.check_unused(folder)
@@ -134,6 +148,13 @@ def main(arguments: argparse.Namespace) -> None:
     origin = Provenance(lineage=(Stage.now("gpt", inputs, ""),))
     content = model_files(model, origin) | {FILE: vocabulary.content()}
     files.write_folder(folder, content)
+    bits, uniform = sample_bits(model), math.log2(config.codebook_size)
+    print(f"check: {bits:.2f} bits per token of its own samples, {uniform:.2f} of uniform indices")
+    if bits > 0.9 * uniform:
+        print(
+            "warning: it hardly predicts its own samples: it is untrained, or --latent_dim or "
+            "--num_heads is wrong"
+        )
     print(f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads: {folder}")
     words = ("transformer_generation.py", "--model_path", folder, "--num_images", "8")
     print(cli.next_command(*words))

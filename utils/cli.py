@@ -35,6 +35,12 @@ LESS_MEMORY = {
 }
 
 
+INPUTS = (
+    *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
+    *("model_dir", "model_path", "condition_model_dir"),
+)
+
+
 class UserError(Exception):
     """An error that the user can fix: one line saying what, where, and what to do."""
 
@@ -303,6 +309,23 @@ def run_with(main: Callable[[typing.Any], None], arguments: argparse.Namespace) 
             traceback.print_exc()
         print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
+
+
+def refuse_missing_inputs() -> None:
+    """Exit if an input on the command line does not exist; called before torch is imported.
+
+    Addresses such as runs:/... pass, and so does a folder that is being replaced (.old).
+    """
+    words = sys.argv[1:]
+    given = dict(itertools.pairwise(words))
+    given |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    for name in INPUTS:
+        value = given.get(f"--{name}", "")
+        if value and ":" not in value and not any(map(os.path.exists, (value, f"{value}.old"))):
+            if os.environ.get("RANK", "0") == "0":
+                line = f"no such file or folder: {value}; give --{name} one that exists"
+                print(f"error: {printable(line)}", file=sys.stderr)
+            sys.exit(2)
 
 
 def check_writable(folder: Path) -> None:

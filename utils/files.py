@@ -21,7 +21,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, check_writable, one_line
 
 CHECKSUMS = "sha256.json"
 LOCK = "lock"  # in an output folder: the host and the number of the process that writes to it
@@ -29,7 +29,6 @@ LOCK_SECONDS = 10  # that a killed process may take to let go of it
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 JSON_BYTES = 64 << 20
 TABLE_BYTES = 4 << 30  # of a CSV, a manifest or a text file of indices
-LARGEST_INTEGER = 1 << 63
 Files = dict[str, dict[str, Any]]  # state dicts for *.safetensors, plain values for *.json
 
 
@@ -61,7 +60,8 @@ def write_folder(folder: Path, files: Files) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """A temporary folder to fill, which then takes the name of `folder`, with a file of SHA-256.
 
-    A UserError if the disk is full; what had the name before is unchanged then.
+    No incomplete folder ever has that name. A UserError if the disk is full; what had the name
+    before is unchanged then.
     """
     staging = folder.with_name(folder.name + TEMPORARY)
     shutil.rmtree(staging, ignore_errors=True)
@@ -72,7 +72,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
         (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
         for path in (*staging.iterdir(), staging):
             flush(path)
-        replace_folder(staging, folder)
+        old = folder.with_name(folder.name + ".old")
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        staging.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
         flush(folder.parent)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
@@ -83,18 +88,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Rename a complete folder to `folder`; no incomplete folder ever has that name."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def intact_folder(folder: Path) -> Path:
-    """`folder`, or its former content if a crash came between the renames of `replace_folder`."""
+    """`folder`, or its former content if a crash came between the renames of `new_folder`."""
     old = folder.with_name(folder.name + ".old")
     return old if not folder.exists() and old.exists() else folder
 
@@ -140,10 +135,13 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
-def check_unused(folder: Path) -> None:
-    """A UserError if `folder` is a file, or a folder that is not empty."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} exists already; choose another --output_dir, or move it away")
+def check_unused(folder: Path, ours: str = "") -> None:
+    """A UserError if `folder` cannot be written, or is not empty and without the file `ours`."""
+    check_writable(folder)
+    if folder.exists() and any(folder.iterdir()) and not (ours and (folder / ours).is_file()):
+        raise UserError(
+            f"{folder} exists and is not empty; choose another --output_dir, or move it away"
+        )
 
 
 def flush(path: Path) -> None:
@@ -178,26 +176,23 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def verify(path: Path) -> None:
     """Compare a file with the SHA-256 in its folder, if any; a UserError if they differ."""
-    if (path.parent / CHECKSUMS).is_file():
-        expected = read_json(path.parent / CHECKSUMS).get(path.name)
-        try:
-            found = expected and sha256(path)
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error}") from error
-        if found != expected:
-            raise UserError(
-                f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
-                f"if you changed it on purpose, remove its line from {CHECKSUMS}"
-            )
+    sums = path.parent / CHECKSUMS
+    expected = read_json(sums).get(path.name) if sums.is_file() else None
+    if expected and not (path.is_file() and sha256(path) == expected):
+        raise UserError(
+            f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
+            f"if you changed it on purpose, remove its line from {CHECKSUMS}"
+        )
 
 
 def is_intact(folder: Path) -> bool:
     """Whether all files that a folder was written with are there, unchanged."""
     try:
-        sums = read_json(folder / CHECKSUMS)
-        return all(sha256(folder / name) == sums[name] for name in sums)
-    except (OSError, ValueError, UserError):
+        for name in read_json(folder / CHECKSUMS):
+            verify(folder / name)
+    except (OSError, UserError):
         return False
+    return True
 
 
 def check_size(path: Path, limit: int) -> None:
@@ -240,13 +235,9 @@ def typed(make: type, values: dict[str, Any]) -> Any:
         except TypeError as error:
             kind = getattr(hints[name], "__name__", hints[name])
             raise UserError(f"{name} must be {kind}, got {value!r:.80}") from error
-    for field in dataclasses.fields(make):
-        required = field.default is field.default_factory  # both MISSING
-        if required and field.name not in values:
-            raise UserError(f"{field.name} is missing")
     try:
         return make(**converted)
-    except (ValueError, ArithmeticError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:  # TypeError: a value is missing
         raise UserError(one_line(error)) from error
 
 
@@ -268,7 +259,7 @@ def _convert(value: Any, kind: Any) -> Any:
             raise TypeError
         return tuple(map(_convert, value, kinds))
     number = isinstance(value, int) and not isinstance(value, bool)
-    fits = kind in (int, float) and abs(value) < LARGEST_INTEGER if number else type(value) is kind
+    fits = kind in (int, float) and abs(value) < 1 << 63 if number else type(value) is kind
     if not fits:
         raise TypeError
     return value

@@ -42,7 +42,7 @@ def read_state_dict(path: str | Path, marker: str) -> StateDict:
     its size.
     """
     path = Path(path)
-    items = _flatten(_read(path))
+    items = _read(path)
     if not any(isinstance(value, Tensor) for value in items.values()):
         raise UserError(f"{path} holds no state dict; give the file of the trained model")
     found = (name for name in items if f".{name}".endswith(f".{marker}"))
@@ -65,19 +65,13 @@ def _rank(wrapper: str) -> tuple[Any, ...]:
     return (*(name not in wrapper for name in PREFERRED), len(wrapper), wrapper)
 
 
-def _flatten(content: Any) -> dict[str, Any]:
+def _flatten(content: Any, name: str = "") -> dict[str, Any]:
     """All values in nested dicts, by their keys joined with dots."""
-    values: dict[str, Any] = {}
-    seen: set[int] = set()  # a dict may hold itself
-    remaining = [("", content)]
-    while remaining:
-        name, value = remaining.pop()
-        if not isinstance(value, Mapping):
-            values[name.removesuffix(".")] = value
-        elif id(value) not in seen:
-            seen.add(id(value))
-            remaining += [(f"{name}{key}.", one) for key, one in reversed(list(value.items()))]
-    return values
+    if not isinstance(content, Mapping):
+        return {name: content}
+    start = f"{name}." if name else ""
+    parts = (_flatten(value, f"{start}{key}") for key, value in content.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 class _Placeholder:
@@ -90,9 +84,10 @@ class _Placeholder:
         pass
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> dict[str, Any]:
+    """All values of a checkpoint, see `_flatten`."""
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return dict(read_tensors(path))
     try:
         check_size(path, CHECKPOINT_BYTES)
         names: list[str] = []
@@ -102,14 +97,12 @@ def _read(path: Path) -> Any:
                     raise UserError(f"{path} is a compressed archive, not a file of torch.save")
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         # A class for each name: what a checkpoint calls is compared with them one by one.
-        placeholders: list[Any] = [
-            (type("Placeholder", (_Placeholder,), {}), name) for name in names
-        ]
+        placeholders: Any = [(type("Placeholder", (_Placeholder,), {}), name) for name in names]
         with (
             warnings.catch_warnings(action="ignore"),  # of unusual pickles
             torch.serialization.safe_globals(placeholders),
         ):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _flatten(torch.load(path, map_location="cpu", weights_only=True))
     except UserError:
         raise
     except Exception as error:  # unpickling raises errors of many types

@@ -23,8 +23,8 @@ from torch import Tensor
 from utils import cli, files, foreign
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance, Stage
-from vqvae import VQVAE, VQVAEConfig
-from vqvae.formats import FIRST_KEY, FORMATS, describe_lookup, export_weights, import_weights
+from vqvae import VQVAE, VQVAEConfig, formats
+from vqvae.formats import FIRST_KEY, FORMATS
 
 # Parameters that taming's classes require.
 WARM_UP = {"warm_up_steps": 0, "max_decay_steps": 1000001, "lr_start": 0.9, "lr_max": 0.9}
@@ -184,7 +184,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     if arguments.quantizer:
         settings["quantizer"] = arguments.quantizer
     try:
-        model, ignored = import_weights(project, state, size, settings)
+        model, ignored = formats.import_weights(project, state, size, settings)
         if content and (line := contradiction(WRITERS[project](model.config), content)):
             raise ValueError(line)
         model.config = replace(model.config, image_size=arguments.image_size or size)
@@ -198,8 +198,15 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
     folder = Path(arguments.output_dir)
     files.write_folder(folder, model_files(model, origin))
     config, parameters = model.config, sum(p.numel() for p in model.parameters())
+    left = formats.reconstruction_error(model)
+    print(f"check: error of reconstructions {left:.2f} of a grey image's")
+    if left > 1:
+        print(
+            "warning: it does not reconstruct smooth images: it is untrained, was trained on other "
+            "images, or is not read as it was trained"
+        )
     if config.quantizer in ("vq", "ema", "cosine", "ibq"):
-        distance, same = describe_lookup(model)
+        distance, same = formats.describe_lookup(model)
         shares = ", ".join(f"{100 * share:.0f} % by {name}" for name, share in same.items())
         print(f"check: codes at {distance:.2f} of a zero vector's error; equal indices: {shares}")
         if distance > 1:
@@ -222,7 +229,7 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     loaded = load_model(arguments.checkpoint, VQVAE)
     config = loaded.model.config
     try:
-        state = export_weights(project, loaded.model)
+        state = formats.export_weights(project, loaded.model)
     except ValueError as error:
         raise cli.UserError(f"{loaded.folder}: {error}") from error
     if project == "diffusers":

@@ -7,10 +7,11 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from utils.cli import configure_process
+from utils.cli import configure_process, refuse_missing_inputs
 
 if __name__ == "__main__":
     configure_process()
+    refuse_missing_inputs()
 
 import torch
 from PIL.PngImagePlugin import PngInfo
@@ -20,6 +21,7 @@ from utils import addresses, cli, distributed, figures, provenance, tracking
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.data.sources.csv import write_table
+from utils.files import check_unused
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
 from vqvae import VQVAE
@@ -30,11 +32,8 @@ LIST = "images.csv"
 
 def prepare(folder: Path) -> None:
     """Make the folder, or remove the images of an earlier call; a UserError if it holds others."""
+    check_unused(folder, LIST)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / LIST).is_file():
-        raise cli.UserError(
-            f"{folder} is not empty and was not made by this script; choose another --output_dir"
-        )
     for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST):
         file.unlink(missing_ok=True)
 
@@ -58,7 +57,7 @@ def write_images(
     """Decode all grids into PNG files and list them; the first SHOWN images (N, C, H, W)."""
     shown, written = [], 0
     device = next(model.parameters()).device
-    for grids in ProgressBar(indices.tensor().split(batch_size), unit=" batches"):
+    for grids in ProgressBar(indices.grids.split(batch_size), unit=" batches"):
         images = model.decode(grids.long().to(device)).cpu()
         for number, image in enumerate(images, written):
             figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)

@@ -126,7 +126,7 @@ def _use_table(path: Path) -> None:
 
 
 def _use_text(path: Path) -> None:
-    read_indices(path, codebook_size=16).tensor()
+    read_indices(path, codebook_size=16)
 
 
 def _try_scripts(count: int) -> Counter[int]:

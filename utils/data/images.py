@@ -186,7 +186,7 @@ class ImageDataset:
     def files(self) -> list[str]:
         """The path of each row's file."""
         root = root_of(self.path)
-        return [str(root / getattr(row, self._column)) for row in self.rows]
+        return [os.path.join(root, getattr(row, self._column)) for row in self.rows]
 
     def name(self, row: int) -> str:
         """The name of a row in messages: its number in the source, and its file."""

@@ -29,7 +29,7 @@ CONDITION, CROPS = "condition.npy", "crops.npy"
 class IndicesConfig:
     """The data of a training on indices."""
 
-    path_to_data: str = flag("", "indices folder of quantize_dataset.py, runs:/..., or a text file")
+    path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
     model_dir: str = flag("", "tokenizer that decodes the samples drawn in training")
     val_fraction: float = flag(0.1, "share of a text file's lines for validation")
     fd_samples: int = flag(0, "samples that an evaluation draws for FD (classifier); 0: none")
@@ -69,15 +69,15 @@ class IndexDataset:
         A UserError if there are no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
-        # A text file does not say to which tokenizer it belongs, but its indices have to fit.
-        known = tokenizer is not None and path.is_file()
-        codebook_size = tokenizer.model.config.codebook_size if known else None
+        codebook_size = None
+        if tokenizer is not None and path.is_file():  # a text file does not say what it belongs to
+            codebook_size = tokenizer.model.config.codebook_size
         indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
             config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
-        self.rows, self.grids = indices.rows, indices.tensor()
+        self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
         self.conditions = read_conditions(path, indices)
         self._crops = read_crops(path, indices)
@@ -141,7 +141,7 @@ def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
     """crops.npy of an indices folder, memory-mapped; None where it has none."""
     if not (folder / CROPS).is_file():
         return None
-    shape = len(indices), None, *indices.meta.shape
+    shape = len(indices.rows), None, *indices.meta.shape
     return open_grids(folder / CROPS, shape, indices.meta.codebook_size)
 
 
@@ -150,7 +150,7 @@ def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
     meta = indices.meta.condition if indices.meta is not None else None
     if meta is None:
         return None
-    shape = len(indices), *meta.latent_dim
+    shape = len(indices.rows), *meta.latent_dim
     return torch.from_numpy(np.array(open_grids(folder / CONDITION, shape, meta.codebook_size)))
 
 
@@ -182,7 +182,7 @@ def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Cond
     if grids is not None:
         meta = indices.meta.condition
     elif allow_images:
-        grids = indices.tensor()
+        grids = indices.grids
         meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
     else:
         raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
@@ -194,18 +194,14 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
     meta: GridMeta | None = indices.meta
     if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
-        meta = GridMeta(max(2, indices.largest() + 1), indices.latent_dim)
+        meta = GridMeta(max(2, int(indices.grids.long().max()) + 1), indices.latent_dim)
         if tokenizer is not None:
             origin = tokenizer.sha256, tokenizer.provenance.run_id
             meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
     names = tuple(sorted({row.label for row in indices.rows} - {""}, key=natural_order))
     grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
-    return Vocabulary(
-        **grid,
-        class_names=names,
-        depth=indices.depth,
-        condition=getattr(meta, "condition", None),
-    )
+    condition = getattr(meta, "condition", None)
+    return Vocabulary(**grid, class_names=names, condition=condition)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

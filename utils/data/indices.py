@@ -13,11 +13,11 @@ import hashlib
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,21 +39,14 @@ class IndicesMeta(GridMeta):
     """meta.json: what the indices belong to.
 
     Attributes:
-        depth: indices per latent position.
         gpt_run_id: the MLflow run of the GPT that sampled them, if one did.
         lineage: the commands up to the one that made them.
         condition: of the grids in condition.npy, None without them.
     """
 
-    depth: int = 1
     gpt_run_id: str = ""
     lineage: Lineage = ()
     condition: GridMeta | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth must be 1 or more, got {self.depth}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,52 +54,28 @@ class IndicesMeta(GridMeta):
         return _shape(self.latent_dim, self.depth)
 
 
-@dataclass(frozen=True)
-class Indices:
-    """Grids of codebook indices and the rows they belong to.
+class Indices(NamedTuple):
+    """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each.
 
-    Attributes:
-        shards: arrays (n, h, w[, depth]) of the smallest unsigned type, memory-mapped if read.
-        rows: one for each grid, in order.
-        meta: None for a plain text file.
+    `meta` is None for a plain text file.
     """
 
-    shards: Sequence[np.ndarray]
+    grids: Tensor
     rows: Sequence[Row]
     meta: IndicesMeta | None
-
-    def __len__(self) -> int:
-        return sum(len(shard) for shard in self.shards)
 
     @property
     def latent_dim(self) -> tuple[int, int]:
         """Rows and columns (h, w) of a grid."""
-        return self.shards[0].shape[1:3]
+        return self.grids.shape[1], self.grids.shape[2]
 
     @property
     def depth(self) -> int:
         """Indices per latent position."""
         return self.meta.depth if self.meta is not None else 1
 
-    def tensor(self) -> Tensor:
-        """All grids as one tensor (N, h, w[, depth]), in the type of the shards."""
-        return torch.from_numpy(np.concatenate(self.shards))
-
-    def largest(self) -> int:
-        """The largest index."""
-        return max(int(shard.max()) for shard in self.shards)
-
 
 # Writing.
-
-
-def check_writable(folder: Path) -> None:
-    """A UserError if something other than an indices folder is there."""
-    ours = folder.is_dir() and ((folder / META).is_file() or not any(folder.iterdir()))
-    if folder.exists() and not ours:
-        raise UserError(
-            f"{folder} exists and is not an indices folder; choose another --output_dir or empty it"
-        )
 
 
 @contextmanager
@@ -157,7 +126,7 @@ def write_indices(
     to write more files into it. A UserError if something else is there.
     """
     folder = Path(folder)
-    check_writable(folder)
+    files.check_unused(folder, META)
     if indices.numel() and not 0 <= indices.min() <= indices.max() < meta.codebook_size:
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
@@ -202,11 +171,8 @@ def read_indices(
             "transformer_generation.py, or a text file of indices"
         )
     meta = _read_meta(path)
-    for name, wanted in (
-        ("latent_dim", latent_dim),
-        ("codebook_size", codebook_size),
-        ("depth", depth),
-    ):
+    wanted_values = {"latent_dim": latent_dim, "codebook_size": codebook_size, "depth": depth}
+    for name, wanted in wanted_values.items():
         if wanted not in (None, getattr(meta, name)):
             raise UserError(
                 f"{path} has {name} {getattr(meta, name)}, but here it must be {wanted}; use "
@@ -218,13 +184,12 @@ def read_indices(
         for file in sorted(path.glob("indices*.npy"))
     ]
     files.verify(path / MANIFEST)
-    indices = Indices(shards, read_table(path / MANIFEST)[1], meta)
-    if not shards or len(indices.rows) != len(indices):
+    rows, count = read_table(path / MANIFEST)[1], sum(map(len, shards))
+    if not count or len(rows) != count:
         raise UserError(
-            f"{path / MANIFEST} has {len(indices.rows)} rows for {len(indices)} grids; make the "
-            "folder again"
+            f"{path / MANIFEST} has {len(rows)} rows for {count} grids; make the folder again"
         )
-    return indices
+    return Indices(torch.from_numpy(np.concatenate(shards)), rows, meta)
 
 
 def _read_meta(folder: Path) -> IndicesMeta:
@@ -281,47 +246,34 @@ def lineage_of(path: Path) -> Lineage:
 
 def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth: int) -> Indices:
     """The grids of a text file, whose indices must be below `limit`."""
-    lines = _read_lines(path)
-    length = lines.shape[1]
-    side = math.isqrt(length // depth)
-    shape = _shape(latent_dim or (side, side), depth)
-    if math.prod(shape) != length:
-        raise UserError(
-            f"{path} line 1, number {min(length, math.prod(shape)) + 1}: it has {length} indices, "
-            f"but a grid of {','.join(map(str, shape))} takes {math.prod(shape)}; give the grid by "
-            "--latent_dim H,W"
-        )
-    if len(large := np.argwhere(lines >= limit)):
-        line, column = large[0]
-        raise UserError(
-            f"{path} line {line + 1}, number {column + 1}: index {lines[line, column]} is out of "
-            f"range, the codebook has {limit} codes"
-        )
-    rows = [Row(f"line {number + 1}", "", "") for number in range(len(lines))]
-    dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(lines.max()) + 1))
-    return Indices([lines.astype(dtype).reshape(-1, *shape)], rows, None)
-
-
-def _read_lines(path: Path) -> np.ndarray:
-    """(N, indices per line), uint32; empty lines only count at the end, where they are none."""
     files.check_size(path, files.TABLE_BYTES)
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-        if lines == [""]:
-            raise UserError(f"{path} holds no index; write a line of them for each image")
-        if not all(map(str.strip, lines)):
-            number = next(n for n, line in enumerate(lines, 1) if not line.strip())
-            raise UserError(f"{path} line {number} is empty; remove it, or write its indices")
-        return np.loadtxt(lines, np.uint32, comments=None, ndmin=2)
-    except ValueError as error:
-        pattern = r"could not convert string (.*) to uint32 at row (\d+), column (\d+)"
-        if not (found := re.match(pattern, str(error))):
-            problem = one_line(error).partition("; use `usecols`")[0]  # numpy's advice
-            raise UserError(f"{path} is not a text file of indices: {problem}") from error
-        raise UserError(
-            f"{path} line {int(found[2]) + 1}, number {found[3]}: {found[1][:20]} is not an index; "
-            "write integers of 0 or more, separated by spaces"
-        ) from error
+    except UnicodeError as error:
+        raise UserError(f"{path} is not a text file of indices: {error}") from error
+    length = len(lines[0].split())
+    side = math.isqrt(length // depth)
+    shape = _shape(latent_dim or (side, side), depth)
+    grids = []
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        for place, word in enumerate(words, 1):
+            if not (word.isdecimal() and word.isascii() and len(word) < 20 and int(word) < limit):
+                raise UserError(
+                    f"{path} line {number}, number {place}: {word:.20} is not an index of the "
+                    f"codebook; write integers from 0 to {limit - 1}, separated by spaces"
+                )
+        if not words or len(words) != math.prod(shape):
+            raise UserError(
+                f"{path} line {number}: it has {len(words)} indices, but a grid of "
+                f"{','.join(map(str, shape))} takes {math.prod(shape)}; write a line for each "
+                "image, or give the grid by --latent_dim H,W"
+            )
+        grids.append(np.fromiter(map(int, words), np.uint32))
+    values = np.stack(grids)
+    dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
+    rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
+    return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
 
 
 def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:

@@ -23,27 +23,25 @@ class GridMeta:
         tokenizer_sha256: of the model.safetensors that made the indices or decodes them, "" if not
             known.
         tokenizer_run_id: its MLflow run, "" if not known.
+        depth: indices per latent position.
     """
 
     codebook_size: int
     latent_dim: tuple[int, int]
     tokenizer_sha256: str = ""
     tokenizer_run_id: str = ""
+    depth: int = 1
 
     def __post_init__(self) -> None:
         if not 2 <= self.codebook_size <= LARGEST_CODEBOOK:
             raise ValueError(
                 f"codebook_size must be from 2 to {LARGEST_CODEBOOK}, got {self.codebook_size}"
             )
-        if min(self.latent_dim) < 1:
-            raise ValueError(f"latent_dim must be 1 or more, got {self.latent_dim}")
+        if min(*self.latent_dim, self.depth) < 1:
+            raise ValueError(f"latent_dim and depth must be 1 or more, got {self}")
 
     def check_tokenizer(
-        self,
-        sha256: str,
-        where: str | Path,
-        config: Any = None,
-        owner: str | Path = "the GPT",
+        self, sha256: str, where: str | Path, config: Any = None, owner: str | Path = "the GPT"
     ) -> None:
         """A UserError for a tokenizer, or grids, that these grids of `owner` do not belong to.
 
@@ -57,7 +55,7 @@ class GridMeta:
                 "indices and models of one tokenizer"
             )
         for name in ("codebook_size", "depth", "latent_dim") if config is not None else ():
-            own, theirs = getattr(self, name, 1), getattr(config, name, 1)
+            own, theirs = getattr(self, name), getattr(config, name)
             if own != theirs:
                 raise UserError(
                     f"{owner} has {name} {own}, but {where} has {name} {theirs}; use indices and "
@@ -71,18 +69,14 @@ class Vocabulary(GridMeta):
 
     Attributes:
         class_names: the labels in the order of their prefix tokens 0, 1, ...
-        depth: indices per latent position.
         condition: of the conditioning grid before the image's, None without one.
     """
 
     class_names: tuple[str, ...] = ()
-    depth: int = 1
     condition: GridMeta | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.depth < 1:
-            raise ValueError(f"depth must be 1 or more, got {self.depth}")
         if len(set(self.class_names)) != len(self.class_names):
             raise ValueError("class_names must be distinct")
 
@@ -149,8 +143,7 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     """Read vocabulary.json, see `find_vocabulary`; a UserError if there is none."""
     file = find_vocabulary(path)
     verify(file)
-    values = read_json(file)
-    values = {name: x for name, x in values.items() if name not in DERIVED}
+    values = {name: x for name, x in read_json(file).items() if name not in DERIVED}
     try:
         return typed(Vocabulary, values)
     except UserError as error:

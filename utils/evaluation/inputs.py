@@ -136,7 +136,7 @@ def _read_grids(flags: argparse.Namespace, tokenizer: LoadedModel) -> Samples:
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
     if indices.meta is not None:
         indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
-    decoded = DecodedImages(indices.tensor(), indices.rows, tokenizer.model)
+    decoded = DecodedImages(indices.grids, indices.rows, tokenizer.model)
     _check_count(flags, decoded, path)
     # What was fetched lies in a temporary folder.
     place = path if path == Path(address) else Path("outputs", *address.split("/")[1:])

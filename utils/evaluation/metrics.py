@@ -108,6 +108,20 @@ class ImageMetric(NamedTuple):
     bounds: Bounds = POSITIVE
     higher_is_better: bool = False
 
+    def __call__(self, images: Tensor, others: Tensor) -> Tensor:
+        """(B,); of RGBA images, the mean over their composites on black and on white."""
+        pairs = zip(composites(images), composites(others), strict=True)
+        return torch.stack([self.compute(*pair) for pair in pairs]).mean(dim=0)
+
+
+def composites(images: Tensor) -> list[Tensor]:
+    """Premultiplied RGBA images (B, 4, H, W) on black and on white, (B, 3, H, W) each.
+
+    Images without alpha (B, C, H, W) are returned as they are.
+    """
+    colours, alpha = images[:, :3].float(), images[:, 3:].float()
+    return [images] if images.shape[1] < 4 else [colours, (colours + 1 - alpha).clamp(-1, 1)]
+
 
 IMAGE_METRICS: dict[str, ImageMetric] = {
     "mse": ImageMetric(squared_error),
@@ -117,7 +131,7 @@ IMAGE_METRICS: dict[str, ImageMetric] = {
 
 def image_metrics(images: Tensor, others: Tensor) -> dict[str, Tensor]:
     """All of `IMAGE_METRICS` for each pair of images, (B,) each."""
-    return {name: metric.compute(images, others) for name, metric in IMAGE_METRICS.items()}
+    return {name: metric(images, others) for name, metric in IMAGE_METRICS.items()}
 
 
 def mean_errors(

@@ -191,7 +191,7 @@ def measure_reconstructions(
         decoded = tokenizer.decode(indices)
         grids.append(indices.to("cpu", torch.int32))
         for name, metric in table.items():
-            errors[name].append(metric.compute(images, decoded).cpu())
+            errors[name].append(metric(images, decoded).cpu())
     return torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()}
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from torch import nn
 
 from utils.addresses import fetch, has_artifacts, output_dir_of
-from utils.cli import Flags, Stopped, UserError, one_line, unused
+from utils.cli import Flags, Stopped, UserError, check_writable, one_line, unused
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
@@ -113,6 +113,7 @@ def continue_training(flags: Flags) -> Path | None:
     A UserError as of `find_checkpoint`, or if no flag or checkpoint names the data.
     """
     resumed = find_checkpoint(flags.resume, flags.output_dir)
+    check_writable(resumed.parents[1] if resumed else Path(flags.output_dir or "outputs"))
     if resumed is not None:
         settings = read_json(resumed / RECORDS).get("settings", {})
         stored = vars(flags).keys() & settings.keys() - flags.given - {"resume", "output_dir"}

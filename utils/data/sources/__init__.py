@@ -16,16 +16,17 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from utils.cli import UserError, first_few
 from utils.files import sha256
-from utils.progress import ProgressBar
 
 SPLITS = ("train", "val")
 FILE_COLUMNS = ("image_path", "condition_path")
@@ -57,13 +58,18 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
             rows = [row._replace(**{column: found[getattr(row, column)]}) for row in rows]
     first: dict[str, Row] = {}
     for row in rows if rows[0].split else ():
-        other = first.setdefault(os.path.normpath(row.image_path), row)
+        other = first.setdefault(_normal(row.image_path), row)
         if other.split != row.split:
             raise UserError(
                 f"{path}: {other.image_path} ({other.split}) and {row.image_path} ({row.split}) "
                 "are the same file; put it on one side of the split"
             )
     return rows
+
+
+def _normal(name: str) -> str:
+    """A path in the spelling that all of its spellings share."""
+    return os.path.normpath(name) if "./" in name or "//" in name else name
 
 
 @cache
@@ -99,33 +105,34 @@ def _find_files(path: Path, names: Collection[str], allow_outside_paths: bool) -
     """The path of the file for each name; a UserError if it is missing, or outside the root."""
     root = os.path.realpath(root_of(path))
 
-    @cache  # each folder is read once, which is faster than asking for each file
-    def links(folder: str) -> tuple[str, dict[str, bool]]:
-        """The real path of a folder, and whether each of its files is a link."""
-        real = os.path.realpath(os.path.join(root, folder))
-        try:
-            return real, {x.name: x.is_symlink() for x in os.scandir(real) if x.is_file()}
-        except (OSError, ValueError):  # ValueError: a NUL in the name
-            return real, {}
+    def is_below(real: str) -> bool:
+        return f"{real}/".startswith(f"{root}/")
 
-    def exists(name: str) -> bool:
-        folder, _, file = name.rpartition("/")
-        return file in links(f"{folder}/" if folder or name.startswith("/") else "")[1]
+    @cache  # each folder is read once, which is faster than asking for each file
+    def files_in(folder: str) -> dict[str, bool]:
+        """The files in a folder, and whether each is below the root."""
+        real = os.path.realpath(os.path.join(root, folder))
+        below = is_below(real)
+        try:
+            files = [x for x in os.scandir(real) if x.is_file()]
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return {}
+        return {x.name: is_below(os.path.realpath(x)) if x.is_symlink() else below for x in files}
+
+    def place(name: str) -> bool | None:
+        """Whether a file is below the root; None: there is none."""
+        folder, slash, file = name.rpartition("/")
+        return files_in(folder + slash).get(file)
 
     found, missing, outside = {}, [], []
-    bar = ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1)
-    for name in bar:
-        spelling = name if exists(name) else next(filter(exists, _spellings(name)), "")
-        found[name] = spelling
-        if not spelling:
+    for name in tqdm(names, "looking for files", unit=" files", disable=None, leave=False, delay=1):
+        spellings = chain([name], _spellings(name))
+        found[name] = next((x for x in spellings if place(x) is not None), "")
+        if not found[name]:
             kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
             missing.append(name + kind)
-        elif not allow_outside_paths:
-            folder, _, file = spelling.rpartition("/")
-            real, files = links(f"{folder}/" if folder or name.startswith("/") else "")
-            target = os.path.realpath(os.path.join(real, file)) if files[file] else real + os.sep
-            if not target.startswith(root + os.sep):
-                outside.append(name)
+        elif not allow_outside_paths and not place(found[name]):
+            outside.append(name)
     for refused, problem in (
         (missing, f"do not exist, relative to {root_of(path)}"),
         (outside, "are outside its folder, which --allow_outside_paths accepts"),
@@ -157,7 +164,7 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
     if rows[0].split:
         is_val = torch.tensor([row.split == "val" for row in rows])
     else:
-        names = [os.path.normpath(row.image_path) for row in rows]
+        names = [_normal(row.image_path) for row in rows]
         hashes = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names}
         chosen = set(sorted(hashes, key=hashes.__getitem__)[: round(val_fraction * len(hashes))])
         is_val = torch.tensor([name in chosen for name in names])
@@ -169,16 +176,13 @@ def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor
 
     They are random, of all classes in turn; the others follow in their order.
     """
-    if len(candidates) <= count:
-        return candidates
     seen: Counter[str] = Counter()
     ranks = {}
-    for row in epoch_order(candidates, 0, 0).tolist():
+    for row in epoch_order(candidates, 0, 0).tolist() if len(candidates) > count else ():
         ranks[row] = seen[rows[row].label]  # so many of its class come before
         seen[rows[row].label] += 1
     chosen = sorted(ranks, key=ranks.__getitem__)[:count]
-    others = set(ranks) - set(chosen)
-    return torch.tensor(chosen + [row for row in candidates.tolist() if row in others])
+    return torch.tensor(list(dict.fromkeys([*chosen, *candidates.tolist()])))
 
 
 def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:

@@ -5,17 +5,18 @@ Also as spreadsheets write it: separated by commas, semicolons or tabs, in UTF-8
 
 import codecs
 import csv
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import io
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from utils.cli import UserError, first_few, one_line
 from utils.data.sources import FILE_COLUMNS, SPLITS, Row, note
 from utils.files import TABLE_BYTES, check_size
-from utils.progress import ProgressBar
 
 SEPARATORS = ",;\t"
 
@@ -48,7 +49,8 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     row with too many or too few fields.
     """
     rows: list[Row] = []
-    with _open_table(path) as reader:
+    reader = _open_table(path)
+    try:
         header = [_column_name(name) for name in next(reader, [])]
         known = [name for name in header if name in Row._fields]
         if "image_path" not in header:
@@ -59,52 +61,46 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
             raise UserError(f"{path} repeats a column: {','.join(header)!r:.200}")
         # Of a missing column, the "" that is appended to each row.
         chosen = itemgetter(*(header.index(n) if n in header else -1 for n in Row._fields))
-        try:
-            for fields in reader:
-                if not any(fields):  # an empty line, which spreadsheets fill with separators
-                    continue
-                if len(fields) != len(header):
-                    raise csv.Error(f"{len(fields)} fields, but the first line has {len(header)}")
-                row = Row._make(chosen((*fields, "")))
-                if row.split and row.split not in SPLITS:
-                    raise csv.Error(f"split is {row.split!r}; use train or val")
-                rows.append(row)
-        except csv.Error as error:
-            raise UserError(
-                f"{path} row {len(rows) + 1} (up to line {reader.line_num}): {one_line(error)}; "
-                "close each quote, and quote values that contain a separator"
-            ) from error
+        for fields in reader:
+            if not any(fields):  # an empty line, which spreadsheets fill with separators
+                continue
+            if len(fields) != len(header):
+                raise csv.Error(f"{len(fields)} fields, but the first line has {len(header)}")
+            fields.append("")
+            row = Row._make(chosen(fields))
+            if row.split and row.split not in SPLITS:
+                raise csv.Error(f"split is {row.split!r}; use train or val")
+            rows.append(row)
+    except csv.Error as error:
+        raise UserError(
+            f"{path} row {len(rows) + 1} (up to line {reader.line_num}): {one_line(error)}; "
+            "close each quote, and quote values that contain a separator"
+        ) from error
     return header, rows
 
 
-@contextmanager
-def _open_table(path: Path) -> Iterator[Any]:
+def _open_table(path: Path) -> Any:
     """A csv.reader of a file, in its encoding and with its separator."""
     try:
         check_size(path, TABLE_BYTES)
-        with path.open("rb") as start:
-            wide = start.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        with path.open(encoding="utf-16" if wide else "utf-8-sig", newline="") as file:
-            first = file.readline()
-            separator = max(SEPARATORS, key=first.count)
-            if first.lower().startswith("sep="):  # Excel's
-                first = file.readline()
-            lines = itertools.chain([first], file)
-            bar = ProgressBar(lines, path.name, unit=" lines", leave=False, delay=1)
-            spaces = f"{separator} " in first
-            yield csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
-    except UnicodeDecodeError as error:
         content = path.read_bytes()
-        try:
-            content.decode("utf-8-sig")
-            line = 1
-        except UnicodeDecodeError as place:
-            line = content.count(b"\n", 0, place.start) + 1
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        lines = io.StringIO(content.decode("utf-16" if wide else "utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path} line {line} is not in UTF-8: {error.reason}; save it as CSV in UTF-8"
         ) from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error}") from error
+    first = lines.readline()
+    separator = max(SEPARATORS, key=first.count)
+    if first.lower().startswith("sep="):  # Excel's
+        first = lines.readline()
+    total = content.count(b"\n") or None
+    bar = tqdm(chain([first], lines), path.name, total, unit=" lines", disable=None, leave=False)
+    spaces = f"{separator} " in first
+    return csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
 
 
 def _column_name(name: str) -> str:
