@@ -14,8 +14,6 @@ import pytest
 from tests.conftest import ROOT
 from utils import cli
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @dataclass(frozen=True)
 class Config:
