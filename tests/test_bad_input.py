@@ -296,3 +296,28 @@ def test_a_full_folder_is_not_overwritten(
     flags = ("--model_path", gpt, "--output_dir", "mine")
     assert "exists and is not empty" in error_of("transformer_generation", *flags)
     assert Path("mine/00000.png").read_text() == "precious"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_any_work(
+    error_of: Call, data: Path, tokenizer: Path, gpt: Path, indices: Path
+) -> None:
+    """Some scripts ended in a traceback, and some did so after their work."""
+    scripts = {
+        "train_vqvae": ("--path_to_data", data),
+        "quantize_dataset": ("--model_dir", tokenizer, "--path_to_data", data),
+        "train": ("--path_to_data", indices),
+        "transformer_generation": ("--model_path", gpt),
+        "evaluate": ("reconstructions", "--model_dir", tokenizer, "--path_to_data", data),
+        "vqvae.images_from_indexes": ("--indexes_path", indices, "--model_dir", tokenizer),
+        "vqvae.convert": ("--to", "taming", "--checkpoint", tokenizer),
+        "transformer.convert": ("--from", "llamagen", "--checkpoint", "c2i.pt"),
+        "utils.data.download": ("digits",),
+    }
+    Path("outputs").touch()
+    for script, flags in scripts.items():
+        for place in ("outputs/here", "/proc/here/there"):
+            error = error_of(script, *flags, "--output_dir", place)
+            assert f"cannot write to {place}" in error
+    for script in list(scripts)[:5]:  # where each writes without the flag
+        assert "cannot write to outputs" in error_of(script, *scripts[script])
+    assert not Path("mlflow.db").exists()

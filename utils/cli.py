@@ -380,6 +380,7 @@ def unused(path: Path) -> Path:
 
     It is created at once, so that of several processes each gets its own.
     """
+    check_writable(path)
     folder = path
     for number in itertools.count(2):
         with suppress(FileExistsError):
