@@ -4,7 +4,6 @@ import csv
 import json
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -208,7 +207,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
     (path / "condition.npy").unlink()
     with pytest.raises(UserError, match=r"condition\.npy.*No such file"):
         read_conditions(path, indices)
-    assert read_conditions(path, replace(indices, meta=None)) is None
+    assert read_conditions(path, indices._replace(meta=None)) is None
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     configure_process()
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from transformer.config import GPTConfig
@@ -132,8 +133,9 @@ def sample_bits(model: GPT) -> float:
     """
     classes = torch.arange(min(4, model.config.num_classes))
     height, width = model.config.latent_dim
-    grids = generate(model, classes, size=(min(2, height), width))
-    return float(model.loss(classes, grids).mean()) / math.log(2)
+    rows = generate(model, classes, size=(min(2, height), width))
+    grids = F.pad(rows, (0, 0, 0, height - rows.shape[1]))
+    return float(model.loss(classes, grids)[:, : rows[0].numel()].mean()) / math.log(2)
 
 
 def main(arguments: argparse.Namespace) -> None:
