@@ -16,10 +16,10 @@ from vqvae import VQVAE, VQVAEConfig, convert
 from vqvae.convert import write_diffusers
 from vqvae.formats import (
     FORMATS,
-    _smooth_images,
     export_weights,
     import_weights,
     reconstruction_error,
+    smooth_image,
 )
 
 
@@ -283,7 +283,7 @@ def test_weights_that_are_read_wrongly_do_not_reconstruct(kind: str) -> None:
     shape = {"channels": 32, "channel_multipliers": (1, 1), "num_res_blocks": 1}
     torch.manual_seed(0)
     model = VQVAE(VQVAEConfig.create(quantizer=kind, image_size=(16, 16), in_channels=3, **shape))
-    images = _smooth_images(model.config)
+    images = smooth_image(model.config)
     optimizer = torch.optim.Adam(model.parameters(), 2e-3)
     for _ in range(60):
         optimizer.zero_grad()

@@ -263,20 +263,20 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     return state | {name: torch.zeros(length) for name, length in layout.buffers.items()}
 
 
-def _smooth_images(config: VQVAEConfig) -> Tensor:
-    """Random images (4, C, H, W) in [-1, 1] without sharp edges, the same in each call."""
+def smooth_image(config: VQVAEConfig) -> Tensor:
+    """A random image (1, C, H, W) in [-1, 1] without sharp edges, the same in each call."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, config.in_channels or 3, 8, 8, generator=generator)
+    noise = torch.randn(1, config.in_channels or 3, 8, 8, generator=generator)
     return F.interpolate(noise, size=config.image_size or (64, 64), mode="bicubic").clamp(-1, 1)
 
 
 @torch.no_grad()
 def reconstruction_error(model: VQVAE) -> float:
-    """Squared error for smooth random images relative to that of a grey image.
+    """Squared error for a smooth random image relative to that of a grey image.
 
     It is well below 1 for a trained model, and above where its weights are read wrongly.
     """
-    images = _smooth_images(model.config)
+    images = smooth_image(model.config)
     error = model.decode(model.encode(images)) - images
     return float(error.square().mean() / images.square().mean())
 
@@ -289,7 +289,7 @@ def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
     read as it was trained, and the share of equal indices by each lookup.
     """
     config, quantizer = model.config, model.quantizer
-    z_e = model.encoder(_smooth_images(config))
+    z_e = model.encoder(smooth_image(config))
     vectors, indices = z_e.permute(0, 2, 3, 1).flatten(0, 2), quantizer.nearest(z_e).flatten()
     vectors = F.normalize(vectors, dim=1) if config.quantizer == "cosine" else vectors
     codes = quantizer.lookup(torch.arange(config.codebook_size))
