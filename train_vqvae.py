@@ -30,7 +30,7 @@ from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
 from utils.training.start import dry_run, open_run
-from utils.training.state import fingerprint
+from utils.training.state import RowDigests
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.config import all_options, training_only
@@ -314,7 +314,8 @@ def main(arguments: cli.Flags) -> None:
     counts = torch.zeros(model.config.num_codes, device=device)  # of codes since the last log
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
-    settings |= {"data_sha256": fingerprint(dataset.rows), "precision": precision}
+    settings["precision"] = precision
+    parts["rows"] = RowDigests(dataset.rows)
     optimizers = make_optimizers(configs, model, adversary)
     state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
     state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import train
-from tests.conftest import environment, write_images
+from tests.conftest import TINY_TOKENIZER, environment, run_script, write_images
 from utils import cli
 from utils.files import lock_folder
 from utils.training.config import TrainingConfig
@@ -206,3 +206,22 @@ def test_a_second_training_in_a_folder_is_refused(store: Any) -> None:
     with lock_folder(Path("a")), pytest.raises(cli.UserError, match="is writing to a; wait"):
         run_train(f"--path_to_data indices.txt {SMALL} --batch_size 8 --output_dir a")
     assert [path.name for path in Path("a").iterdir()] == ["lock"]
+
+
+def test_images_can_be_left_out_of_a_training_that_has_begun(
+    store: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The advice about a damaged file was to leave it out, and the resumed training refused."""
+    data = write_images(Path("data"))
+    flags = ("--path_to_data", str(data), *map(str, TINY_TOKENIZER), "--output_dir", "a")
+    run_script("train_vqvae.py", *flags, "--max_steps", "2")
+    lines = data.read_text().splitlines()
+    data.write_text("\n".join([*lines[:4], *lines[5:]]))
+    done = run_script("train_vqvae.py", "--resume", "a", "--max_steps", "4")
+    assert "warning: 1 of the 12 rows of the data are missing now" in done.stdout
+    assert json.loads(Path("a/status.json").read_text())["step"] == 4
+    for rows in (lines[:0:-1], [*lines[1:], "0.png,other"]):
+        data.write_text("\n".join([lines[0], *rows]))
+        done = run_script("train_vqvae.py", "--resume", "a", "--max_steps", "5", check=False)
+        assert done.returncode == 2
+        assert "rows of the data are new, or in another order" in done.stderr

@@ -208,10 +208,8 @@ def to_llamagen(model: GPT) -> dict[str, Tensor]:
     """The weights of a GPT under LlamaGen's names, whose queries and keys turn neighbours."""
     weights, own = {}, model.state_dict()
     rows = 2 * DIM
-    for ours, theirs in convert.KEYS.items():
-        weights[theirs[0]] = own[ours]
     for number in range(LAYERS):
-        for ours, theirs in convert.LAYER_KEYS.items():
+        for ours, theirs in convert.KEYS.items():
             weight = own[ours.format(i=number)]
             if ours.endswith("qkv.weight"):
                 halves = weight[:rows].unflatten(0, (-1, 2, DIM // HEADS // 2))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.cli import UserError, one_line
+from utils.data.sources import note
 from utils.distributed import Distributed
 from utils.files import Files, read_json, read_tensors, typed
 from utils.model_folder import WEIGHTS
@@ -182,6 +183,27 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+class RowDigests:
+    """The rows that a training began with: on resume some may be missing, but none may be new.
+
+    Of images that cannot be read, so that they can be left out of a training that has begun.
+    """
+
+    def __init__(self, rows: Iterable[tuple]) -> None:
+        digests = (hashlib.sha256(json.dumps(row).encode()).digest()[:8] for row in rows)
+        self.digests = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"digests": self.digests}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        before, now = state["digests"], self.digests
+        if not torch.equal(before[torch.isin(before, now)], now):
+            raise ValueError("rows of the data are new, or in another order")
+        if missing := len(before) - len(now):
+            note(f"warning: {missing:,} of the {len(before):,} rows of the data are missing now")
 
 
 def fingerprint(rows: Iterable[tuple], *arrays: np.ndarray) -> str:
