@@ -6,11 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from utils import cli
 from utils.data.sources import Row
 from utils.data.sources.csv import write_table
+from utils.progress import ProgressBar
 
 DOWNLOADS = {  # the class in torchvision.datasets, and the address that it downloads from
     "mnist": ("MNIST", "https://ossci-datasets.s3.amazonaws.com/mnist"),
@@ -29,7 +29,7 @@ def write_images(folder: Path, name: str, items: Iterable[Item], total: int | No
     """Write images as folder/name/*.png, and folder/name.csv."""
     (folder / name).mkdir(parents=True, exist_ok=True)
     rows = []
-    for path, label, split, image in tqdm(items, name, total, unit=" images", disable=None):
+    for path, label, split, image in ProgressBar(items, name, total, unit=" images"):
         image.save(folder / name / path)
         rows.append((f"{name}/{path}", label, split))
     columns = Row._fields[:3] if rows[0][2] else Row._fields[:2]

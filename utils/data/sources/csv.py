@@ -12,11 +12,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from utils.cli import UserError, first_few, one_line
 from utils.data.sources import FILE_COLUMNS, SPLITS, Row, note
 from utils.files import TABLE_BYTES, check_size
+from utils.progress import ProgressBar
 
 SEPARATORS = ",;\t"
 
@@ -98,7 +97,7 @@ def _open_table(path: Path) -> Any:
     if first.lower().startswith("sep="):  # Excel's
         first = lines.readline()
     total = content.count(b"\n") or None
-    bar = tqdm(chain([first], lines), path.name, total, unit=" lines", disable=None, leave=False)
+    bar = ProgressBar(chain([first], lines), path.name, total, unit=" lines", leave=False)
     spaces = f"{separator} " in first
     return csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
 
