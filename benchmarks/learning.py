@@ -256,8 +256,7 @@ def train_gpt(job: Job, flags: argparse.Namespace) -> Curve:
     return curve | {"parameters": [sum(p.numel() for p in model.parameters())]}
 
 
-def to_batch(images: Tensor) -> Tensor:
-    """uint8 (B, C, H, W) -> [-1, 1]."""
+def to_batch(images: Tensor) -> Tensor:  # uint8 -> [-1, 1]
     return images.float() / 127.5 - 1
 
 

@@ -58,8 +58,7 @@ BUFFERS = {"freqs_cis", "causal_mask"}  # not used here
 def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int = 0) -> GPT:
     """The GPT with these weights of a class-conditional one of LlamaGen, in eval mode and float32.
 
-    It was trained on grids of `latent_dim` (h, w). 0 heads: those of LlamaGen's model of its
-    width. A ValueError for weights that are missing, left over, or of another model.
+    `latent_dim` is the grid (h, w) of its training; 0 heads are those of LlamaGen's model.
     """
     for other, part in OTHERS.items():
         if any(part in name for name in weights):
@@ -115,11 +114,7 @@ def _infer_config(
 
 
 def _rotate_halves(qkv: Tensor, config: GPTConfig) -> Tensor:
-    """The rows of queries and keys reordered, of a projection ((heads + 2 kv_heads) * d, dim).
-
-    LlamaGen rotates neighbours (2i, 2i + 1) together, this project (i, i + d/2). Queries and keys
-    that are reordered alike have the same products.
-    """
+    """The rows of queries and keys: LlamaGen rotates 2i and 2i + 1 together, we i and i + d/2."""
     rows = (config.num_heads + config.num_kv_heads) * config.head_dim
     pairs = qkv[:rows].unflatten(0, (-1, config.head_dim // 2, 2))  # (heads, d / 2, 2, dim)
     return torch.cat([pairs.transpose(1, 2).flatten(0, 2), qkv[rows:]])
