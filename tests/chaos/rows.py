@@ -42,8 +42,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "mlflow",
-        "MLflow: 8 runs x 1,000 calls, 20 first starts at once; locked, slow, killed, silent, full, "
-        "500 MB over 20 MB/s",
+        "MLflow: 8 runs x 1,000 calls, 20 first starts at once; locked, slow, killed, silent, "
+        "full, 500 MB over 20 MB/s",
         servers.run,
         full=1_000,
         quick=25,

@@ -111,7 +111,7 @@ class Training:
         error = self.error
         if self.process.returncode or "Traceback" in error:
             raise RuntimeError(f"{self.name} ended with {self.process.returncode}: {error[-300:]}")
-        slowest, end = map(float, out.split())
+        slowest, end = map(float, out.splitlines()[-1].split())
         return slowest, end
 
 

@@ -25,6 +25,7 @@ from utils.provenance import Stage
 METRICS, EVENTS = "metrics.jsonl", "mlflow.jsonl"
 TABLES = "tables"  # a folder of the output folder and of the artifacts
 RETRY_SECONDS = 10  # after a failure
+GIVE_UP_SECONDS = 10  # of failures alone, once a sender is closed
 FIELDS = {  # kind of an event: the fields that it must have
     "metric": (),
     "picture": ("path", "name"),  # name: its key
@@ -223,7 +224,9 @@ class Sender(threading.Thread):
         while not self._is_stopped:
             with self._changed:
                 self._changed.wait_for(lambda: self._events or self._is_closing)
-                if not self._events or (self._is_closing and failures > len(self._events)):
+                late = time.monotonic() > self._success + GIVE_UP_SECONDS
+                failed = failures > len(self._events) or (failures and late)
+                if not self._events or (self._is_closing and failed):
                     return
                 event = self._events[0]  # it counts as left while it is sent
             try:
