@@ -105,6 +105,9 @@ def test_names_say_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
     flags.given = frozenset(values)
     assert tracking.given_settings(flags) == {"dim": 64, "dropout": 0.5, "levels": (8, 5)}
     assert tracking.name_of(flags, "gpt-4x64") == "gpt-4x64-dropout0.5-levels_8_5"
+    flags.learning_rate, flags.batch_size = 0.001, 512
+    flags.given |= {"learning_rate", "batch_size"}
+    assert tracking.name_of(flags, "gpt-4x64") == "gpt-4x64-bs512-dropout0.5-lr0.001"
     monkeypatch.setenv("MLFLOW_RUN_NAME", "by platform")
     assert tracking.name_of(flags, "gpt-4x64") == "by platform"
     flags.run_name = "mine"

@@ -29,19 +29,16 @@ from utils.provenance import LINEAGE, Lineage, Stage
 from utils.tracking import sync
 from utils.tracking.sync import TABLES, Event, Sender
 
-PARENTS = {  # the stages whose runs a later stage logs to
-    "indices": ("tokenizer",),
-    "samples": ("gpt",),
-    "images": ("gpt", "tokenizer"),
-}
+# The stages whose runs a later stage logs to.
+PARENTS = {"indices": ("tokenizer",), "samples": ("gpt",), "images": ("gpt", "tokenizer")}
 NOT_COMPARED = (  # flags of a training that do not make it another
     *("output_dir", "run_name", "experiment", "register", "resume", "debug", "device"),
     *("num_workers", "path_to_data", "model_dir", "checkpoint_every", "evaluate_every"),
     *("compile", "allow_outside_paths", "skip_bad_images", "feature_weights", "lpips_weights"),
 )
 IN_NAME = ("quantizer", "codebook_size", "num_layers", "dim", "window_size", "init_from", "preset")
-MAX_NAME, MAX_PARAM = 100, 250  # characters of a run's name, of a parameter
-MAX_PARAMS = 10  # MLflow prints all of them on every image
+MAX_NAME = 40  # characters of a run's name: a longer one moves the pictures in MLflow out of view
+MAX_PARAMS, MAX_PARAM = 10, 250  # MLflow prints all of them on every image; characters of one
 SYSTEM_SECONDS = 10  # between samples of the machine
 END_SECONDS = 20  # that a server may be silent while a run ends
 SILENT_SECONDS = 5  # until a line states that uploads are awaited
@@ -57,11 +54,15 @@ def given_settings(flags: Flags) -> dict[str, Any]:
 
 
 def name_of(flags: Flags, model: str) -> str:
-    """The name of a training's run: `--run_name`, MLFLOW_RUN_NAME, or `model` and what is set."""
+    """`--run_name`, MLFLOW_RUN_NAME, or `model` and the flags that fit: bs64 for batch_size."""
     if name := flags.run_name or os.environ.get("MLFLOW_RUN_NAME"):
         return name
-    words = [f"{key}{value}" for key, value in given_settings(flags).items() if key not in IN_NAME]
-    return re.sub(r"[^\w.-]+", "_", "-".join([model, *words]))[:MAX_NAME].rstrip("-_.")
+    for key, value in given_settings(flags).items():
+        short = "".join(word[0] for word in key.split("_")) if "_" in key else key
+        longer = re.sub(r"[^\w.-]+", "_", f"{model}-{short}{value}").rstrip("-_.")
+        if key not in IN_NAME and len(longer) <= MAX_NAME:
+            model = longer
+    return model
 
 
 def home_of(run_id: str) -> Path | None:
@@ -115,9 +116,8 @@ def continue_run(
 class Run:
     """One MLflow run and its output folder; a context manager that also records how it ended.
 
-    Attributes:
-        lineage: the commands up to this one; () for output that no later stage reads.
-        ui_hint: the lines for the terminal that state how to open the run in MLflow's UI.
+    `lineage` are the commands up to this one, () for output that no later stage reads; `ui_hint`
+    states how to open the run in MLflow's UI.
     """
 
     def __init__(
