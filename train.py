@@ -38,7 +38,7 @@ from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
-from utils.training.state import fingerprint
+from utils.training.state import StopSignals, fingerprint
 
 BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
 SAMPLES = 64  # images generated at each evaluation
@@ -297,7 +297,7 @@ def main(arguments: cli.Flags) -> None:
     baselines = f"unigram {validation.unigram:.3f}, bigram {validation.bigram:.3f}"
     group.print(f"baselines: {baselines} bits per token")
 
-    with cli.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+    with StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
         if state.progress.step == 0:
             checkpoints.save()
             evaluate_and_log(state, run, validation)

@@ -30,7 +30,7 @@ from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
 from utils.training.start import dry_run, open_run
-from utils.training.state import RowDigests
+from utils.training.state import RowDigests, StopSignals
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.config import all_options, training_only
@@ -342,7 +342,7 @@ def main(arguments: cli.Flags) -> None:
     if group.is_main:
         dataset.write_skipped(run.output_dir)
 
-    with cli.StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
+    with StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
         if state.progress.step == 0:
             checkpoints.save()
             evaluate_and_log(state, run, dataset, val_rows, adversary)

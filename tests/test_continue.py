@@ -18,6 +18,7 @@ from utils import cli
 from utils.files import lock_folder
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule
+from utils.training.state import StopSignals
 
 SMALL = "--dim 16 --num_layers 1 --num_heads 1 --dropout 0 --device cpu --precision fp32"
 
@@ -111,7 +112,7 @@ def test_a_file_without_rights_is_one_line(
 
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
-    with cli.StopSignals(lambda code: None) as stop:
+    with StopSignals(lambda code: None) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.number == signal.SIGTERM
 
@@ -119,7 +120,7 @@ def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
 def test_nohup_keeps_a_training_alive() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with cli.StopSignals(lambda code: None) as stop:
+        with StopSignals(lambda code: None) as stop:
             signal.raise_signal(signal.SIGHUP)
             assert stop.number == 0
     finally:

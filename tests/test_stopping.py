@@ -13,9 +13,10 @@ import pytest
 
 from tests.conftest import environment
 from tests.test_training import make_state
-from utils.cli import Stopped, StopSignals
+from utils.cli import Stopped
 from utils.tracking.__main__ import replay
 from utils.training.loop import end_step
+from utils.training.state import StopSignals
 
 CODES = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 143)]
 
@@ -51,12 +52,12 @@ import sys, time
 from pathlib import Path
 import torch
 from tests.test_checkpoints import Net
-from utils.cli import Stopped, StopSignals
+from utils.cli import Stopped
 from utils.distributed import Distributed
 from utils.provenance import Provenance
 from utils.tracking import Run
 from utils.training.checkpoint import Checkpointer
-from utils.training.state import CheckpointState, Progress
+from utils.training.state import CheckpointState, Progress, StopSignals
 
 group, net = Distributed(0, 1, torch.device("cpu")), Net()
 run = Run(Path("out"), stage="gpt", experiment="tests")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.cli import StopSignals, UserError
+from utils.cli import UserError
 from utils.distributed import Distributed
 from utils.training.checkpoint import find_output_dir
 from utils.training.config import TrainingConfig
@@ -23,7 +23,7 @@ from utils.training.loop import (
     update_weights,
 )
 from utils.training.optim import make_optimizer
-from utils.training.state import Progress
+from utils.training.state import Progress, StopSignals
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 

@@ -8,14 +8,13 @@ import operator
 import os
 import re
 import shlex
-import signal
 import sys
 import tempfile
 import traceback
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 # Limits of a field, by their name in its metadata.
@@ -51,38 +50,6 @@ class Stopped(Exception):
     def __init__(self, signal_number: int) -> None:
         super().__init__(f"stopped by signal {signal_number}")
         self.exit_code = 128 + signal_number
-
-
-class StopSignals(AbstractContextManager):
-    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
-
-    A second signal calls `end_at_once(exit code)` and ends the process, even while it waits for a
-    server. SIGUSR1, which batch systems send before the time is up, and SIGHUP of a closed
-    terminal count as SIGTERM. Under nohup, which ignores SIGHUP, the training continues.
-    """
-
-    def __init__(self, end_at_once: Callable[[int], object]) -> None:
-        self.number, self._end_at_once = 0, end_at_once
-
-    def __enter__(self) -> "StopSignals":
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._receive) for number in numbers}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: object) -> None:
-        number = number if number == signal.SIGINT else signal.SIGTERM
-        if self.number:
-            try:
-                self._end_at_once(128 + number)
-            finally:
-                os._exit(128 + number)  # an exception would wait for all that is left to send
-        self.number = number
 
 
 def integers(text: str) -> tuple[int, ...]:

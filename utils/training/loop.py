@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.cli import Stopped, StopSignals, UserError, first_few
+from utils.cli import Stopped, UserError, first_few
 from utils.data.sources import epoch_order
 from utils.distributed import Distributed
 from utils.progress import ProgressBar
 from utils.training.checkpoint import Checkpointer
 from utils.training.config import EPOCHS, MIN_STEPS, TrainingConfig
 from utils.training.optim import EMA
-from utils.training.state import CheckpointState, Progress
+from utils.training.state import CheckpointState, Progress, StopSignals
 
 T = TypeVar("T")
 FAST = 0.1  # relative improvement in the second half of a training that was too short

@@ -3,8 +3,11 @@
 import hashlib
 import json
 import math
+import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,38 @@ FREE = (
     *("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths"),
     *("register", "max_minutes", "dry_run"),
 )
+
+
+class StopSignals(AbstractContextManager):
+    """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
+
+    A second signal calls `end_at_once(exit code)` and ends the process, even while it waits for a
+    server. SIGUSR1, which batch systems send before the time is up, and SIGHUP of a closed
+    terminal count as SIGTERM. Under nohup, which ignores SIGHUP, the training continues.
+    """
+
+    def __init__(self, end_at_once: Callable[[int], object]) -> None:
+        self.number, self._end_at_once = 0, end_at_once
+
+    def __enter__(self) -> "StopSignals":
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: object) -> None:
+        number = number if number == signal.SIGINT else signal.SIGTERM
+        if self.number:
+            try:
+                self._end_at_once(128 + number)
+            finally:
+                os._exit(128 + number)  # an exception would wait for all that is left to send
+        self.number = number
 
 
 @dataclass
