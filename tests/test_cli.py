@@ -266,3 +266,10 @@ def test_a_missing_input_is_refused_before_torch_is_imported(
         text=True,
     )
     assert "torch was imported" in done.stderr
+
+
+def test_a_flag_may_be_repeated() -> None:
+    parser = cli.make_parser("what it does")
+    parser.add_argument("--set", action="append", default=[])
+    assert parser.parse_args(["--set", "a", "--set", "b"]).set == ["a", "b"]
+    assert parser.parse_args([]).set == []

@@ -204,10 +204,11 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        absent = object()
+        absent: list[object] = []  # argparse extends a copy of it where an action appends
         probe = argparse.Namespace(**{action.dest: absent for action in self._actions})
         super().parse_known_args(args, probe)
-        self.set_defaults(**self.presets.get(vars(probe).get("preset"), {}))
+        preset = getattr(probe, "preset", absent)
+        self.set_defaults(**({} if preset is absent else self.presets[preset]))
         flags, rest = super().parse_known_args(args, namespace or Flags())
         flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
         flags.stored = frozenset()
