@@ -7,10 +7,13 @@ if __name__ == "__main__":
     refuse_missing_inputs()
 
 import argparse
+import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -109,6 +112,13 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
         error = "--candidates and --variations need --complete; add it"
     elif arguments.mask and not completes:
         error = "--mask needs --complete; add it"
+    elif arguments.class_frequencies and (
+        arguments.labels or arguments.unconditional or completes or arguments.conditions
+    ):
+        error = (
+            "--class_frequencies cannot be combined with --labels, --unconditional, --complete or "
+            "--conditions; omit it"
+        )
     elif arguments.labels and arguments.unconditional:
         error = "--labels cannot be combined with --unconditional; omit one of them"
     elif guided and not config.num_classes and not has_condition:
@@ -156,6 +166,20 @@ def read_conditions(
     return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
+def in_proportion(counts: Sequence[int], number: int) -> list[int]:
+    """`number` classes, each as often as its count demands, evenly mixed from the first on."""
+    shares = np.array(counts) / sum(counts)
+    # The k-th image of a class is due after (k + 1/2) / share images.
+    due = [
+        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
+        for index, share in enumerate(shares)
+        if share > 0
+    ]
+    classes = np.concatenate([np.full(len(times), index) for times, index in due])
+    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
+    return classes[order[:number]].tolist()
+
+
 def choose_labels(
     arguments: argparse.Namespace,
     vocabulary: Vocabulary,
@@ -164,6 +188,14 @@ def choose_labels(
     count: int,
 ) -> list[str]:
     """Labels of `count` images: --labels in turn, or those of their images, or all classes."""
+    if arguments.class_frequencies:
+        if not vocabulary.class_counts:
+            raise cli.UserError(
+                "this GPT's vocabulary does not hold how often each class occurs; omit "
+                "--class_frequencies and give --labels, or train the GPT again"
+            )
+        chosen = in_proportion(vocabulary.class_counts, count)
+        return [vocabulary.class_names[number] for number in chosen]
     names = arguments.labels or list(vocabulary.class_names) or [""]
     if not arguments.labels and (known is not None or condition.rows):
         names = [row.label for row in condition.rows] if known is None else known.labels
@@ -304,6 +336,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="indices folder to write (default: samples beside the GPT)")
     add("--num_images", type=cli.positive, default=64, help="how many (default: 64)")
     add("--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)")
+    add(
+        "--class_frequencies",
+        action="store_true",
+        help="sample each class as often as it occurs in the training data",
+    )
     add(
         "--conditions",
         metavar="INDICES",

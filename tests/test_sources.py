@@ -124,7 +124,10 @@ def rows_of(count: int) -> list[Row]:
     return [Row(f"{number}.png", "", "") for number in range(count)]
 
 
-@pytest.mark.parametrize(("count", "fraction", "expected"), [(100, 0.1, 10), (7, 0.5, 4)])
+@pytest.mark.parametrize(
+    ("count", "fraction", "expected"),
+    [(100, 0.1, 10), (7, 0.5, 4), (24, 0.01, 1), (24, 0, 0), (1, 0.1, 0)],
+)
 def test_seeded_split_has_the_right_size(count: int, fraction: float, expected: int) -> None:
     train, val = split_rows(rows_of(count), val_fraction=fraction, seed=0)
     assert len(val) == expected

@@ -157,6 +157,23 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
     assert not torch.equal(drawn(models / "completed"), drawn(models / "told"))
 
 
+def test_classes_may_be_sampled_as_often_as_they_occur(
+    models: Path, error_of: Callable[..., str]
+) -> None:
+    names, counts = ("a", "b", "c", "none"), (90, 9, 1, 0)
+    write_gpt("uneven", Vocabulary(CODES, GRID, class_names=names, class_counts=counts))
+    flags = ("--model_path", "uneven", "--device", "cpu", "--class_frequencies")
+    for count, expected in ((100, {"a": 90, "b": 9, "c": 1}), (10, {"a": 9, "b": 1})):
+        output = f"of-{count}"
+        call("transformer_generation", *flags, "--num_images", count, "--output_dir", output)
+        labels = [row.label for row in read_indices(output).rows]
+        assert {label: labels.count(label) for label in set(labels)} == expected
+    error = error_of("transformer_generation", *flags, "--labels", "a")
+    assert "--class_frequencies cannot be combined with --labels" in error
+    error = error_of("transformer_generation", *MODELS, "--class_frequencies")
+    assert "does not hold how often each class occurs" in error
+
+
 def test_images_can_be_completed_as_another_class(models: Path) -> None:
     """Also those of a text file, which has no labels."""
     np.savetxt("given.txt", drawn(models / "given").flatten(1), fmt="%d")

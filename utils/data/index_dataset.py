@@ -6,6 +6,7 @@ crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror image
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -198,10 +199,12 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
         if tokenizer is not None:
             origin = tokenizer.sha256, tokenizer.provenance.run_id
             meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
-    names = tuple(sorted({row.label for row in indices.rows} - {""}, key=natural_order))
+    counts = Counter(row.label for row in indices.rows)
+    names = tuple(sorted(counts.keys() - {""}, key=natural_order))
     grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
     condition = getattr(meta, "condition", None)
-    return Vocabulary(**grid, class_names=names, condition=condition)
+    class_counts = tuple(counts[name] for name in names)
+    return Vocabulary(**grid, class_names=names, class_counts=class_counts, condition=condition)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -69,10 +69,12 @@ class Vocabulary(GridMeta):
 
     Attributes:
         class_names: the labels in the order of their prefix tokens 0, 1, ...
+        class_counts: images of each class in the data; () if not known.
         condition: of the conditioning grid before the image's, None without one.
     """
 
     class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
     condition: GridMeta | None = None
 
     def __post_init__(self) -> None:

@@ -173,15 +173,16 @@ def _spellings(name: str) -> Iterator[str]:
 def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Row numbers for training and for validation, two ascending int64 tensors.
 
-    The split column decides where there is one. Otherwise `val_fraction` of the files are chosen
-    by a hash of seed and path, so that all rows of one file are on the same side.
+    The split column decides where there is one. Otherwise `val_fraction` of the files, at least
+    one, are chosen by a hash of seed and path, so that all rows of one file are on the same side.
     """
     if rows[0].split:
         is_val = torch.tensor([row.split == "val" for row in rows])
     else:
         names = [_normal(row.image_path) for row in rows]
         hashes = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names}
-        chosen = set(sorted(hashes, key=hashes.__getitem__)[: round(val_fraction * len(hashes))])
+        count = round(val_fraction * len(hashes)) or (val_fraction > 0 and len(hashes) > 1)
+        chosen = set(sorted(hashes, key=hashes.__getitem__)[:count])
         is_val = torch.tensor([name in chosen for name in names])
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
