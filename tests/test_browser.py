@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not BROWSER or not DRIVER, reason="no chromium and chromium-driver here"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
-PATIENCE = 60  # seconds, of a machine that has other things to do
+PATIENCE = 180  # seconds, of a machine that has other things to do
 FLAGS = (
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
     *("disable-background-networking", "disable-component-update", "disable-sync"),

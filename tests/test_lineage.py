@@ -18,7 +18,6 @@ from PIL import Image
 from tests.conftest import ROOT, write_images
 from utils import cli, provenance
 from utils.cli import UserError
-from utils.evaluation.inputs import sampling_run
 from utils.files import sha256
 from utils.provenance import Stage
 from utils.tracking import lineage
@@ -35,10 +34,10 @@ def done(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return pipeline
 
 
-def test_an_evaluation_finds_the_run_that_drew_the_images(done: Path) -> None:
+def test_an_evaluation_finds_the_run_that_generated_the_images(done: Path) -> None:
     lineage, _ = provenance.of_picture(Path("images/00000.png"))
-    assert sampling_run(lineage) == runs_of(done)["gpt"].info.run_id
-    assert sampling_run(lineage[:3]) == sampling_run(()) == ""
+    run_ids = {stage.name: stage.run_id for stage in lineage}
+    assert run_ids["samples"] == runs_of(done)["gpt"].info.run_id
 
 
 def client_of(folder: Path) -> Any:

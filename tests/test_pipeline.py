@@ -90,7 +90,7 @@ def test_mlflow_has_it_all(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for run in runs:  # MLflow's UI shows no picture of a run that has another file there
         assert all("+step+" in name for name in artifacts(run, "images"))
     assert "-window_size" not in gpt.info.run_name
-    assert gpt.info.run_name.endswith("-max_epochs4-num_heads2")
+    assert gpt.info.run_name.endswith("-me4-nh2")  # --max_epochs 4 --num_heads 2
     steps = [point.step for point in client.get_metric_history(tokenizer.info.run_id, "val/mse")]
     assert steps[0] == 0
     assert len(steps) == 4
