@@ -30,6 +30,7 @@ FLAGS = (
     *("disable-background-networking", "disable-component-update", "disable-sync"),
     *("disable-dev-shm-usage", "hide-scrollbars"),
 )
+ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"  # closes its panel
 # how many pictures of at least so many pixels are shown, and whether a curve is
 PICTURES = """return [...document.images].filter(
     image => image.complete && Math.max(image.naturalWidth, image.naturalHeight) >= arguments[0]
@@ -96,7 +97,9 @@ def chromium(width: int = 1500, height: int = 1400) -> Iterator[Any]:
 
 
 def save(browser: Any, path: Path) -> None:
-    """Save what the browser shows, `WIDTH` pixels wide."""
+    """Save what the browser shows, `WIDTH` pixels wide, without MLflow's assistant."""
+    for button in browser.find_elements("css selector", ASSISTANT):
+        button.click()
     time.sleep(2)  # charts move into place
     shown = Image.open(io.BytesIO(browser.get_screenshot_as_png())).convert("RGB")
     shown.thumbnail((WIDTH, 2 * WIDTH), Image.Resampling.LANCZOS)
