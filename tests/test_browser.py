@@ -27,7 +27,7 @@ PATIENCE = 180  # seconds, of a machine that has other things to do
 FLAGS = (
     *("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"),
     *("disable-background-networking", "disable-component-update", "disable-sync"),
-    *("disable-dev-shm-usage", "window-size=1500,2000"),
+    *("disable-dev-shm-usage", "window-size=1500,6000"),
 )
 DRAWN = """return [...document.images].filter(
     image => image.complete && Math.max(image.naturalWidth, image.naturalHeight) >= arguments[0]

@@ -208,7 +208,7 @@ class Parser(argparse.ArgumentParser):
         probe = argparse.Namespace(**{action.dest: absent for action in self._actions})
         super().parse_known_args(args, probe)
         preset = getattr(probe, "preset", absent)
-        self.set_defaults(**({} if preset is absent else self.presets[preset]))
+        self.set_defaults(**({} if preset is absent else self.presets.get(preset, {})))
         flags, rest = super().parse_known_args(args, namespace or Flags())
         flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
         flags.stored = frozenset()
