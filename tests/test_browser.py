@@ -106,8 +106,7 @@ def open_page(browser: Any, server: str, run: Any, page: str) -> None:
 def test_curves_and_pictures_of_a_run(browser: Any, server: str, tokenizer: Any) -> None:
     open_page(browser, server, tokenizer, "model-metrics")
     wait_for(lambda: browser.execute_script(DRAWN, 200))
-    # MLflow draws a curve only where it is in view: the headings stand for those below.
-    wait_for(lambda: "val" in browser.find_element("tag name", "body").text)
+    wait_for(lambda: browser.find_elements("css selector", ".js-plotly-plot .scatterlayer path"))
     text = browser.find_element("tag name", "body").text
     assert "pictures" in text
     assert "val" in text
