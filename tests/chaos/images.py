@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests.chaos.harness import Result
 from utils.cli import UserError
-from utils.data.decoding import Header, read_header, read_image
+from utils.data.decoding import METADATA_BYTES, Header, read_header, read_image
 from utils.data.images import ImageConfig, ImageDataset
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -222,7 +222,7 @@ def _catalogue() -> dict[str, tuple[bytes, bool]]:
     found["bomb.png"] = _png(20_000, 20_000, zlib.compress(bytes(2500 * 20_000 + 20_000))), False
     found["largest-side.png"] = _png((1 << 31) - 1, 1, b""), False
     found["no-pixels.png"] = _png(0, 0, b""), False
-    text = b"tEXt-bomb\0\0" + zlib.compress(bytes(50_000_000))
+    text = b"tEXt-bomb\0\0" + zlib.compress(bytes(2 * METADATA_BYTES))
     found["text-bomb.png"] = png[:33] + _chunk(b"zTXt", text) + png[33:], False
     found["huge-header.gif"] = b"GIF89a" + struct.pack("<HH", 65535, 65535) + bytes(3), False
     found["huge-header.bmp"] = _bmp(100_000, 100_000), False

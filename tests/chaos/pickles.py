@@ -124,7 +124,7 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     found["CSV"] = Path("data.csv"), lambda: sources.read_rows("data.csv")
     found["image"] = Path("a.png"), lambda: images.ImageDataset("data.csv")
     for name in ("a.ckpt", "a.pt", "a.pth", "a.bin"):
-        found[f"foreign {name}"] = Path(name), lambda name=name: foreign.read_state_dict(name)
+        found[f"foreign {name}"] = Path(name), lambda name=name: foreign.read_state_dict(name, "a")
     found["foreign safetensors"] = (
         Path("b.safetensors"),
         lambda: read_tensors(Path("b.safetensors")),
