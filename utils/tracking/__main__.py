@@ -26,7 +26,8 @@ def replay(client: Any, home: Path) -> Counter[str]:
     if not events:
         raise cli.UserError(f"{home} has no {sync.EVENTS}; give the output folder of a run")
 
-    def send(event: sync.Event) -> None:
+    def send(events: list[sync.Event]) -> None:
+        (event,) = events
         store.send(client, home, event)
         sync.append(home / sync.EVENTS, sync.sent(event))
         sent[event.kind] += 1

@@ -194,13 +194,13 @@ class Run:
         self._start_time = run.info.start_time / 1000
         logged = cache(partial(store.logged_metrics, client, self.run_id))
 
-        def send(event: Event) -> None:
-            if event.kind == "metric":
-                store.log_metrics(client, run, [event], logged() if continued else set())
+        def send(events: list[Event]) -> None:
+            if events[0].kind == "metric":
+                store.log_metrics(client, run, events, logged() if continued else set())
             else:
-                store.send(client, self.output_dir, event)
+                store.send(client, self.output_dir, events[0])
                 with suppress(OSError):  # a full disk
-                    sync.append(self._events, sync.sent(event))
+                    sync.append(self._events, sync.sent(events[0]))
 
         self._senders = [Sender(send, self._warn_once) for _ in range(2)]
 

@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ METRICS, EVENTS = "metrics.jsonl", "mlflow.jsonl"
 TABLES = "tables"  # a folder of the output folder and of the artifacts
 RETRY_SECONDS = 10  # after a failure
 GIVE_UP_SECONDS = 10  # of failures alone, once a sender is closed
+MAX_LINES = 100  # of metrics that are sent at once
 FIELDS = {  # kind of an event: the fields that it must have
     "metric": (),
     "picture": ("path", "name"),  # name: its key
@@ -174,16 +176,18 @@ def is_refusal(error: Exception) -> bool:
 
 
 class Sender(threading.Thread):
-    """Sends events in the background. One that fails is sent again after the others.
+    """Sends events in the background. What fails is sent again after the others.
+
+    Metrics that wait are sent together. If some of them are refused, the others still arrive.
 
     Attributes:
         refused: the kinds of the events that MLflow refused for good.
     """
 
     def __init__(
-        self, send: Callable[[Event], object], on_error: Callable[[Exception], object]
+        self, send: Callable[[list[Event]], object], on_error: Callable[[Exception], object]
     ) -> None:
-        """Start; `on_error` gets each failure of `send`."""
+        """Start; `send` gets metrics, or one other event, and `on_error` each of its failures."""
         super().__init__(daemon=True)
         self._send, self._on_error = send, on_error
         self._events: deque[Event] = deque()
@@ -220,7 +224,7 @@ class Sender(threading.Thread):
         self.join(0.5)
 
     def run(self) -> None:
-        failures = 0  # in a row
+        failures, size = 0, MAX_LINES  # events that failed in a row
         while not self._is_stopped:
             with self._changed:
                 self._changed.wait_for(lambda: self._events or self._is_closing)
@@ -228,18 +232,24 @@ class Sender(threading.Thread):
                 failed = failures > len(self._events) or (failures and late)
                 if not self._events or (self._is_closing and failed):
                     return
-                event = self._events[0]  # it counts as left while it is sent
+                # They count as left while they are sent.
+                batch = list(takewhile(lambda x: x.kind == "metric", islice(self._events, size)))
+                batch = batch or [self._events[0]]
             try:
-                self._send(event)
+                self._send(batch)
             except Exception as error:  # of the server, its stores, the network or the disk
                 self._on_error(error)
                 if not is_refusal(error):
-                    failures += 1
+                    failures += len(batch)
                     with self._changed:
-                        self._events.rotate(-1)
+                        self._events.rotate(-len(batch))
                         self._changed.wait_for(lambda: self._is_closing, RETRY_SECONDS)
                     continue
-                self.refused[event.kind] += 1
-            failures, self._success = 0, time.monotonic()
+                if len(batch) > 1:  # find out which of them
+                    size = len(batch) // 2
+                    continue
+                self.refused[batch[0].kind] += 1
+            failures, size, self._success = 0, min(2 * size, MAX_LINES), time.monotonic()
             with self._changed:
-                self._events.popleft()
+                for _ in batch:
+                    self._events.popleft()
