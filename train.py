@@ -27,20 +27,19 @@ from transformer import (
     sample_permutations,
 )
 from utils import addresses, cli, distributed, figures, tracking
-from utils.data.index_dataset import IndexDataset, IndicesConfig
+from utils.data.index_dataset import IndexDataset, IndicesConfig, baselines
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE
-from utils.evaluation import metrics
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, joined
 from utils.training import loop, start
 from utils.training.checkpoint import continue_training
-from utils.training.config import TrainingConfig
+from utils.training.config import TrainingConfig, sign_of
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
 from utils.training.state import StopSignals, fingerprint
 
-BEST_METRICS = ("bits_per_token", "fd_classifier", "label_agreement")  # for --best_metric
+BEST_METRICS = {"bits_per_token": 1, "fd_classifier": 1, "label_agreement": -1}  # and their signs
 SAMPLES = 64  # images generated at each evaluation
 NO_BETTER_WARNING = (
     "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
@@ -71,7 +70,7 @@ def make_validation(
         evaluator = SampleEvaluator(tokenizer, data.grids, data.rows, *splits, **options)
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
-    return Validation(data, tokenizer, evaluator, *metrics.baselines(*splits, *sizes))
+    return Validation(data, tokenizer, evaluator, *baselines(*splits, *sizes))
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
@@ -252,7 +251,8 @@ def main(arguments: cli.Flags) -> None:
     config = cli.read_flags(TrainingConfig, arguments)
     optimizer_config = cli.read_flags(OptimizerConfig, arguments)
     source = cli.read_flags(IndicesConfig, arguments)
-    sign = metrics.sign_of(config.best_metric, BEST_METRICS[: 3 if source.fd_samples else 1])
+    measured = BEST_METRICS if source.fd_samples else {"bits_per_token": 1}
+    sign = sign_of(config.best_metric, measured)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 

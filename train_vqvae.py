@@ -26,7 +26,7 @@ from utils.model_folder import load_model
 from utils.provenance import LoadedModel
 from utils.training import loop
 from utils.training.checkpoint import continue_training
-from utils.training.config import TrainingConfig
+from utils.training.config import TrainingConfig, sign_of
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
 from utils.training.start import dry_run, open_run
@@ -39,7 +39,6 @@ from vqvae.losses import LossConfig, ReconstructionLoss
 from vqvae.quantizers.codebook import CollapseMonitor
 from vqvae.train_step import compile_model, forward_backward
 
-BEST_METRICS = (*metrics.IMAGE_METRICS, "psnr", *metrics.CODE_METRICS)  # for --best_metric
 PICTURES = 32  # validation images that are shown
 
 
@@ -298,7 +297,7 @@ def main(arguments: cli.Flags) -> None:
     resumed = continue_training(arguments)
     configs = read_configs(arguments)
     config, data = configs.training, configs.data
-    sign = metrics.sign_of(config.best_metric, BEST_METRICS)
+    sign = sign_of(config.best_metric, metrics.SIGNS)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)

@@ -8,12 +8,6 @@ import pytest
 from benchmarks import architecture, reading
 from benchmarks.reading import BUDGETS, SCRIPTS, Source
 
-# Budgets that do not hold yet. To be emptied while the restructuring goes on.
-EXEMPT = {
-    "source lines",
-    "train.py: lines imported",
-    "mean characters of a line of code",
-}
 STEPS = [name for name in BUDGETS if name.startswith("files of")]
 
 
@@ -22,15 +16,9 @@ def values() -> dict[str, float]:
     return reading.measure()
 
 
-def check(name: str, values: dict[str, float]) -> None:
-    if name in EXEMPT:
-        pytest.skip(f"not yet: {values[name]:,} instead of {BUDGETS[name]:,}")
-    assert values[name] <= BUDGETS[name]
-
-
 @pytest.mark.parametrize("name", [name for name in BUDGETS if name not in STEPS])
 def test_budget(name: str, values: dict[str, float]) -> None:
-    check(name, values)
+    assert values[name] <= BUDGETS[name]
 
 
 @pytest.mark.filterwarnings("ignore")  # of what MLflow uses
@@ -39,8 +27,7 @@ def test_files_of_a_step() -> None:
     assert "train.py" in steps["one GPT training step"]
     assert "transformer/gpt.py" in steps["one sampling step"]
     values = reading.measure(steps)
-    over = {name: values[name] for name in STEPS if values[name] > BUDGETS[name]}
-    assert over.keys() <= EXEMPT, over
+    assert {name: values[name] for name in STEPS if values[name] > BUDGETS[name]} == {}
 
 
 def graph(*, late: bool = True, **texts: str) -> dict[str, set[str]]:

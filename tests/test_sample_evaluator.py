@@ -16,6 +16,7 @@ from utils import cli
 from utils.cli import UserError
 from utils.evaluation import features, metrics
 from utils.evaluation.features import DecodedImages
+from utils.training.config import sign_of
 
 Call = Callable[..., str]
 
@@ -78,11 +79,11 @@ def test_trainings_log_ssim_and_the_distance_of_samples(
     assert "fd_classifier is not measured here; use bits_per_token" in error
 
 
-def test_which_figures_are_better_when_lower() -> None:
-    assert metrics.sign_of("mse", ("mse", "ssim")) == 1
-    assert metrics.sign_of("ssim", ("mse", "ssim")) == -1
+def test_which_metrics_are_better_when_lower() -> None:
+    assert sign_of("mse", metrics.SIGNS) == 1
+    assert [sign_of(x, metrics.SIGNS) for x in ("ssim", "psnr", "codebook_usage")] == [-1] * 3
     with pytest.raises(UserError, match="--best_metric fid is not measured here; use mse, ssim"):
-        metrics.sign_of("fid", ("mse", "ssim"))
+        sign_of("fid", metrics.SIGNS)
 
 
 def test_decoded_images_have_eight_bits() -> None:

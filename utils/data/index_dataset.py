@@ -5,6 +5,7 @@ condition.npy  (N, hc, wc): the grid of an image that comes with each image, suc
 crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from utils.data.sources import Row, preview_first, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, Vocabulary
 from utils.provenance import LoadedModel
 
+MAX_TOKENS = 1 << 25  # more would not change a baseline
 PREVIEW = 64  # validation rows whose conditions and classes are shown
 CONDITION, CROPS = "condition.npy", "crops.npy"
 
@@ -215,3 +217,38 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
+
+
+def with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
+    """Grids whose depths, where there are several, have their own indices, int64."""
+    return grids.long() + codebook_size * torch.arange(depth) if depth > 1 else grids.long()
+
+
+def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tuple[float, float]:
+    """Unigram and bigram bits per token of validation grids: what a GPT has to improve on.
+
+    The unigram adds one to each count of an index in the training grids (Laplace). The bigram
+    predicts each index from the previous one in raster order, smoothed by the unigram in proportion
+    to the number of distinct successors (Witten and Bell, 1991). Grids are (N, h, w), or
+    (N, h, w, depth): each depth has its own statistics, and no bits are spent on the depth itself.
+    """
+    size, rows = codebook_size * depth, max(1, MAX_TOKENS // train[0].numel())
+    grids = (with_depth(x[:rows], codebook_size, depth) for x in (train, val))
+    train, val = (x.flatten(1) for x in grids)
+    counts = torch.bincount(train.flatten(), minlength=size)
+    unigram = (counts.double() + 1) / (counts.sum() + size)
+
+    pairs = train[:, :-1] * size + train[:, 1:]
+    observed, times = pairs.unique(return_counts=True)  # sorted
+    previous = observed // size
+    total = torch.bincount(previous, times.double(), size)
+    successors = torch.bincount(previous, minlength=size).double()
+    first, second = val[:, :-1].flatten(), val[:, 1:].flatten()
+    wanted = first * size + second
+    place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
+    found = torch.where(observed[place] == wanted, times[place], 0).double()
+    weight = successors[first].clamp(min=1)  # without successors: the unigram
+    bigram = (found + weight * unigram[second]) / (total[first] + weight)
+    bits = unigram[val[:, 0]].log2().sum() + bigram.log2().sum()
+    unigram_bits = float(-unigram[val].log2().mean()) - math.log2(depth)
+    return unigram_bits, float(-bits) / val.numel()

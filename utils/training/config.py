@@ -2,9 +2,10 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from utils.cli import check_limits, flag
+from utils.cli import UserError, check_limits, flag
 
 EPOCHS, MIN_STEPS = 20, 1000  # the default length of a training: whichever is longer
 
@@ -76,3 +77,11 @@ class TrainingConfig:
                 f"checkpoint_every must be steps as 500 or minutes as 5m, got {every!r}"
             )
         check_limits(self)
+
+
+def sign_of(metric: str, signs: Mapping[str, int]) -> int:
+    """The sign of `--best_metric`: 1 where lower is better, -1 where higher is better."""
+    if metric not in signs:
+        others = ", ".join(signs)
+        raise UserError(f"--best_metric {metric} is not measured here; use {others}")
+    return signs[metric]
