@@ -103,5 +103,5 @@ def test_all_processes_of_torchrun_ask_at_once(store: Any) -> None:
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=60) for process in processes]
+    said = [process.communicate(timeout=300) for process in processes]
     assert {out.strip() for out, _ in said} == {f"outputs/{run_id}/checkpoints/step-00000003"}, said

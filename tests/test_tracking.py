@@ -326,7 +326,7 @@ def test_closing_does_not_wait_for_the_next_sample(store: Any) -> None:
 def test_a_training_logs_them(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking_run, "SYSTEM_SECONDS", 0.01)
     with open_run() as run:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while not (run.output_dir / "metrics.jsonl").exists():
             assert time.monotonic() < deadline
             time.sleep(0.01)
