@@ -14,6 +14,7 @@ from benchmarks import record
 from benchmarks.gpt import gpt2_loss, make_gpt2, train_step
 from transformer import GPT, GPTConfig, Guidance, generate
 from utils import cli
+from utils.plan import flops_per_token
 
 PEAK_FLOPS = 989e12  # of an H100 SXM in bfloat16, dense (its data sheet)
 BANDWIDTH = 3.0e12  # bytes/s, measured on an H100
@@ -47,14 +48,6 @@ def seconds_of(way: Callable[[], object], flags: argparse.Namespace) -> float:
     return (time.perf_counter() - start) / flags.rounds
 
 
-def flops_a_token(model: GPT) -> float:
-    """Of forward and backward (arXiv 2204.02311, appendix B): 6 a weight, and the attention."""
-    config = model.config
-    matrices = sum(p.numel() for p in (*model.blocks.parameters(), model.head.weight))
-    positions = config.latent_dim[0] * config.latent_dim[1]
-    return 6 * matrices + 12 * config.num_layers * config.dim * positions
-
-
 def training(flags: argparse.Namespace) -> dict[str, float]:
     """tokens/s in bf16, compiled, ours and GPT-2's of the same size, and our share of the peak."""
     side, count = flags.side, flags.batch_size
@@ -80,7 +73,7 @@ def training(flags: argparse.Namespace) -> dict[str, float]:
     own = results["tokens_per_second"]
     return results | {
         "ratio": own / results["gpt2_tokens_per_second"],
-        "share_of_peak": own * flops_a_token(ours) / PEAK_FLOPS,
+        "share_of_peak": own * flops_per_token(ours.config) / PEAK_FLOPS,
     }
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import gpu, learning, recipes
-from transformer import GPT, GPTConfig
+from transformer import GPTConfig
+from utils.plan import flops_per_token
 
 
 def test_the_gpu_benchmark_runs(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,7 +28,7 @@ def test_arithmetic_of_a_token() -> None:
     """Six a weight that multiplies; the embedding and the prefix are looked up."""
     config = GPTConfig(32, latent_dim=(1, 1), num_layers=1, num_heads=1, dim=16, hidden_dim=24)
     weights = 4 * 16 * 16 + 3 * 16 * 24 + 16 * 32 + 2 * 16 + 2 * 16  # and gains
-    assert gpu.flops_a_token(GPT(config)) == 6 * weights + 12 * 16
+    assert flops_per_token(config) == 6 * weights + 12 * 16
 
 
 def test_finished_trainings_are_not_repeated(
