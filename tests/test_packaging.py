@@ -86,3 +86,7 @@ def test_packages_that_are_lifted_out_read_a_model_folder(own_folder: Path) -> N
     code += "VQVAE.from_pretrained('tokenizer'), GPT.from_pretrained('gpt')"
     environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_slurm_script_is_valid_bash() -> None:
+    subprocess.run(["bash", "-n", ROOT / "launch" / "slurm.sbatch"], check=True)

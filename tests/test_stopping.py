@@ -46,6 +46,21 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(number: int, code: int)
     assert signal.getsignal(number) is before
 
 
+def test_a_signal_that_torchrun_passes_on_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals all processes of a step, and torchrun the others again: no checkpoint."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    ended: list[int] = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with StopSignals(ended.append) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (stop.number, ended) == (signal.SIGTERM, [])
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 10)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert ended == [143, 143]
+
+
 # A training whose MLflow does not answer. It says when it is in a step, and when it is closing.
 FROZEN = """
 import sys, time

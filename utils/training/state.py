@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -36,16 +37,21 @@ FREE = (
 )
 
 
+FORWARD_SECONDS = 5  # in which torchrun passes on a signal
+
+
 class StopSignals(AbstractContextManager):
     """Records SIGINT, SIGTERM, SIGUSR1 and SIGHUP, so that the loop can end after its step.
 
     A second signal calls `end_at_once(exit code)` and ends the process, even while it waits for a
     server. SIGUSR1, which batch systems send before the time is up, and SIGHUP of a closed
-    terminal count as SIGTERM. Under nohup, which ignores SIGHUP, the training continues.
+    terminal count as SIGTERM. Under nohup, which ignores SIGHUP, the training continues. torchrun
+    passes on each signal, which a terminal or Slurm also sends to this process: one signal, twice.
     """
 
     def __init__(self, end_at_once: Callable[[int], object]) -> None:
-        self.number, self._end_at_once = 0, end_at_once
+        self.number, self._time, self._end_at_once = 0, 0.0, end_at_once
+        self._patience = FORWARD_SECONDS if "TORCHELASTIC_RUN_ID" in os.environ else 0
 
     def __enter__(self) -> "StopSignals":
         numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -60,12 +66,14 @@ class StopSignals(AbstractContextManager):
 
     def _receive(self, number: int, frame: object) -> None:
         number = number if number == signal.SIGINT else signal.SIGTERM
+        if self.number and time.monotonic() < self._time + self._patience:
+            return
         if self.number:
             try:
                 self._end_at_once(128 + number)
             finally:
                 os._exit(128 + number)  # an exception would wait for all that is left to send
-        self.number = number
+        self.number, self._time = number, time.monotonic()
 
 
 @dataclass
