@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -36,6 +37,7 @@ PICTURES = """return [...document.images].filter(
     image => image.complete && Math.max(image.naturalWidth, image.naturalHeight) >= arguments[0]
 ).length"""
 CURVES = "return document.querySelectorAll('.js-plotly-plot .scatterlayer path').length"
+PATIENCE = 120  # seconds, of a machine that has other things to do
 
 
 @contextlib.contextmanager
@@ -67,7 +69,7 @@ def answers(address: str) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def wait_for(condition: Callable[[], Any], seconds: float = PATIENCE) -> Any:
     """The value of `condition` as soon as it is true; a TimeoutError after `seconds`."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -90,10 +92,18 @@ def chromium(width: int = 1500, height: int = 1400) -> Iterator[Any]:
     for flag in (*FLAGS, f"window-size={width},{height}"):
         options.add_argument(f"--{flag}")
     opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    opened.set_script_timeout(PATIENCE)  # a page of many charts takes long
     try:
         yield opened
     finally:
         opened.quit()
+
+
+def open_page(browser: Any, server: str, page: str) -> None:
+    """Open a page of MLflow's UI, by what follows # in its address."""
+    browser.get("about:blank")  # a new address behind # alone loads nothing
+    mode = "&" if "?" in page else "?"
+    browser.get(f"{server}/#/{page}{mode}workflowType=machine_learning")
 
 
 def save(browser: Any, path: Path) -> None:
@@ -122,21 +132,18 @@ def main(arguments: argparse.Namespace) -> None:
         0
     ].info
     with mlflow_server(STORE, Path.cwd()) as server, chromium() as browser:
-        training = "workflowType=machine_learning"
-        browser.get(
-            f"{server}/#/experiments/{experiment}/runs/{run.run_id}/model-metrics?{training}"
-        )
+        open_page(browser, server, f"experiments/{experiment}/runs/{run.run_id}/model-metrics")
         wait_for(lambda: browser.execute_script(PICTURES, 60) >= 4)
         wait_for(lambda: browser.execute_script(CURVES))
         save(browser, arguments.folder / "mlflow_metrics.png")
 
-        browser.get("about:blank")  # a new address behind # alone loads nothing
-        browser.get(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=ARTIFACT&{training}")
+        tokenizers = "searchFilter=" + quote("tags.stage = 'tokenizer'")
+        compared = f"experiments/{experiment}/runs?compareRunsMode=ARTIFACT&{tokenizers}"
+        open_page(browser, server, compared)
         wait_for(lambda: browser.execute_script(PICTURES, 100) >= 4)
         save(browser, arguments.folder / "mlflow_compare.png")
 
-        browser.get("about:blank")
-        browser.get(f"{server}/#/models/digits-tokenizer?{training}")
+        open_page(browser, server, "models/digits-tokenizer")
         wait_for(lambda: "champion" in browser.find_element("tag name", "body").text)
         save(browser, arguments.folder / "mlflow_registry.png")
 
