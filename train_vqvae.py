@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
-from utils.data.images import Augmentation, DataConfig, ImageDataset
+from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
 from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.model_folder import load_model
@@ -368,8 +368,9 @@ def main(arguments: cli.Flags) -> None:
         if group.is_main:
             report_best(state, run, dataset, val_rows)
     if group.is_main:
-        words = ("quantize_dataset.py", "--model_dir", run.output_dir / "best", "--path_to_data")
-        print(cli.next_command(*words, data.path_to_data, "--run_id", run.run_id))
+        words = ["--model_dir", run.output_dir / "best", "--path_to_data", data.path_to_data]
+        words += ["--run_id", run.run_id, *cli.changed_flags(data, ImageConfig)]
+        print(cli.next_command("quantize_dataset.py", *words))
     group.shutdown()
 
 

@@ -141,7 +141,7 @@ def test_diffusers_folders_give_the_same_there_and_back(settings: dict, tmp_path
 
 
 @pytest.mark.parametrize(("kind", "cost"), [("taming", 1.0), ("llamagen", 0.25)])
-def test_the_encoder_is_drawn_to_its_codes_as_where_it_was_trained(kind: str, cost: float) -> None:
+def test_the_commitment_cost_is_that_of_the_training(kind: str, cost: float) -> None:
     """taming's legacy beta lies on the codebook's term: the encoder's has the weight 1."""
     model, _ = import_weights(kind, reference_weights(kind), IMAGE)
     codes = model.quantizer.codebook

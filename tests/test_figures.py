@@ -135,3 +135,10 @@ def test_points_lie_where_they_should_and_unused_ones_are_hollow() -> None:
 def test_equal_points_and_no_shares_are_no_trouble(count: int) -> None:
     figures.points(torch.ones(count, 2), torch.zeros(count))
     figures.bars(torch.zeros(count))
+
+
+def test_a_map_of_equal_numbers_is_grey() -> None:
+    """It was black at step 0, where the GPT predicts all positions alike up to rounding."""
+    equal = torch.full((2, 2), 4.0) + torch.tensor([[0, 1e-6], [0, 0]])
+    assert set(figures.heat(equal).getdata()) <= {127, 128}
+    assert figures.heat(torch.tensor([[4.0, 4.5], [5.0, 4.0]])).getextrema() == (0, 255)

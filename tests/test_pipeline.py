@@ -142,6 +142,20 @@ def test_the_next_command_names_the_address_that_was_given(
     assert (pipeline / "again" / "indices.mlflow.jsonl").is_file()
 
 
+def test_the_next_command_reads_the_data_as_the_training_did(own_folder: Path) -> None:
+    """It was refused: without their flags, the files were outside the folder, and one was bad."""
+    rows = write_images(own_folder / "other", count=8, size=(8, 8)).read_text().splitlines()[1:]
+    (own_folder / "data").mkdir()
+    data = own_folder / "data" / "data.csv"
+    lines = ["image_path,label", *(f"../other/{row}" for row in rows), "bad.png,a", ""]
+    data.write_text("\n".join(lines))
+    (own_folder / "data" / "bad.png").write_text("hello")
+    flags = ("--allow_outside_paths", "--skip_bad_images", 1, "--max_steps", 1)
+    done = run_script("train_vqvae.py", "--path_to_data", data, *TINY_TOKENIZER, *flags)
+    done = run_script(*next_command(done.stdout))
+    assert "8 grids of 2x2" in done.stdout
+
+
 def test_evaluate_agrees_with_the_training(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The validation error that the training saw, computed anew from the files."""
     monkeypatch.chdir(pipeline)

@@ -196,7 +196,7 @@ def test_neighbours_know_nothing_of_each_other() -> None:
         assert (one == other).float().mean() < 1e-4
 
 
-def test_they_do_not_depend_on_what_is_drawn_beside_them() -> None:
+def test_they_do_not_depend_on_what_is_sampled_beside_them() -> None:
     chosen = torch.tensor([1999, 3, 77])
     assert torch.equal(noise(5, chosen, 11), noise(5, IMAGES, 11)[chosen])
     assert torch.equal(noise(5, chosen, 10**9), noise(5, chosen, 10**9))
@@ -281,7 +281,7 @@ def test_guidance_schedules_have_names() -> None:
         Guidance(2.0, "square")
 
 
-def test_known_tokens_stay_and_the_rest_is_drawn() -> None:
+def test_known_tokens_stay_and_the_rest_is_sampled() -> None:
     model = make_model()
     prefix, given = some_indices((4, 6))
     keep = torch.zeros(4, 6, dtype=torch.bool)
@@ -391,7 +391,7 @@ def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) 
     assert scores[1] > scores[0]
 
 
-def test_what_follows_a_kept_cell_is_drawn_given_it() -> None:
+def test_what_follows_a_known_token_is_sampled_given_it() -> None:
     model = make_model()
     prefix, given = some_indices((4, 6), 2)
     keep = known_side("top:0.25", (4, 6))

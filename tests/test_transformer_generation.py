@@ -121,7 +121,7 @@ def test_larger_grids_with_guidance(models: Path) -> None:
         assert drawn(models / position_extension).shape == (2, 9, 21)
 
 
-def test_rows_reach_the_disk_while_a_tall_grid_is_drawn(
+def test_rows_reach_the_disk_while_a_tall_grid_is_sampled(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is drawn lies in the file already; an interruption leaves neither half nor nothing."""

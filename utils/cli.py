@@ -372,6 +372,16 @@ def next_command(script: object, *words: object) -> str:
     return f"\nnext:\n  python {shlex.join(map(str, (path, *words)))}"
 
 
+def changed_flags(config: typing.Any, config_class: type) -> list[object]:
+    """The words of a command line that set those fields of a config that are not their default."""
+    words: list[object] = []
+    for field in dataclasses.fields(config_class):
+        value, name = getattr(config, field.name), f"--{field.name}"
+        if value != field.default:
+            words += [name] if value is True else [name, value]
+    return words
+
+
 def first_few(items: Sequence[str], total: int = 0, limit: int = 5) -> str:
     """The first of `items`, or of `total` of which these are some: `a, b, c, d, e and 7 more`."""
     rest = (total or len(items)) - min(limit, len(items))

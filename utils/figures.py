@@ -96,9 +96,9 @@ def error_maps(images: Tensor, others: Tensor) -> Tensor:
 
 
 def heat(values: Tensor) -> Image.Image:
-    """(h, w) of any numbers as a picture: the lowest black, the highest white."""
+    """(h, w) of any numbers: the lowest black, the highest white; those that are equal are grey."""
     low, high = values.min(), values.max()
-    shade = (values - low) / (high - low).clamp(min=1e-12)
+    shade = 0.5 + (values - (low + high) / 2) / (high - low).clamp(min=1e-3)
     return enlarge(to_pil(shade[None] * 2 - 1))
 
 

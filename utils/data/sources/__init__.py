@@ -23,6 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,9 +181,12 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
         is_val = torch.tensor([row.split == "val" for row in rows])
     else:
         names = [_normal(row.image_path) for row in rows]
-        hashes = {name: hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in names}
-        count = round(val_fraction * len(hashes)) or (val_fraction > 0 and len(hashes) > 1)
-        chosen = set(sorted(hashes, key=hashes.__getitem__)[:count])
+        files = list(dict.fromkeys(names))
+        bar = ProgressBar(files, "splitting", unit=" files", leave=False, delay=1)
+        hashes = [hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in bar]
+        count = round(val_fraction * len(files)) or (val_fraction > 0 and len(files) > 1)
+        lowest = np.frombuffer(b"".join(hashes), ">u8").argsort()[:count]
+        chosen = set(map(files.__getitem__, lowest.tolist()))
         is_val = torch.tensor([name in chosen for name in names])
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
