@@ -344,7 +344,10 @@ def test_intact_files_with_large_metadata(tmp_path: Path, kind: bytes, head: byt
 
 KINDS = {
     b"\0\0\0\x18ftypheic\0\0\0\0": "a HEIC image",
+    b"\0\0\0\x18ftypmif1\0\0\0\0": "a HEIC image",
     b"\0\0\0\x1cftypavif\0\0\0\0": "an AVIF image",
+    b"\0\0\0\x1cftypavis\0\0\0\0": "an AVIF image",
+    b"<svg viewBox='0 0 9 9'/>": "an SVG drawing",
     b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>': "an SVG drawing",
     b"%PDF-1.7\n": "a PDF document",
     b"<!DOCTYPE html><html>": "an HTML page",
@@ -352,6 +355,9 @@ KINDS = {
     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n": "git lfs pull",
     bytes(128) + b"DICM" + bytes(99): "a DICOM file",
     bytes(344) + b"n+1\0" + bytes(99): "a NIfTI volume",
+    bytes(344) + b"ni1\0" + bytes(99): "a NIfTI volume",
+    b"\x1f\x8b\x08\0": "a gzip archive",
+    b"\x93NUMPY\x01\0": "a NumPy array",
     b"\x89PNG\r\n\x1a\n" + bytes(30): "a PNG file",
     b"II*\0" + bytes(30): "a TIFF file",
 }

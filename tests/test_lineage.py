@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, write_images
+from tests.conftest import ROOT, run_script, write_images
 from utils import cli, provenance
 from utils.cli import UserError
 from utils.files import sha256
@@ -68,10 +68,20 @@ def test_a_picture_leads_back_to_the_data(done: Path) -> None:
     assert all(stage.threads > 0 and stage.torch for stage in found)
 
 
-def test_every_folder_and_every_run_knows_its_part(done: Path) -> None:
+def test_every_folder_and_every_run_knows_its_part(done: Path, tmp_path: Path) -> None:
     whole = lineage.find("images")
     runs = runs_of(done)
     (tokenizer,) = done.glob("outputs/tokenizer-*")
+    # A run has the lineage of the newest stage that logged to it, as other tests of the folder do.
+    again = (
+        "--indexes_path",
+        "samples",
+        "--model_dir",
+        tokenizer,
+        "--output_dir",
+        tmp_path / "new",
+    )
+    run_script("vqvae/images_from_indexes.py", *again)
     (gpt,) = done.glob("outputs/gpt-*")
     parts = [str(tokenizer), f"{tokenizer}/indices/data", str(gpt), "samples", "images"]
     for number, part in enumerate(parts):
