@@ -1,17 +1,20 @@
-"""The GPT beside its peers: sampling against a loop without a cache, training against GPT-2.
+"""The GPT beside its peers: sampling against a loop without a cache, training against GPT-2, Llama.
 
 Rounds of all ways alternate, so that a busy machine slows all of them alike.
 """
 
 import argparse
+import math
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
 from transformer import GPT, GPTConfig, generate
@@ -78,12 +81,32 @@ def make_gpt2(config: GPTConfig) -> nn.Module:
     return GPT2LMHeadModel(shape)
 
 
+def make_llama(config: GPTConfig) -> nn.Module:
+    """Llama of `transformers` of the same shape, read as `make_gpt2`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=config.codebook_size + config.num_classes,
+        max_position_embeddings=1 + math.prod(config.latent_dim),
+        hidden_size=config.dim,
+        intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(shape)
+
+
 def our_loss(model: GPT, prefix: Tensor, indices: Tensor) -> Tensor:
     """Mean cross-entropy of all indices."""
     return model.loss(prefix, indices).mean()
 
 
-def gpt2_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+def peer_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     """Mean cross-entropy of all tokens behind the first."""
     logits = model(tokens[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
@@ -129,30 +152,65 @@ def sampling(flags: argparse.Namespace) -> dict[str, float]:
 
 
 def training(flags: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Seconds of a training step, ours and that of GPT-2."""
+    """Seconds of a training step, ours and those of GPT-2 and Llama."""
     count, ours = flags.batch_size, make_gpt().train()
-    theirs = make_gpt2(ours.config).train()
+    peers = {
+        "GPT-2 of transformers": make_gpt2(ours.config).train(),
+        "Llama of transformers": make_llama(ours.config).train(),
+    }
     prefix = torch.arange(count) % 10
     indices = torch.randint(CODES, (count, *GRID))
     tokens = torch.cat([prefix[:, None] + CODES, indices.flatten(1)], dim=1)
-    optimizers = [torch.optim.AdamW(m.parameters(), fused=True) for m in (ours, theirs)]
-    sizes = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (ours, theirs)]
-    ways = {
-        "ours": (our_loss, ours, prefix, indices),
-        "GPT-2 of transformers": (gpt2_loss, theirs, tokens),
-    }
+    ways: dict[str, Any] = {"ours": (our_loss, ours, prefix, indices)}
+    ways |= {name: (peer_loss, peer, tokens) for name, peer in peers.items()}
+    optimizers = [torch.optim.AdamW(way[1].parameters(), fused=True) for way in ways.values()]
+    sizes = [sum(p.numel() for p in way[1].parameters()) / 1e6 for way in ways.values()]
     if flags.compile:
         ways |= {f"{name}, compiled": (torch.compile(x[0]), *x[1:]) for name, x in ways.items()}
     results = {}
     for precision in flags.precisions:
         steps = {
-            name: partial(train_step, optimizers[number % 2], partial(*loss), precision)
+            name: partial(train_step, optimizers[number % 3], partial(*loss), precision)
             for number, (name, loss) in enumerate(ways.items())
         }
-        weights = " and ".join(f"{size:.2f}" for size in sizes)
+        weights = ", ".join(f"{size:.2f}" for size in sizes)
         print(f"\ntraining in {precision}, batches of {count}, {weights} M weights\n")
         results[precision] = table(medians(steps, flags.rounds), count)
     return results
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Keeps every matrix product that is computed, to compute it again alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], Tensor]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            shapes = [torch.randn_like(x) for x in arguments]  # of the same strides
+            self.calls.append(partial(function, *shapes))
+        return function(*arguments, **(options or {}))
+
+    def compute(self) -> None:
+        for call in self.calls:
+            call()
+
+
+def limit(flags: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a training step of 4 layers of 128, and of its matrix products alone."""
+    torch.manual_seed(0)
+    shape = {"num_classes": 10, "latent_dim": GRID, "dim": 128, "dropout": 0.0}
+    model = GPT(GPTConfig(codebook_size=CODES, **shape)).train()
+    optimizer = make_optimizer(model, TrainingConfig(), (0.9, 0.95))
+    prefix, indices = torch.arange(64) % 10, torch.randint(CODES, (64, *GRID))
+    step = partial(train_step, optimizer, partial(our_loss, model, prefix, indices), "fp32")
+    with MatrixProducts() as products:
+        step()
+    print("\na step in fp32, batches of 64, 4 layers of 128, and its matrix products alone\n")
+    return table(medians({"products": products.compute, "step": step}, flags.rounds), 64)
 
 
 def optimizers(flags: argparse.Namespace) -> dict[str, float]:
@@ -186,6 +244,7 @@ PARTS = {
     "cache": cache_memory,
     "sampling": sampling,
     "training": training,
+    "limit": limit,
     "optimizers": optimizers,
 }
 

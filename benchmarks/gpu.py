@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.gpt import gpt2_loss, make_gpt2, train_step
+from benchmarks.gpt import make_gpt2, peer_loss, train_step
 from transformer import GPT, GPTConfig, Guidance, generate
 from utils import cli
 from utils.plan import flops_per_token
@@ -68,7 +68,7 @@ def training(flags: argparse.Namespace) -> dict[str, float]:
 
     results = {
         "tokens_per_second": speed(ours, lambda: loss(prefix, indices).mean()),
-        "gpt2_tokens_per_second": speed(theirs, lambda: gpt2_loss(theirs, tokens)),
+        "gpt2_tokens_per_second": speed(theirs, lambda: peer_loss(theirs, tokens)),
     }
     own = results["tokens_per_second"]
     return results | {

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import record
-from benchmarks.gpt import make_gpt2
+from benchmarks.gpt import make_gpt2, make_llama
 from transformer import GPT, GPTConfig
 from utils import cli
 from utils.data.images import ImageDataset
@@ -50,29 +50,10 @@ class Job(NamedTuple):
     seed: int
 
 
-def llama(config: GPTConfig) -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=config.codebook_size + config.num_classes,
-        max_position_embeddings=1 + math.prod(config.latent_dim),
-        hidden_size=config.dim,
-        intermediate_size=config.hidden_dim,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=None,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(shape)
-
-
 GPTS: dict[str, Callable[[GPTConfig], nn.Module]] = {
     "ours": GPT,
     "GPT-2 (transformers)": make_gpt2,
-    "Llama (transformers)": llama,
+    "Llama (transformers)": make_llama,
 }
 
 
