@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import ROOT
 from utils import cli
@@ -192,6 +193,18 @@ def test_how_a_script_ends(capsys: pytest.CaptureFixture) -> None:
     assert code == 2
     assert "Traceback" in text
     assert text.endswith("\nerror: what, where\n")
+
+
+def test_a_profile_is_a_trace_and_ten_operations(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    trace = tmp_path / "trace.json"
+    cli.run_with(lambda _: torch.ones(3) + 1, argparse.Namespace(profile=str(trace)))
+    assert "aten::add" in trace.read_text()
+    said = capsys.readouterr().out
+    assert "aten::add" in said
+    assert said.count("aten::") <= 10
+    assert str(trace) in said
 
 
 def test_a_bug_keeps_its_traceback(capsys: pytest.CaptureFixture) -> None:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.cli import UserError
+from utils.cli import Flags, UserError
 from utils.distributed import Distributed
 from utils.provenance import Provenance
 from utils.tracking import Run
-from utils.training.checkpoint import Checkpointer, find_checkpoint
+from utils.training.checkpoint import Checkpointer, continue_training, find_checkpoint
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule, TrainState, batches, optimizer_step
 from utils.training.optim import make_optimizer
@@ -137,3 +137,24 @@ def test_a_fingerprint_is_of_rows_and_arrays() -> None:
     assert len(prints) == 5
     assert fingerprint(list(rows)) in prints
     assert fingerprint(iter(rows), torch.ones(6)[::2]) in prints
+
+
+def test_the_number_of_threads_is_that_of_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is the machine's number of cores otherwise, and results depend on it."""
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        train(tmp_path, 1)
+        for variable, found in (("3", threads), (None, threads + 1)):  # a user's choice counts
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if variable:
+                monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            torch.set_num_threads(threads)
+            flags = Flags(resume=str(tmp_path), output_dir="", path_to_data="data")
+            flags.given = frozenset()
+            continue_training(flags)
+            assert torch.get_num_threads() == found
+    finally:
+        torch.set_num_threads(threads)

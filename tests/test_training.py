@@ -1,7 +1,7 @@
 """Schedule, batches and optimiser, and where a training writes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from transformer import GPT, GPTConfig
 from utils.cli import UserError
 from utils.distributed import Distributed
 from utils.training.checkpoint import find_output_dir
@@ -17,6 +18,7 @@ from utils.training.loop import (
     Schedule,
     TrainState,
     batches,
+    checkpoint_activations,
     clip_gradients,
     end_step,
     keep_best,
@@ -24,6 +26,7 @@ from utils.training.loop import (
 )
 from utils.training.optim import make_optimizer
 from utils.training.state import Progress, StopSignals
+from vqvae import VQVAE, VQVAEConfig
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -286,3 +289,38 @@ def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     Path("here/checkpoints/step-00000003").mkdir(parents=True)
     with pytest.raises(UserError, match="here holds a training already"):
         find_output_dir("here", None, "mine")
+
+
+def gpt_loss() -> tuple[nn.Module, Callable[[], Tensor]]:
+    config = GPTConfig(16, latent_dim=(2, 2), num_layers=2, num_heads=2, dim=16, dropout=0.5)
+    model, grids = GPT(config), torch.arange(8).view(2, 2, 2)
+    return model, lambda: model.loss(torch.zeros(2, dtype=torch.long), grids).mean()
+
+
+def tokenizer_loss() -> tuple[nn.Module, Callable[[], Tensor]]:
+    model = VQVAE(VQVAEConfig(image_size=(8, 8), in_channels=1, channels=16, dropout=0.5))
+    images = torch.rand(2, 1, 8, 8)
+    return model, lambda: model(images).reconstruction.square().mean()
+
+
+@pytest.mark.parametrize("make", [gpt_loss, tokenizer_loss])
+def test_activations_computed_again_change_no_gradient(
+    make: Callable[[], tuple[nn.Module, Callable[[], Tensor]]],
+) -> None:
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model, loss = make()
+        if checkpointed:
+            checkpoint_activations(model)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.nbytes) or x, lambda x: x
+        ):
+            value = loss()
+        value.backward()
+        gradients = [x.grad for x in model.parameters() if x.grad is not None]
+        found.append((sum(kept), gradients))
+    (most, expected), (fewer, gradients) = found
+    assert fewer < 0.8 * most
+    assert all(map(torch.equal, gradients, expected))

@@ -109,6 +109,8 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then the feed-forward layer, each added to x."""
 
+    checkpointed = True  # where a training saves memory by `checkpoint_activations`
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.norm_attention = RMSNorm(config.dim)

@@ -13,8 +13,8 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # Limits of a field, by their name in its metadata.
@@ -28,6 +28,7 @@ LIMITS = {
 LESS_MEMORY = {
     "batch_size": "a smaller --batch_size",
     "accumulate": "--accumulate N (the same batch in N micro-batches)",
+    "checkpoint_activations": "--checkpoint_activations",
     "image_size": "a smaller --image_size",
     "num_workers": "fewer --num_workers",
     "stream": "--stream (images are not kept in memory)",
@@ -218,10 +219,17 @@ class Parser(argparse.ArgumentParser):
 def make_parser(description: str | None, prog: str | None = None) -> Parser:
     """The parser that all scripts start from; `prog` is how one that `python -m` runs is called."""
     parser = Parser(description=description, prog=prog, allow_abbrev=False)
-    parser.add_argument(
-        "--debug", action="store_true", help="show the traceback of an error, not only its line"
-    )
+    add_diagnostic_flags(parser, debug=False, profile="")
     return parser
+
+
+def add_diagnostic_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
+    """`--debug` and `--profile`; without defaults in a subcommand, where those before it count."""
+    debug = "show the traceback of an error, not only its line"
+    trace = "profile a short run: write a trace for chrome://tracing, print what takes longest"
+    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
+    parser.add_argument("--profile", default=argparse.SUPPRESS, metavar="FILE", help=trace)
+    parser.set_defaults(**defaults)
 
 
 def configure_process() -> None:
@@ -256,13 +264,36 @@ def run(
     run_with(main, arguments)
 
 
+@contextmanager
+def profiled(trace: str) -> Iterator[None]:
+    """Profile what is done, if `trace` names a file: a trace there, and a table of operations."""
+    if not trace:
+        yield
+        return
+    check_writable(Path(trace).parent)
+    from torch.profiler import profile
+
+    profiler = profile()
+    try:
+        with profiler:
+            yield
+    finally:  # also where a signal ends a training
+        profiler.export_chrome_trace(trace)
+        events = profiler.key_averages()
+        on_device = any(event.self_device_time_total for event in events)
+        longest = f"self_{'device' if on_device else 'cpu'}_time_total"
+        print(events.table(sort_by=longest, row_limit=10, max_name_column_width=40))
+        print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")
+
+
 def run_with(main: Callable[[typing.Any], None], arguments: argparse.Namespace) -> None:
     """`run` with flags that are parsed already."""
     configure_process()
     try:
         if getattr(arguments, "output_dir", None):
             check_writable(Path(arguments.output_dir))
-        main(arguments)
+        with profiled(getattr(arguments, "profile", "")):
+            main(arguments)
     except Stopped as stop:
         print(f"{stop}; its state is saved", file=sys.stderr)
         sys.exit(stop.exit_code)

@@ -33,6 +33,8 @@ def group_norm(config: VQVAEConfig, channels: int) -> nn.GroupNorm:
 class ResidualBlock(nn.Module):
     """(B, in_channels, h, w) -> (B, out_channels, h, w): twice GroupNorm, SiLU, 3x3 convolution."""
 
+    checkpointed = True  # where a training saves memory by `checkpoint_activations`
+
     def __init__(self, config: VQVAEConfig, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = group_norm(config, in_channels)

@@ -6,6 +6,7 @@
 """
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+import torch
 from filelock import FileLock
 from torch import nn
 
@@ -121,6 +123,8 @@ def continue_training(flags: Flags) -> Path | None:
             value = settings[name]
             setattr(flags, name, tuple(value) if isinstance(value, list) else value)
         flags.stored = frozenset(stored)
+        if "OMP_NUM_THREADS" not in os.environ:  # results depend on the number
+            torch.set_num_threads(settings.get("threads", torch.get_num_threads()))
     if not flags.path_to_data:
         raise UserError("--path_to_data is required, or --resume with the folder of a training")
     return resumed

@@ -30,6 +30,9 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the model (torch.compile)")
     batch_size: int = flag(64, "images a step, over all processes and micro-batches", min=1)
     accumulate: int = flag(1, "cut each batch into this many micro-batches, to save memory", min=1)
+    checkpoint_activations: bool = flag(
+        False, "compute activations again in the backward pass: less memory, more time"
+    )
     learning_rate: float = flag(1e-3, "peak learning rate", above=0, below=math.inf)
     warmup_steps: int = flag(100, "steps of linear warm-up", min=0)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", min=0, below=math.inf)

@@ -4,11 +4,13 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
 
 from utils.cli import Stopped, UserError, first_few
 from utils.data.sources import epoch_order
@@ -156,6 +158,8 @@ class TrainState:
     def __post_init__(self) -> None:
         self.started_at = self.saved_at = time.monotonic()  # of the last checkpoint
         self.time_is_up = False  # --max_minutes
+        if self.config.checkpoint_activations:
+            checkpoint_activations(self.model)
         self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
@@ -165,6 +169,13 @@ class TrainState:
             self.group, self.model, self.settings, progress=self.progress, **parts
         )
         self.snapshot: list[dict[str, Tensor]] = []  # of `changed_by_forward`, before this batch
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Keep only the inputs of modules that are `checkpointed` (arXiv 1604.06174)."""
+    for module in model.modules():
+        if getattr(module, "checkpointed", False):
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def batches(
