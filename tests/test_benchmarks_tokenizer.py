@@ -50,3 +50,11 @@ def test_every_way_of_training_is_timed_and_costs_more(monkeypatch: pytest.Monke
     for way in found["ways"].values():
         assert way["images_per_second"] > 0
         assert way["limit"] == pytest.approx(790e12 / (way["gigaflops"] * 1e9))
+
+
+def test_steps_are_timed_beside_busy_processes(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = call(monkeypatch, "busy", "--batch_size", 2, "--rounds", 1, "--steps", 1)
+    assert set(found) == {"GPT", "GPT, small", "tokenizer", "tokenizer, small"}
+    assert all(seconds > 0 for each in found.values() for seconds in each.values())
