@@ -128,17 +128,22 @@ def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) 
 
 
 def train_step(
-    loss: Callable[..., Tensor], inputs: Sequence[Tensor], precision: str, accumulate: int
+    loss: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    precision: str,
+    accumulate: int,
+    scale: float = 1.0,
 ) -> Tensor:
     """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
 
-    `loss` is `GPT.loss`, whose arguments the `inputs` are: prefix, indices and perhaps orders.
+    `loss` is `GPT.loss`, whose arguments the `inputs` are: prefix, indices and perhaps orders;
+    `scale` multiplies the gradients.
     """
     bits = torch.zeros((), device=inputs[0].device)
     for micro_batch in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
         with distributed.autocast(bits.device, precision):
             nats = loss(*micro_batch).mean()
-        (nats / accumulate).backward()
+        (nats / accumulate * scale).backward()
         bits += nats.detach() / accumulate / math.log(2)
     return bits
 
@@ -280,9 +285,9 @@ def main(arguments: cli.Flags) -> None:
     load = partial(load_batches, data, group.device)
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        done = state.progress.step / schedule.total_steps
-        inputs = model_inputs(*batch, model_config, done)
-        return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate)}
+        inputs = model_inputs(*batch, model_config, state.progress.step / schedule.total_steps)
+        scale = state.loss_scale.value
+        return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate, scale)}
 
     if config.dry_run:
         shown = picture_of(data.grids[data.val_rows[:SAMPLES]], data, tokenizer, group.device)

@@ -7,8 +7,16 @@ import torch
 import torch.nn.functional as F
 
 from transformer import GPT, GPTConfig
+from utils.distributed import Distributed, autocast
 from utils.training.config import TrainingConfig
-from utils.training.loop import clip_gradients, update_weights
+from utils.training.loop import (
+    LossScale,
+    Schedule,
+    TrainState,
+    clip_gradients,
+    optimizer_step,
+    update_weights,
+)
 from utils.training.optim import Muon, make_optimizer, orthogonalize
 
 RATE, DECAY = 0.01, 0.5
@@ -111,3 +119,42 @@ def test_it_learns_a_rule_of_rows() -> None:
         clip_gradients(optimizer, 1.0)
         update_weights(optimizer, 1e-2)
     assert loss.item() < 0.75 * math.log(8)
+
+
+def test_the_loss_scale_of_fp16_changes_no_step_and_halves_after_an_overflow() -> None:
+    config = TrainingConfig(batch_size=2, precision="fp16")
+    schedule, alone = Schedule(config, 8, 2), Distributed(0, 1, torch.device("cpu"))
+    weights, states = [], []
+    for precision in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        net = torch.nn.Linear(3, 1)
+        optimizers = {"optimizer": make_optimizer(net, config, (0.9, 0.95))}
+        state = TrainState(config, schedule, alone, net, optimizers, {"precision": precision})
+        loss = net(torch.arange(3.0)).mean()
+        (loss * state.loss_scale.value).backward()
+        assert optimizer_step(state, torch.arange(2), {"loss": loss.detach()})
+        weights.append(net.weight.detach().clone())
+        states.append(state)
+    assert torch.equal(*weights)
+    assert [state.loss_scale.value for state in states] == [1, 2**16]
+    net.weight.grad = torch.full_like(net.weight, math.inf)
+    assert not optimizer_step(state, torch.arange(2), {"loss": torch.ones(())})
+    assert torch.equal(net.weight, weights[1])
+    assert net.weight.grad is None
+    assert (state.loss_scale.value, state.progress.skipped) == (2**15, 0)
+    resumed = LossScale("fp16")
+    resumed.load_state_dict(state.loss_scale.state_dict())
+    for _ in range(LossScale.GROWTH_STEPS):
+        resumed.grow()
+    assert resumed.value == 2**16
+
+
+def test_gradients_in_fp16_are_nearly_those_in_fp32() -> None:
+    grids, found = torch.randint(8, (4, 5, 4), generator=torch.Generator().manual_seed(0)), []
+    for precision, scale in (("fp32", 1), ("fp16", 2**16)):
+        model = make_gpt()
+        with autocast(torch.device("cpu"), precision):
+            loss = model.loss(torch.zeros(4, dtype=torch.long), grids).mean()
+        (loss * scale).backward()
+        found.append(model.head.weight.grad / scale)
+    torch.testing.assert_close(*found, rtol=0.02, atol=1e-4)

@@ -13,9 +13,11 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+from utils.progress import profiled
 
 # Limits of a field, by their name in its metadata.
 LIMITS = {
@@ -33,7 +35,6 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
     "stream": "--stream (images are not kept in memory)",
 }
-
 
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
@@ -264,35 +265,15 @@ def run(
     run_with(main, arguments)
 
 
-@contextmanager
-def profiled(trace: str) -> Iterator[None]:
-    """Profile what is done, if `trace` names a file: a trace there, and a table of operations."""
-    if not trace:
-        yield
-        return
-    check_writable(Path(trace).parent)
-    from torch.profiler import profile
-
-    profiler = profile()
-    try:
-        with profiler:
-            yield
-    finally:  # also where a signal ends a training
-        profiler.export_chrome_trace(trace)
-        events = profiler.key_averages()
-        on_device = any(event.self_device_time_total for event in events)
-        longest = f"self_{'device' if on_device else 'cpu'}_time_total"
-        print(events.table(sort_by=longest, row_limit=10, max_name_column_width=40))
-        print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")
-
-
 def run_with(main: Callable[[typing.Any], None], arguments: argparse.Namespace) -> None:
     """`run` with flags that are parsed already."""
     configure_process()
     try:
         if getattr(arguments, "output_dir", None):
             check_writable(Path(arguments.output_dir))
-        with profiled(getattr(arguments, "profile", "")):
+        if trace := getattr(arguments, "profile", ""):
+            check_writable(Path(trace).parent)
+        with profiled(trace):
             main(arguments)
     except Stopped as stop:
         print(f"{stop}; its state is saved", file=sys.stderr)

@@ -123,7 +123,8 @@ def pick_precision(name: str, device: torch.device, *, on_cpu: str) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager:
-    """The context in which a model runs in `precision`, fp32 or bf16."""
+    """The context in which a model runs in `precision`: fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext()
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype)

@@ -1,6 +1,8 @@
-"""Progress of long work: a bar on a terminal, elsewhere a line at least once a minute."""
+"""Progress of long work: a bar on a terminal, else a line at least once a minute; profiles."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
@@ -38,3 +40,24 @@ class ProgressBar(tqdm):
         """Remove the bar; lines stay."""
         if self._on_terminal:
             super().clear(*arguments, **options)
+
+
+@contextmanager
+def profiled(trace: str) -> Iterator[None]:
+    """Profile what is done, if `trace` names a file: a trace there, and a table of operations."""
+    if not trace:
+        yield
+        return
+    from torch.profiler import profile
+
+    profiler = profile()
+    try:
+        with profiler:
+            yield
+    finally:  # also where a signal ends a training
+        profiler.export_chrome_trace(trace)
+        events = profiler.key_averages()
+        on_device = any(event.self_device_time_total for event in events)
+        longest = f"self_{'device' if on_device else 'cpu'}_time_total"
+        print(events.table(sort_by=longest, row_limit=10, max_name_column_width=40))
+        print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")

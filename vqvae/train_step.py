@@ -37,6 +37,7 @@ def forward_backward(
     accumulate: int = 1,
     adversary: AdversarialLoss | None = None,
     step: int = 0,
+    scale: float = 1.0,
 ) -> tuple[Values, Tensor]:
     """Accumulate the gradients of one batch, for the tokenizer, the discriminator, or both.
 
@@ -51,6 +52,7 @@ def forward_backward(
         accumulate: number of micro-batches the batch is split into.
         adversary: discriminator and its losses.
         step: of the training, from 0.
+        scale: what the gradients are multiplied by.
 
     Returns:
         Means to log, and the indices of the batch.
@@ -84,11 +86,11 @@ def forward_backward(
                 with autocast():
                     term, more = adversary.generator_term(*pair, last_layer)
                 loss, logged = loss + term, logged | more
-            (loss / accumulate).backward()
+            (loss / accumulate * scale).backward()
         if adversary is not None and phase != "reconstruction only":
             with autocast():
                 loss, more = adversary.discriminator_term(micro_batch, reconstructions)
-            (loss / accumulate).backward()
+            (loss / accumulate * scale).backward()
             logged |= more | {"disc_strength": torch.tensor(adversary.schedule.strength)}
         for name, value in logged.items():
             values[name] = values.get(name, 0.0) + value.detach() / accumulate

@@ -24,8 +24,8 @@ class TrainingConfig:
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag(
         "auto",
-        "bf16: matrix products in bfloat16; auto: where that is faster",
-        choices=("auto", "fp32", "bf16"),
+        "bf16: matrix products in bfloat16; auto: where that is faster; fp16: for GPUs without it",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = flag(False, "compile the model (torch.compile)")
     batch_size: int = flag(64, "images a step, over all processes and micro-batches", min=1)

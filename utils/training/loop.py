@@ -132,6 +132,37 @@ class Averages:
         self._since = time.perf_counter() - float(self._sums.pop("seconds"))
 
 
+class LossScale:
+    """What losses are multiplied by, so that gradients do not vanish in fp16 (arXiv 1710.03740).
+
+    A power of two, which halves when gradients overflow and `grow`s in 2,000 steps without;
+    1 in any other precision.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self, precision: str) -> None:
+        self.value, self._steps = 2.0**16 if precision == "fp16" else 1.0, 0
+
+    def grow(self) -> None:
+        self._steps += 1
+        if self.value > 1 and self._steps % self.GROWTH_STEPS == 0:
+            self.value *= 2
+
+    def back_off(self) -> bool:
+        """After an overflow; False where the scale is not the reason."""
+        if self.value <= 1:
+            return False
+        self.value, self._steps = self.value / 2, 0
+        return True
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"state": torch.tensor([self.value, self._steps], dtype=torch.double)}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        self.value, self._steps = float(tensors["state"][0]), int(tensors["state"][1])
+
+
 @dataclass
 class TrainState:
     """All that the steps of a training read and change; `checkpoint` saves and restores it.
@@ -163,6 +194,9 @@ class TrainState:
         self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
+        self.loss_scale = LossScale(self.settings["precision"])
+        if self.settings["precision"] == "fp16":
+            parts["loss_scale"] = self.loss_scale
         if self.config.ema_decay:
             parts["average"] = self.ema
         self.checkpoint = CheckpointState(
@@ -208,7 +242,7 @@ def batches(
                         checkpoints.save()
                     raise
                 progress.offset += 1
-                if config.on_nonfinite == "skip":
+                if config.on_nonfinite == "skip" or config.precision == "fp16":
                     states = [module.state_dict() for module in state.changed_by_forward]
                     state.snapshot = [{k: x.clone() for k, x in one.items()} for one in states]
                 yield batch_rows, batch
@@ -218,9 +252,11 @@ def batches(
             progress.epoch, progress.offset = progress.epoch + 1, 0
 
 
-def clip_gradients(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """Clip the gradients of all parameters together; returns their norm before."""
+def clip_gradients(optimizer: Optimizer, max_norm: float, scale: float = 1.0) -> Tensor:
+    """Clip the gradients, over a scale, of all parameters together; returns their norm before."""
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
+    if scale != 1:
+        torch._foreach_mul_([x.grad for x in parameters if x.grad is not None], 1 / scale)
     return nn.utils.clip_grad_norm_(parameters, max_norm)
 
 
@@ -243,17 +279,20 @@ def optimizer_step(
 
     The losses in `values`, gradient norms and learning rate go into the averages; a message names
     `rows`, the row numbers in all processes, by `row_name`. Returns False if the batch was
-    skipped (--on_nonfinite skip). A UserError if no (further) batch may be skipped.
+    skipped (--on_nonfinite skip, or an overflow in fp16). A UserError if none may be (any more).
     """
     group, progress = state.group, state.progress
     learning_rate = state.schedule.learning_rate(progress.step)
     values = dict(values)
     for name, optimizer in state.optimizers.items():
-        norm = clip_gradients(optimizer, state.config.max_grad_norm)
+        norm = clip_gradients(optimizer, state.config.max_grad_norm, state.loss_scale.value)
         values[name.replace("optimizer", "gradient_norm")] = norm
     progress.step += 1
     numbers = torch.stack([x.to(group.device, torch.float32) for x in values.values()])
     if group.all_reduce_max(int(not numbers.isfinite().all())):
+        if state.loss_scale.back_off():
+            _undo_batch(state)
+            return False
         odd = {
             f"{name} {x}"
             for process in group.all_gather(numbers)
@@ -268,8 +307,17 @@ def optimizer_step(
         update_weights(optimizer, learning_rate)
     if state.config.ema_decay:
         state.ema.update(state.model, progress.step)
+    state.loss_scale.grow()
     state.averages.add({**values, "learning_rate": learning_rate})
     return True
+
+
+def _undo_batch(state: TrainState) -> None:
+    """Leave all as it was before a batch."""
+    for optimizer in state.optimizers.values():
+        optimizer.zero_grad(set_to_none=True)
+    for module, before in zip(state.changed_by_forward, state.snapshot, strict=True):
+        module.load_state_dict(before)
 
 
 def _skip_batch(state: TrainState, problem: str) -> None:
@@ -282,10 +330,7 @@ def _skip_batch(state: TrainState, problem: str) -> None:
     if progress.skipped > limit:
         group.fail(f"{problem}; {limit} batches were skipped before (--nonfinite_limit): {advice}")
     group.print(f"warning: {problem}; skipped, {progress.skipped} of {limit}")
-    for optimizer in state.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    for module, before in zip(state.changed_by_forward, state.snapshot, strict=True):
-        module.load_state_dict(before)
+    _undo_batch(state)
 
 
 def out_of_patience(state: TrainState) -> bool:

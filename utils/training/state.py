@@ -110,7 +110,7 @@ class CheckpointState:
 
     Tensors are summed over the processes, random states are kept for each process; of all other
     parts those of the main process are saved. Checkpoints are taken between two steps, so there
-    are no accumulated gradients to keep. bfloat16 needs no scaler.
+    are no accumulated gradients to keep.
     """
 
     def __init__(
