@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -142,12 +141,14 @@ def _find_files(path: Path, names: Collection[str], allow_outside_paths: bool) -
 
     found, missing, outside = {}, [], []
     for name in ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1):
-        spellings = chain([name], _spellings(name))
-        found[name] = next((x for x in spellings if place(x) is not None), "")
-        if not found[name]:
+        found[name], below = name, place(name)
+        if below is None:
+            found[name] = next((x for x in _spellings(name) if place(x) is not None), "")
+            below = place(found[name])
+        if below is None:
             kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
             missing.append(name + kind)
-        elif not allow_outside_paths and not place(found[name]):
+        elif not below and not allow_outside_paths:
             outside.append(name)
     for refused, problem in (
         (missing, f"do not exist, relative to {root_of(path)}"),
