@@ -8,7 +8,7 @@ if __name__ == "__main__":
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from transformer import (
     GPT,
+    FineTuningConfig,
     FlexAttention,
     GPTConfig,
     drop_conditioning,
@@ -26,26 +27,37 @@ from transformer import (
     random_order_probability,
     sample_permutations,
 )
+from transformer.fine_tuning import config_from, start_from
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig, baselines
 from utils.data.indices import digest, lineage_of
-from utils.data.vocabulary import FILE
+from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel, joined
-from utils.training import loop, start
+from utils.training import loop
 from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig, sign_of
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
+from utils.training.start import dry_run, open_run
 from utils.training.state import StopSignals, fingerprint
 
 BEST_METRICS = {"bits_per_token": 1, "fd_classifier": 1, "label_agreement": -1}  # and their signs
+EARLY = 8  # after this part of the steps, a model is kept to guide the last one by
 SAMPLES = 64  # images generated at each evaluation
 NO_BETTER_WARNING = (
     "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
     "ignores the order of the indices, so that samples will be noise; train longer, on more "
     "images, or with a tokenizer of a smaller --codebook_size"
 )
+
+
+class Start(NamedTuple):
+    """What a training starts from: another GPT, if any, and which of its classes are ours."""
+
+    tuning: FineTuningConfig
+    gpt: LoadedModel | None = None
+    classes: Sequence[int | None] = ()  # of the other GPT, for each of ours; None: new
 
 
 class Validation(NamedTuple):
@@ -59,7 +71,11 @@ class Validation(NamedTuple):
 
 
 def make_validation(
-    data: IndexDataset, tokenizer: LoadedModel | None, fd_samples: int, **options: Any
+    data: IndexDataset,
+    tokenizer: LoadedModel | None,
+    fd_samples: int,
+    seed: int,
+    group: distributed.Distributed,
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     evaluator = None
@@ -67,10 +83,14 @@ def make_validation(
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
         splits = data.train_rows, data.val_rows[:fd_samples]
-        evaluator = SampleEvaluator(tokenizer, data.grids, data.rows, *splits, **options)
+        evaluator = SampleEvaluator(
+            tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
+        )
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
-    return Validation(data, tokenizer, evaluator, *baselines(*splits, *sizes))
+    unigram, bigram = baselines(*splits, *sizes)
+    group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
+    return Validation(data, tokenizer, evaluator, unigram, bigram)
 
 
 def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
@@ -82,18 +102,47 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
     return load_model(address, VQVAE, device)
 
 
+def read_start(flags: cli.Flags, data: IndexDataset) -> Start:
+    """The GPT of --init_from; a UserError if its indices are not of the tokenizer of the data."""
+    tuning = cli.read_flags(FineTuningConfig, flags)
+    cli.reject_unused_flags(tuning, flags)
+    if not tuning.init_from:
+        return Start(tuning)
+    if tuning.lora_rank and flags.optimizer == "muon":
+        raise cli.UserError("--lora_rank trains no whole matrices; omit --optimizer muon")
+    gpt = load_model(tuning.init_from, GPT)
+    vocabulary = read_vocabulary(gpt.folder)
+    vocabulary.check_model(gpt.model.config, gpt.folder)
+    if not tuning.reset_embeddings:
+        vocabulary.check_codes(data.vocabulary, data.path, gpt.folder)
+    return Start(tuning, gpt, [*map(vocabulary.prefix_tokens.get, data.vocabulary.class_names)])
+
+
+def read_model_config(flags: cli.Flags, data: Vocabulary, start: Start) -> GPTConfig:
+    """The config of the GPT to train; a UserError if flags contradict --init_from."""
+    if start.gpt is None:
+        return cli.read_flags(GPTConfig, flags, **data.model_values).resolve_defaults()
+    names = {field.name for field in fields(GPTConfig)} & (flags.given | flags.stored)
+    given = {name: getattr(flags, name) for name in names}
+    inputs = start.gpt.model.config, given, data.model_values, start.tuning
+    return cli.build_or_error(config_from, *inputs)
+
+
 def build_model(
-    config: GPTConfig, tokenizer: LoadedModel | None, device: torch.device, *, flex_attention: bool
+    config: GPTConfig, start: Start, tokenizer: LoadedModel | None, device: torch.device, flex: bool
 ) -> GPT:
-    """The GPT, with the codes of the tokenizer if it needs them."""
+    """The GPT, with the weights that it starts from, and the codes of the tokenizer if needed."""
     options: Any = {}
-    if flex_attention:
+    if flex:
         if device.type != "cuda":
             raise cli.UserError(f"--flex_attention needs CUDA, not {device}; omit it")
         shape: Any = {"grid": config.latent_dim, "depth": config.depth}
         shape |= {"window": config.window_size, "prefix": config.prefix_length}
         options["attend"] = FlexAttention(device, **shape)
-    model = GPT(config, **options).to(device)
+    model = GPT(config, **options)
+    if start.gpt is not None:
+        cli.build_or_error(start_from, model, start.gpt.model, start.classes, start.tuning)
+    model.to(device)
     if config.needs_codebook:
         if tokenizer is None:
             raise cli.UserError(
@@ -197,7 +246,7 @@ def picture_of(
 
 
 def about_run(
-    state: TrainState, data: IndexDataset, tokenizer: LoadedModel | None
+    state: TrainState, data: IndexDataset, tokenizer: LoadedModel | None, start: LoadedModel | None
 ) -> dict[str, Any]:
     """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
     settings = state.settings
@@ -205,9 +254,10 @@ def about_run(
     params["shape"] = f"{settings['num_layers']} x {settings['dim']}"
     params["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
     inputs, lineage = {settings["path_to_data"]: digest(data.path)}, lineage_of(data.path)
-    if tokenizer is not None:
-        inputs[settings["model_dir"]] = tokenizer.sha256
-        lineage = joined(lineage, tokenizer.lineage)
+    for name, model in (("model_dir", tokenizer), ("init_from", start)):
+        if model is not None:
+            inputs[settings[name]] = model.sha256
+            lineage = joined(lineage, model.lineage)
     tags = {"tokenizer_run_id": data.vocabulary.tokenizer_run_id}
     about = {"stage": "gpt", "params": data.params | params, "tags": tags}
     return {**about, "inputs": inputs, "upstream": lineage}
@@ -262,21 +312,24 @@ def main(arguments: cli.Flags) -> None:
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
     tokenizer = load_tokenizer(source.model_dir, group.device)
-    split: dict[str, Any] = {"val_fraction": source.val_fraction, "seed": config.seed}
+    split: Any = {"val_fraction": source.val_fraction, "ignore_labels": source.ignore_labels}
     path, size = addresses.fetch(source.path_to_data), arguments.latent_dim
-    data = IndexDataset(path, tokenizer, latent_dim=size, **split)
+    data = IndexDataset(path, tokenizer, latent_dim=size, seed=config.seed, **split)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
-    options: dict[str, Any] = {"seed": config.seed, "group": group}
-    validation = make_validation(data, tokenizer, source.fd_samples, **options)
-    model_config = cli.read_flags(GPTConfig, arguments, **data.vocabulary.model_values)
-    model_config = model_config.resolve_defaults()
-    flex = arguments.flex_attention
-    model = build_model(model_config, tokenizer, group.device, flex_attention=flex)
+    start = read_start(arguments, data)
+    validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
+    model_config = read_model_config(arguments, data.vocabulary, start)
+    model = build_model(model_config, start, tokenizer, group.device, arguments.flex_attention)
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
-    optimizer = make_optimizer(model, config, (0.9, 0.95), for_muon)
-    settings = asdict(optimizer_config) | asdict(source) | asdict(model_config)
-    settings |= {"data_sha256": fingerprint(data.rows, *data.arrays), "precision": precision}
-    state = TrainState(config, schedule, group, model, {"optimizer": optimizer}, settings, sign)
+    settings = {**asdict(optimizer_config), **asdict(source), **asdict(start.tuning)}
+    settings |= asdict(model_config) | {
+        "data_sha256": fingerprint(data.rows, *data.arrays),
+        "precision": precision,
+    }
+    # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
+    parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
+    optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
     state.checkpoint.restore(resumed)
     loss = torch.compile(model.loss) if config.compile else model.loss
     loss = partial(loss, forward=group.wrap(model))
@@ -291,16 +344,12 @@ def main(arguments: cli.Flags) -> None:
 
     if config.dry_run:
         shown = picture_of(data.grids[data.val_rows[:SAMPLES]], data, tokenizer, group.device)
-        start.dry_run(state, data.train_rows, load, step_on, shown)
+        dry_run(state, data.train_rows, load, step_on, shown)
         return
     name = f"gpt-{model_config.num_layers}x{model_config.dim}-w{model_config.window_size}"
     name, files = tracking.name_of(arguments, name), {FILE: data.vocabulary.content()}
-    about = about_run(state, data, tokenizer)
-    run, checkpoints = start.open_run(
-        state, tracking.Run, name, resumed, files, flags=arguments, **about
-    )
-    baselines = f"unigram {validation.unigram:.3f}, bigram {validation.bigram:.3f}"
-    group.print(f"baselines: {baselines} bits per token")
+    about = about_run(state, data, tokenizer, start.gpt)
+    run, checkpoints = open_run(state, tracking.Run, name, resumed, files, flags=arguments, **about)
 
     with StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
         if state.progress.step == 0:
@@ -311,6 +360,8 @@ def main(arguments: cli.Flags) -> None:
         for rows, batch in loop.batches(state, checkpoints, data.train_rows, load):
             loop.optimizer_step(state, rows, step_on(batch), data.name)
             step, evaluates = state.progress.step, loop.evaluation_is_due(state)
+            if step == -(-schedule.total_steps // EARLY):
+                checkpoints.save_model(state.ema.model, "early")
             if schedule.logs(step) or evaluates:  # the means of the steps since the last log
                 values = state.averages.take()
                 values["tokens_per_second"] = values.pop("steps_per_second") * tokens_per_step
@@ -338,6 +389,7 @@ def make_parser() -> cli.Parser:
     cli.add_flags(parser, IndicesConfig, "indices")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, GPTConfig, "transformer")
+    cli.add_flags(parser, FineTuningConfig, "fine-tuning")
     cli.add_flags(parser, OptimizerConfig, "optimiser")
     parser.add_argument(
         "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"

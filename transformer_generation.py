@@ -7,19 +7,17 @@ if __name__ == "__main__":
     refuse_missing_inputs()
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from transformer import GPT, GPTConfig, Guidance, PositionExtension, SamplingParams, sampling
+from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, sampling
 from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.decoding import read_mask
@@ -34,7 +32,7 @@ from utils.data.indices import (
     read_indices,
 )
 from utils.data.sources import Row
-from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
+from utils.data.vocabulary import Vocabulary, find_vocabulary, in_proportion, read_vocabulary
 from utils.files import check_unused, sha256
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
@@ -102,14 +100,13 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
     """Refuse flags that would have no effect; warn of embeddings that were never trained."""
     guided, completes = arguments.guidance_scale != 1, bool(arguments.complete)
     has_condition = config.condition_latent_dim is not None
-    several = max(arguments.candidates, arguments.variations) > 1
     error = ""
     if arguments.compile and not on_gpu:
         error = "--compile needs a CUDA device; omit it"
     elif completes and arguments.latent_dim:
         error = "--complete has grids of its own size; omit --latent_dim"
-    elif several and not completes:
-        error = "--candidates and --variations need --complete; add it"
+    elif arguments.variations > 1 and not completes:
+        error = "--variations needs --complete; add it"
     elif arguments.mask and not completes:
         error = "--mask needs --complete; add it"
     elif arguments.class_frequencies and (
@@ -121,14 +118,16 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
         )
     elif arguments.labels and arguments.unconditional:
         error = "--labels cannot be combined with --unconditional; omit one of them"
-    elif guided and not config.num_classes and not has_condition:
+    elif arguments.guide_path and not guided:
+        error = "--guide_path has no effect without --guidance_scale; add it, as 2"
+    elif guided and not (arguments.guide_path or config.num_classes or has_condition):
         error = (
             f"the GPT in {arguments.model_path} has neither classes nor conditions, so "
-            "--guidance_scale has no effect; omit it"
+            "--guidance_scale needs a weaker GPT by --guide_path; add it, or omit the scale"
         )
     if error:
         raise cli.UserError(error)
-    untrained = []
+    untrained, guided = [], guided and not arguments.guide_path
     if config.num_classes and config.class_dropout == 0 and (guided or arguments.unconditional):
         untrained.append("class (--class_dropout 0)")
     if has_condition and config.condition_dropout == 0 and guided:
@@ -166,20 +165,6 @@ def read_conditions(
     return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
-def in_proportion(counts: Sequence[int], number: int) -> list[int]:
-    """`number` classes, each as often as its count demands, evenly mixed from the first on."""
-    shares = np.array(counts) / sum(counts)
-    # The k-th image of a class is due after (k + 1/2) / share images.
-    due = [
-        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
-        for index, share in enumerate(shares)
-        if share > 0
-    ]
-    classes = np.concatenate([np.full(len(times), index) for times, index in due])
-    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
-    return classes[order[:number]].tolist()
-
-
 def choose_labels(
     arguments: argparse.Namespace,
     vocabulary: Vocabulary,
@@ -205,21 +190,40 @@ def choose_labels(
 
 
 def read_inputs(
-    arguments: argparse.Namespace, gpt: LoadedModel, tokenizer_sha256: str
+    arguments: argparse.Namespace, models: Mapping[str, LoadedModel | None]
 ) -> dict[str, str]:
     """What is read, by address: the SHA-256 of each."""
-    inputs = {arguments.model_path: gpt.sha256}
+    inputs = {address: model.sha256 for address, model in models.items() if model is not None}
     if arguments.vocabulary_path:
         file = find_vocabulary(addresses.fetch(arguments.vocabulary_path))
-        if file.resolve().parent == gpt.folder.resolve():  # a part of the model, and goes with it
+        gpt = models[arguments.model_path]
+        if gpt and file.resolve().parent == gpt.folder.resolve():  # a part of the model
             inputs[arguments.vocabulary_path] = gpt.sha256
         else:
             inputs[str(file)] = sha256(file)
     for address in filter(None, (arguments.complete, arguments.conditions)):
         inputs[address] = digest(addresses.fetch(address))
-    if arguments.model_dir:
-        inputs[arguments.model_dir] = tokenizer_sha256
     return inputs
+
+
+def sample(
+    arguments: argparse.Namespace,
+    model: GPT,
+    prefix: Tensor,
+    known: Known | None,
+    size: tuple[int, int],
+    out: Tensor,
+    **options: Any,
+) -> None:
+    """Fill `out` with the grids that the flags ask for."""
+    if known is None and arguments.candidates == 1:  # row by row, for grids of any height
+        sampling.generate(model, prefix, size=size, out=out, **options)
+        return
+    options["candidates"] = arguments.candidates
+    if known is None:
+        out.copy_(sampling.generate_likeliest(model, prefix, size=size, **options))
+    else:
+        out.copy_(sampling.complete(model, prefix, known.grids, known.mask, **options))
 
 
 def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image:
@@ -237,9 +241,8 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
     extension = PositionExtension(arguments.position_extension)
-    options = {
+    options: dict[str, Any] = {
         "params": cli.read_flags(SamplingParams, arguments),
-        "guidance": cli.read_flags(Guidance, arguments),
         "position_extension": extension,
         "compiled": arguments.compile,
         "seed": arguments.seed,
@@ -248,8 +251,13 @@ def main(arguments: argparse.Namespace) -> None:
     gpt = load_model(arguments.model_path, GPT, device)
     config = gpt.model.config
     check_flags(arguments, config, on_gpu=device.type == "cuda")
+    guide = load_model(arguments.guide_path, GPT, device) if arguments.guide_path else None
+    if guide is not None:
+        cli.build_or_error(config.check_guide, guide.model.config)
+        options["guide"] = guide.model
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
-        gpt.model.to(torch.bfloat16)
+        for model in (gpt, guide) if guide else (gpt,):
+            model.model.to(torch.bfloat16)
     vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(config, gpt.folder)
     tokenizer = None
@@ -269,6 +277,8 @@ def main(arguments: argparse.Namespace) -> None:
     classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
     prefix = make_prefix(torch.tensor(classes), condition.grids)
 
+    addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
+    models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_unused(output_dir, META)
     sources = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
@@ -278,7 +288,7 @@ def main(arguments: argparse.Namespace) -> None:
         gpt.provenance.run_id,
         stage="samples",
         part=output_dir.name,
-        inputs=read_inputs(arguments, gpt, tokenizer.sha256 if tokenizer else ""),
+        inputs=read_inputs(arguments, models),
         upstream=joined(gpt.lineage, *map(lineage_of, sources)),
     )
     meta = IndicesMeta(
@@ -295,21 +305,15 @@ def main(arguments: argparse.Namespace) -> None:
     for number, row in enumerate(condition.rows):
         rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
 
-    total = count * (1 if known is None else arguments.candidates)
-    with run, ProgressBar(total=total, unit=" images") as bar:
+    with run, ProgressBar(total=count * arguments.candidates, unit=" images") as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
             options["progress"] = bar.update
-            if known is None:  # rows are written as they are sampled, for grids of any height
-                sampling.generate(gpt.model, prefix, size=size, out=indices, **options)
-            else:
-                options["candidates"] = arguments.candidates
-                inputs = prefix, known.grids, known.mask
-                indices.copy_(sampling.complete(gpt.model, *inputs, **options))
-                if tokenizer is not None:
-                    picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
+            sample(arguments, gpt.model, prefix, known, size, indices, **options)
+            if known is not None and tokenizer is not None:
+                picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
                 write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
         run.folder(output_dir, f"generated/{output_dir.name}")
@@ -348,8 +352,8 @@ def make_parser() -> argparse.ArgumentParser:
         "turn (default: those of --complete, or none)",
     )
     add("--unconditional", action="store_true", help='sample images of "no class" in particular')
-    cli.add_flags(parser, SamplingParams, "distribution")
-    cli.add_flags(parser, Guidance, "guidance")
+    cli.add_flags(parser, SamplingParams, "distribution and guidance")
+    add("--guide_path", help="weaker GPT to guide by, such as early/ beside it (autoguidance)")
     add(
         "--latent_dim",
         type=cli.height_and_width,
@@ -370,7 +374,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="known part of them: top, bottom, left or right and a fraction, or a picture that is "
         f"white there (default: {MASK})",
     )
-    text = "samples per image, of which the known indices choose the likeliest one (default: 1)"
+    text = "samples per image, of which the likeliest are kept: of each class, or with --complete "
+    text += "of each image by its known indices (default: 1)"
     add("--candidates", type=cli.positive, default=1, help=text)
     add("--variations", type=cli.positive, default=1, help="completions of each image (default: 1)")
     add("--model_dir", help="tokenizer, for a picture of the completions")

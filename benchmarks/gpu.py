@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.gpt import make_gpt2, peer_loss, train_step
-from transformer import GPT, GPTConfig, Guidance, generate
+from transformer import GPT, GPTConfig, SamplingParams, generate
 from utils import cli
 from utils.plan import flops_per_token
 
@@ -85,7 +85,8 @@ def drawing(flags: argparse.Namespace, side: int, count: int, scale: float) -> d
     """
     model = GPT(make_config(flags, side)).to(flags.device).to(torch.bfloat16).eval()
     prefix = torch.arange(count) % CLASSES
-    options = {"batch_size": count, "guidance": Guidance(scale), "compiled": flags.compile}
+    params = SamplingParams(guidance_scale=scale)
+    options = {"batch_size": count, "params": params, "compiled": flags.compile}
     step = seconds_of(lambda: generate(model, prefix, **options), flags) / side**2
     matrices = sum(p.nbytes for p in (*model.blocks.parameters(), model.head.weight))
     rows = count if scale == 1 else 2 * count

@@ -35,6 +35,9 @@ class Net(nn.Module):
         self.register_buffer("scalar", torch.tensor(7))
         self.register_buffer("turned", torch.randn(4, 4).T)
 
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return self.state_dict()
+
     def pretrained_config(self) -> dict[str, Any]:
         return asdict(self.config)
 

@@ -16,7 +16,6 @@ from tests.test_sampling import log_likelihood
 from transformer import (
     GPT,
     GPTConfig,
-    Guidance,
     PositionExtension,
     SamplingParams,
     complete,
@@ -254,7 +253,7 @@ def test_guidance_of_0_is_the_model_that_was_told_nothing() -> None:
     model = make_model(prefix=5)
     prefix, _ = some_input(model)
     nothing = generate(model, null_prefix(prefix, model.config))
-    assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), nothing)
+    assert torch.equal(generate(model, prefix, params=SamplingParams(guidance_scale=0.0)), nothing)
     assert not torch.equal(generate(model, prefix), nothing)
 
 
@@ -443,7 +442,7 @@ def test_in_raster_order_it_draws_as_it_was_trained(depth: int, positions: str) 
     torch.testing.assert_close(raster, whole)
     cached = step_by_step(model, prefix, indices, model.make_cache(3))
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
-    drawn = generate(model, prefix, params=SamplingParams(0))
+    drawn = generate(model, prefix, params=SamplingParams(temperature=0))
     assert torch.equal(model.logits(prefix, drawn).argmax(dim=2), drawn.flatten(1))
 
 

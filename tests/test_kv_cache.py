@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer import GPT, GPTConfig, Guidance, generate, make_prefix
+from transformer import GPT, GPTConfig, SamplingParams, generate, make_prefix
 from transformer.attention import KVCache
 from transformer.rope import PositionExtension, rotary_cos_sin, rotate
 
@@ -124,12 +124,18 @@ def test_guidance_of_1_is_none_and_a_batch_draws_its_rows(
     told, _ = some_input(model)
     plain = generate(model, told, seed=3)
     assert torch.equal(generate(model, told, seed=3, batch_size=1), plain)
-    assert torch.equal(generate(model, told, seed=3, guidance=Guidance(1.0, "linear")), plain)
+    none = SamplingParams(guidance_schedule="linear")
+    assert torch.equal(generate(model, told, seed=3, params=none), plain)
     # 1 + 1e-9 goes through both passes.
-    assert torch.equal(generate(model, told, seed=3, guidance=Guidance(1 + 1e-9)), plain)
+    both = SamplingParams(guidance_scale=1 + 1e-9)
+    assert torch.equal(generate(model, told, seed=3, params=both), plain)
 
 
-@pytest.mark.parametrize("options", [{"num_kv_heads": 2}, {"positions": "learned"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"num_kv_heads": 2}, {"positions": "learned"}, {"position_scale": (0.5, 2.0)}],
+    ids=str,
+)
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("prefix", [1, 5])
 @pytest.mark.parametrize("window", [0, 3])
@@ -169,10 +175,11 @@ def test_cached_logits_on_grids_of_other_sizes(grid, window, extension) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_sliding_rotates_the_prefix_as_for_a_crop() -> None:
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (0.5, 2.0)], ids=str)
+def test_sliding_rotates_the_prefix_as_for_a_crop(scale: tuple[float, float]) -> None:
     """Against attention over all pairs, with the prefix keys rotated for each query on its own."""
     grid, window = (9, 13), 3
-    model = make_model((4, 6), window=window)
+    model = make_model((4, 6), window=window, position_scale=scale)
     prefix, indices = torch.arange(3), torch.randint(CODES, (3, *grid))
     positions = model.grid_positions(grid)
     offsets = torch.cat([torch.zeros(1, 2), positions.offsets(positions.raster())])

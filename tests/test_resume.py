@@ -30,6 +30,9 @@ class Net(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.linear = nn.Linear(4, 1)
 
+    def pretrained_state(self) -> dict[str, torch.Tensor]:
+        return self.state_dict()
+
     def pretrained_config(self) -> dict[str, int]:
         return {"size": 4}
 

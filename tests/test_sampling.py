@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from tests import test_kv_cache
 from tests.test_kv_cache import at_once
 from transformer import (
     GPT,
-    Guidance,
     PositionExtension,
     SamplingParams,
     complete,
     generate,
+    generate_likeliest,
     later_known_mask,
     sampling,
 )
@@ -83,7 +84,9 @@ def test_probabilities_against_the_reference(settings: dict) -> None:
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert probabilities(torch.tensor([[1.0, 3.0, 2.0]]), SamplingParams(0)).tolist() == [[0, 1, 0]]
+    assert probabilities(
+        torch.tensor([[1.0, 3.0, 2.0]]), SamplingParams(temperature=0)
+    ).tolist() == [[0, 1, 0]]
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -126,14 +129,14 @@ def test_values_out_of_range_are_refused(wrong: dict) -> None:
 @pytest.mark.parametrize("scale", [-1, math.nan, math.inf])
 def test_guidance_out_of_range_is_refused(scale: float) -> None:
     with pytest.raises(ValueError, match="guidance_scale"):
-        Guidance(scale)
+        SamplingParams(guidance_scale=scale)
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-38, 1e-40, 1e-300])
 def test_no_temperature_is_too_low(temperature: float) -> None:
     """Logits over a tiny number are infinite: the distribution was no number, the index none."""
     logits = torch.tensor([[-300.0, 300.0, 299.0], [0.0, 0.0, -1.0]])
-    result = probabilities(logits, SamplingParams(temperature))
+    result = probabilities(logits, SamplingParams(temperature=temperature))
     assert result[0].tolist() == [0, 1, 0]
     assert result[1, 2] == 0
     assert result.sum(dim=1).tolist() == [1, 1]
@@ -238,23 +241,73 @@ def test_greedy_images_are_the_models_own_choice() -> None:
 
 def test_guidance() -> None:
     model, prefix = make_model(), torch.arange(4)
+
+    def sample(**params: object) -> Tensor:
+        return generate(model, prefix, params=SamplingParams(**params))
+
     plain = generate(model, prefix)
-    assert torch.equal(generate(model, prefix, guidance=Guidance(1.0, "linear")), plain)
+    assert torch.equal(sample(guidance_schedule="linear"), plain)
     # A scale of 0 is the model without classes, and 1 + 1e-9 goes through both passes.
     none = generate(model, torch.full_like(prefix, model.config.num_classes))
-    assert torch.equal(generate(model, prefix, guidance=Guidance(0.0)), none)
-    assert torch.equal(generate(model, prefix, guidance=Guidance(1 + 1e-9)), plain)
-    assert not torch.equal(generate(model, prefix, guidance=Guidance(3.0)), plain)
+    assert torch.equal(sample(guidance_scale=0.0), none)
+    assert torch.equal(sample(guidance_scale=1 + 1e-9), plain)
+    assert not torch.equal(sample(guidance_scale=3.0), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 2}, {"depth": 2}], ids=str)
+def test_a_guide_takes_the_place_of_the_model_without_classes(options: dict) -> None:
+    model, prefix = make_model(**options), torch.arange(5) % 4
+    guide = make_model(num_layers=1, positions="learned", **options)
+
+    def sample(scale: float, batch_size: int = 64) -> Tensor:
+        params = SamplingParams(guidance_scale=scale)
+        return generate(model, prefix, params=params, guide=guide, batch_size=batch_size)
+
+    assert torch.equal(sample(1 + 1e-9), generate(model, prefix))
+    assert torch.equal(sample(0.0), generate(guide, prefix))
+    assert not torch.equal(sample(3.0), generate(model, prefix))
+    assert torch.equal(sample(3.0, batch_size=2), sample(3.0))
+    params = SamplingParams(guidance_scale=2.0)
+    with pytest.raises(ValueError, match=r"the guide has latent_dim \(4, 4\), but the model has"):
+        DecodeStep(model, 1, size=(4, 6), params=params, guide=make_model((4, 4), **options))
+
+
+def test_typical_sampling_keeps_what_is_near_the_expected_information() -> None:
+    logits = torch.randn(20, 12, generator=torch.Generator().manual_seed(0)) * 2
+    kept = probabilities(logits, SamplingParams(typical_p=0.5))
+    for line, found in zip(logits.double().softmax(dim=1), kept, strict=True):
+        entropy = -float((line * line.log()).sum())
+        order = sorted(range(12), key=lambda i: abs(-math.log(line[i]) - entropy))
+        reached, expected = 0.0, torch.zeros(12)
+        for index in order:
+            if reached < 0.5:
+                expected[index] = line[index]
+                reached += float(line[index])
+        torch.testing.assert_close(found, expected / expected.sum(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_likeliest_samples_of_a_class_are_kept() -> None:
+    model, prefix, candidates = make_model(), torch.tensor([2, 0, 2, 1]), 3
+    best = generate_likeliest(model, prefix, candidates=candidates, batch_size=5)
+    repeated = prefix.repeat_interleave(candidates)
+    sampled = generate(model, repeated)
+    scores = log_likelihood(model, repeated, sampled, torch.ones(4, 6))
+    for number in range(4):
+        own = (repeated == number).nonzero()[:, 0]
+        images = (prefix == number).nonzero()[:, 0]
+        expected = own[scores[own].argsort(descending=True)[: len(images)]]
+        assert torch.equal(best[images], sampled[expected])
 
 
 def test_guidance_schedules_begin_at_1_and_end_at_the_scale() -> None:
     for schedule in ("linear", "cosine"):
-        scales = [Guidance(5.0, schedule).at(position, 9) for position in range(9)]
+        params = SamplingParams(guidance_scale=5.0, guidance_schedule=schedule)
+        scales = [params.scale_at(position, 9) for position in range(9)]
         assert scales == sorted(scales)
         assert scales[0] == pytest.approx(1)
         assert scales[4] == pytest.approx(3)
         assert scales[8] == pytest.approx(5)
-    assert Guidance(5.0).at(0, 9) == 5
+    assert SamplingParams(guidance_scale=5.0).scale_at(0, 9) == 5
 
 
 @pytest.mark.parametrize("power", [0.5, 1, 2.75])
@@ -262,23 +315,24 @@ def test_power_cosine_is_that_of_rar(power: float) -> None:
     """`scale_step` of its generate(), whose progress ends one token before 1."""
     for step in range(16):
         expected = (4 - 1) * (1 - math.cos((step / 16) ** power * math.pi)) / 2 + 1
-        assert Guidance(4.0, "cosine", power).at(step, 17) == pytest.approx(expected)
+        scale = {"guidance_scale": 4.0, "guidance_schedule": "cosine", "guidance_power": power}
+        assert SamplingParams(**scale).scale_at(step, 17) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_outside_of_the_interval_nothing_is_guided(schedule: str) -> None:
-    whole = Guidance(3.0, schedule)
-    part = Guidance(3.0, schedule, guidance_interval=(0.25, 0.5))
+    whole = SamplingParams(guidance_scale=3.0, guidance_schedule=schedule)
+    part = replace(whole, guidance_interval=(0.25, 0.5))
     for token in range(9):
-        expected = whole.at(token, 9) if 2 <= token <= 4 else 1
-        assert part.at(token, 9) == expected
+        expected = whole.scale_at(token, 9) if 2 <= token <= 4 else 1
+        assert part.scale_at(token, 9) == expected
     with pytest.raises(ValueError, match="guidance_interval"):
-        Guidance(3.0, guidance_interval=(0.5, 2.0))
+        SamplingParams(guidance_scale=3.0, guidance_interval=(0.5, 2.0))
 
 
 def test_guidance_schedules_have_names() -> None:
     with pytest.raises(ValueError, match="guidance_schedule"):
-        Guidance(2.0, "square")
+        SamplingParams(guidance_scale=2.0, guidance_schedule="square")
 
 
 def test_known_tokens_stay_and_the_rest_is_sampled() -> None:
@@ -345,8 +399,7 @@ def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guida
     prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
     keep, scores = known_side(side, (4, 6)), torch.zeros(5)
     options = {
-        "guidance": Guidance(guidance),
-        "params": SamplingParams(0.5, top_k=3),
+        "params": SamplingParams(guidance_scale=guidance, temperature=0.5, top_k=3),
         "batch_size": 2,
     }
     drawn = generate(model, prefix, known=given, known_mask=keep, scores=scores, **options)
@@ -421,7 +474,9 @@ def as_graphs(monkeypatch: pytest.MonkeyPatch) -> list[DecodeStep]:
     return steps
 
 
-@pytest.mark.parametrize("guidance", [Guidance(), Guidance(3.0, "cosine")], ids=str)
+@pytest.mark.parametrize(
+    "guidance", [{}, {"guidance_scale": 3.0, "guidance_schedule": "cosine"}], ids=str
+)
 @pytest.mark.parametrize(
     ("size", "window", "options"),
     [
@@ -443,8 +498,8 @@ def test_captured_steps_sample_what_eager_ones_sample(
     if model.config.depth == 2:
         known = torch.stack([known, known], dim=-1)
     known = {"known": known, "known_mask": known_side("left:0.34", size)}
-    params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01)
-    options = {"size": size, "batch_size": 2, "guidance": guidance, "params": params}
+    params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01, **guidance)
+    options = {"size": size, "batch_size": 2, "params": params}
     eager, scores = generate(model, prefix, **options), torch.zeros(2, 5)
     completed = generate(model, prefix, scores=scores[0], **known, **options)
     steps = request.getfixturevalue("as_graphs")
@@ -495,7 +550,7 @@ def test_decoding_compiles_to_one_graph_without_breaks(size: tuple[int, int]) ->
 
     torch._dynamo.reset()
     compiled = torch.compile(next_logits, backend=backend, fullgraph=True)
-    options = {"size": size, "guidance": Guidance(2.0), "params": SamplingParams(top_k=5)}
+    options = {"size": size, "params": SamplingParams(guidance_scale=2.0, top_k=5)}
     step = DecodeStep(model, 2, **options)
     step.capture, step.forward = uncaptured, compiled
     prefix, keys = torch.arange(2), torch.arange(2)

@@ -201,7 +201,7 @@ class Counter:
     def save(self) -> None:
         self.steps.append(self.state.progress.step)
 
-    def save_best(self, model: nn.Module) -> None:
+    def save_model(self, model: nn.Module) -> None:
         self.best.append(self.state.progress.step)
 
 

@@ -7,7 +7,7 @@ to the whole prefix, and to itself and the earlier tokens at (i', j') with i - i
 any device, `FlexAttention` in one fused kernel on CUDA, `KVCache` token by token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -27,6 +27,10 @@ from transformer.rope import (
 TILE_ROWS, TILE_COLUMNS = 8, 16  # latent positions: enough for efficient matrix products
 TOKENS_IN_ONE_TILE = 512  # below, a second call would cost more than the mask saves
 TOKENS_PER_CALL = 4096  # limits the memory of what is copied for a call
+WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
+
+Outputs = tuple[Tensor, ...]
+Function = Callable[[], Outputs]
 
 
 def scaled_dot_product_attention(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
@@ -307,3 +311,28 @@ class KVCache:
             mask = mask.repeat(groups, 1)
         y = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         return y.reshape(q.shape)
+
+
+class CUDAGraphCapture:
+    """Captures functions as CUDA graphs that share their memory."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Function) -> Function:
+        """`function` as a graph; the tensors that it returns are overwritten by each replay."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            outputs = function()
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay

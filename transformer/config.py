@@ -142,6 +142,8 @@ class GPTConfig:
         max=1,
     )
 
+    # Of a grid whose positions a fine-tuning rescaled: rotary coordinates per row and per column.
+    position_scale: tuple[float, float] = (1.0, 1.0)
     qk_norm: bool = True  # LlamaGen has neither this
     blank_prefix: bool = False  # nor a class token with a rotary angle: its keys are zeros
 
@@ -201,6 +203,14 @@ class GPTConfig:
         """Width of one attention head, of a config whose defaults are resolved."""
         return self.dim // self.num_heads
 
+    def check_guide(self, other: "GPTConfig") -> None:
+        """A ValueError for a GPT of other indices or another prefix, which cannot guide this."""
+        names = ("codebook_size", "depth", "latent_dim", "num_classes", "condition_codebook_size")
+        for name in (*names, "condition_latent_dim"):
+            own, theirs = getattr(self, name), getattr(other, name)
+            if own != theirs:
+                raise ValueError(f"the guide has {name} {theirs}, but the model has {name} {own}")
+
     def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the indices of a grid of `size`: (h, w), or (h, w, depth) if depth > 1."""
         return size if self.depth == 1 else (*size, self.depth)
@@ -238,16 +248,17 @@ def drop_conditioning(
     return torch.where(dropped.view_as(prefix), null_prefix(prefix, config), prefix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Guidance:
     """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
 
-    c are the logits with class and condition, u those without.
+    c are the logits with class and condition, u those without; or, in autoguidance (arXiv
+    2406.02507), those of a weaker model with them.
     """
 
     guidance_scale: float = option(
         1.0,
-        "classifier-free guidance: above 1, samples follow class and condition closely; 1: none",
+        "guidance: above 1, samples follow class and condition closely; 1: none",
         min=0,
         below=math.inf,
     )
@@ -274,7 +285,7 @@ class Guidance:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def at(self, token: int, tokens: int) -> float:
+    def scale_at(self, token: int, tokens: int) -> float:
         """The scale for token number `token` of `tokens`.
 
         Power-cosine (arXiv 2411.00776): (1 - cos(pi * progress^power)) / 2 of the way from 1. The

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from transformer.attention import KVCache, attend
 from transformer.config import FORMAT_VERSION, GPTConfig
-from transformer.layers import Block, Head, RMSNorm, Rotary
+from transformer.layers import Block, Head, LoRALinear, RMSNorm, Rotary
 from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin
 
 STD = 0.02  # of the initial weights
@@ -38,7 +38,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.attend = config.resolve_defaults(), attend
         config, self.prefix_length = self.config, config.prefix_length
-        self.grid = GridPositions(config.latent_dim, config.latent_dim, config.depth)
+        size, scale = config.latent_dim, config.position_scale
+        self.grid = GridPositions(size, size, config.depth, scale=scale)
         positions = math.prod(config.latent_dim)
         self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
         if config.condition_latent_dim is not None:
@@ -209,7 +210,8 @@ class GPT(nn.Module):
         self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
     ) -> GridPositions:
         """Positions of a grid of `size`; a ValueError where this GPT has none."""
-        grid = GridPositions(size, self.grid.size, self.config.depth, extension)
+        scale = self.config.position_scale
+        grid = GridPositions(size, self.grid.size, self.config.depth, extension, scale)
         if size != grid.trained and self.config.condition_latent_dim is not None:
             raise ValueError(f"with conditions, grids must be {grid.trained}, got {size}")
         absolute = self.config.positions == "learned" or self.config.order_anneal is not None
@@ -231,11 +233,20 @@ class GPT(nn.Module):
         """The content of config.json."""
         return {"model": "GPT", "format_version": FORMAT_VERSION, **asdict(self.config)}
 
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """The content of model.safetensors: low-rank updates are added to their matrices."""
+        state = self.state_dict()
+        for name, module in self.named_modules():
+            if isinstance(module, LoRALinear):
+                up, down = state.pop(f"{name}.up"), state.pop(f"{name}.down")
+                state[f"{name}.weight"] = state[f"{name}.weight"] + up @ down
+        return state
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: config.json and model.safetensors."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: x.contiguous() for name, x in self.state_dict().items()}
+        tensors = {name: x.contiguous() for name, x in self.pretrained_state().items()}
         safetensors.torch.save_file(tensors, folder / "model.safetensors")
         config = json.dumps(self.pretrained_config(), indent=2)
         (folder / "config.json").write_text(config + "\n")

@@ -61,6 +61,26 @@ class RMSNorm(nn.RMSNorm):
         return (rms_norm(x, EPSILON) * self.weight).type_as(x)
 
 
+class LoRALinear(nn.Linear):
+    """y = W x + up down x (LoRA, arXiv 2106.09685), with a frozen W; `up` starts at zero."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.weight = linear.weight  # (out, in)
+        self.down = nn.Parameter(torch.randn(rank, self.in_features) * self.in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """States (..., in) -> (..., out)."""
+        return super().forward(x) + F.linear(F.linear(x, self.down), self.up)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Also a plain layer's weights; the update keeps its values then."""
+        for name in ("down", "up"):
+            state.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
 class SelfAttention(nn.Module):
     """Multi-head attention with normalised queries and keys (QK-norm, arXiv 2302.05442).
 

@@ -45,8 +45,11 @@ class GridPositions:
         trained: tuple[int, int],
         depth: int = 1,
         extension: PositionExtension = PositionExtension.SLIDE,
+        scale: tuple[float, float] = (1.0, 1.0),
     ) -> None:
+        """`scale`: rotary coordinates per row and per column."""
         self.size, self.trained, self.depth, self.extension = size, trained, depth, extension
+        self.scale = scale
         self.num_tokens = size[0] * size[1] * depth
         self.slides = extension == PositionExtension.SLIDE and size != trained
 
@@ -69,15 +72,15 @@ class GridPositions:
         centres = []
         for axis, (size, trained) in enumerate(zip(self.size, self.trained, strict=True)):
             compress = self.extension == PositionExtension.INTERPOLATE and size > trained
-            scale = trained / size if compress else 1.0
+            scale = self.scale[axis] * (trained / size if compress else 1.0)
             centres.append((positions[..., axis] + 0.5) * scale + 0.5)
         return torch.stack(centres, dim=-1)
 
     def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Rotary coordinates (its h * w, 2), float32, of another grid laid over this one."""
         rows, columns = (
-            (torch.arange(count, device=device) + 0.5) * (own / count) + 0.5
-            for count, own in zip(size, self.size, strict=True)
+            (torch.arange(count, device=device) + 0.5) * (own / count * scale) + 0.5
+            for count, own, scale in zip(size, self.size, self.scale, strict=True)
         )
         return torch.cartesian_prod(rows, columns)
 
@@ -103,12 +106,13 @@ class GridPositions:
         return (row * width + column).clamp(max=height * width - 1)
 
     def offsets(self, positions: Tensor) -> Tensor:
-        """Distances (..., 2) of positions from their `trained_positions`.
+        """Distances (..., 2) of positions from their `trained_positions`, in rotary coordinates.
 
         The product of a rotated query and a rotated key depends on their distance alone: a prefix
         rotated by the offset is to a position what it was in training.
         """
-        return positions[..., :2] - self.trained_positions(positions)
+        distances = positions[..., :2] - self.trained_positions(positions)
+        return distances * torch.tensor(self.scale, device=positions.device)
 
 
 def window_is_full(window: int, grid: tuple[int, int]) -> bool:

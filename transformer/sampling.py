@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.attention import KVCache
-from transformer.config import Guidance, check_fields, null_prefix, option
+from transformer.attention import CUDAGraphCapture, Function, KVCache, Outputs
+from transformer.config import Guidance, null_prefix, option
 from transformer.gpt import GPT
 from transformer.rope import PositionExtension
 
@@ -21,19 +21,15 @@ SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
 SHIFTS = (30, 27, 31)
 FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64), 1)
-WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
 CACHE_PARTS = 4  # one graph for each number of parts that are written
 
-Outputs = tuple[Tensor, Tensor]
-Function = Callable[[], Outputs]
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(Guidance):
+    """Guidance, and how the distribution is filtered before sampling, in this order.
 
-@dataclass(frozen=True)
-class SamplingParams:
-    """How the distribution of the model is filtered before sampling, in this order.
-
-    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082. The most likely index
-    always stays.
+    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082, typical_p is locally
+    typical sampling (arXiv 2202.00666). All but the last always keep the most likely index.
     """
 
     temperature: float = option(
@@ -49,9 +45,13 @@ class SamplingParams:
     min_p: float = option(
         0.0, "sample from indices with this fraction of the highest probability", min=0, max=1
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
+    typical_p: float = option(
+        1.0,
+        "typical sampling: the indices nearest to the expected information whose probabilities "
+        "sum to p",
+        above=0,
+        max=1,
+    )
 
 
 def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> Tensor:
@@ -66,14 +66,31 @@ def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> 
     elif params.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     else:
-        return _apply_min_p(logits.softmax(dim=-1), params.min_p)
-    ordered = ordered.softmax(dim=-1)
-    if params.top_p < 1:
-        before = ordered.cumsum(dim=-1) - ordered  # probability of all more likely indices
-        ordered = ordered.masked_fill(before >= params.top_p, 0.0)
-        ordered = ordered / ordered.sum(dim=-1, keepdim=True)
+        distribution = _apply_min_p(logits.softmax(dim=-1), params.min_p)
+        return _apply_typical_p(distribution, params.typical_p)
+    ordered = _first(ordered.softmax(dim=-1), params.top_p)
     ordered = _apply_min_p(ordered, params.min_p)
-    return torch.zeros_like(logits).scatter(-1, order, ordered)
+    distribution = torch.zeros_like(logits).scatter(-1, order, ordered)
+    return _apply_typical_p(distribution, params.typical_p)
+
+
+def _first(ordered: Tensor, mass: float) -> Tensor:
+    """The first probabilities (..., K) that sum to `mass`; 0 instead of the others."""
+    if mass == 1:
+        return ordered
+    before = ordered.cumsum(dim=-1) - ordered
+    kept = ordered.masked_fill(before >= mass, 0.0)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def _apply_typical_p(distribution: Tensor, mass: float) -> Tensor:
+    if mass == 1:
+        return distribution
+    information = -distribution.clamp(min=SMALLEST_TEMPERATURE).log()
+    entropy = (distribution * information).sum(dim=-1, keepdim=True)
+    order = (information - entropy).abs().argsort(dim=-1, stable=True)
+    kept = _first(distribution.gather(-1, order), mass)
+    return torch.zeros_like(distribution).scatter(-1, order, kept)
 
 
 def _apply_min_p(distribution: Tensor, min_p: float) -> Tensor:
@@ -133,35 +150,11 @@ def next_logits(model: GPT, cache: KVCache, tokens: Tensor, token: Tensor, depth
     return model.head(hidden, depth=depth)
 
 
-class CUDAGraphCapture:
-    """Captures functions as CUDA graphs that share their memory."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Function) -> Function:
-        """`function` as a graph; the tensors that it returns are overwritten by each replay."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = function()
-
-        def replay() -> Outputs:
-            graph.replay()
-            return outputs
-
-        return replay
-
-
 class DecodeStep:
     """Samples batches of `batch_size` grids token by token, with one cache for all batches.
 
-    With guidance a batch is doubled: conditional grids, then unconditional ones.
+    With guidance a batch is doubled: conditional grids, then unconditional ones. With a `guide`, a
+    weaker GPT of the same indices and classes, the latter are its conditional ones.
     """
 
     def __init__(
@@ -171,21 +164,25 @@ class DecodeStep:
         *,
         size: tuple[int, int],
         position_extension: PositionExtension = PositionExtension.SLIDE,
-        guidance: Guidance | None = None,
         params: SamplingParams | None = None,
+        guide: GPT | None = None,
         compiled: bool = False,
     ) -> None:
-        """Allocate the cache, and the tensors that captured graphs read, `compiled` on a GPU."""
-        self.model, self.batch_size = model, batch_size
-        self.guidance, self.params = guidance or Guidance(), params or SamplingParams()
-        guided = self.guidance.guidance_scale != 1
-        self.cache = model.make_cache(batch_size * (1 + guided), size, position_extension)
+        """Allocate the caches, and the tensors that captured graphs read, `compiled` on a GPU."""
+        self.model, self.batch_size, self.params = model, batch_size, params or SamplingParams()
+        guided = self.params.guidance_scale != 1
+        self.copies = 1 + (guided and guide is None)  # of the batch, for the model
+        self.cache = model.make_cache(batch_size * self.copies, size, position_extension)
+        self.passes = [(model, self.cache)]
+        if guided and guide is not None:
+            model.config.check_guide(guide.config)
+            self.passes.append((guide, guide.make_cache(batch_size, size, position_extension)))
         device = self.cache.device
         self.capture: Callable[[Function], Function] | None = None  # every step runs eagerly
         self.forward: Callable[..., Tensor] = next_logits
         if compiled and device.type == "cuda":
             self.capture, self.forward = CUDAGraphCapture(), torch.compile(next_logits)
-        self._graphs: dict[tuple[int, int], Function] = {}  # by slots and depth
+        self._graphs: dict[tuple[int, ...], Function] = {}  # by slots and depth
         self._tokens = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
         self._token = torch.zeros(1, dtype=torch.long, device=device)
         self._keys = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -198,25 +195,28 @@ class DecodeStep:
             logits: (B, K), conditional, float32.
             sampled: (B,), int64.
         """
-        self.cache.reset()
         self._keys.copy_(keys)
         self._set_token(known.shape[1])
         positions = self.cache.grid.at(torch.arange(known.shape[1], device=keys.device))
-        if self._scale is not None:
+        if self.copies == 2:
             prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
             known = torch.cat([known, known])
-        hidden = self.model(known, positions, prefix=prefix, cache=self.cache)[:, -1]
-        return self._sample(self.model.head(hidden, depth=0))
+        logits = []
+        for model, cache in self.passes:
+            cache.reset()
+            hidden = model(known, positions, prefix=prefix, cache=cache)[:, -1]
+            logits.append(model.head(hidden, depth=0))
+        return self._sample(torch.cat(logits))
 
     def __call__(self, tokens: Tensor, token: int) -> Outputs:
         """Sample the token with raster number `token` after `tokens` (B,), the one before it."""
         self._tokens.copy_(tokens[:, None])
         self._set_token(token)
         depth = token % self.model.config.depth
+        parts = None if self.capture is None else CACHE_PARTS
+        key = (*(cache.prepare(token - 1, parts) for _, cache in self.passes), depth)
         if self.capture is None:
-            self.cache.prepare(token - 1)
             return self._decode(depth)
-        key = self.cache.prepare(token - 1, CACHE_PARTS), depth
         if key not in self._graphs:
             self._graphs[key] = self.capture(partial(self._decode, depth))
         return self._graphs[key]()
@@ -224,11 +224,12 @@ class DecodeStep:
     def _set_token(self, token: int) -> None:
         self._token.fill_(token)
         if self._scale is not None:
-            self._scale.fill_(self.guidance.at(token, self.cache.grid.num_tokens))
+            self._scale.fill_(self.params.scale_at(token, self.cache.grid.num_tokens))
 
     def _decode(self, depth: int) -> Outputs:
-        tokens = self._tokens if self._scale is None else self._tokens.repeat(2, 1)
-        return self._sample(self.forward(self.model, self.cache, tokens, self._token, depth))
+        tokens = self._tokens.repeat(self.copies, 1)
+        logits = [self.forward(*one, tokens, self._token, depth) for one in self.passes]
+        return self._sample(torch.cat(logits))
 
     def _sample(self, logits: Tensor) -> Outputs:
         """Logits (B, K), or with the unconditional ones (2B, K), -> the results of `begin`."""
@@ -274,10 +275,11 @@ def generate_rows(
             logits, tokens = step.begin(prefix, keys, before)
         else:
             logits, tokens = step(tokens, token)
+        counted = known is None
         if known is not None and is_known[token // config.depth]:
-            tokens = known[:, token]
-            if scores is not None and token // config.depth > start:
-                scores += logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
+            tokens, counted = known[:, token], token // config.depth > start
+        if scores is not None and counted:
+            scores += logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
         row.view(len(row), -1)[:, token % row_length] = tokens
         if (token + 1) % row_length == 0:
             yield row.clone()
@@ -310,7 +312,7 @@ def generate(
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
-            sampled one, without guidance and filters.
+            sampled one, or without `known` of all tokens; without guidance and filters.
         progress: called with the number of images after each batch.
         options: of `DecodeStep`.
     """
@@ -336,6 +338,34 @@ def generate(
             scores[batch] = sums.cpu()
         progress(len(batch))
     return out
+
+
+def likeliest(scores: Tensor, groups: Tensor, candidates: int) -> Tensor:
+    """Numbers (N,) of the best of N * candidates samples, for the images of `groups` (N,).
+
+    Samples i * candidates, ... are those of image i. The images of a group share their samples: of
+    those, as many are kept as it has images, the ones with the highest scores.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    shared = groups.repeat_interleave(candidates)[order]
+    order, shared = order[shared.argsort(stable=True)], shared.sort(stable=True).values
+    counts = groups.bincount()
+    first = (counts.cumsum(dim=0) - counts) * candidates
+    rank = torch.arange(len(order)) - first[shared]
+    chosen = torch.empty_like(groups)
+    chosen[groups.argsort(stable=True)] = order[rank < counts[shared]]
+    return chosen
+
+
+def generate_likeliest(model: GPT, prefix: Tensor, *, candidates: int, **options: Any) -> Tensor:
+    """Sample `candidates` times as many grids as prefixes; keep the most likely of each prefix.
+
+    For the arguments see `generate`; the likelihood is without guidance and filters.
+    """
+    prefixes = prefix.repeat_interleave(candidates, dim=0)
+    scores, groups = torch.zeros(len(prefixes)), prefix.unique(dim=0, return_inverse=True)[1]
+    sampled = generate(model, prefixes, scores=scores, **options)
+    return sampled[likeliest(scores, groups, candidates)]
 
 
 def later_known_mask(known_mask: Tensor) -> Tensor:
@@ -365,5 +395,4 @@ def complete(
     scores, (height, width) = torch.zeros(len(prefixes)), known_mask.shape
     options |= {"known": grids, "known_mask": known_mask, "scores": scores}
     sampled = generate(model, prefixes, size=(height, width), **options)
-    best = scores.view(-1, candidates).argmax(dim=1)
-    return sampled[best + torch.arange(len(prefix)) * candidates]
+    return sampled[likeliest(scores, torch.arange(len(prefix)), candidates)]

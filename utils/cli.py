@@ -38,7 +38,7 @@ LESS_MEMORY = {
 
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
-    *("model_dir", "model_path", "condition_model_dir"),
+    *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from"),
 )
 
 
@@ -132,7 +132,7 @@ def reject_unused_flags(config: typing.Any, flags: argparse.Namespace) -> None:
     for field in dataclasses.fields(config):
         needed = field.metadata.get("needs")
         if needed and field.name in flags.given and not getattr(config, needed):
-            above = "" if isinstance(getattr(config, needed), bool) else " above 0"
+            above = "" if isinstance(getattr(config, needed), bool | str) else " above 0"
             raise UserError(
                 f"--{field.name} has no effect without --{needed}{above}; leave it out, or set both"
             )

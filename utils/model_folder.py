@@ -26,7 +26,7 @@ WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 def model_files(model: Any, provenance: Provenance) -> Files:
     """The files of a model folder, for `write_folder`."""
-    config, weights = model.pretrained_config(), model.state_dict()
+    config, weights = model.pretrained_config(), model.pretrained_state()
     return {CONFIG: config, WEIGHTS: weights, PROVENANCE: asdict(provenance)}
 
 

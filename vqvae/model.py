@@ -241,6 +241,10 @@ class VQVAE(nn.Module):
         """The content of config.json, which `VQVAEConfig.from_json` reads."""
         return {"model": "VQVAE", "format_version": FORMAT_VERSION, **self.config.to_dict()}
 
+    def pretrained_state(self) -> dict[str, Tensor]:
+        """The content of model.safetensors."""
+        return self.state_dict()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a model folder: config.json and model.safetensors."""
         folder = Path(folder)

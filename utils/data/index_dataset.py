@@ -35,6 +35,7 @@ class IndicesConfig:
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
     model_dir: str = flag("", "tokenizer that decodes the samples drawn in training")
     val_fraction: float = flag(0.1, "share of a text file's lines for validation")
+    ignore_labels: bool = flag(False, "train without classes, whatever labels the data have")
     fd_samples: int = flag(0, "samples that an evaluation draws for FD (classifier); 0: none")
 
     def __post_init__(self) -> None:
@@ -65,6 +66,7 @@ class IndexDataset:
         latent_dim: tuple[int, int] | None,
         val_fraction: float,
         seed: int,
+        ignore_labels: bool = False,
     ) -> None:
         """Read all indices, and split them by their manifest, or else by `seed`.
 
@@ -76,6 +78,8 @@ class IndexDataset:
         if tokenizer is not None and path.is_file():  # a text file does not say what it belongs to
             codebook_size = tokenizer.model.config.codebook_size
         indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
+        if ignore_labels:
+            indices = indices._replace(rows=[row._replace(label="") for row in indices.rows])
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
             config = tokenizer.model.config

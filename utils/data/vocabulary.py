@@ -1,9 +1,12 @@
 """vocabulary.json: the meaning of a GPT's tokens, and the tokenizer that indices belong to."""
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils.cli import UserError, first_few
 from utils.files import read_json, typed, verify
@@ -127,6 +130,19 @@ class Vocabulary(GridMeta):
                     f"the GPT's {theirs}; give the {FILE} beside the GPT"
                 )
 
+    def check_codes(self, data: "Vocabulary", path: Path, folder: Path) -> None:
+        """A UserError if the indices of `data` are not of the tokenizers of the GPT in a folder."""
+        pairs: list[tuple[GridMeta, GridMeta | None]] = [(self, data)]
+        if self.condition is not None:
+            pairs.append((self.condition, data.condition))
+        for before, now in pairs:
+            same_size = now and replace(now, latent_dim=before.latent_dim)
+            sha256 = now.tokenizer_sha256 if now else ""
+            try:
+                before.check_tokenizer(sha256, path, same_size, folder)
+            except UserError as error:
+                raise UserError(f"{error}, or add --reset_embeddings") from error
+
     def content(self) -> dict[str, Any]:
         """The values in vocabulary.json."""
         return asdict(self) | {name: getattr(self, name) for name in DERIVED}
@@ -150,3 +166,17 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         return typed(Vocabulary, values)
     except UserError as error:
         raise UserError(f"{file} is not a vocabulary: {error}") from error
+
+
+def in_proportion(counts: Sequence[int], number: int) -> list[int]:
+    """`number` classes, each as often as its count demands, evenly mixed from the first on."""
+    shares = np.array(counts) / sum(counts)
+    # The k-th image of a class is due after (k + 1/2) / share images.
+    due = [
+        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
+        for index, share in enumerate(shares)
+        if share > 0
+    ]
+    classes = np.concatenate([np.full(len(times), index) for times, index in due])
+    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
+    return classes[order[:number]].tolist()

@@ -184,12 +184,12 @@ class Checkpointer(AbstractContextManager):
                 path.rename(aside)
         self._write_status("RUNNING")
 
-    def save_best(self, model: nn.Module) -> None:
-        """Write the model folder `best`; before the checkpoint whose progress counts it."""
+    def save_model(self, model: nn.Module, name: str = BEST) -> None:
+        """Write a model folder, `best` before the checkpoint whose progress counts it."""
         if self._is_main:
             files = model_files(model, self._provenance) | self._extra_files
             _check_finite(files)
-            write_folder(self._home / BEST, files)
+            write_folder(self._home / name, files)
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet, and remove old ones.

@@ -356,7 +356,7 @@ def keep_best(
     progress = state.progress
     if progress.improved(score) or always:
         progress.evaluations_without_improvement = 0
-        checkpoints.save_best(state.ema.model)
+        checkpoints.save_model(state.ema.model)
     if 2 * progress.step <= state.schedule.total_steps:
         progress.best_halfway = progress.best
 

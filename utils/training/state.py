@@ -198,7 +198,8 @@ class CheckpointState:
         if refused := [changes[name] for name in REFUSED if name in changes]:
             raise UserError(
                 f"{folder} is of another training: {', '.join(refused)}; resume with the data and "
-                "flags it began with (--accumulate N saves memory at the same --batch_size)"
+                "flags it began with (--accumulate N saves memory at the same --batch_size), or "
+                "begin a new training from its weights by --init_from"
             )
         if changes and self._is_main:
             print(

@@ -1,0 +1,146 @@
+"""Fine-tuning against training from scratch: a GPT of MNIST without a digit, then a few of it.
+
+Tokenizer and GPT are trained without the digit. Each row of the table is a GPT that is trained on a
+few images of it: bits per token of further ones, and the share of its samples that a classifier of
+all digits gives that label. Also for grids of another size, with `--grid_positions`.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+from benchmarks import record
+from benchmarks.showcase import call
+from utils import cli
+
+DIGIT, SHOTS = "7", 300
+COUNTS = {"base": 8000, "digit": SHOTS + 700, "train": 6000, "test": 2000}  # images of each CSV
+SHAPE = "--dim 96 --num_layers 3 --num_heads 4 --weight_decay 0.05 --patience 0"
+TRAIN = "train.py --path_to_data {work}/{data} --batch_size 50"
+SHORT, LONG = 60, 600  # steps
+ROWS = {
+    "from scratch": f"{SHAPE} --max_steps {SHORT}",
+    "from scratch, ten times the steps": f"{SHAPE} --max_steps {LONG} --evaluate_every 60",
+    "fine-tuned": f"--init_from {{work}}/gpt --max_steps {SHORT}",
+    "fine-tuned, LoRA of rank 8": f"--init_from {{work}}/gpt --lora_rank 8 --max_steps {SHORT} "
+    "--learning_rate 4e-3",
+    "fine-tuned, without blocks": f"--init_from {{work}}/gpt --freeze blocks --max_steps {SHORT}",
+}
+GRIDS = {
+    "from scratch": f"{SHAPE} --max_steps {SHORT}",
+} | {
+    f"{name} positions": f"--init_from {{work}}/gpt --grid_positions {name} --max_steps {SHORT}"
+    for name in ("interpolate", "extrapolate")
+}
+SAMPLES, LARGE = 500, 42
+
+
+def write_csv(rows: list[dict[str, str]], data: Path, path: Path, *, shots: int = 0) -> None:
+    """A CSV and copies of its images; with `shots`, the first so many are for training."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image_path", "label"] + (["split"] if shots else []))
+        for number, row in enumerate(rows):
+            image = path.parent / row["image_path"]
+            image.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(data / row["image_path"], image)
+            split = ["train" if number < shots else "val"] if shots else []
+            writer.writerow([row["image_path"], row["label"], *split])
+
+
+def write_data(data: Path, work: Path) -> None:
+    """base.csv without the digit, digit.csv with it alone, train.csv and test.csv with all."""
+    for name in ("train", "test"):
+        with (data / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        random.Random(0).shuffle(rows)
+        write_csv(rows[: COUNTS[name]], data, work / f"{name}.csv")
+        if name == "train":
+            others = [row for row in rows if row["label"] != DIGIT]
+            chosen = [row for row in rows if row["label"] == DIGIT][: COUNTS["digit"]]
+            write_csv(others[: COUNTS["base"]], data, work / "base.csv")
+            write_csv(chosen, data, work / "digit.csv", shots=SHOTS)
+
+
+def enlarge(tokenizer: Path, target: Path) -> None:
+    """The same tokenizer for images of LARGE x LARGE pixels, so that its grids are larger."""
+    shutil.copytree(tokenizer / "best", target)
+    (target / "sha256.json").unlink()
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    (target / "config.json").write_text(json.dumps(config | {"image_size": [LARGE, LARGE]}))
+
+
+def bits_of(folder: Path) -> float:
+    """The best validation bits per token of a training."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
+    return min(x["val/bits_per_token"] for x in lines if "val/bits_per_token" in x)
+
+
+def train_row(number: int, command: str, data: str, work: Path) -> dict[str, float]:
+    """Train a GPT: its bits per token and seconds."""
+    start = time.perf_counter()
+    call(f"{{work}}/gpt{number}", f"{TRAIN} {command}", work=work, data=data)
+    seconds = time.perf_counter() - start
+    return {"bits_per_token": bits_of(work / f"gpt{number}"), "seconds": seconds}
+
+
+def label_agreement(number: int, work: Path) -> float:
+    """Of its samples, in percent."""
+    gpt, samples, images = (f"{{work}}/{name}{number}" for name in ("gpt", "samples", "images"))
+    call(samples, f"transformer_generation.py --model_path {gpt} --num_images {SAMPLES}", work=work)
+    decode = f"vqvae/images_from_indexes.py --indexes_path {samples} --model_dir {{work}}/tokenizer"
+    call(images, decode, work=work)
+    evaluate = f"evaluate.py samples --images {images} --path_to_data {{work}}/train.csv"
+    call(f"{{work}}/e{number}", f"{evaluate} --path_to_test {{work}}/test.csv", work=work)
+    found = json.loads((work / f"e{number}" / "samples.json").read_text(encoding="utf-8"))
+    return 100 * found["metrics"]["label_agreement"]["value"]
+
+
+def main(flags: argparse.Namespace) -> None:
+    work = Path(flags.work_dir)
+    shutil.rmtree(work, ignore_errors=True)
+    write_data(Path(flags.data), work)
+    quantize = "quantize_dataset.py --model_dir {work}/{tokenizer} --path_to_data {work}/{data}.csv"
+    tokenizer = "train_vqvae.py --path_to_data {work}/base.csv --max_steps 1200 --batch_size 64"
+    tokenizer += " --patch_size 7 --channel_multipliers 1 --codebook_size 256 --learning_rate 4e-3"
+    tokenizer += " --evaluate_every 400"
+    call("{work}/tokenizer", tokenizer, work=work)
+    for name in ("base", "digit"):
+        call(f"{{work}}/{name}", quantize, work=work, data=name, tokenizer="tokenizer")
+    base = f"{TRAIN} {SHAPE} --max_steps 1000 --evaluate_every 250 --optimizer muon"
+    call("{work}/gpt", f"{base} --learning_rate 4e-3", work=work, data="base")
+    results: dict[str, dict[str, float]] = {}
+    for number, (name, command) in enumerate(ROWS.items()):
+        results[name] = train_row(number, command, "digit", work)
+        results[name]["label_agreement"] = label_agreement(number, work)
+    print(f"\n| {SHOTS} images of {DIGIT} | bits per token | classified as {DIGIT}, % | s |")
+    print("|---|---|---|---|")
+    for name, x in results.items():
+        bits, agreement = x["bits_per_token"], x["label_agreement"]
+        print(f"| {name} | {bits:.3f} | {agreement:.1f} | {x['seconds']:.0f} |")
+    enlarge(work / "tokenizer", work / "large")
+    call("{work}/digit-large", quantize, work=work, data="digit", tokenizer="large")
+    print(f"\n| the same at {LARGE} pixels | bits per token |\n|---|---|")
+    for number, (name, command) in enumerate(GRIDS.items(), len(ROWS)):
+        results[f"{LARGE} pixels, {name}"] = x = train_row(number, command, "digit-large", work)
+        print(f"| {name} | {x['bits_per_token']:.3f} |")
+    used = os.times()
+    print(f"\n{used.children_user + used.children_system:.0f} s of CPU time")
+    print(f"written: {record.write('fine_tuning', results)}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--data", default="data/mnist", help="folder of train.csv and test.csv")
+    parser.add_argument("--work_dir", default="outputs/fine-tuning", help="where to work")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())

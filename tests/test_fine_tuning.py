@@ -1,0 +1,149 @@
+"""Fine-tuning: what a GPT takes over from another, what is trained, what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import train
+from tests.test_kv_cache import make_model, some_input
+from transformer import GPT, FineTuningConfig
+from transformer.fine_tuning import config_from, start_from
+from utils import cli
+from utils.data.indices import IndicesMeta, write_indices
+from utils.data.sources import Row
+from utils.data.vocabulary import read_vocabulary
+
+SMALL = "--dim 16 --num_layers 2 --num_heads 1 --batch_size 8 --device cpu --precision fp32"
+
+
+def write_data(path: str, labels: str, tokenizer: str = "a" * 64) -> None:
+    grids = torch.randint(8, (32, 4, 4), generator=torch.Generator().manual_seed(len(labels)))
+    splits = ["val" if number >= 24 else "train" for number in range(32)]
+    rows = [Row("", labels[i % len(labels)], split) for i, split in enumerate(splits)]
+    write_indices(Path(path), grids, rows, IndicesMeta(8, (4, 4), tokenizer))
+
+
+def run_train(flags: str) -> None:
+    train.main(train.make_parser().parse_args(flags.split()))
+
+
+@pytest.fixture
+def start(store: Any) -> str:
+    """A trained GPT of the classes a and b, in `first`; data of b and c, in `data`."""
+    write_data("ab", "ab")
+    write_data("data", "bc")
+    run_train(f"--path_to_data ab {SMALL} --max_steps 2 --output_dir first")
+    return "--path_to_data data --batch_size 8 --device cpu --precision fp32 --init_from first"
+
+
+def weights(folder: str) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(Path(folder, "model.safetensors"))
+
+
+def test_weights_and_shared_classes_are_kept_and_new_ones_start_as_no_class(start: str) -> None:
+    run_train(f"{start} --max_steps 1 --learning_rate 1e-12 --weight_decay 0 --output_dir second")
+    before, after = weights("first/best"), weights("second/best")
+    rows = before.pop("prefix_embedding.weight")[[1, 2, 2]]  # b, and "no class" twice
+    torch.testing.assert_close(after.pop("prefix_embedding.weight"), rows, rtol=0, atol=1e-9)
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
+    assert read_vocabulary("second").class_names == ("b", "c")
+
+
+def test_a_resumed_lora_training_is_bitwise_equal_and_leaves_a_plain_model(start: str) -> None:
+    flags = f"{start} --lora_rank 2 --learning_rate 0.1 --ema_decay 0.9 --evaluate_every 2"
+    run_train(f"{flags} --max_steps 4 --output_dir whole")
+    run_train(f"{flags} --max_steps 4 --checkpoint_every 3 --output_dir parts")
+    for path in (Path("parts/checkpoints/step-00000004"), Path("parts/best")):
+        (path / "model.safetensors").unlink()  # step 4 is computed anew from step 3
+    path = Path("parts/checkpoints/step-00000003")
+    run_train(f"--resume {path}")
+    for name in ("best", "checkpoints/step-00000004"):
+        ours, theirs = weights(f"whole/{name}"), weights(f"parts/{name}")
+        assert ours.keys() == weights("first/best").keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    before, after = weights("first/best"), weights("whole/checkpoints/step-00000004")
+    changed = {key for key in before if before[key].shape != after[key].shape}
+    changed |= {key for key in before.keys() - changed if not before[key].equal(after[key])}
+    assert "blocks.1.attention.qkv.weight" in changed
+    assert changed <= {key for key in before if "blocks." in key or "prefix" in key}
+    GPT.from_pretrained("whole/best")
+
+
+def test_merged_updates_are_the_same_function(tmp_path: Path) -> None:
+    source = make_model()
+    model = GPT(source.config).double().eval()
+    tuning = FineTuningConfig(init_from="x", lora_rank=2)
+    start_from(model, source, [0, 1, 2], tuning)
+    model.double()
+    inputs = some_input(source)
+    torch.testing.assert_close(model.logits(*inputs), source.logits(*inputs))
+    for name, parameter in model.named_parameters():
+        if name.endswith((".up", ".down")):
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path)
+    merged = GPT.from_pretrained(tmp_path).double()
+    torch.testing.assert_close(merged.logits(*inputs), model.logits(*inputs))
+    assert (merged.logits(*inputs) - source.logits(*inputs)).abs().max() > 0.1
+
+
+def test_frozen_weights_stay(start: str) -> None:
+    flags = "--freeze blocks.0,token_embedding --learning_rate 0.1 --max_steps 1"
+    run_train(f"{start} {flags} --optimizer muon --output_dir second")
+    before, after = weights("first/best"), weights("second/best")
+    for key in before.keys() - {"prefix_embedding.weight"}:
+        frozen = key.startswith(("blocks.0.", "token_embedding"))
+        assert torch.equal(before[key], after[key]) == frozen, key
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dim 32", "dim 32 contradicts first, where it is 16; leave it out"),
+        ("--freeze block", "freeze block: this GPT has no weights of that name; names begin with"),
+        ("--freeze blocks,norm,head,token_embedding,prefix_embedding", "leaves nothing to train"),
+        ("--lora_rank 2 --optimizer muon", "omit --optimizer muon"),
+        ("--init_from nowhere", "no such model folder: nowhere"),
+    ],
+)
+def test_flags_that_cannot_be_followed(start: str, flags: str, message: str) -> None:
+    with pytest.raises(cli.UserError, match=message):
+        run_train(f"{start} {flags} --max_steps 1 --output_dir second")
+    assert not Path("second/checkpoints").exists()
+
+
+def test_fine_tuning_flags_need_a_start(start: str) -> None:
+    with pytest.raises(cli.UserError, match="--lora_rank has no effect without --init_from; "):
+        run_train(f"--path_to_data data {SMALL} --lora_rank 2")
+
+
+def test_indices_of_another_tokenizer_need_new_embeddings(start: str) -> None:
+    write_data("data", "bc", tokenizer="c" * 64)
+    with pytest.raises(cli.UserError, match=r"first/best belongs to the .*or add --reset_embed"):
+        run_train(f"{start} --max_steps 1 --output_dir second")
+    run_train(f"{start} --max_steps 1 --learning_rate 1e-9 --reset_embeddings --output_dir second")
+    before, after = weights("first/best"), weights("second/best")
+    key = "blocks.0.attention.qkv.weight"
+    torch.testing.assert_close(before[key], after[key])
+    assert not torch.allclose(before["token_embedding.weight"], after["token_embedding.weight"])
+
+
+def test_other_data_lead_to_a_new_training_from_the_weights(start: str) -> None:
+    with pytest.raises(cli.UserError, match="a new training from its weights by --init_from"):
+        run_train(f"--resume first --path_to_data data {SMALL} --max_steps 4")
+
+
+def test_positions_of_another_grid() -> None:
+    source = make_model((4, 4))
+    data = {"latent_dim": (8, 8), "num_classes": 3}
+    rescaled = config_from(source.config, {}, data, FineTuningConfig())
+    model = make_model((8, 8), position_scale=rescaled.position_scale)
+    ends = model.grid.coordinates(torch.tensor([[0, 0, 0], [7, 7, 0]]))
+    assert ends.tolist() == [[0.75, 0.75], [4.25, 4.25]]  # centres between the edges 0.5 and 4.5
+    extended = config_from(source.config, {}, data, FineTuningConfig(grid_positions="extrapolate"))
+    assert extended.position_scale == (1, 1)
+    for one in (make_model(positions="learned"), make_model(order_anneal=(0.5, 0.8))):
+        with pytest.raises(ValueError, match="has an embedding for each position of its grid"):
+            config_from(one.config, {}, data, FineTuningConfig())

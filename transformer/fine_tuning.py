@@ -1,0 +1,144 @@
+"""Fine-tuning: a GPT that starts from the weights of another; frozen weights, low-rank updates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from transformer.config import GPTConfig, check_fields, option
+from transformer.gpt import GPT
+from transformer.layers import LoRALinear
+
+# What may differ from the GPT that a training starts from, beside the classes and the grid.
+FREE = {"latent_dim", "dropout", "class_dropout", "condition_dropout", "label_smoothing"}
+FREE |= {"window_size", "order_anneal"}
+TOKENS = ("token_embedding", "head")  # what depends on the tokenizer
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """What a training of a GPT starts from, and which weights it changes."""
+
+    init_from: str = option(
+        "",
+        "GPT to start from: its weights and shape, with a new optimiser; classes of the same name "
+        "keep their embeddings",
+    )
+    grid_positions: str = option(
+        "interpolate",
+        "positions of a grid of another size: interpolate compresses or stretches them to the "
+        "former range, extrapolate continues them",
+        choices=("interpolate", "extrapolate"),
+        needs="init_from",
+    )
+    reset_embeddings: bool = option(
+        False, "new embeddings and head, for indices of another tokenizer", needs="init_from"
+    )
+    freeze: str = option(
+        "",
+        "weights that are not trained, by the beginning of their names: blocks.0,blocks.1,head",
+        metavar="NAME,...",
+        needs="init_from",
+    )
+    lora_rank: int = option(
+        0,
+        "train only updates of this rank to the matrices of the blocks, and the embeddings of the "
+        "prefix (LoRA); saved models have them merged; 0: all weights",
+        min=0,
+        needs="init_from",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def config_from(
+    source: GPTConfig, given: Mapping[str, Any], data: Mapping[str, Any], tuning: FineTuningConfig
+) -> GPTConfig:
+    """The config of a GPT that starts from one of `source`; a ValueError for a contradiction.
+
+    `given` are fields that the user sets, `data` those that follow from the data.
+    """
+    settings = asdict(source) | {"label_smoothing": 0.0, "start_from_codebook": False}
+    if source.order_anneal is not None:
+        settings["order_anneal"] = (0.0, 0.0)  # raster order, in which its training ended
+    free = FREE | ({"start_from_codebook"} if tuning.reset_embeddings else set())
+    for name in sorted(given.keys() - free):
+        if given[name] != settings[name]:
+            raise ValueError(
+                f"{name} {given[name]} contradicts {tuning.init_from}, where it is "
+                f"{settings[name]}; leave it out"
+            )
+    config = GPTConfig(**settings | dict(given) | dict(data))
+    if config.latent_dim == source.latent_dim:
+        return config
+    if "learned" in (source.positions, config.positions) or source.order_anneal is not None:
+        raise ValueError(
+            f"the GPT in {tuning.init_from} has an embedding for each position of its grid of "
+            f"{source.latent_dim}, so that it cannot be trained on one of {config.latent_dim}; use "
+            "indices of that size, or a GPT with rotary positions"
+        )
+    if tuning.grid_positions == "interpolate":
+        sizes = zip(source.position_scale, source.latent_dim, config.latent_dim, strict=True)
+        scale = tuple(scale * before / now for scale, before, now in sizes)
+        config = GPTConfig(**asdict(config) | {"position_scale": scale})
+    return config
+
+
+def start_from(
+    model: GPT, source: GPT, classes: Sequence[int | None], tuning: FineTuningConfig
+) -> None:
+    """Copy the weights of `source` into a new model, and limit what is trained.
+
+    `classes` has the class of the source for each class of the model, None for a new class, which
+    starts as "no class". With `reset_embeddings`, `TOKENS` and the condition start anew. A
+    ValueError if a weight does not fit, or one that is to be frozen does not exist.
+    """
+    own, state, none = model.state_dict(), source.state_dict(), source.config.num_classes
+    rows = [none if number is None else number for number in (*classes, None)]
+    state["prefix_embedding.weight"] = state["prefix_embedding.weight"][rows]
+    anew = (*TOKENS, "condition_embedding") if tuning.reset_embeddings else ()
+    for name, weight in state.items():
+        if name not in own or name.startswith(anew):
+            continue
+        if own[name].shape != weight.shape:
+            shapes = f"{tuple(weight.shape)} in the first and {tuple(own[name].shape)} in the other"
+            raise ValueError(f"the weights of this GPT do not fit the other: {name} is {shapes}")
+        own[name] = weight
+    model.load_state_dict(own)
+    if tuning.lora_rank:
+        _add_updates(model, tuning)
+    _freeze(model, tuning.freeze)
+
+
+def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:
+    """Low-rank updates of the matrices of the blocks; else only embeddings of inputs are trained.
+
+    These are the embeddings of the prefix, whose classes may be new, and of a new tokenizer.
+    """
+    trained = (
+        "prefix_embedding",
+        "condition_embedding",
+        *(TOKENS if tuning.reset_embeddings else ()),
+    )
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key.startswith(trained))
+    for block in model.blocks:
+        for layer in (block.attention, block.feed_forward):
+            for name, linear in [*layer.named_children()]:
+                setattr(layer, name, LoRALinear(linear, tuning.lora_rank))
+
+
+def _freeze(model: GPT, names: str) -> None:
+    parameters = dict(model.named_parameters())
+    for name in filter(None, names.split(",")):
+        found = [key for key in parameters if f"{key}.".startswith(f"{name}.")]
+        if not found:
+            known = ", ".join(dict.fromkeys(key.partition(".")[0] for key in parameters))
+            raise ValueError(
+                f"freeze {name}: this GPT has no weights of that name; names begin with {known}, "
+                "those of a block with blocks.0"
+            )
+        for key in found:
+            parameters[key].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"freeze {names} leaves nothing to train")
