@@ -43,7 +43,7 @@ SPANS = {  # a column of the table: the functions that it times, without a modul
     "evaluation": (":evaluate_and_log", ":report_best"),
     "checkpoints": (
         "utils.training.checkpoint:Checkpointer.save",
-        "utils.training.checkpoint:Checkpointer.save_best",
+        "utils.training.checkpoint:Checkpointer.save_model",
     ),
     "inference": (
         ":quantize",
