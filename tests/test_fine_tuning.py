@@ -1,5 +1,6 @@
 """Fine-tuning: what a GPT takes over from another, what is trained, what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,12 @@ import safetensors.torch
 import torch
 
 import train
+from tests.conftest import run_script
 from tests.test_kv_cache import make_model, some_input
 from transformer import GPT, FineTuningConfig
 from transformer.fine_tuning import config_from, start_from
 from utils import cli
-from utils.data.indices import IndicesMeta, write_indices
+from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import read_vocabulary
 
@@ -147,3 +149,20 @@ def test_positions_of_another_grid() -> None:
     for one in (make_model(positions="learned"), make_model(order_anneal=(0.5, 0.8))):
         with pytest.raises(ValueError, match="has an embedding for each position of its grid"):
             config_from(one.config, {}, data, FineTuningConfig())
+
+
+def test_an_early_model_guides_a_gpt_without_classes(
+    store: Any, error_of: Callable[..., str]
+) -> None:
+    write_data("ab", "ab")
+    run_train(f"--path_to_data ab --ignore_labels {SMALL} --max_steps 9 --output_dir plain")
+    assert read_vocabulary("plain").class_names == ()
+    key = "blocks.0.attention.qkv.weight"
+    assert not torch.equal(weights("plain/early")[key], weights("plain/best")[key])
+    sample = ("transformer_generation", "--model_path", "plain", "--num_images", 2)
+    error = error_of(*sample, "--guidance_scale", 2)
+    assert "--guidance_scale needs a weaker GPT by --guide_path" in error
+    assert "has no effect without --guidance_scale" in error_of(*sample, "--guide_path", "plain")
+    guided = ("--guide_path", "plain/early", "--guidance_scale", 2, "--output_dir", "samples")
+    run_script("transformer_generation.py", *sample[1:], *guided)
+    assert read_indices(Path("samples")).grids.shape == (2, 4, 4)
