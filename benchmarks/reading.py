@@ -36,6 +36,7 @@ ENTRY_POINTS = (
     "vqvae/convert.py",
     "transformer/convert.py",
     "utils/demo.py",
+    "utils/hub.py",
     "utils/plan.py",
     "utils/data/download.py",
     "utils/tracking/__main__.py",
