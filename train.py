@@ -322,10 +322,8 @@ def main(arguments: cli.Flags) -> None:
     model = build_model(model_config, start, tokenizer, group.device, arguments.flex_attention)
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     settings = {**asdict(optimizer_config), **asdict(source), **asdict(start.tuning)}
-    settings |= asdict(model_config) | {
-        "data_sha256": fingerprint(data.rows, *data.arrays),
-        "precision": precision,
-    }
+    settings |= asdict(model_config) | {"precision": precision}
+    settings["data_sha256"] = fingerprint(data.rows, *data.arrays)
     # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
     parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
