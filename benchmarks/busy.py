@@ -72,9 +72,9 @@ def main(flags: argparse.Namespace) -> None:
     results = {}
     for name, step in ways.items():
         seconds = measure(step, flags)
-        cells = [f"{1000 * value:.0f}" for value in seconds.values()]
-        cells += [f"{seconds[busy] / seconds[0]:.2f}" for busy in BUSY[1:]]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        columns = [f"{1000 * value:.0f}" for value in seconds.values()]
+        columns += [f"{seconds[busy] / seconds[0]:.2f}" for busy in BUSY[1:]]
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
         results[name] = {f"beside {busy}": value for busy, value in seconds.items()}
     print(f"\nwritten: {record.write('busy', results)}")
 

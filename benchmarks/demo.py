@@ -120,8 +120,8 @@ def main(flags: argparse.Namespace) -> None:
     print(f"\nseconds of the stages, {whole:.0f} with their processes and the classifier\n")
     print(f"| stage | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for stage, seconds in stages.items():
-        cells = (f"{seconds.get(column, 0):.1f}" for column in COLUMNS)
-        print(f"| {stage.rpartition('.')[2]} | {' | '.join(cells)} |")
+        values = (f"{seconds.get(column, 0):.1f}" for column in COLUMNS)
+        print(f"| {stage.rpartition('.')[2]} | {' | '.join(values)} |")
     print(f"\nwritten: {record.write('demo', {'whole': whole, 'stages': stages})}")
 
 
