@@ -28,7 +28,7 @@ from transformer import (
     sample_permutations,
 )
 from transformer.fine_tuning import config_from, start_from
-from utils import addresses, cli, distributed, figures, tracking
+from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig, baselines
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
@@ -203,9 +203,8 @@ def evaluate(
 ) -> Tensor:
     """Bits per token of the validation data at each latent position (h, w), by all of `group`."""
     model.eval()
-    height, width = model.config.latent_dim
-    # nats of each token, images
-    total = torch.zeros(height * width * model.config.depth + 1, dtype=torch.float64)
+    height, width, depth = *model.config.latent_dim, model.config.depth
+    total = torch.zeros(height * width * depth + 1, dtype=torch.float64)  # nats by token, images
     rows = group.shard(data.val_rows)  # none, where there are fewer rows than processes
     parts = rows.split(state.config.batch_size) if len(rows) else ()
     for prefix, indices in load_batches(data, group.device, parts):
@@ -221,11 +220,9 @@ def evaluate(
 def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
-    They are of all classes in turn, or of the classes and conditions of the first validation
-    images.
+    Of all classes in turn, or of the classes and conditions of the first validation images.
     """
-    training_mode = model.training
-    model.eval()
+    training_mode, model = model.training, model.eval()
     prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
     if data.conditions is not None:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
@@ -238,6 +235,8 @@ def picture_of(
     indices: Tensor, data: IndexDataset, tokenizer: LoadedModel | None, device: torch.device
 ) -> Image.Image:
     """A grid of decoded images; without a tokenizer the (first) indices as shades of grey."""
+    from utils import figures  # only where pictures are made
+
     if tokenizer is None:
         first = indices if data.vocabulary.depth == 1 else indices[..., 0]
         return figures.grid(first[:, None] / (data.vocabulary.codebook_size - 1) * 2 - 1)
@@ -258,13 +257,14 @@ def about_run(
         if model is not None:
             inputs[settings[name]] = model.sha256
             lineage = joined(lineage, model.lineage)
-    tags = {"tokenizer_run_id": data.vocabulary.tokenizer_run_id}
-    about = {"stage": "gpt", "params": data.params | params, "tags": tags}
-    return {**about, "inputs": inputs, "upstream": lineage}
+    about = {"stage": "gpt", "params": data.params | params, "inputs": inputs, "upstream": lineage}
+    return {**about, "tags": {"tokenizer_run_id": data.vocabulary.tokenizer_run_id}}
 
 
 def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validation) -> float:
     """Log metrics and samples of the present model; the score, of which lower is better."""
+    from utils import figures
+
     data, model, group = validation.data, state.ema.model, state.group
     step, values = state.progress.step, {}
     if validation.evaluator is not None:

@@ -24,7 +24,7 @@ def test_a_lower_base_rotates_more() -> None:
 
 def test_the_base_and_tied_weights_hold_with_the_cache_and_in_larger_grids() -> None:
     """A grid three times as high is continued as a crop: a row of it depends on the base alike."""
-    for options in ({"rope_base": 100.0}, {"tie_embeddings": True}):
+    for options in ({"rope_base": 10000.0}, {"tie_embeddings": True}):
         model, usual = make_model((3, 4), window=2, **options), make_model((3, 4), window=2)
         prefix, indices = some_input(model)
         logits = model.logits(prefix, indices)

@@ -62,7 +62,7 @@ CODES, CLASSES, GRID = 16, 3, (3, 4)
 def rotary_2d(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """cos and sin (1, T, head_dim): the first frequencies turn by rows, the others by columns."""
     size = DIM // HEADS // 4
-    frequency = [10_000 ** (-i / size) for i in range(size)]
+    frequency = [100 ** (-i / size) for i in range(size)]
     places = [(0, 0)] + [(i + 1, j + 1) for i in range(GRID[0]) for j in range(GRID[1])]
     angles = [[a * f for a in place for f in frequency] * 2 for place in places]
     angles = torch.tensor(angles, dtype=torch.float64)[None, : x.shape[1]]

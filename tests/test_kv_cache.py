@@ -183,7 +183,7 @@ def test_sliding_rotates_the_prefix_as_for_a_crop(scale: tuple[float, float]) ->
     prefix, indices = torch.arange(3), torch.randint(CODES, (3, *grid))
     positions = model.grid_positions(grid)
     offsets = torch.cat([torch.zeros(1, 2), positions.offsets(positions.raster())])
-    cos, sin = rotary_cos_sin(offsets, 8)
+    cos, sin = rotary_cos_sin(offsets, 8, model.config.rope_base)
     places = torch.arange(1 + 9 * 13)
     row, column = (places - 1) // 13, (places - 1) % 13
     near = (row[:, None] - row < window) & ((column[:, None] - column).abs() < window)

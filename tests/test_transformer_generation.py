@@ -216,7 +216,7 @@ def test_a_hint_where_classes_are_sampled_without_guidance(
         (("--complete", "nowhere"), "no indices at nowhere"),
         (("--guidance_scale", "-1"), "guidance_scale"),
         (("--min_p", "2"), "min_p"),
-        (("--candidates", "3"), "--complete"),
+        (("--variations", "3"), "--variations needs --complete"),
         (("--complete", "given", "--latent_dim", "9,21"), "omit --latent_dim"),
         (("--mask", "top:0.5"), "--mask needs --complete"),
         (("--unconditional", "--labels", "a"), "--labels cannot be combined with --unconditional"),

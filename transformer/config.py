@@ -102,8 +102,8 @@ class GPTConfig:
         choices=("rotary", "learned"),
     )
     rope_base: float = option(
-        10000.0,
-        "base of the rotary frequencies; a lower one, as 100, suits small grids",
+        100.0,
+        "base of the rotary frequencies; 10,000, as in LlamaGen, hardly rotates on small grids",
         above=1,
         below=math.inf,
     )

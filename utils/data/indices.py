@@ -26,7 +26,6 @@ from torch import Tensor
 from utils import files
 from utils.cli import UserError, one_line
 from utils.data.sources import Row
-from utils.data.sources.csv import read_table, write_table
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
 from utils.provenance import Lineage, finished
 
@@ -86,6 +85,8 @@ def new_folder(
 
     After an error nothing is left of it. With `text`, indices.txt is written as well.
     """
+    from utils.data.sources.csv import write_table
+
     with files.new_folder(folder) as staging:
         yield staging
         columns = Row._fields if any(row.condition_path for row in rows) else Row._fields[:-1]
@@ -162,6 +163,8 @@ def read_indices(
     A text file without `latent_dim` must hold squares. A UserError if there are no indices at the
     path, damaged ones, or others than the last three arguments say (depth None: any).
     """
+    from utils.data.sources.csv import read_table
+
     path = files.intact_folder(Path(path))
     if path.is_file():
         return _read_text(path, latent_dim, codebook_size or LARGEST_CODEBOOK, depth or 1)
