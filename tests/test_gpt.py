@@ -357,11 +357,12 @@ def test_completion_of_residual_codes_with_conditions() -> None:
     keep = known_side("left:0.5", (4, 4))
     one = complete(model, prefix, given, keep)
     many = complete(model, prefix, given, keep, candidates=6, batch_size=5)
-    for drawn in (one, many):
-        assert drawn.shape == given.shape
-        assert torch.equal(drawn[:, keep], given[:, keep])
+    for sampled in (one, many):
+        assert sampled.shape == given.shape
+        assert torch.equal(sampled[:, keep], given[:, keep])
     scores = [
-        log_likelihood(model, prefix, drawn, later_known_mask(keep)).sum() for drawn in (one, many)
+        log_likelihood(model, prefix, sampled, later_known_mask(keep)).sum()
+        for sampled in (one, many)
     ]
     assert scores[1] > scores[0]
 
@@ -442,8 +443,8 @@ def test_in_raster_order_it_draws_as_it_was_trained(depth: int, positions: str) 
     torch.testing.assert_close(raster, whole)
     cached = step_by_step(model, prefix, indices, model.make_cache(3))
     torch.testing.assert_close(cached, whole, rtol=1e-10, atol=1e-10)
-    drawn = generate(model, prefix, params=SamplingParams(temperature=0))
-    assert torch.equal(model.logits(prefix, drawn).argmax(dim=2), drawn.flatten(1))
+    sampled = generate(model, prefix, params=SamplingParams(temperature=0))
+    assert torch.equal(model.logits(prefix, sampled).argmax(dim=2), sampled.flatten(1))
 
 
 def test_what_random_orders_do_not_go_with() -> None:

@@ -95,8 +95,8 @@ def test_draws_follow_the_distribution(settings: dict) -> None:
     logits = torch.randn(12, generator=torch.Generator().manual_seed(3))
     distribution = probabilities(logits, SamplingParams(**settings))
     uniform = torch.rand(50_000, generator=torch.Generator().manual_seed(4))
-    drawn = sample_from_probs(distribution.expand(50_000, -1), uniform)
-    counts = torch.bincount(drawn, minlength=12)
+    sampled = sample_from_probs(distribution.expand(50_000, -1), uniform)
+    counts = torch.bincount(sampled, minlength=12)
     possible = distribution > 0
     assert counts[~possible].sum() == 0
     if possible.sum() > 1:
@@ -178,21 +178,21 @@ def numbers(seed: int = 0, tokens: int = 25) -> torch.Tensor:
 
 def test_they_are_uniform_in_the_unit_interval() -> None:
     for seed in (0, 1, -1, 12345, 2**64 - 1):
-        drawn = numbers(seed)
-        assert drawn.dtype == torch.float32
-        assert 0 <= drawn.min() < 1e-3
-        assert 1 - 1e-3 < drawn.max() < 1
-        assert stats.kstest(drawn.flatten().double(), "uniform").pvalue > 1e-3
+        sampled = numbers(seed)
+        assert sampled.dtype == torch.float32
+        assert 0 <= sampled.min() < 1e-3
+        assert 1 - 1e-3 < sampled.max() < 1
+        assert stats.kstest(sampled.flatten().double(), "uniform").pvalue > 1e-3
 
 
 def test_neighbours_know_nothing_of_each_other() -> None:
     """Tokens, images and seeds that lie side by side; 50,000 pairs have |r| < 0.02 by chance."""
-    drawn = numbers()
+    sampled = numbers()
     for one, other in (
-        (drawn[:, :-1], drawn[:, 1:]),
-        (drawn[:-1], drawn[1:]),
-        (drawn, numbers(seed=1)),
-        (drawn[:-1], numbers(seed=1)[1:]),
+        (sampled[:, :-1], sampled[:, 1:]),
+        (sampled[:-1], sampled[1:]),
+        (sampled, numbers(seed=1)),
+        (sampled[:-1], numbers(seed=1)[1:]),
     ):
         pair = torch.stack([one.flatten(), other.flatten()])
         assert abs(torch.corrcoef(pair)[0, 1]) < 0.02
@@ -340,9 +340,9 @@ def test_known_tokens_stay_and_the_rest_is_sampled() -> None:
     prefix, given = some_indices((4, 6))
     keep = torch.zeros(4, 6, dtype=torch.bool)
     keep[:2] = True
-    drawn = generate(model, prefix, known=given, known_mask=keep)
-    assert torch.equal(drawn[:, :2], given[:, :2])
-    assert not torch.equal(drawn[:, 2:], given[:, 2:])
+    sampled = generate(model, prefix, known=given, known_mask=keep)
+    assert torch.equal(sampled[:, :2], given[:, :2])
+    assert not torch.equal(sampled[:, 2:], given[:, 2:])
     everything = generate(model, prefix, known=given, known_mask=torch.ones_like(keep))
     assert torch.equal(everything, given)
 
@@ -402,8 +402,8 @@ def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guida
         "params": SamplingParams(guidance_scale=guidance, temperature=0.5, top_k=3),
         "batch_size": 2,
     }
-    drawn = generate(model, prefix, known=given, known_mask=keep, scores=scores, **options)
-    expected = log_likelihood(model, prefix, drawn, later_known_mask(keep))
+    sampled = generate(model, prefix, known=given, known_mask=keep, scores=scores, **options)
+    expected = log_likelihood(model, prefix, sampled, later_known_mask(keep))
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -418,9 +418,9 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with(
         "size": (6, 9),
         "position_extension": PositionExtension.INTERPOLATE,
     }
-    drawn = generate(model, prefix, scores=scores, **options)
+    sampled = generate(model, prefix, scores=scores, **options)
     expected = log_likelihood(
-        model, prefix, drawn, later_known_mask(keep), PositionExtension.INTERPOLATE
+        model, prefix, sampled, later_known_mask(keep), PositionExtension.INTERPOLATE
     )
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     learned = make_model(positions="learned", window=3)
@@ -434,13 +434,13 @@ def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) 
     keep = known_side(side, (4, 6))
     one = complete(model, prefix, given, keep)
     many = complete(model, prefix, given, keep, candidates=8, batch_size=5)
-    for drawn in (one, many):
-        assert torch.equal(drawn[:, keep], given[:, keep])
+    for sampled in (one, many):
+        assert torch.equal(sampled[:, keep], given[:, keep])
     if side == "top:0.5":  # nothing to rank by
         assert torch.equal(one, many)
         return
     later = later_known_mask(keep)
-    scores = [log_likelihood(model, prefix, drawn, later).sum() for drawn in (one, many)]
+    scores = [log_likelihood(model, prefix, sampled, later).sum() for sampled in (one, many)]
     assert scores[1] > scores[0]
 
 
