@@ -16,7 +16,6 @@ from tests.test_sampling import log_likelihood
 from transformer import (
     GPT,
     GPTConfig,
-    PositionExtension,
     SamplingParams,
     complete,
     drop_conditioning,
@@ -33,7 +32,7 @@ from transformer_generation import known_side
 GRID = (6, 7)
 VARIANTS = [
     {"positions": positions, "window_size": window}
-    for positions in ("rotary", "learned")
+    for positions in ("both", "rotary", "learned")
     for window in (0, 3)
 ]
 
@@ -457,9 +456,6 @@ def test_what_random_orders_do_not_go_with() -> None:
     prefix, indices = some_input(model)
     with pytest.raises(ValueError, match="only a GPT with order_anneal"):
         model.logits(prefix, indices, order=sample_permutations(indices, 1.0))
-    model = make_model(order_anneal=(0.5, 0.75))
-    with pytest.raises(ValueError, match="can only slide"):
-        model.grid_positions((5, 5), PositionExtension.EXTRAPOLATE)
 
 
 # --- model folders -------------------------------------------------------------------------------

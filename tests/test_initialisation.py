@@ -43,7 +43,7 @@ def check(name: str, parameter: Tensor, mean: float, deviation: float) -> None:
 
 def test_every_parameter_starts_as_the_table_says() -> None:
     torch.manual_seed(0)
-    embeddings = {"positions": "learned", "order_anneal": (0.5, 0.75), "depth": 2}
+    embeddings = {"positions": "both", "order_anneal": (0.5, 0.75), "depth": 2}
     grids = {"latent_dim": (6, 7), "condition_latent_dim": (2, 3), "condition_codebook_size": 50}
     model = GPT(GPTConfig(codebook_size=60, num_classes=9, **grids, **embeddings, **SHAPE))
     unused = set(TABLE)
@@ -128,6 +128,7 @@ def test_the_first_200_losses_are_those_of_transformers(name: str, qk_norm: bool
     """Same initial statistics; from the same random weights, each with gains of its own."""
     torch.manual_seed(0)
     kind = {"num_classes": CLASSES, "latent_dim": GRID, "dropout": 0.0, "qk_norm": qk_norm}
+    kind["positions"] = "rotary"
     model, peer = GPT(GPTConfig(CODES, **kind, **SHAPE)), make_peer(name)
     for own, other in pairs(model, peer):
         check(str(own.shape), own, *(float(x.detach()) for x in (other.mean(), other.std())))

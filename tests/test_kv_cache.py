@@ -133,7 +133,12 @@ def test_guidance_of_1_is_none_and_a_batch_draws_its_rows(
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_kv_heads": 2}, {"positions": "learned"}, {"position_scale": (0.5, 2.0)}],
+    [
+        {"num_kv_heads": 2},
+        {"positions": "rotary"},
+        {"positions": "learned"},
+        {"position_scale": (0.5, 2.0)},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("depth", [1, 2])
@@ -179,7 +184,7 @@ def test_cached_logits_on_grids_of_other_sizes(grid, window, extension) -> None:
 def test_sliding_rotates_the_prefix_as_for_a_crop(scale: tuple[float, float]) -> None:
     """Against attention over all pairs, with the prefix keys rotated for each query on its own."""
     grid, window = (9, 13), 3
-    model = make_model((4, 6), window=window, position_scale=scale)
+    model = make_model((4, 6), window=window, positions="rotary", position_scale=scale)
     prefix, indices = torch.arange(3), torch.randint(CODES, (3, *grid))
     positions = model.grid_positions(grid)
     offsets = torch.cat([torch.zeros(1, 2), positions.offsets(positions.raster())])

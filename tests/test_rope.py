@@ -46,3 +46,22 @@ def test_interpolation_keeps_the_trained_range() -> None:
     assert rows.unique().tolist() == [1, 2, 3, 4]
     assert columns.unique()[:3].tolist() == [0.75, 1.25, 1.75]
     assert columns.max().item() == pytest.approx(6.25)
+
+
+def test_learned_embeddings_beyond_the_trained_grid() -> None:
+    """A table that rises linearly with the columns shows where each position is read."""
+    table = torch.arange(6.0).repeat(4)[:, None]  # of 4x6 positions: its column
+
+    def columns(extension: PositionExtension, size: tuple[int, int]) -> list[float]:
+        grid = GridPositions(size, (4, 6), extension=extension)
+        return grid.embed(grid.raster(), table).view(size)[-1].tolist()
+
+    assert columns(PositionExtension.SLIDE, (4, 6)) == [0, 1, 2, 3, 4, 5]
+    slid = columns(PositionExtension.SLIDE, (5, 12))
+    assert slid == [0, 1, 2, 3, 3, 3, 3, 3, 3, 3, 4, 5]
+    beyond = columns(PositionExtension.EXTRAPOLATE, (5, 9))
+    assert beyond == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    between = columns(PositionExtension.INTERPOLATE, (5, 12))
+    expected = [0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25, 3.75, 4.25, 4.75, 5]
+    assert between == pytest.approx(expected)
+    assert columns(PositionExtension.INTERPOLATE, (2, 3)) == [0, 1, 2]  # a corner of the grid

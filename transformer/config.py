@@ -96,10 +96,10 @@ class GPTConfig:
         0, "width of its feed-forward layers; 0: from size, or 8/3 of another dim", min=0
     )
     positions: str = option(
-        "rotary",
+        "both",
         "rotary: rotate queries and keys by row and column; learned: add an embedding of each "
-        "position",
-        choices=("rotary", "learned"),
+        "position; both",
+        choices=("both", "rotary", "learned"),
     )
     rope_base: float = option(
         100.0,

@@ -108,6 +108,7 @@ def _infer_config(
         num_kv_heads=(len(weights[QKV]) - dim) // (2 * (dim // heads)),
         dim=dim,
         hidden_dim=len(weights[GATE]),
+        positions="rotary",
         rope_base=10000.0,
         qk_norm=False,
         blank_prefix=True,

@@ -4,9 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from transformer.config import GPTConfig, check_fields, option
 from transformer.gpt import GPT
 from transformer.layers import LoRALinear
+from transformer.rope import GridPositions, PositionExtension, resize_embeddings
 
 # What may differ from the GPT that a training starts from, beside the classes and the grid.
 FREE = {"latent_dim", "dropout", "class_dropout", "condition_dropout", "label_smoothing"}
@@ -71,12 +75,6 @@ def config_from(
     config = GPTConfig(**settings | dict(given) | dict(data))
     if config.latent_dim == source.latent_dim:
         return config
-    if "learned" in (source.positions, config.positions) or source.order_anneal is not None:
-        raise ValueError(
-            f"the GPT in {tuning.init_from} has an embedding for each position of its grid of "
-            f"{source.latent_dim}, so that it cannot be trained on one of {config.latent_dim}; use "
-            "indices of that size, or a GPT with rotary positions"
-        )
     if tuning.grid_positions == "interpolate":
         sizes = zip(source.position_scale, source.latent_dim, config.latent_dim, strict=True)
         scale = tuple(scale * before / now for scale, before, now in sizes)
@@ -96,6 +94,11 @@ def start_from(
     own, state, none = model.state_dict(), source.state_dict(), source.config.num_classes
     rows = [none if number is None else number for number in (*classes, None)]
     state["prefix_embedding.weight"] = state["prefix_embedding.weight"][rows]
+    if source.grid.size != model.grid.size:
+        for name in state.keys() & {"position_embedding", "target_embedding.weight"}:
+            of_prefix = source.prefix_length if name == "position_embedding" else 0
+            kept, table = state[name][:of_prefix], state[name][of_prefix:]
+            state[name] = torch.cat([kept, _fit_positions(table, source, model, tuning)])
     anew = (*TOKENS, "condition_embedding") if tuning.reset_embeddings else ()
     for name, weight in state.items():
         if name not in own or name.startswith(anew):
@@ -108,6 +111,15 @@ def start_from(
     if tuning.lora_rank:
         _add_updates(model, tuning)
     _freeze(model, tuning.freeze)
+
+
+def _fit_positions(table: Tensor, source: GPT, model: GPT, tuning: FineTuningConfig) -> Tensor:
+    """Embeddings (h * w, dim) of the positions of the model's grid from those of the source's."""
+    before, size = source.grid.size, model.grid.size
+    if tuning.grid_positions == "interpolate":
+        return resize_embeddings(table, before, size)
+    grid = GridPositions(size, before, extension=PositionExtension.EXTRAPOLATE)
+    return grid.embed(grid.raster(), table)
 
 
 def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:

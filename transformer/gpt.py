@@ -47,7 +47,7 @@ class GPT(nn.Module):
             self.condition_embedding = nn.Embedding(rows, config.dim)
         rows = config.depth * config.codebook_size
         self.token_embedding = nn.Embedding(rows, config.dim)
-        if config.positions == "learned":
+        if config.positions != "rotary":
             rows = self.prefix_length + positions
             self.position_embedding = nn.Parameter(torch.zeros(rows, config.dim))
         if config.order_anneal is not None:
@@ -71,7 +71,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=STD)
-        if self.config.positions == "learned":
+        if self.config.positions != "rotary":
             nn.init.normal_(self.position_embedding, std=STD)
         for block in self.blocks:
             for layer in (block.attention.out, block.feed_forward.out):
@@ -126,23 +126,25 @@ class GPT(nn.Module):
         x = self.token_embedding(tokens)
         if prefix is not None:
             x = torch.cat([self._embed_prefix(prefix), x], dim=1)  # (B, P + T, dim)
-        if config.positions == "learned":
-            rows = self.prefix_length + grid.embedding_rows(positions)
+        if config.positions != "rotary":
+            lengths = [self.prefix_length, math.prod(config.latent_dim)]
+            of_prefix, of_grid = self.position_embedding.split(lengths)
+            learned = grid.embed(positions, of_grid)
             if begins:
-                of_prefix = torch.arange(self.prefix_length, device=x.device)
-                rows = torch.cat([of_prefix.expand(*rows.shape[:-1], -1), rows], dim=-1)
-            x = x + self.position_embedding[rows]
+                of_prefix = of_prefix.expand(*learned.shape[:-2], -1, -1)
+                learned = torch.cat([of_prefix, learned], dim=-2)
+            x = x + learned
         if config.order_anneal is not None:
             if next_positions is None:
                 last = grid.numbers(positions[..., -1:, :]) + 1
                 last = grid.at(last) if last.numel() else grid.raster(x.device)[:1]
                 following = positions if begins else positions[..., 1:, :]
                 next_positions = torch.cat([following, last], dim=-2)
-            target = self.target_embedding(grid.embedding_rows(next_positions))
+            target = grid.embed(next_positions, self.target_embedding.weight)
             x = x + F.pad(target, (0, 0, x.shape[1] - target.shape[-2], 0))
 
-        is_rotary = config.positions == "rotary"
-        rotary = self._rotary(grid, positions, begins) if is_rotary else None
+        rotates = config.positions != "learned"
+        rotary = self._rotary(grid, positions, begins) if rotates else None
         attend_in = self._attention(grid, positions, cache, begins)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
@@ -214,9 +216,6 @@ class GPT(nn.Module):
         grid = GridPositions(size, self.grid.size, self.config.depth, extension, scale)
         if size != grid.trained and self.config.condition_latent_dim is not None:
             raise ValueError(f"with conditions, grids must be {grid.trained}, got {size}")
-        absolute = self.config.positions == "learned" or self.config.order_anneal is not None
-        if size != grid.trained and absolute and not grid.slides:
-            raise ValueError("learned positions and those of order_anneal can only slide")
         return grid
 
     def make_cache(

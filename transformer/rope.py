@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -34,6 +35,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def resize_embeddings(table: Tensor, before: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """A table (h * w, dim) of positions of a grid `before`, (h, w), resized bilinearly to `size`.
+
+    As for images of another size in ViT (arXiv 2010.11929, section 3.2).
+    """
+    grid = table.T.unflatten(1, before)[None]
+    return F.interpolate(grid, size, mode="bilinear").flatten(2)[0].T
 
 
 class GridPositions:
@@ -98,12 +108,22 @@ class GridPositions:
             inside.append(x)
         return torch.stack(inside, dim=-1)
 
-    def embedding_rows(self, positions: Tensor) -> Tensor:
-        """Rows (...) of a table with one embedding per position of the trained grid."""
-        row, column = self.trained_positions(positions).unbind(dim=-1)
+    def embed(self, positions: Tensor, table: Tensor) -> Tensor:
+        """Embeddings (..., dim) of positions, of a table (h * w, dim) for the trained grid.
+
+        Beyond that grid, SLIDE reads those of `trained_positions`, EXTRAPOLATE the nearest, and
+        INTERPOLATE resizes the table.
+        """
+        size, (row, column) = self.trained, positions[..., :2].unbind(dim=-1)
+        if self.slides:
+            row, column = self.trained_positions(positions).unbind(dim=-1)
+        elif self.extension == PositionExtension.INTERPOLATE and self.size != size:
+            size = (max(self.size[0], size[0]), max(self.size[1], size[1]))
+            table = resize_embeddings(table, self.trained, size)
+        elif self.size != size:
+            row, column = row.clamp(max=size[0] - 1), column.clamp(max=size[1] - 1)
         # Beyond the last token nothing follows; any row will do.
-        height, width = self.trained
-        return (row * width + column).clamp(max=height * width - 1)
+        return F.embedding((row * size[1] + column).clamp(max=len(table) - 1), table)
 
     def offsets(self, positions: Tensor) -> Tensor:
         """Distances (..., 2) of positions from their `trained_positions`, in rotary coordinates.
