@@ -81,7 +81,7 @@ def drawing(flags: argparse.Namespace, side: int, count: int, scale: float) -> d
     """ms a step in bf16, and how near that comes to the time in which memory is read once.
 
     What a step must read: all weights but the embeddings, and earlier keys and values.
-    All that `generate` does counts: the step and its draw, which are one graph if compiled.
+    All that `generate` does counts: the step and its sample, which are one graph if compiled.
     """
     model = GPT(make_config(flags, side)).to(flags.device).to(torch.bfloat16).eval()
     prefix = torch.arange(count) % CLASSES

@@ -21,13 +21,13 @@ from utils import cli
 PARTS = ("mnist", "panorama")
 OUTPUT = Path("outputs/showcase")
 GAP = 4  # pixels between strips
-DRAW = "transformer_generation.py --model_path {model_path} --num_images 1000"
-COMPLETE = DRAW + " --model_dir {model_dir} --complete {work}/test --mask top:0.5"
-SAMPLED = {  # folder: how it is drawn
+SAMPLE = "transformer_generation.py --model_path {model_path} --num_images 1000"
+COMPLETE = SAMPLE + " --model_dir {model_dir} --complete {work}/test --mask top:0.5"
+SAMPLED = {  # folder: how it is sampled
     "completed": COMPLETE,
     "completed-without-labels": COMPLETE + " --unconditional",
-    "drawn": DRAW,
-    "drawn-guided": DRAW + " --guidance_scale 2",
+    "sampled": SAMPLE,
+    "sampled-guided": SAMPLE + " --guidance_scale 2",
 }
 TEST = (
     "quantize_dataset.py --model_dir {model_dir} --path_to_data {data}/test.csv "

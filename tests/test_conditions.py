@@ -83,13 +83,13 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     model = ("--model_path", "gpt", *CPU)
     for given in (both, low):  # conditions beside images, and alone
         flags = ("--conditions", given, "--num_images", 14, "--guidance_scale", 2)
-        call("transformer_generation", *model, *flags, "--output_dir", "drawn")
-        drawn = read_indices("drawn", depth=2)
+        call("transformer_generation", *model, *flags, "--output_dir", "sampled")
+        sampled = read_indices("sampled", depth=2)
         taken = [number % 12 for number in range(14)]
         expected = np.load(both / "condition.npy")[taken]
-        assert (np.load("drawn/condition.npy") == expected).all()
-        assert [row.condition_path for row in drawn.rows] == [f"low/{n}.png" for n in taken]
-        assert [row.label for row in drawn.rows] == ["ab"[n % 2] for n in taken]
+        assert (np.load("sampled/condition.npy") == expected).all()
+        assert [row.condition_path for row in sampled.rows] == [f"low/{n}.png" for n in taken]
+        assert [row.label for row in sampled.rows] == ["ab"[n % 2] for n in taken]
     call("transformer_generation", *model, "--num_images", 2, "--output_dir", "untold")
     assert not Path("untold/condition.npy").exists()
     assert read_indices("untold", depth=2).meta.condition is None
@@ -102,7 +102,7 @@ def test_from_the_csv_to_the_likelihood(data: Path) -> None:
     assert (np.load("completed/condition.npy") == expected[[0, 0, 1, 1, 2, 2]]).all()
 
     decode = ("--model_dir", "tokenizer", "--condition_model_dir", "low", "--output_dir", "images")
-    call("vqvae.images_from_indexes", *CPU, "--indexes_path", "drawn", *decode)
+    call("vqvae.images_from_indexes", *CPU, "--indexes_path", "sampled", *decode)
     with Image.open("images/grid.png") as picture, Image.open("images/00000.png") as image:
         assert image.size == (40, 24)
         assert picture.mode == "RGB"

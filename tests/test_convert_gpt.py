@@ -24,26 +24,26 @@ LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
 def make_weights(kv_heads: int = HEADS) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return 0.3 * torch.randn(*shape, generator=generator)
 
     weights = {
-        "cls_embedding.embedding_table.weight": draw(CLASSES + 1, DIM),
-        "tok_embeddings.weight": draw(CODES, DIM),
-        "norm.weight": 1 + draw(DIM),
-        "output.weight": draw(CODES, DIM),
+        "cls_embedding.embedding_table.weight": random(CLASSES + 1, DIM),
+        "tok_embeddings.weight": random(CODES, DIM),
+        "norm.weight": 1 + random(DIM),
+        "output.weight": random(CODES, DIM),
     }
     for number in range(LAYERS):
         weights |= {
-            f"layers.{number}.attention.wqkv.weight": draw(
+            f"layers.{number}.attention.wqkv.weight": random(
                 (HEADS + 2 * kv_heads) * DIM // HEADS, DIM
             ),
-            f"layers.{number}.attention.wo.weight": draw(DIM, DIM),
-            f"layers.{number}.feed_forward.w1.weight": draw(HIDDEN, DIM),
-            f"layers.{number}.feed_forward.w3.weight": draw(HIDDEN, DIM),
-            f"layers.{number}.feed_forward.w2.weight": draw(DIM, HIDDEN),
-            f"layers.{number}.attention_norm.weight": 1 + draw(DIM),
-            f"layers.{number}.ffn_norm.weight": 1 + draw(DIM),
+            f"layers.{number}.attention.wo.weight": random(DIM, DIM),
+            f"layers.{number}.feed_forward.w1.weight": random(HIDDEN, DIM),
+            f"layers.{number}.feed_forward.w3.weight": random(HIDDEN, DIM),
+            f"layers.{number}.feed_forward.w2.weight": random(DIM, HIDDEN),
+            f"layers.{number}.attention_norm.weight": 1 + random(DIM),
+            f"layers.{number}.ffn_norm.weight": 1 + random(DIM),
         }
     return weights
 

@@ -197,11 +197,11 @@ def test_flipped_bits_in_png_files_crash_nothing(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     stream = io.BytesIO()
     Image.fromarray(noise).save(stream, "png")
-    draw = random.Random(0)
+    generator = random.Random(0)
     files = []
     for number in range(300):
         content = bytearray(stream.getvalue())
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
         files.append(str(tmp_path / f"{number}.png"))
         Path(files[-1]).write_bytes(content)
     complaints = [x for file in files if isinstance(x := read_image(file, 3, (16, 16)), str)]

@@ -78,7 +78,7 @@ def test_kernel_distance_of_sets_of_one_kind_is_0_on_average() -> None:
 
 
 def test_resamples_of_a_kernel_distance_are_as_written_out() -> None:
-    """A resample's estimate from its very images, without pairs of draws of one image."""
+    """A resample's estimate from its very images, without pairs of copies of one image."""
     first, second = features(20, 0.0, 1), features(15, 0.2, 2)
     pair = weights(first, second)
     found = kernel_distance(first, second, tuple(w[[0, 0, 1]] for w in pair))
@@ -90,9 +90,9 @@ def test_resamples_of_a_kernel_distance_are_as_written_out() -> None:
         return (x.double() @ y.double().T / x.shape[1] + 1) ** 3
 
     estimate = -2 * kernel(first[rows], second[others]).mean()
-    for x, drawn in ((first, rows), (second, others)):
-        different = drawn[:, None] != drawn
-        estimate += kernel(x[drawn], x[drawn])[different].mean()
+    for x, resampled in ((first, rows), (second, others)):
+        different = resampled[:, None] != resampled
+        estimate += kernel(x[resampled], x[resampled])[different].mean()
     deviation = abs(float(estimate) - found.value) / 2**0.5  # of the two estimates
     assert found.standard_error == pytest.approx(deviation, rel=1e-6)
 
@@ -124,14 +124,14 @@ def test_identical_sets_are_at_0() -> None:
     assert same.standard_error == pytest.approx(0, abs=1e-6)
 
 
-def test_intervals_of_distances_contain_a_second_draw() -> None:
+def test_intervals_of_distances_contain_a_second_sample() -> None:
     """Of sets that differ, and of sets of one kind, whose distance is all noise."""
     for shift in (0.0, 0.3):
         held = 0
         for trial in range(12):
-            draws = [features(400, s, 3 * trial + n) for n, s in enumerate((0.0, shift, shift))]
-            low, high = frechet_distance(draws[0], draws[1], weights(*draws[:2])).interval
-            again = frechet_distance(draws[0], draws[2], weights(draws[0], draws[2])).value
+            sets = [features(400, s, 3 * trial + n) for n, s in enumerate((0.0, shift, shift))]
+            low, high = frechet_distance(sets[0], sets[1], weights(*sets[:2])).interval
+            again = frechet_distance(sets[0], sets[2], weights(sets[0], sets[2])).value
             held += low <= again <= high
         assert held >= 9
 
@@ -143,14 +143,14 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distances, "REFERENCES", 48)
 
 
-def draw(count: int, seed: int, scale: float = 1.0, width: int = 5) -> torch.Tensor:
+def normals(count: int, seed: int, scale: float = 1.0, width: int = 5) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(count, width, generator=generator) * scale + 40
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])
 def test_nearest_is_as_by_brute_force(k: int) -> None:
-    queries, references = draw(150, 0), draw(200, 1)
+    queries, references = normals(150, 0), normals(200, 1)
     expected = torch.cdist(queries.double(), references.double()).topk(k, largest=False)
     distances, rows = nearest(queries, references, k)
     assert torch.equal(rows, expected.indices)
@@ -167,7 +167,7 @@ def test_a_copy_is_at_0_whatever_its_size() -> None:
 def test_precision_and_recall_agree_with_torch_fidelity() -> None:
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-    real, samples = draw(190, 0), draw(170, 1, scale=1.3)
+    real, samples = normals(190, 0), normals(170, 1, scale=1.3)
     expected = calculate_precision_recall_full(samples.double(), real.double())
     found = manifold_metrics(real, samples, (resample(190, 0), resample(170, 1)))
     assert (found["precision"].value, found["recall"].value) == pytest.approx(expected, abs=1e-4)
@@ -175,7 +175,7 @@ def test_precision_and_recall_agree_with_torch_fidelity() -> None:
 
 
 def test_density_and_coverage_are_as_by_brute_force() -> None:
-    real, samples = draw(190, 0), draw(170, 1, scale=1.3)
+    real, samples = normals(190, 0), normals(170, 1, scale=1.3)
     radii = torch.cdist(real.double(), real.double()).kthvalue(6).values  # the image itself first
     inside = torch.cdist(samples.double(), real.double()) <= radii
     found = manifold_metrics(real, samples, (resample(190, 0), resample(170, 1)))
@@ -184,7 +184,7 @@ def test_density_and_coverage_are_as_by_brute_force() -> None:
 
 
 def test_identical_sets_and_sets_far_apart() -> None:
-    real = draw(100, 0)
+    real = normals(100, 0)
     pair = resample(100, 0), resample(100, 1)
     same = manifold_metrics(real, real, pair)
     assert [same[key].value for key in ("precision", "recall", "coverage")] == [1, 1, 1]
@@ -193,10 +193,10 @@ def test_identical_sets_and_sets_far_apart() -> None:
 
 
 def test_copies_are_found_and_new_images_are_none() -> None:
-    training = draw(400, 0, width=40)
+    training = normals(400, 0, width=40)
     copied = training[5:15] + 0.01
-    new = closest(draw(200, 2, width=40), training)
-    found = closest(torch.cat([draw(90, 1, width=40), copied]), training)
+    new = closest(normals(200, 2, width=40), training)
+    found = closest(torch.cat([normals(90, 1, width=40), copied]), training)
     assert int(copies(new, new).sum()) == 2  # of 200, by definition
     assert found.rows[90:].tolist() == list(range(5, 15))
     assert set(found.ratios.argsort()[:10].tolist()) == set(range(90, 100))
@@ -205,7 +205,10 @@ def test_copies_are_found_and_new_images_are_none() -> None:
 
 def test_images_that_lie_close_together_are_no_copies() -> None:
     """Half of the images in a dense place, where all distances are small."""
-    training = torch.cat([draw(300, 0, width=40), draw(300, 1, 0.01, width=40)])
-    new = closest(torch.cat([draw(100, 2, width=40), draw(100, 3, 0.01, width=40)]), training)
-    dense = closest(draw(200, 4, 0.01, width=40), training)
+    training = torch.cat([normals(300, 0, width=40), normals(300, 1, 0.01, width=40)])
+    new = closest(
+        torch.cat([normals(100, 2, width=40), normals(100, 3, 0.01, width=40)]),
+        training,
+    )
+    dense = closest(normals(200, 4, 0.01, width=40), training)
     assert copies(dense, new).double().mean() < 0.05

@@ -131,9 +131,9 @@ def test_indices_are_decoded_and_their_tokens_compared(
     digest = sha256(tokenizer / "model.safetensors")
     rows = [Row(f"{n}.png", str(n % 10), "") for n in range(40)]
     meta = IndicesMeta(CODES, GRID, tokenizer_sha256=digest)
-    write_indices("drawn", torch.randint(CODES, (40, *GRID)), rows, meta)
+    write_indices("sampled", torch.randint(CODES, (40, *GRID)), rows, meta)
     evaluate(
-        *("samples", "--indexes_path", "drawn", "--model_dir", tokenizer, "--device", "cpu"),
+        *("samples", "--indexes_path", "sampled", "--model_dir", tokenizer, "--device", "cpu"),
         *("--path_to_data", digits / "digits.csv", "--output_dir", "found"),
     )
     record = read("found/samples.json")
@@ -183,7 +183,7 @@ def test_reconstructions_are_measured_logged_and_compared(
     assert [line.split()[0] for line in lines if "larger" in line] == ["mse"]
 
 
-def drawn(
+def sampled(
     folder: Path, digits: Path, count: int, run_id: str = "", split: Split | None = None
 ) -> Path:
     """A folder as images_from_indexes.py writes it, of the first digits of other.csv."""
@@ -211,7 +211,7 @@ def test_the_report_of_the_gpt_shows_the_closest_pairs(evaluate: Call, digits: P
     run = tracking.Run(Path("outputs/gpt"), stage="gpt", run_name="g", inputs={"data.csv": "ab"})
     run.close()
     for name in ("images", "others"):
-        images = drawn(Path("outputs", name), digits, 40, run.run_id, Split(0.1, 0))
+        images = sampled(Path("outputs", name), digits, 40, run.run_id, Split(0.1, 0))
         evaluate(*samples_flags(digits, images.resolve()))
     records = [Path(f"outputs/gpt/evaluation/outputs-{name}") for name in ("images", "others")]
     assert all((place / "samples.json").is_file() for place in records)
@@ -233,14 +233,14 @@ def test_the_report_of_the_gpt_shows_the_closest_pairs(evaluate: Call, digits: P
 def test_held_out_is_what_the_training_held_out(
     evaluate: Call, error_of: Call, digits: Path, tokenizer: Path
 ) -> None:
-    """Without a word it was drawn by seed 0, whatever the training had seen."""
+    """Without a word it was sampled by seed 0, whatever the training had seen."""
     flags = ("--path_to_data", digits / "train.csv", "--device", "cpu", "--output_dir", "found")
-    images = ("samples", "--images", drawn(Path("told"), digits, 40, split=Split(0.5, 7)))
+    images = ("samples", "--images", sampled(Path("told"), digits, 40, split=Split(0.5, 7)))
     evaluate(*images, *flags)
     protocol = read("found/samples.json")["protocol"]
     assert (protocol["split"]["val_fraction"], protocol["split"]["seed"]) == (0.5, 7)
     assert protocol["training_images"] == 300
-    images = ("samples", "--images", drawn(Path("untold"), digits, 40))
+    images = ("samples", "--images", sampled(Path("untold"), digits, 40))
     error = error_of("evaluate", *images, *flags)
     assert "nothing says which images" in error
     for remedy in ("--path_to_test", "--model_dir", "a column split"):
@@ -311,7 +311,7 @@ def test_metrics_have_the_same_keys_in_every_run(evaluate: Call, digits: Path) -
     for name in ("first", "second"):
         run = tracking.Run(Path("outputs", name), stage="gpt", run_name=name, inputs={"d.csv": ""})
         run.close()
-        images = drawn(Path("outputs", f"{name}-images"), digits, 40, run.run_id, Split(0.1, 0))
+        images = sampled(Path("outputs", f"{name}-images"), digits, 40, run.run_id, Split(0.1, 0))
         evaluate(*samples_flags(digits, images.resolve()))
         found.append(mlflow.get_run(run.run_id).data.metrics)
     keys = [{key for key in metrics if not key.startswith("system/")} for metrics in found]
@@ -348,7 +348,7 @@ def test_a_classifier_says_how_good_it_is_on_images_that_did_not_teach_it(
 def test_too_few_images_for_a_frechet_distance(
     evaluate: Call, digits: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    images = drawn(Path("few"), digits, 40)
+    images = sampled(Path("few"), digits, 40)
     module = importlib.import_module("evaluate")
     words = map(str, samples_flags(digits, images.resolve()))
     module.main(module.make_parser().parse_args([*words, "--num_workers", "0"]))
@@ -370,7 +370,7 @@ def test_too_few_images_for_a_frechet_distance(
 def test_samples_come_from_one_place(error_of: Call, digits: Path) -> None:
     flags = ("--path_to_data", digits / "train.csv")
     assert "either --images or --indexes_path" in error_of("evaluate", "samples", *flags)
-    indices = ("--indexes_path", "drawn")
+    indices = ("--indexes_path", "sampled")
     assert "add --model_dir" in error_of("evaluate", "samples", *flags, *indices)
 
 
@@ -448,7 +448,7 @@ def test_flags_that_would_be_ignored(error_of: Call, digits: Path, tokenizer: Pa
     error = error_of("evaluate", "--compare", "a", "b", *flags)
     assert "--compare reads two evaluations and makes none" in error
     flags = ("samples", "--path_to_data", digits / "train.csv", "--model_dir", tokenizer)
-    error = error_of("evaluate", *flags, "--indexes_path", "drawn", "--image_size", 8)
+    error = error_of("evaluate", *flags, "--indexes_path", "sampled", "--image_size", 8)
     assert "--image_size cannot be combined with --indexes_path" in error
 
 

@@ -46,7 +46,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
 def test_it_learns_digits_and_real_halves_are_near(
     digits: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A small distance between halves, within whose interval another draw of halves lies."""
+    """A small distance between halves, within whose interval another sample of halves lies."""
     monkeypatch.setattr(features, "TRAINING_IMAGES", 12_000)
     train, held_out = split_rows(digits.rows, val_fraction=0.1, seed=0)
     before = torch.get_rng_state()

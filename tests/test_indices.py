@@ -223,10 +223,10 @@ def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
     """Refused in one line, or read as it was (spaces may become tabs)."""
     folder = unsealed(tmp_path)
     good = (folder / "indices.npy").read_bytes()
-    draw, refused = random.Random(0), 0
+    generator, refused = random.Random(0), 0
     for _ in range(300):
         bad = bytearray(good)
-        bad[draw.randrange(128)] ^= 1 << draw.randrange(8)
+        bad[generator.randrange(128)] ^= 1 << generator.randrange(8)
         (folder / "indices.npy").write_bytes(bad)
         try:
             indices = read_indices(folder)

@@ -208,8 +208,8 @@ def test_counts_of_resamples() -> None:
     found = index_counts(grids, 9, 1, weights)
     counts = torch.bincount(grids.flatten(), minlength=9)
     assert torch.equal(found[0], counts.double())
-    drawn = grids[torch.arange(40).repeat_interleave(weights[3].long())]
-    assert torch.equal(found[3], torch.bincount(drawn.flatten(), minlength=9).double())
+    sampled = grids[torch.arange(40).repeat_interleave(weights[3].long())]
+    assert torch.equal(found[3], torch.bincount(sampled.flatten(), minlength=9).double())
     found = code_estimates(found, tokens_per_pixel=12 / 192)
     assert found["codebook_usage"].value == pytest.approx(
         codebook_metrics(counts)["codebook_usage"]

@@ -106,7 +106,7 @@ def test_same_seed_same_images(pipeline: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_text_file_goes_the_same_way(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Indices written by hand: train on them, draw from them, decode them, by module name."""
+    """Indices written by hand: train on them, sample from them, decode them, by module name."""
     monkeypatch.chdir(pipeline)
     (text,) = pipeline.glob("outputs/tokenizer-*/indices/data/indices.txt")
     (tokenizer,) = pipeline.glob("outputs/tokenizer-*")

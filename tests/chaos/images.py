@@ -97,24 +97,24 @@ def _rotation(orientation: int) -> Image.Exif:
     return exif
 
 
-def mutated(content: bytes, draw: random.Random) -> bytes:
+def mutated(content: bytes, rng: random.Random) -> bytes:
     """A file with some bits flipped, bytes replaced, a part cut out, doubled or moved."""
     changed = bytearray(content)
-    for _ in range(draw.choice((1, 1, 1, 2, 4, 16))):
-        at = draw.randrange(max(1, len(changed)))
-        near = draw.randrange(max(1, min(64, len(changed)))) if draw.random() < 0.5 else at
-        length = draw.randrange(1, 32)
-        kind = draw.randrange(6)
+    for _ in range(rng.choice((1, 1, 1, 2, 4, 16))):
+        at = rng.randrange(max(1, len(changed)))
+        near = rng.randrange(max(1, min(64, len(changed)))) if rng.random() < 0.5 else at
+        length = rng.randrange(1, 32)
+        kind = rng.randrange(6)
         if kind == 0 and changed:
-            changed[near] ^= 1 << draw.randrange(8)
+            changed[near] ^= 1 << rng.randrange(8)
         elif kind == 1:
-            changed[near : near + length] = draw.randbytes(length)
+            changed[near : near + length] = rng.randbytes(length)
         elif kind == 2:
             del changed[at : at + length]
         elif kind == 3:
             changed[at:at] = changed[at : at + length]
         elif kind == 4:
-            changed[near : near + 4] = draw.choice(
+            changed[near : near + 4] = rng.choice(
                 (b"\0\0\0\0", b"\xff\xff\xff\xff", b"\x7f\xff\xff\xff")
             )
         else:
@@ -123,21 +123,21 @@ def mutated(content: bytes, draw: random.Random) -> bytes:
 
 
 def _mutate_many(form: str, count: int) -> Counter:
-    draw, outcome, content = random.Random(form), Counter(), _noise(form)
+    rng, outcome, content = random.Random(form), Counter(), _noise(form)
     path = Path(f"mutated.{form.lower()}")
     for _ in range(count):
-        path.write_bytes(mutated(content, draw))
+        path.write_bytes(mutated(content, rng))
         _look(str(path), outcome)
     return outcome
 
 
 def _skip_some(count: int) -> str:
     """A data set in which some files are mutated: all bad ones named, or skipped as asked."""
-    draw, folder = random.Random(0), Path("some")
+    rng, folder = random.Random(0), Path("some")
     folder.mkdir()
     for number in range(count):
         content = _noise(FORMATS[number % len(FORMATS)])
-        (folder / f"{number}.png").write_bytes(mutated(content, draw) if number % 3 else content)
+        (folder / f"{number}.png").write_bytes(mutated(content, rng) if number % 3 else content)
     lines = "".join(f"{number}.png\n" for number in range(count))
     (folder / "data.csv").write_text(f"image_path\n{lines}")
     size = (SIDE, SIDE)

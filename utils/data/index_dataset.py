@@ -33,10 +33,10 @@ class IndicesConfig:
     """The data of a training on indices."""
 
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
-    model_dir: str = flag("", "tokenizer that decodes the samples drawn in training")
+    model_dir: str = flag("", "tokenizer that decodes the samples generated in training")
     val_fraction: float = flag(0.1, "share of a text file's lines for validation")
     ignore_labels: bool = flag(False, "train without classes, whatever labels the data have")
-    fd_samples: int = flag(0, "samples that an evaluation draws for FD (classifier); 0: none")
+    fd_samples: int = flag(0, "samples that an evaluation generates for FD (classifier); 0: none")
 
     def __post_init__(self) -> None:
         if not 0 < self.val_fraction < 1:

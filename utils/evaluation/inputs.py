@@ -92,7 +92,7 @@ def read_real(
                 f"nothing says which images of {path} the training has seen; add others by "
                 "--path_to_test, the tokenizer by --model_dir, or a column split"
             )
-        described = {"held_out": "drawn from path_to_data as the training did", **asdict(split)}
+        described = {"held_out": "split from path_to_data as in the training", **asdict(split)}
     train, held_out = split_rows(real.rows, **asdict(split or Split(0.0, 0)))
     if min(len(train), len(held_out)) < NEEDED[flags.kind]:
         few = f"{path} has {len(held_out)} validation images, too few to compare with"

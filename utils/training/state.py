@@ -173,7 +173,7 @@ class CheckpointState:
                 else:
                     part.load_state_dict(_with_prefix(f"{name}.", tensors))
             random = _with_prefix(f"random.{self.group.rank}.", tensors)
-            if random:  # more processes than before: the new ones draw from their own seeds
+            if random:  # more processes than before: the new ones use seeds of their own
                 torch.set_rng_state(random["torch"])
             if "device" in random and self.group.device.type != "cpu":
                 torch.get_device_module(self.group.device).set_rng_state(random["device"])
