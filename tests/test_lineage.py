@@ -115,10 +115,10 @@ def test_data_sets_and_models_in_mlflow(done: Path) -> None:
     gpt = client.get_run(runs["gpt"].info.run_id)  # a search does not tell of models
     assert [one.model_id for one in gpt.inputs.model_inputs] == [made.model_id]
     model = client.get_logged_model(made.model_id)
-    assert {metric.key for metric in model.metrics} == {
-        *("val/best_mse", "val/best_psnr", "val/best_ssim")
-    }
-    assert {metric.dataset_digest for metric in model.metrics} == {read["tokenizer"].digest}
+    # An evaluation, which other tests make, adds those of its own data.
+    metrics = [metric for metric in model.metrics if metric.key.startswith("val/")]
+    assert {x.key for x in metrics} == {"val/best_mse", "val/best_psnr", "val/best_ssim"}
+    assert {x.dataset_digest for x in metrics} == {read["tokenizer"].digest}
 
 
 def test_again_it_is_the_same_to_the_last_bit(
