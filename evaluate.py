@@ -21,6 +21,7 @@ from transformer import GPT, make_prefix
 from utils import addresses, cli, distributed, tracking
 from utils.cli import UserError
 from utils.data import sources
+from utils.data.captions import encode
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import features, inputs, metrics, report
@@ -162,7 +163,9 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     dataset = inputs.read_images(flags, "path_to_data", **config.image_options)
     labels = ["" if flags.unconditional else row.label for row in dataset.rows]
     conditions = encode_conditions(flags, vocabulary, settings)
-    prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions)
+    captions = ["" if flags.unconditional else row.caption for row in dataset.rows]
+    texts = encode(captions, vocabulary.captions)
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions, texts)
     tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
 
     def nats_per_token(given: Tensor, images: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from utils import cli, distributed, tracking
 from utils.data import sources
+from utils.data.conditioning import write_conditions
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
-from utils.data.index_dataset import CROPS, write_conditions
+from utils.data.index_dataset import CROPS
 from utils.data.indices import META, IndicesMeta, allocate, write_indices
 from utils.data.sources import Row, split_rows
 from utils.data.vocabulary import GridMeta

@@ -29,7 +29,7 @@ from transformer import (
 )
 from transformer.fine_tuning import config_from, start_from
 from utils import addresses, cli, distributed, tracking
-from utils.data.index_dataset import IndexDataset, IndicesConfig, baselines
+from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.model_folder import load_model
@@ -78,6 +78,8 @@ def make_validation(
     group: distributed.Distributed,
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
+    from utils.evaluation.metrics import baselines
+
     evaluator = None
     if fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
@@ -86,9 +88,8 @@ def make_validation(
         evaluator = SampleEvaluator(
             tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
         )
-    splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
-    unigram, bigram = baselines(*splits, *sizes)
+    unigram, bigram = baselines(*(data.grids[x] for x in (data.train_rows, data.val_rows)), *sizes)
     group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
     return Validation(data, tokenizer, evaluator, unigram, bigram)
 
@@ -113,6 +114,7 @@ def read_start(flags: cli.Flags, data: IndexDataset) -> Start:
     gpt = load_model(tuning.init_from, GPT)
     vocabulary = read_vocabulary(gpt.folder)
     vocabulary.check_model(gpt.model.config, gpt.folder)
+    data.read_captions(flags.caption_length, vocabulary.captions)
     if not tuning.reset_embeddings:
         vocabulary.check_codes(data.vocabulary, data.path, gpt.folder)
     return Start(tuning, gpt, [*map(vocabulary.prefix_tokens.get, data.vocabulary.class_names)])
@@ -145,9 +147,7 @@ def build_model(
     model.to(device)
     if config.needs_codebook:
         if tokenizer is None:
-            raise cli.UserError(
-                "--start_from_codebook and --label_smoothing need the tokenizer; add --model_dir"
-            )
+            raise cli.UserError("--start_from_codebook, --label_smoothing: add --model_dir")
         with torch.no_grad():
             indices = torch.arange(config.codebook_size, device=device)[:, None, None]
             model.use_codebook(tokenizer.model.embed(indices).flatten(1))
@@ -158,8 +158,8 @@ def load_batches(
     data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Prefix and grids of each batch of rows, on the device; of crops in an `epoch`."""
-    for classes, conditions, grids in data.batches(rows, epoch):
-        yield make_prefix(classes, conditions).to(device), grids.to(device)
+    for parts, grids in data.batches(rows, epoch):
+        yield make_prefix(*parts).to(device), grids.to(device)
 
 
 def random_orders(config: GPTConfig, done: float) -> float:
@@ -220,11 +220,11 @@ def evaluate(
 def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
     """A picture of samples, always from the same random numbers.
 
-    Of all classes in turn, or of the classes and conditions of the first validation images.
+    Of all classes in turn, or of the conditions, captions and classes of validation images.
     """
     training_mode, model = model.training, model.eval()
     prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
-    if data.conditions is not None:
+    if len(model.config.prefix_parts) > 1:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
     indices = generate(model, prefix, seed=0)
     model.train(training_mode)
@@ -313,8 +313,8 @@ def main(arguments: cli.Flags) -> None:
 
     tokenizer = load_tokenizer(source.model_dir, group.device)
     split: Any = {"val_fraction": source.val_fraction, "ignore_labels": source.ignore_labels}
-    path, size = addresses.fetch(source.path_to_data), arguments.latent_dim
-    data = IndexDataset(path, tokenizer, latent_dim=size, seed=config.seed, **split)
+    split |= {"latent_dim": arguments.latent_dim, "caption_length": arguments.caption_length}
+    data = IndexDataset(addresses.fetch(source.path_to_data), tokenizer, seed=config.seed, **split)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     start = read_start(arguments, data)
     validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
@@ -323,7 +323,7 @@ def main(arguments: cli.Flags) -> None:
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     settings = {**asdict(optimizer_config), **asdict(source), **asdict(start.tuning)}
     settings |= asdict(model_config) | {"precision": precision}
-    settings["data_sha256"] = fingerprint(data.rows, *data.arrays)
+    settings["data_sha256"] = fingerprint((row[:4] for row in data.rows), *data.arrays)
     # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
     parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
@@ -378,6 +378,7 @@ def main(arguments: cli.Flags) -> None:
         words = ["transformer_generation.py", "--model_path", best]
         words += ["--vocabulary_path", best / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
+        words += [] if data.captions is None else ["--prompt", data.rows[data.val_rows[0]].caption]
         print(cli.next_command(*words))
     group.shutdown()
 
@@ -389,9 +390,7 @@ def make_parser() -> cli.Parser:
     cli.add_flags(parser, GPTConfig, "transformer")
     cli.add_flags(parser, FineTuningConfig, "fine-tuning")
     cli.add_flags(parser, OptimizerConfig, "optimiser")
-    parser.add_argument(
-        "--flex_attention", action="store_true", help="the window by FlexAttention, on CUDA"
-    )
+    parser.add_argument("--flex_attention", action="store_true", help="window by FlexAttention")
     parser.set_defaults(weight_decay=0.05, patience=5, best_metric="bits_per_token")
     return parser
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, sampling
 from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
+from utils.data.captions import encode
+from utils.data.conditioning import Conditions, choose_texts, load_conditions, write_conditions
 from utils.data.decoding import read_mask
-from utils.data.index_dataset import Conditions, load_conditions, write_conditions
 from utils.data.indices import (
     META,
     IndicesMeta,
@@ -32,7 +33,7 @@ from utils.data.indices import (
     read_indices,
 )
 from utils.data.sources import Row
-from utils.data.vocabulary import Vocabulary, find_vocabulary, in_proportion, read_vocabulary
+from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import check_unused, sha256
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
@@ -68,7 +69,7 @@ class Known(NamedTuple):
 
     grids: Tensor  # (N, h, w), or (N, h, w, depth) for a depth above 1, int64
     mask: Tensor  # (h, w), bool, where their indices are kept
-    labels: list[str]
+    rows: list[Row]
 
 
 def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
@@ -92,14 +93,13 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
             "leaves none there; omit --candidates"
         )
     count, times = arguments.num_images, arguments.variations
-    labels = [row.label for row in indices.rows[:count] for _ in range(times)]
-    return Known(indices.grids[:count].long().repeat_interleave(times, dim=0), mask, labels)
+    rows = [row for row in indices.rows[:count] for _ in range(times)]
+    return Known(indices.grids[:count].long().repeat_interleave(times, dim=0), mask, rows)
 
 
 def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
     """Refuse flags that would have no effect; warn of embeddings that were never trained."""
     guided, completes = arguments.guidance_scale != 1, bool(arguments.complete)
-    has_condition = config.condition_latent_dim is not None
     error = ""
     if arguments.compile and not on_gpu:
         error = "--compile needs a CUDA device; omit it"
@@ -116,11 +116,14 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
             "--class_frequencies cannot be combined with --labels, --unconditional, --complete or "
             "--conditions; omit it"
         )
-    elif arguments.labels and arguments.unconditional:
-        error = "--labels cannot be combined with --unconditional; omit one of them"
+    elif (arguments.labels or arguments.prompt) and arguments.unconditional:
+        given = "--labels" if arguments.labels else "--prompt"
+        error = f"{given} cannot be combined with --unconditional; omit one of them"
+    elif arguments.prompt and not config.caption_length:
+        error = f"the GPT in {arguments.model_path} was trained without captions; omit --prompt"
     elif arguments.guide_path and not guided:
         error = "--guide_path has no effect without --guidance_scale; add it, as 2"
-    elif guided and not (arguments.guide_path or config.num_classes or has_condition):
+    elif guided and not arguments.guide_path and config.prefix_length == 1 > config.num_classes:
         error = (
             f"the GPT in {arguments.model_path} has neither classes nor conditions, so "
             "--guidance_scale needs a weaker GPT by --guide_path; add it, or omit the scale"
@@ -128,10 +131,10 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
     if error:
         raise cli.UserError(error)
     untrained, guided = [], guided and not arguments.guide_path
-    if config.num_classes and config.class_dropout == 0 and (guided or arguments.unconditional):
-        untrained.append("class (--class_dropout 0)")
-    if has_condition and config.condition_dropout == 0 and guided:
-        untrained.append("condition (--condition_dropout 0)")
+    for name, _, null, dropout in config.prefix_parts:
+        drops = guided or (arguments.unconditional and name != "condition")
+        if null and dropout == 0 and drops:
+            untrained.append(f"{name} (--{name}_dropout 0)")
     if untrained:
         print(
             f"warning: this GPT was hardly trained without a {' or '.join(untrained)}, which "
@@ -163,30 +166,6 @@ def read_conditions(
         )
     grid = vocabulary.condition
     return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
-
-
-def choose_labels(
-    arguments: argparse.Namespace,
-    vocabulary: Vocabulary,
-    condition: Conditions,
-    known: Known | None,
-    count: int,
-) -> list[str]:
-    """Labels of `count` images: --labels in turn, or those of their images, or all classes."""
-    if arguments.class_frequencies:
-        if not vocabulary.class_counts:
-            raise cli.UserError(
-                "this GPT's vocabulary does not hold how often each class occurs; omit "
-                "--class_frequencies and give --labels, or train the GPT again"
-            )
-        chosen = in_proportion(vocabulary.class_counts, count)
-        return [vocabulary.class_names[number] for number in chosen]
-    names = arguments.labels or list(vocabulary.class_names) or [""]
-    if not arguments.labels and (known is not None or condition.rows):
-        names = [row.label for row in condition.rows] if known is None else known.labels
-    elif arguments.unconditional:
-        names = [""]
-    return [names[number % len(names)] for number in range(count)]
 
 
 def read_inputs(
@@ -269,19 +248,18 @@ def main(arguments: argparse.Namespace) -> None:
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
     condition = read_conditions(arguments, vocabulary, config, count)
-    labels = choose_labels(arguments, vocabulary, condition, known, count)
-    size = arguments.latent_dim or vocabulary.latent_dim
-    if known is not None:
-        size = tuple(known.mask.shape)
+    labels, captions = choose_texts(arguments, vocabulary, (known or condition).rows, count)
+    size = tuple(known.mask.shape) if known else arguments.latent_dim or vocabulary.latent_dim
     cli.build_or_error(gpt.model.grid_positions, size, extension)  # before anything is written
-    classes = vocabulary.tokens([""] * count if arguments.unconditional else labels)
-    prefix = make_prefix(torch.tensor(classes), condition.grids)
+    given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)
+    texts = encode(given[1], vocabulary.captions)
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(given[0])), condition.grids, texts)
 
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
     check_unused(output_dir, META)
-    sources = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
+    folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -289,7 +267,7 @@ def main(arguments: argparse.Namespace) -> None:
         stage="samples",
         part=output_dir.name,
         inputs=read_inputs(arguments, models),
-        upstream=joined(gpt.lineage, *map(lineage_of, sources)),
+        upstream=joined(gpt.lineage, *map(lineage_of, folders)),
     )
     meta = IndicesMeta(
         codebook_size=vocabulary.codebook_size,
@@ -301,9 +279,9 @@ def main(arguments: argparse.Namespace) -> None:
         depth=vocabulary.depth,
         condition=vocabulary.condition if condition.rows else None,
     )
-    rows = [Row(f"{number:05}.png", label, "") for number, label in enumerate(labels)]
-    for number, row in enumerate(condition.rows):
-        rows[number] = rows[number]._replace(condition_path=row.condition_path or row.image_path)
+    paths = [row.condition_path or row.image_path for row in condition.rows] or [""] * count
+    files = (f"{number:05}.png" for number in range(count))
+    rows = [*map(Row, files, labels, [""] * count, paths, captions)]
 
     with run, ProgressBar(total=count * arguments.candidates, unit=" images") as bar:
         with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
@@ -322,9 +300,10 @@ def main(arguments: argparse.Namespace) -> None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
         print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
-    can_guide = config.num_classes and config.class_dropout and not arguments.unconditional
-    if can_guide and known is None and arguments.guidance_scale == 1:
-        print("hint: samples follow their class better with guidance: --guidance_scale 1.5")
+    can_guide = (config.num_classes and config.class_dropout) or config.caption_length
+    guides = can_guide and not arguments.unconditional and arguments.guidance_scale == 1
+    if guides and known is None:
+        print("hint: samples follow class and prompt better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
     logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
     words = "--indexes_path", output_dir, "--model_dir", arguments.model_dir or logged
@@ -340,6 +319,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="indices folder to write (default: samples beside the GPT)")
     add("--num_images", type=cli.positive, default=64, help="how many (default: 64)")
     add("--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)")
+    text = "what the images show, in words; repeated, in turn; @FILE: the lines of a file"
+    add("--prompt", action="append", default=[], metavar="TEXT", help=text)
     add(
         "--class_frequencies",
         action="store_true",

@@ -16,7 +16,8 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_transformer_generation import call
 from transformer import GPT, GPTConfig
 from utils.cli import UserError
-from utils.data.index_dataset import load_conditions, read_conditions, write_conditions
+from utils.data.conditioning import load_conditions, write_conditions
+from utils.data.index_dataset import read_conditions
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row, read_rows
 from utils.data.vocabulary import FILE, GridMeta, Vocabulary, read_vocabulary

@@ -195,7 +195,8 @@ def test_a_prefix_is_the_class_and_the_cells_of_the_condition() -> None:
         null_prefix(torch.ones(2, 5, dtype=torch.long), model.config).tolist()
         == [[3, 7, 7, 7, 7]] * 2
     )
-    assert null_prefix(torch.ones(2, dtype=torch.long), model.config).tolist() == [3, 3]
+    of_a_class = make_model().config
+    assert null_prefix(torch.ones(2, dtype=torch.long), of_a_class).tolist() == [3, 3]
     with pytest.raises(ValueError, match="must have 5 tokens, got 1"):
         model.logits(torch.tensor([0]), torch.zeros(1, 4, 4, dtype=torch.long))
 

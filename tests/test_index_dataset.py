@@ -108,9 +108,9 @@ def test_batches_take_the_chosen_crop_of_each_row(own_folder: Path) -> None:
     chosen = choose_crops(9, 4, seed=3, epoch=1)[order]
     expected = torch.from_numpy(crops[order.numpy(), chosen.numpy()]).long()
     for size in (1, 4, 9):
-        grids = torch.cat([batch[2] for batch in data.batches(order.split(size), epoch=1)])
+        grids = torch.cat([batch[1] for batch in data.batches(order.split(size), epoch=1)])
         assert torch.equal(grids, expected)
-    assert torch.equal(next(data.batches([order]))[2], plain[order])
+    assert torch.equal(next(data.batches([order]))[1], plain[order])
 
 
 def test_training_resumes_exactly_and_validates_on_the_plain_grids(

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from utils.data.index_dataset import baselines
 from utils.evaluation.metrics import (
     POSITIVE,
     Estimate,
+    baselines,
     code_estimates,
     codebook_metrics,
     entropy,

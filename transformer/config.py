@@ -1,14 +1,15 @@
 """Configuration of a GPT: its flags and named sizes; its prefix, and guidance by it.
 
-The prefix is (B,) where a model takes only a class, else (B, 1 + hc * wc): the class, then the
-indices of another grid, the condition, in raster order (arXiv 2012.09841, section 3.2).
+The prefix is (B,) where a model takes only a class, else (B, P): the class, the indices of another
+grid, the condition, in raster order (arXiv 2012.09841, section 3.2), and the text tokens of a
+caption (arXiv 2102.12092). Each of these parts has one more token, for "not given".
 """
 
 import math
 import operator
 import types
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -67,6 +68,20 @@ def check_fields(config: Any) -> None:
                 raise ValueError(f"{name} must be {words} {limit}, got {value}")
 
 
+class PrefixPart(NamedTuple):
+    """What an image is generated from: `length` tokens, each at most `null`, "not given"."""
+
+    name: str
+    length: int
+    null: int
+    dropout: float  # fraction of training images without it
+
+    @property
+    def embedding(self) -> str:
+        """The name of its embeddings in a GPT."""
+        return "prefix_embedding" if self.name == "class" else f"{self.name}_embedding"
+
+
 @dataclass(frozen=True)
 class GPTConfig:
     """Everything that a `GPT` is built from; each field with help is a flag."""
@@ -79,6 +94,7 @@ class GPTConfig:
     # Of a conditioning grid before the image's; 0: none. This index is "not given".
     condition_codebook_size: int = 0
     condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
+    caption_vocabulary_size: int = 0  # text tokens; the one after them pads, and is "not given"
     latent_dim: tuple[int, int] | None = option(
         None, "side or H,W of the latent grid; default: that of the indices", min=1
     )
@@ -133,6 +149,22 @@ class GPTConfig:
     condition_dropout: float = option(
         0.1, "fraction of training images whose condition, if any, is dropped", min=0, below=1
     )
+    caption_dropout: float = option(
+        0.1, "fraction of training images whose caption, if any, is dropped", min=0, below=1
+    )
+    caption_length: int | None = option(
+        None,
+        "text tokens of a caption, of which longer ones are cut; 0: train without captions; "
+        "default: those of the longest caption, at most 64",
+        metavar="N",
+        min=0,
+    )
+    text_weight: float = option(
+        0.0,
+        "weight of a loss on the text tokens of captions beside that on the indices",
+        min=0,
+        below=math.inf,
+    )
     order_anneal: tuple[float, float] | None = option(
         None,
         "fractions of the training, as 0.5,0.75: random orders up to the first, a falling "
@@ -175,7 +207,7 @@ class GPTConfig:
 
     def resolve_defaults(self) -> "GPTConfig":
         """This config with the dimensions that are 0 replaced by those of `size`."""
-        return replace(self, **self._shape())
+        return replace(self, caption_length=self.caption_length or 0, **self._shape())
 
     @classmethod
     def from_json(cls, values: Any) -> "GPTConfig":
@@ -194,9 +226,20 @@ class GPTConfig:
         return self.start_from_codebook or self.label_smoothing > 0
 
     @property
+    def prefix_parts(self) -> list[PrefixPart]:
+        """The class, then the condition and the caption where the GPT takes one."""
+        condition, caption = math.prod(self.condition_latent_dim or (0,)), self.caption_length or 0
+        parts = (
+            ("class", 1, self.num_classes, self.class_dropout),
+            ("condition", condition, self.condition_codebook_size, self.condition_dropout),
+            ("caption", caption, self.caption_vocabulary_size, self.caption_dropout),
+        )
+        return [PrefixPart(*part) for part in parts if part[1]]
+
+    @property
     def prefix_length(self) -> int:
-        """P, tokens before the grid: the class and the indices of the condition."""
-        return 1 + math.prod(self.condition_latent_dim or (0,))
+        """P, tokens before the grid."""
+        return sum(part.length for part in self.prefix_parts)
 
     @property
     def head_dim(self) -> int:
@@ -206,7 +249,7 @@ class GPTConfig:
     def check_guide(self, other: "GPTConfig") -> None:
         """A ValueError for a GPT of other indices or another prefix, which cannot guide this."""
         names = ("codebook_size", "depth", "latent_dim", "num_classes", "condition_codebook_size")
-        for name in (*names, "condition_latent_dim"):
+        for name in (*names, "condition_latent_dim", "caption_vocabulary_size", "caption_length"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
                 raise ValueError(f"the guide has {name} {theirs}, but the model has {name} {own}")
@@ -216,36 +259,40 @@ class GPTConfig:
         return size if self.depth == 1 else (*size, self.depth)
 
 
-def make_prefix(classes: Tensor, conditions: Tensor | None = None) -> Tensor:
-    """Classes (B,) and conditions (B, hc, wc), of any integer type -> the prefix, int64."""
-    if conditions is None:
-        return classes
-    return torch.cat([classes[:, None], conditions.flatten(1).to(classes)], dim=1)
+def make_prefix(classes: Tensor, *parts: Tensor | None) -> Tensor:
+    """Classes (B,), conditions (B, hc, wc), captions (B, L), any integer type -> the prefix, int64.
+
+    A part that the model does not take is None, or omitted.
+    """
+    given = [part.flatten(1).to(classes) for part in parts if part is not None]
+    return torch.cat([classes[:, None], *given], dim=1) if given else classes
 
 
 def null_prefix(prefix: Tensor, config: GPTConfig) -> Tensor:
-    """A prefix of the same shape without class and condition."""
-    null = torch.full_like(prefix, config.condition_codebook_size)
-    null.view(len(null), -1)[:, 0] = config.num_classes
-    return null
+    """A prefix of the same shape in which nothing is given."""
+    null = [token for part in config.prefix_parts for token in [part.null] * part.length]
+    return torch.tensor(null).to(prefix).repeat(len(prefix), 1).view_as(prefix)
 
 
 def drop_conditioning(
     prefix: Tensor, config: GPTConfig, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Drop the class of some images and the condition of some, for guidance.
+    """Drop the class of some images, the condition of some and the caption of some, for guidance.
 
-    The fractions are `class_dropout` and `condition_dropout`. Both are dropped together in half of
-    the smaller fraction, so that each is also dropped alone, all of it often enough to be learned.
-    If the two fractions less that overlap sum to more than 1, no image keeps both, and the overlap
-    is their excess over 1. The generator is one of the CPU.
+    Each part is dropped from its `dropout` of the images: all parts together in half of the
+    smallest fraction, and each alone in the rest, all of it often enough to be learned. Where the
+    fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
     """
+    (first, *others), null = config.prefix_parts, null_prefix(prefix, config)
     chance = torch.rand(len(prefix), generator=generator).to(prefix.device)
-    together = min(config.class_dropout, config.condition_dropout) / 2
-    dropped = (chance - config.class_dropout + together) % 1 < config.condition_dropout
-    dropped = dropped[:, None].repeat(1, config.prefix_length)
-    dropped[:, 0] = chance < config.class_dropout
-    return torch.where(dropped.view_as(prefix), null_prefix(prefix, config), prefix)
+    together = min(part.dropout for part in config.prefix_parts) / 2
+    dropped, start = [(chance < first.dropout)[:, None]], first.dropout - together
+    for part in others:  # in [start, start + dropout), of which the first has [start, + together)
+        all_parts = (chance - first.dropout + together) % 1 < together
+        alone = (chance - start - together) % 1 < part.dropout - together
+        dropped.append((all_parts | alone)[:, None].expand(-1, part.length))
+        start += part.dropout - together
+    return torch.where(torch.cat(dropped, dim=1).view_as(prefix), null, prefix)
 
 
 @dataclass(frozen=True, kw_only=True)

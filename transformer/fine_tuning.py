@@ -14,7 +14,7 @@ from transformer.rope import GridPositions, PositionExtension, resize_embeddings
 
 # What may differ from the GPT that a training starts from, beside the classes and the grid.
 FREE = {"latent_dim", "dropout", "class_dropout", "condition_dropout", "label_smoothing"}
-FREE |= {"window_size", "order_anneal"}
+FREE |= {"window_size", "order_anneal", "caption_dropout", "caption_length", "text_weight"}
 TOKENS = ("token_embedding", "head")  # what depends on the tokenizer
 
 
@@ -130,6 +130,7 @@ def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:
     trained = (
         "prefix_embedding",
         "condition_embedding",
+        "caption_embedding",
         *(TOKENS if tuning.reset_embeddings else ()),
     )
     for key, parameter in model.named_parameters():

@@ -1,8 +1,8 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices.
 
 One forward serves training, prefill and decoding. A sequence is the prefix, P tokens (see
-`make_prefix`), and then the grid, `depth` tokens per latent position. Class and condition have
-embeddings of their own, each with one more for "not given".
+`make_prefix`), and then the grid, `depth` tokens per latent position. Each part of the prefix has
+embeddings of its own, with one more for "not given".
 """
 
 import json
@@ -41,10 +41,8 @@ class GPT(nn.Module):
         size, scale = config.latent_dim, config.position_scale
         self.grid = GridPositions(size, size, config.depth, scale=scale)
         positions = math.prod(config.latent_dim)
-        self.prefix_embedding = nn.Embedding(config.num_classes + 1, config.dim)
-        if config.condition_latent_dim is not None:
-            rows = config.condition_codebook_size + 1
-            self.condition_embedding = nn.Embedding(rows, config.dim)
+        for part in config.prefix_parts:
+            self.add_module(part.embedding, nn.Embedding(part.null + 1, config.dim))
         rows = config.depth * config.codebook_size
         self.token_embedding = nn.Embedding(rows, config.dim)
         if config.positions != "rotary":
@@ -117,6 +115,7 @@ class GPT(nn.Module):
 
         Returns:
             (B, T, dim); with a prefix (B, 1 + T, dim), whose first state predicts the first token.
+            Where the loss has a part of text, the states that predict the caption are before it.
         """
         config, begins = self.config, prefix is not None
         grid = self.grid if cache is None else cache.grid
@@ -150,7 +149,7 @@ class GPT(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, rotary, partial(attend_in, layer))
         x = self.norm(x)
-        return x[:, self.prefix_length - 1 :] if begins else x
+        return x[:, self.prefix_length - 1 - self._predicted_text() :] if begins else x
 
     def flatten(self, indices: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """A grid as the arguments of `forward`.
@@ -195,8 +194,24 @@ class GPT(nn.Module):
         compiled apart from `forward`, the head makes a step on a GPU 10 % longer.
         """
         tokens, positions = self.flatten(indices, order)
-        hidden = (forward or self)(tokens, positions, prefix=prefix)
-        return self.head(hidden[:, :-1], tokens)
+        hidden, text = (forward or self)(tokens, positions, prefix=prefix), self._predicted_text()
+        nats = self.head(hidden[:, text:-1], tokens)
+        return nats + self._text_loss(hidden[:, :text], prefix[:, -text:]) if text else nats
+
+    def _predicted_text(self) -> int:
+        """The number of text tokens that the loss is on, too: in training with `text_weight`."""
+        is_weighted = self.training and self.config.text_weight > 0
+        return self.config.caption_length if is_weighted else 0
+
+    def _text_loss(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """What a loss on text (B, L) adds to each loss: 0, with the gradient of that on the text.
+
+        So the loss of the indices stays what it is. It is predicted by the embeddings of the text.
+        """
+        logits = F.linear(hidden, self.caption_embedding.weight).flatten(0, 1).float()
+        padding = {"ignore_index": self.config.caption_vocabulary_size}
+        loss = F.cross_entropy(logits, tokens.flatten(), reduction="sum", **padding)
+        return self.config.text_weight / tokens.numel() * (loss - loss.detach())
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:
         """The matrices of the blocks, each with the rows of the linear maps that it stacks."""
@@ -273,22 +288,24 @@ class GPT(nn.Module):
         prefix, length = prefix.reshape(len(prefix), -1), self.prefix_length
         if prefix.shape[1] != length:
             raise ValueError(f"the prefix must have {length} tokens, got {prefix.shape[1]}")
-        x = self.prefix_embedding(prefix[:, :1])
-        if self.config.condition_latent_dim is None:
-            return x
-        return torch.cat([x, self.condition_embedding(prefix[:, 1:])], dim=1)
+        parts = self.config.prefix_parts
+        tokens = prefix.split([part.length for part in parts], dim=1)
+        pairs = zip(parts, tokens, strict=True)
+        return torch.cat([getattr(self, part.embedding)(x) for part, x in pairs], dim=1)
 
     def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
         """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.
 
-        The class is at (0, 0), not rotated; the condition is laid over the grid.
+        The class is at (0, 0), not rotated; the condition is laid over the grid; the caption is a
+        line above it, at (0, 1), (0, 2), ...
         """
         config, coordinates = self.config, grid.coordinates(positions)
         if begins:
-            prefix = coordinates.new_zeros(1, 2)
+            line = torch.arange(1 + config.caption_length, device=positions.device)[:, None]
+            prefix = F.pad(line.to(coordinates), (1, 0))
             if config.condition_latent_dim is not None:
-                size, device = config.condition_latent_dim, positions.device
-                prefix = torch.cat([prefix, grid.aligned_positions(size, device)])
+                condition = grid.aligned_positions(config.condition_latent_dim, positions.device)
+                prefix = torch.cat([prefix[:1], condition, prefix[1:]])
             prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
         cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)

@@ -63,8 +63,10 @@ def write_images(
             figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
         shown.append(images[: max(0, SHOWN - written)])
         written += len(images)
-    labels = ((f"{number:05}.png", row.label) for number, row in enumerate(indices.rows))
-    write_table(folder / LIST, ("image_path", "label"), labels)
+    columns = ["label", *(["caption"] if any(row.caption for row in indices.rows) else [])]
+    texts = ([getattr(row, name) for name in columns] for row in indices.rows)
+    rows = ([f"{number:05}.png", *values] for number, values in enumerate(texts))
+    write_table(folder / LIST, ["image_path", *columns], rows)
     return torch.cat(shown)
 
 

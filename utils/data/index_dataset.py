@@ -1,29 +1,27 @@
-"""Indices as training data: batches of grids, with the condition or the crops of each image.
+"""Indices as training data: batches of grids, with condition, caption or crops of each image.
 
 condition.npy  (N, hc, wc): the grid of an image that comes with each image, such as its
                segmentation or a low resolution (arXiv 2012.09841, section 4.1)
 crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
 """
 
-import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError, flag
-from utils.data.indices import Indices, open_grids, read_indices, smallest_type
-from utils.data.sources import Row, preview_first, seeded_generator, split_rows
-from utils.data.vocabulary import GridMeta, Vocabulary
+from utils.cli import flag
+from utils.data.indices import Indices, open_grids, read_indices
+from utils.data.sources import preview_first, seeded_generator, split_rows
+from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 
-MAX_TOKENS = 1 << 25  # more would not change a baseline
 PREVIEW = 64  # validation rows whose conditions and classes are shown
 CONDITION, CROPS = "condition.npy", "crops.npy"
 
@@ -55,6 +53,7 @@ class IndexDataset:
         grids: (N, h, w[, depth]) of any integer type.
         classes: (N,), the prefix token of each grid's label.
         conditions: (N, hc, wc) of any integer type, or None.
+        captions: (N, L), their text tokens, or None.
         train_rows, val_rows: row numbers.
     """
 
@@ -67,6 +66,7 @@ class IndexDataset:
         val_fraction: float,
         seed: int,
         ignore_labels: bool = False,
+        caption_length: int | None = None,
     ) -> None:
         """Read all indices, and split them by their manifest, or else by `seed`.
 
@@ -87,12 +87,14 @@ class IndexDataset:
         self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
         self.conditions = read_conditions(path, indices)
+        self.read_captions(caption_length)
         self._crops = read_crops(path, indices)
         self.train_rows, val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
         self.val_rows = preview_first(self.rows, val_rows, PREVIEW)
 
     def __str__(self) -> str:
         more = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "
+        more += "" if self.captions is None else f"captions of {self.captions.shape[1]} tokens, "
         return (
             f"{self.path}: {len(self.grids):,} grids of {_by(self.grids[0].shape)}, "
             f"{self.vocabulary.codebook_size} codes, {len(self.vocabulary.class_names)} classes, "
@@ -103,10 +105,25 @@ class IndexDataset:
         """The name of a row in messages."""
         return f"row {row + 1} {self.rows[row].image_path}".rstrip()
 
+    def read_captions(self, length: int | None, known: TextMeta | None = None) -> None:
+        """Turn the captions, if there are any and `length` is not 0, into so many text tokens.
+
+        They are those of `known`, or else of a tokenizer that is trained on the captions.
+        """
+        texts, self.captions, meta = [row.caption for row in self.rows], None, None
+        if length != 0 and any(texts):
+            from utils.data import captions  # only where there are some
+
+            meta = known and replace(known, length=length or known.length)
+            meta = meta or captions.train_tokenizer(texts, length)
+            self.captions = captions.encode(texts, meta)
+        self.vocabulary = replace(self.vocabulary, captions=meta)
+
     @property
     def arrays(self) -> list[np.ndarray]:
-        """All grids that a training reads."""
-        return [np.asarray(x) for x in (self.grids, self.conditions, self._crops) if x is not None]
+        """All indices that a training reads."""
+        arrays = self.grids, self.conditions, self._crops, self.captions
+        return [np.asarray(x) for x in arrays if x is not None]
 
     @property
     def params(self) -> dict[str, object]:
@@ -118,13 +135,14 @@ class IndexDataset:
             "classes": len(self.vocabulary.class_names),
         }
 
-    def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Classes (B,) and conditions (B, hc, wc), or None, of these rows."""
-        return self.classes[rows], None if self.conditions is None else self.conditions[rows]
+    def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Classes (B,) and, where there are any, conditions (B, hc, wc) and captions (B, L)."""
+        parts = self.classes, self.conditions, self.captions
+        return tuple(part[rows] for part in parts if part is not None)
 
     def batches(
         self, batches_of_rows: Sequence[Tensor], epoch: int | None = None
-    ) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """`prefix_inputs`, and grids (B, h, w[, depth]), int64, of each batch of row numbers.
 
         Where there are crops, `epoch` chooses among them; None: the whole images.
@@ -136,7 +154,7 @@ class IndexDataset:
             grids = self.grids[rows]
             if crops is not None:
                 grids = torch.from_numpy(crops[rows.numpy(), chosen[rows].numpy()])
-            yield *self.prefix_inputs(rows), grids.long()
+            yield self.prefix_inputs(rows), grids.long()
 
 
 def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor:
@@ -159,42 +177,6 @@ def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
         return None
     shape = len(indices.rows), *meta.latent_dim
     return torch.from_numpy(np.array(open_grids(folder / CONDITION, shape, meta.codebook_size)))
-
-
-def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
-    """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
-    np.save(folder / CONDITION, conditions.cpu().numpy().astype(smallest_type(codebook_size)))
-
-
-class Conditions(NamedTuple):
-    """Conditioning grids (N, hc, wc) of any integer type or None, and the row of each."""
-
-    grids: Tensor | None
-    rows: Sequence[Row]
-
-    def cycle(self, count: int, repeats: int) -> "Conditions":
-        """`count` of them, each `repeats` times in a row, starting over after the last."""
-        chosen = (torch.arange(count // repeats) % len(self.rows)).repeat_interleave(repeats)
-        return Conditions(self.grids[chosen], [self.rows[row] for row in chosen.tolist()])
-
-
-def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:
-    """The conditions in an indices folder, which must belong to `wanted`.
-
-    With `allow_images`, a folder without condition.npy gives its own grids, which is what
-    quantize_dataset.py makes of a CSV of conditioning images.
-    """
-    indices = read_indices(path, depth=None)
-    grids = read_conditions(path, indices)
-    if grids is not None:
-        meta = indices.meta.condition
-    elif allow_images:
-        grids = indices.grids
-        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
-    else:
-        raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
-    wanted.check_tokenizer(meta.tokenizer_sha256, path, meta, "the condition of the GPT")
-    return Conditions(grids, indices.rows)
 
 
 def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:
@@ -221,38 +203,3 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 def _by(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
-
-
-def with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
-    """Grids whose depths, where there are several, have their own indices, int64."""
-    return grids.long() + codebook_size * torch.arange(depth) if depth > 1 else grids.long()
-
-
-def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tuple[float, float]:
-    """Unigram and bigram bits per token of validation grids: what a GPT has to improve on.
-
-    The unigram adds one to each count of an index in the training grids (Laplace). The bigram
-    predicts each index from the previous one in raster order, smoothed by the unigram in proportion
-    to the number of distinct successors (Witten and Bell, 1991). Grids are (N, h, w), or
-    (N, h, w, depth): each depth has its own statistics, and no bits are spent on the depth itself.
-    """
-    size, rows = codebook_size * depth, max(1, MAX_TOKENS // train[0].numel())
-    grids = (with_depth(x[:rows], codebook_size, depth) for x in (train, val))
-    train, val = (x.flatten(1) for x in grids)
-    counts = torch.bincount(train.flatten(), minlength=size)
-    unigram = (counts.double() + 1) / (counts.sum() + size)
-
-    pairs = train[:, :-1] * size + train[:, 1:]
-    observed, times = pairs.unique(return_counts=True)  # sorted
-    previous = observed // size
-    total = torch.bincount(previous, times.double(), size)
-    successors = torch.bincount(previous, minlength=size).double()
-    first, second = val[:, :-1].flatten(), val[:, 1:].flatten()
-    wanted = first * size + second
-    place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
-    found = torch.where(observed[place] == wanted, times[place], 0).double()
-    weight = successors[first].clamp(min=1)  # without successors: the unigram
-    bigram = (found + weight * unigram[second]) / (total[first] + weight)
-    bits = unigram[val[:, 0]].log2().sum() + bigram.log2().sum()
-    unigram_bits = float(-unigram[val].log2().mean()) - math.log2(depth)
-    return unigram_bits, float(-bits) / val.numel()

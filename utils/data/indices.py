@@ -1,7 +1,7 @@
 """The indices folder: grids of codebook indices, written completely or not at all, and checked.
 
     indices.npy    (N, h, w[, depth]) in the smallest unsigned type; indices-00000.npy, ... if large
-    manifest.csv   image_path, label, split[, condition_path] of each grid
+    manifest.csv   image_path, label, split[, condition_path][, caption] of each grid
     meta.json      `IndicesMeta`
     sha256.json    the SHA-256 of each file
     indices.txt    on request: a line of space-separated indices for each grid
@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,8 +90,9 @@ def new_folder(
 
     with files.new_folder(folder) as staging:
         yield staging
-        columns = Row._fields if any(row.condition_path for row in rows) else Row._fields[:-1]
-        write_table(staging / MANIFEST, columns, (row[: len(columns)] for row in rows))
+        used = [name for name in Row._fields[3:] if any(getattr(row, name) for row in rows)]
+        columns = *Row._fields[:3], *used
+        write_table(staging / MANIFEST, columns, map(attrgetter(*columns), rows))
         if text:
             with (staging / "indices.txt").open("w") as file:
                 for path in sorted(staging.glob("indices*.npy")):

@@ -1,12 +1,9 @@
 """vocabulary.json: the meaning of a GPT's tokens, and the tokenizer that indices belong to."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from utils.cli import UserError, first_few
 from utils.files import read_json, typed, verify
@@ -67,6 +64,25 @@ class GridMeta:
 
 
 @dataclass(frozen=True)
+class TextMeta:
+    """The text tokens of captions, see `utils.data.captions`.
+
+    Attributes:
+        tokenizer: JSON of the library `tokenizers`.
+        vocabulary_size: text tokens; the one after them pads, and is "not given".
+        length: text tokens of a caption.
+    """
+
+    tokenizer: str
+    vocabulary_size: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if min(self.vocabulary_size, self.length) < 1:
+            raise ValueError("vocabulary_size and length of the captions must be 1 or more")
+
+
+@dataclass(frozen=True)
 class Vocabulary(GridMeta):
     """The meaning of a GPT's tokens.
 
@@ -74,11 +90,13 @@ class Vocabulary(GridMeta):
         class_names: the labels in the order of their prefix tokens 0, 1, ...
         class_counts: images of each class in the data; () if not known.
         condition: of the conditioning grid before the image's, None without one.
+        captions: of the captions before it, None without them.
     """
 
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
     condition: GridMeta | None = None
+    captions: TextMeta | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +116,7 @@ class Vocabulary(GridMeta):
     @property
     def model_values(self) -> dict[str, Any]:
         """The fields of a GPT's config that follow from the vocabulary."""
-        condition = self.condition
+        condition, captions = self.condition, self.captions
         return {
             "codebook_size": self.codebook_size,
             "depth": self.depth,
@@ -106,6 +124,8 @@ class Vocabulary(GridMeta):
             "latent_dim": self.latent_dim,
             "condition_codebook_size": condition.codebook_size if condition else 0,
             "condition_latent_dim": condition.latent_dim if condition else None,
+            "caption_vocabulary_size": captions.vocabulary_size if captions else 0,
+            "caption_length": captions.length if captions else 0,
         }
 
     def tokens(self, labels: Sequence[str]) -> list[int]:
@@ -166,17 +186,3 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
         return typed(Vocabulary, values)
     except UserError as error:
         raise UserError(f"{file} is not a vocabulary: {error}") from error
-
-
-def in_proportion(counts: Sequence[int], number: int) -> list[int]:
-    """`number` classes, each as often as its count demands, evenly mixed from the first on."""
-    shares = np.array(counts) / sum(counts)
-    # The k-th image of a class is due after (k + 1/2) / share images.
-    due = [
-        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
-        for index, share in enumerate(shares)
-        if share > 0
-    ]
-    classes = np.concatenate([np.full(len(times), index) for times, index in due])
-    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
-    return classes[order[:number]].tolist()

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.data.index_dataset import with_depth
-
+MAX_TOKENS = 1 << 25  # more would not change a baseline
 REPLICATES, FRECHET_REPLICATES = 100, 50  # bootstrap resamples
 WIDTH = 1.96  # standard errors on each side: 95 % of a normal distribution
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
@@ -231,3 +230,38 @@ def token_divergence(counts: Tensor, others: Tensor) -> Estimate:
     shares, others = (x / x.sum(dim=1, keepdim=True) for x in (counts, others))
     middle = entropy((shares + others) / 2)
     return estimate(middle - (entropy(shares) + entropy(others)) / 2, SHARE)
+
+
+def with_depth(grids: Tensor, codebook_size: int, depth: int) -> Tensor:
+    """Grids whose depths, where there are several, have their own indices, int64."""
+    return grids.long() + codebook_size * torch.arange(depth) if depth > 1 else grids.long()
+
+
+def baselines(train: Tensor, val: Tensor, codebook_size: int, depth: int) -> tuple[float, float]:
+    """Unigram and bigram bits per token of validation grids: what a GPT has to improve on.
+
+    The unigram adds one to each count of an index in the training grids (Laplace). The bigram
+    predicts each index from the previous one in raster order, smoothed by the unigram in proportion
+    to the number of distinct successors (Witten and Bell, 1991). Grids are (N, h, w), or
+    (N, h, w, depth): each depth has its own statistics, and no bits are spent on the depth itself.
+    """
+    size, rows = codebook_size * depth, max(1, MAX_TOKENS // train[0].numel())
+    grids = (with_depth(x[:rows], codebook_size, depth) for x in (train, val))
+    train, val = (x.flatten(1) for x in grids)
+    counts = torch.bincount(train.flatten(), minlength=size)
+    unigram = (counts.double() + 1) / (counts.sum() + size)
+
+    pairs = train[:, :-1] * size + train[:, 1:]
+    observed, times = pairs.unique(return_counts=True)  # sorted
+    previous = observed // size
+    total = torch.bincount(previous, times.double(), size)
+    successors = torch.bincount(previous, minlength=size).double()
+    first, second = val[:, :-1].flatten(), val[:, 1:].flatten()
+    wanted = first * size + second
+    place = torch.searchsorted(observed, wanted).clamp(max=len(observed) - 1)
+    found = torch.where(observed[place] == wanted, times[place], 0).double()
+    weight = successors[first].clamp(min=1)  # without successors: the unigram
+    bigram = (found + weight * unigram[second]) / (total[first] + weight)
+    bits = unigram[val[:, 0]].log2().sum() + bigram.log2().sum()
+    unigram_bits = float(-unigram[val].log2().mean()) - math.log2(depth)
+    return unigram_bits, float(-bits) / val.numel()

@@ -41,6 +41,7 @@ class Row(NamedTuple):
     label: str
     split: str  # train or val
     condition_path: str = ""  # an image that comes with it, such as its segmentation
+    caption: str = ""
 
 
 @contextmanager
@@ -105,7 +106,8 @@ def digest(path: str | Path) -> str:
     path = Path(path)
     if not path.is_dir():
         return sha256(path)
-    return hashlib.sha256(json.dumps(_source_of(path).read_rows(path)).encode()).hexdigest()
+    rows = [row[:4] for row in _source_of(path).read_rows(path)]  # folders have no captions
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def _source_of(path: Path) -> ModuleType:

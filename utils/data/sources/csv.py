@@ -1,6 +1,7 @@
-"""A CSV as a data source: columns image_path[,label][,split][,condition_path], in any order.
+"""A CSV as a data source: columns image_path[,label][,split][,condition_path][,caption].
 
-Also as spreadsheets write it: separated by commas, semicolons or tabs, in UTF-8 or UTF-16.
+The columns are in any order. Also as spreadsheets write it: separated by commas, semicolons or
+tabs, in UTF-8 or UTF-16.
 """
 
 import codecs

@@ -1,0 +1,73 @@
+"""Captions as text tokens: a byte-level BPE (arXiv 1508.07909) that is trained on the captions.
+
+Every text has tokens, whatever its script: those of its bytes are always in the vocabulary.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.cli import UserError, one_line
+from utils.data.vocabulary import TextMeta
+
+VOCABULARY_SIZE = 8192  # at most; words that occur once are no tokens
+MAX_LENGTH = 64  # text tokens of a caption, where no length is given
+MISSING = (
+    "captions need the package tokenizers: pip install tokenizers; or train without captions: "
+    "train.py --caption_length 0"
+)
+
+
+def train_tokenizer(captions: Sequence[str], length: int | None) -> TextMeta:
+    """The text tokens of captions, a function of the set of them; length None: of the longest."""
+    try:
+        from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+    except ImportError as error:
+        raise UserError(MISSING) from error
+    bpe = Tokenizer(models.BPE())
+    steps = normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()
+    bpe.normalizer = normalizers.Sequence([*steps])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    texts = sorted(set(captions))
+    bpe.train_from_iterator(texts, trainer)
+    longest = max(len(encoded.ids) for encoded in bpe.encode_batch(texts))
+    return TextMeta(bpe.to_str(), bpe.get_vocab_size(), length or min(max(longest, 1), MAX_LENGTH))
+
+
+def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
+    """Text tokens (N, L), int64, padded; of an empty caption all are "not given".
+
+    None for a GPT without captions. Warns of those that are cut. A UserError for a damaged
+    tokenizer.
+    """
+    if meta is None:
+        return None
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UserError(MISSING) from error
+    try:
+        bpe: Any = Tokenizer.from_str(meta.tokenizer)
+        texts = [text.encode(errors="replace").decode() for text in captions]
+        ids = [encoded.ids for encoded in bpe.encode_batch(texts)]
+    except Exception as error:  # the library raises no other type
+        raise UserError(f"the tokenizer of the captions is damaged: {one_line(error)}") from error
+    if any(token >= meta.vocabulary_size for tokens in ids for token in tokens):
+        raise UserError("the tokenizer of the captions is damaged: it has more tokens than it says")
+    cut = sum(len(tokens) > meta.length for tokens in ids)
+    if cut:
+        longer = f"{cut:,} of {len(ids):,} captions are longer than {meta.length} text tokens"
+        print(f"warning: {longer}, and are cut there", file=sys.stderr)
+    tokens = torch.full((len(ids), meta.length), meta.vocabulary_size)
+    for row, values in enumerate(ids):
+        tokens[row, : len(values)] = torch.tensor(values[: meta.length], dtype=torch.long)
+    return tokens

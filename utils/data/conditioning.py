@@ -1,0 +1,108 @@
+"""What samples are conditioned on: conditions of other indices, prompts, classes by frequency."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from utils.cli import UserError, one_line
+from utils.data.index_dataset import CONDITION, read_conditions
+from utils.data.indices import read_indices, smallest_type
+from utils.data.sources import Row
+from utils.data.vocabulary import GridMeta, Vocabulary
+
+
+class Conditions(NamedTuple):
+    """Conditioning grids (N, hc, wc) of any integer type or None, and the row of each."""
+
+    grids: Tensor | None
+    rows: Sequence[Row]
+
+    def cycle(self, count: int, repeats: int) -> "Conditions":
+        """`count` of them, each `repeats` times in a row, starting over after the last."""
+        chosen = (torch.arange(count // repeats) % len(self.rows)).repeat_interleave(repeats)
+        return Conditions(self.grids[chosen], [self.rows[row] for row in chosen.tolist()])
+
+
+def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
+    """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
+    np.save(folder / CONDITION, conditions.cpu().numpy().astype(smallest_type(codebook_size)))
+
+
+def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:
+    """The conditions in an indices folder, which must belong to `wanted`.
+
+    With `allow_images`, a folder without condition.npy gives its own grids, which is what
+    quantize_dataset.py makes of a CSV of conditioning images.
+    """
+    indices = read_indices(path, depth=None)
+    grids = read_conditions(path, indices)
+    if grids is not None:
+        meta = indices.meta.condition
+    elif allow_images:
+        grids = indices.grids
+        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
+    else:
+        raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
+    wanted.check_tokenizer(meta.tokenizer_sha256, path, meta, "the condition of the GPT")
+    return Conditions(grids, indices.rows)
+
+
+def read_prompts(given: Sequence[str]) -> list[str]:
+    """Prompts, of which one as @FILE stands for the lines of a text file that are not empty."""
+    prompts = []
+    for prompt in given:
+        if not prompt.startswith("@"):
+            prompts.append(prompt)
+            continue
+        path = Path(prompt[1:])
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read the prompts in {path}: {one_line(error)}") from error
+        if not any(map(str.strip, lines)):
+            raise UserError(f"{path} has no prompts; write one a line")
+        prompts += filter(str.strip, lines)
+    return prompts
+
+
+def choose_texts(
+    flags: argparse.Namespace, vocabulary: Vocabulary, rows: Sequence[Row], count: int
+) -> tuple[list[str], ...]:
+    """Labels and captions of `count` images: the given ones in turn, or else those of `rows`.
+
+    Without any of these they have no caption, and all classes in turn; with prompts no class.
+    """
+    prompts = read_prompts(flags.prompt)
+    captions = prompts or [row.caption for row in rows] or [""]
+    labels = flags.labels or ([""] if prompts else [row.label for row in rows])
+    if flags.class_frequencies:
+        labels = in_proportion(vocabulary, count)
+    if not labels:
+        labels = [""] if flags.unconditional else [*vocabulary.class_names] or [""]
+    texts = labels, captions
+    return tuple([given[n % len(given)] for n in range(count)] for given in texts)
+
+
+def in_proportion(vocabulary: Vocabulary, number: int) -> list[str]:
+    """`number` classes, each as often as its count demands, evenly mixed from the first on."""
+    if not vocabulary.class_counts:
+        raise UserError(
+            "this GPT's vocabulary does not hold how often each class occurs; omit "
+            "--class_frequencies and give --labels, or train the GPT again"
+        )
+    shares = np.array(vocabulary.class_counts) / sum(vocabulary.class_counts)
+    # The k-th image of a class is due after (k + 1/2) / share images.
+    due = [
+        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
+        for index, share in enumerate(shares)
+        if share > 0
+    ]
+    classes = np.concatenate([np.full(len(times), index) for times, index in due])
+    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
+    return [vocabulary.class_names[index] for index in classes[order[:number]]]
