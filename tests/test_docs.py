@@ -61,7 +61,10 @@ BLOCKS = [block for page in PAGES for block in blocks_of(page.read_text(), page.
 def world(tmp_path_factory: pytest.TempPathFactory, first_starts: tuple[Path, list[str]]) -> Path:
     """A folder with all data that the pages speak of, small, and an empty MLflow store."""
     folder = tmp_path_factory.mktemp("docs")
-    write_images(folder, count=12, size=(64, 64))
+    lines = write_images(folder, count=12, size=(64, 64)).read_text().splitlines()
+    captions = ["caption", *["a red blob", "a blob"] * 6]
+    pairs = zip(lines, captions, strict=True)
+    (folder / "data.csv").write_text("\n".join(map(",".join, pairs)) + "\n")
     for name in ("train", "test"):
         digits = folder / "data" / "mnist" / name
         write_images(digits, count=24, size=(28, 28), labels="0123456789").rename(

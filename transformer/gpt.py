@@ -33,6 +33,8 @@ class GPT(nn.Module):
     Each element predicts the token that comes next, the last one of the prefix the first token.
     """
 
+    caption_embedding: nn.Embedding  # where the config has captions
+
     def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attend) -> None:
         """Build and initialise the layers; `attend` may be a `FlexAttention`."""
         super().__init__()
