@@ -33,7 +33,7 @@ def make_model(**options: object) -> GPT:
     grids = {"latent_dim": (3, 4), "condition_latent_dim": (1, 2), "condition_codebook_size": 3}
     text = {"caption_vocabulary_size": TOKENS, "caption_length": LENGTH}
     shape = {"num_layers": 2, "num_heads": 2, "dim": 16, "dropout": 0.0}
-    model = GPT(GPTConfig(CODES, num_classes=2, **grids, **text, **shape | options))
+    model = GPT(GPTConfig(CODES, num_classes=2, **grids, **(text | shape | options)))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()

@@ -154,16 +154,13 @@ class GPTConfig:
     )
     caption_length: int | None = option(
         None,
-        "text tokens of a caption, of which longer ones are cut; 0: train without captions; "
-        "default: those of the longest caption, at most 64",
+        "text tokens of a caption, longer ones are cut; 0: ignore captions; default: those of the "
+        "longest caption, at most 64",
         metavar="N",
         min=0,
     )
     text_weight: float = option(
-        0.0,
-        "weight of a loss on the text tokens of captions beside that on the indices",
-        min=0,
-        below=math.inf,
+        0.0, "weight of a loss on the text tokens of captions", min=0, below=math.inf
     )
     order_anneal: tuple[float, float] | None = option(
         None,
@@ -283,16 +280,17 @@ def drop_conditioning(
     smallest fraction, and each alone in the rest, all of it often enough to be learned. Where the
     fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
     """
-    (first, *others), null = config.prefix_parts, null_prefix(prefix, config)
+    first, *others = config.prefix_parts
     chance = torch.rand(len(prefix), generator=generator).to(prefix.device)
-    together = min(part.dropout for part in config.prefix_parts) / 2
-    dropped, start = [(chance < first.dropout)[:, None]], first.dropout - together
-    for part in others:  # in [start, start + dropout), of which the first has [start, + together)
-        all_parts = (chance - first.dropout + together) % 1 < together
-        alone = (chance - start - together) % 1 < part.dropout - together
+    together, start = min(part.dropout for part in config.prefix_parts) / 2, first.dropout
+    all_parts = (chance - start + together) % 1 < together
+    dropped = [(chance < start)[:, None]]
+    for part in others:
+        alone = (chance - start) % 1 < part.dropout - together
         dropped.append((all_parts | alone)[:, None].expand(-1, part.length))
         start += part.dropout - together
-    return torch.where(torch.cat(dropped, dim=1).view_as(prefix), null, prefix)
+    is_null = torch.cat(dropped, dim=1).view_as(prefix)
+    return torch.where(is_null, null_prefix(prefix, config), prefix)
 
 
 @dataclass(frozen=True, kw_only=True)

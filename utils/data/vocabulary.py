@@ -65,17 +65,11 @@ class GridMeta:
 
 @dataclass(frozen=True)
 class TextMeta:
-    """The text tokens of captions, see `utils.data.captions`.
+    """The text tokens of captions, see `utils.data.captions`."""
 
-    Attributes:
-        tokenizer: JSON of the library `tokenizers`.
-        vocabulary_size: text tokens; the one after them pads, and is "not given".
-        length: text tokens of a caption.
-    """
-
-    tokenizer: str
-    vocabulary_size: int
-    length: int
+    tokenizer: str  # JSON of the library `tokenizers`
+    vocabulary_size: int  # text tokens; the one after them pads, and is "not given"
+    length: int  # text tokens of a caption
 
     def __post_init__(self) -> None:
         if min(self.vocabulary_size, self.length) < 1:
