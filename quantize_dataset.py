@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
 import argparse
 import math
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -138,6 +139,9 @@ def main(arguments: argparse.Namespace) -> None:
         upstream=tokenizer.lineage,
     )
     print(dataset)
+    if arguments.flip and any(row.caption for row in dataset.rows):
+        line = "warning: --flip: captions of mirrored images are wrong where they name a side"
+        print(line, file=sys.stderr)
 
     with run:
         indices = quantize(model, dataset, arguments.batch_size)

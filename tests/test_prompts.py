@@ -175,7 +175,8 @@ def test_from_the_csv_to_the_list_of_images(
     data.write_text("\n".join(",".join(x) for x in zip(lines, ["Caption", *texts], strict=True)))
     make_tokenizer(own_folder / "tokenizer", (24, 40), 3)
     models = (*CPU, "--model_dir", "tokenizer")
-    call("quantize_dataset", *models, "--path_to_data", data, "--output_dir", "indices")
+    call("quantize_dataset", *models, "--path_to_data", data, "--flip", "--output_dir", "indices")
+    assert "warning: --flip: captions of mirrored images" in capsys.readouterr().err
     assert read_indices("indices").rows[1].caption == 'a green heart, "quoted"'
     train("gpt", "--model_dir", "tokenizer")
     vocabulary = read_vocabulary("gpt")
