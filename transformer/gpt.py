@@ -211,8 +211,8 @@ class GPT(nn.Module):
         So the loss of the indices stays what it is. It is predicted by the embeddings of the text.
         """
         logits = F.linear(hidden, self.caption_embedding.weight).flatten(0, 1).float()
-        padding = {"ignore_index": self.config.caption_vocabulary_size}
-        loss = F.cross_entropy(logits, tokens.flatten(), reduction="sum", **padding)
+        pad = self.config.caption_vocabulary_size
+        loss = F.cross_entropy(logits, tokens.flatten(), reduction="sum", ignore_index=pad)
         return self.config.text_weight / tokens.numel() * (loss - loss.detach())
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:
