@@ -88,8 +88,9 @@ def make_validation(
         evaluator = SampleEvaluator(
             tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
         )
+    splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
-    unigram, bigram = baselines(*(data.grids[x] for x in (data.train_rows, data.val_rows)), *sizes)
+    unigram, bigram = baselines(*splits, *sizes)
     group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
     return Validation(data, tokenizer, evaluator, unigram, bigram)
 
@@ -378,7 +379,7 @@ def main(arguments: cli.Flags) -> None:
         words = ["transformer_generation.py", "--model_path", best]
         words += ["--vocabulary_path", best / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
-        words += [] if data.captions is None else ["--prompt", data.rows[data.val_rows[0]].caption]
+        words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
         print(cli.next_command(*words))
     group.shutdown()
 

@@ -249,7 +249,7 @@ def main(arguments: argparse.Namespace) -> None:
     count = arguments.num_images if known is None else len(known.grids)
     condition = read_conditions(arguments, vocabulary, config, count)
     labels, captions = choose_texts(arguments, vocabulary, (known or condition).rows, count)
-    size = tuple(known.mask.shape) if known else arguments.latent_dim or vocabulary.latent_dim
+    size: Any = tuple(known.mask.shape) if known else arguments.latent_dim or vocabulary.latent_dim
     cli.build_or_error(gpt.model.grid_positions, size, extension)  # before anything is written
     given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)
     texts = encode(given[1], vocabulary.captions)
