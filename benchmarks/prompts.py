@@ -19,8 +19,9 @@ from tests import shapes
 from utils import cli
 
 TOKENIZER = (
-    "train_vqvae.py --path_to_data {work}/data/shapes.csv --channels 32 --codebook_size 128 "
-    "--codebook_dim 8 --learning_rate 4e-3 --resume auto --max_epochs {tokenizer_epochs}"
+    "train_vqvae.py --path_to_data {work}/data/shapes.csv --channels 32 --patch_size 4 "
+    "--codebook_size 512 --codebook_dim 8 --learning_rate 4e-3 --resume auto "
+    "--max_epochs {tokenizer_epochs}"
 )
 GPT = (
     "train.py --path_to_data {work}/indices --model_dir {work}/tokenizer --dim 128 --num_layers 4 "

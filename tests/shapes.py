@@ -27,7 +27,8 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-RADII = (4, 5)  # of an object, in pixels
+RADIUS = 4  # of an object, in pixels
+ALONG, ACROSS = (4, 8), (8, 12, 16)  # where it may be in its half of the image
 SMALLEST = 20  # pixels of an object
 
 
@@ -59,29 +60,29 @@ def combinations(*, held_out: bool) -> list[Combination]:
     return [x for number, x in enumerate(every) if (number % 5 == 0) == held_out]
 
 
-def mask_of(shape: str, radius: int) -> np.ndarray:
-    """The pixels of a shape, (2 * radius + 1, 2 * radius + 1), bool."""
-    y, x = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+@cache
+def mask_of(shape: str) -> np.ndarray:
+    """The pixels of a shape, (2 * RADIUS + 1, 2 * RADIUS + 1), bool."""
+    y, x = np.mgrid[-RADIUS : RADIUS + 1, -RADIUS : RADIUS + 1]
     return {
-        "circle": x**2 + y**2 <= (radius + 0.3) ** 2,
+        "circle": x**2 + y**2 <= (RADIUS + 0.3) ** 2,
         "square": np.ones_like(x, dtype=bool),
-        "triangle": abs(x) <= (y + radius) / 2,
-        "cross": (abs(x) <= radius // 3) | (abs(y) <= radius // 3),
+        "triangle": abs(x) <= (y + RADIUS) / 2,
+        "cross": (abs(x) <= 1) | (abs(y) <= 1),
     }[shape]
 
 
 def draw(combination: Combination, generator: np.random.Generator) -> Image.Image:
-    """An image of a combination; sizes and places are random."""
+    """An image of a combination, with the objects in random places."""
     pixels = np.full((SIDE, SIDE, 3), 255, np.uint8)
     step = np.array(RELATIONS[combination.relation])
     for sign, (colour, shape) in zip((1, -1), (combination[:2], combination[3:]), strict=True):
-        radius = int(generator.choice(RADII))
-        # Each has a half of the image, and across it only so much room that the relation is clear.
-        along = 2 * generator.integers(-(-radius // 2), (14 - radius) // 2 + 1)
-        along = along if sign * step.sum() < 0 else SIDE - 1 - along
-        y, x = np.where(step != 0, along, 2 * generator.integers(5, 11))
-        area = pixels[y - radius : y + radius + 1, x - radius : x + radius + 1]
-        area[mask_of(shape, radius)] = COLOURS[colour]
+        # Across its half it has so little room that the relation is clear.
+        along, across = generator.choice(ALONG), generator.choice(ACROSS)
+        behind = sign * step.sum() > 0
+        y, x = np.where(step != 0, along + behind * SIDE // 2, across)
+        area = pixels[y - RADIUS : y + RADIUS + 1, x - RADIUS : x + RADIUS + 1]
+        area[mask_of(shape)] = COLOURS[colour]
     return Image.fromarray(pixels)
 
 
@@ -116,15 +117,12 @@ def objects_in(image: Image.Image) -> list[tuple[str, str, Sequence[float]]]:
 
 def _shape_of(mask: np.ndarray) -> str:
     """The shape whose pixels overlap most with those of an object, in the best position."""
-    best = {}
+    overlaps = {}
     for shape in SHAPES:
-        overlaps = []
-        for radius in RADII:
-            ideal = mask_of(shape, radius).astype(float)
-            both = ndimage.correlate(np.pad(mask, 3).astype(float), ideal, mode="constant").max()
-            overlaps.append(both / (mask.sum() + ideal.sum() - both))
-        best[shape] = max(overlaps)
-    return max(best, key=best.__getitem__)
+        ideal = mask_of(shape).astype(float)
+        both = ndimage.correlate(np.pad(mask, 3).astype(float), ideal, mode="constant").max()
+        overlaps[shape] = both / (mask.sum() + ideal.sum() - both)
+    return max(overlaps, key=overlaps.__getitem__)
 
 
 def obeys(image: Image.Image, combination: Combination) -> bool:

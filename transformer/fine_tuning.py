@@ -94,11 +94,12 @@ def start_from(
     own, state, none = model.state_dict(), source.state_dict(), source.config.num_classes
     rows = [none if number is None else number for number in (*classes, None)]
     state["prefix_embedding.weight"] = state["prefix_embedding.weight"][rows]
-    if source.grid.size != model.grid.size:
-        for name in state.keys() & {"position_embedding", "target_embedding.weight"}:
-            of_prefix = source.prefix_length if name == "position_embedding" else 0
-            kept, table = state[name][:of_prefix], state[name][of_prefix:]
-            state[name] = torch.cat([kept, _fit_positions(table, source, model, tuning)])
+    for name in state.keys() & own.keys() & {"position_embedding", "target_embedding.weight"}:
+        before, now = (x.prefix_length * (name == "position_embedding") for x in (source, model))
+        kept, table = state[name][: min(before, now)], state[name][before:]
+        if source.grid.size != model.grid.size:
+            table = _fit_positions(table, source, model, tuning)
+        state[name] = torch.cat([kept, own[name][before:now], table])  # a prefix may be longer
     anew = (*TOKENS, "condition_embedding") if tuning.reset_embeddings else ()
     for name, weight in state.items():
         if name not in own or name.startswith(anew):

@@ -12,10 +12,8 @@ import importlib
 import json
 import os
 import pkgutil
-import unicodedata
-import urllib.parse
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -26,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError, first_few
+from utils.cli import UserError
 from utils.files import sha256
 from utils.progress import ProgressBar
 
@@ -67,9 +65,11 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     rows = _source_of(path).read_rows(path)
     if not rows:
         raise UserError(f"{path} lists no images; add at least one")
+    from utils.data.finding import find_files  # only where there are images
+
     for column in FILE_COLUMNS:
         names = {name: name for row in rows if (name := getattr(row, column))}
-        found = _find_files(path, names, allow_outside_paths)
+        found = find_files(path, root_of(path), names, allow_outside_paths)
         if found != names:
             rows = [row._replace(**{column: found[getattr(row, column)]}) for row in rows]
     first: dict[str, Row] = {}
@@ -116,62 +116,6 @@ def _source_of(path: Path) -> ModuleType:
     sources = [importlib.import_module(name) for name in names]
     default = importlib.import_module(f"{__name__}.csv")
     return next((source for source in sources if source.accepts(path)), default)
-
-
-def _find_files(path: Path, names: Collection[str], allow_outside_paths: bool) -> dict[str, str]:
-    """The path of the file for each name; a UserError if it is missing, or outside the root."""
-    root = os.path.realpath(root_of(path))
-
-    def is_below(real: str) -> bool:
-        return f"{real}/".startswith(f"{root}/")
-
-    @cache  # each folder is read once, which is faster than asking for each file
-    def files_in(folder: str) -> dict[str, bool]:
-        """The files in a folder, and whether each is below the root."""
-        real = os.path.realpath(os.path.join(root, folder))
-        below = is_below(real)
-        try:
-            files = [x for x in os.scandir(real) if x.is_file()]
-        except (OSError, ValueError):  # ValueError: a NUL in the name
-            return {}
-        return {x.name: is_below(os.path.realpath(x)) if x.is_symlink() else below for x in files}
-
-    def place(name: str) -> bool | None:
-        """Whether a file is below the root; None: there is none."""
-        folder, slash, file = name.rpartition("/")
-        return files_in(folder + slash).get(file)
-
-    found, missing, outside = {}, [], []
-    for name in ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1):
-        found[name], below = name, place(name)
-        if below is None:
-            found[name] = next((x for x in _spellings(name) if place(x) is not None), "")
-            below = place(found[name])
-        if below is None:
-            kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
-            missing.append(name + kind)
-        elif not below and not allow_outside_paths:
-            outside.append(name)
-    for refused, problem in (
-        (missing, f"do not exist, relative to {root_of(path)}"),
-        (outside, "are outside its folder, which --allow_outside_paths accepts"),
-    ):
-        if refused:
-            raise UserError(
-                f"{len(refused)} of {len(names)} files in {path} {problem}: {first_few(refused)}"
-            )
-    return found
-
-
-def _spellings(name: str) -> Iterator[str]:
-    """Other spellings of a path: quoted, as a URL, of the home folder, of Windows, of macOS."""
-    name = name.strip().strip("\"'")
-    if name.startswith("file://"):
-        name = urllib.parse.unquote(urllib.parse.urlsplit(name).path)
-    name = os.path.expanduser(name)
-    for path in (name, name.replace("\\", "/")):
-        for form in ("NFC", "NFD"):
-            yield unicodedata.normalize(form, path)
 
 
 def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,72 @@
+"""The image files of a data set, each looked for below a root folder."""
+
+import os
+import unicodedata
+import urllib.parse
+from collections.abc import Collection, Iterator
+from functools import cache
+from pathlib import Path
+
+from utils.cli import UserError, first_few
+from utils.progress import ProgressBar
+
+
+def find_files(
+    path: Path, folder: Path, names: Collection[str], allow_outside_paths: bool
+) -> dict[str, str]:
+    """The path in a folder of the file for each name in `path`, in whatever spelling.
+
+    A UserError if it is missing, or outside the folder.
+    """
+    root = os.path.realpath(folder)
+
+    def is_below(real: str) -> bool:
+        return f"{real}/".startswith(f"{root}/")
+
+    @cache  # each folder is read once, which is faster than asking for each file
+    def files_in(folder: str) -> dict[str, bool]:
+        """The files in a folder, and whether each is below the root."""
+        real = os.path.realpath(os.path.join(root, folder))
+        below = is_below(real)
+        try:
+            files = [x for x in os.scandir(real) if x.is_file()]
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return {}
+        return {x.name: is_below(os.path.realpath(x)) if x.is_symlink() else below for x in files}
+
+    def place(name: str) -> bool | None:
+        """Whether a file is below the root; None: there is none."""
+        folder, slash, file = name.rpartition("/")
+        return files_in(folder + slash).get(file)
+
+    found, missing, outside = {}, [], []
+    for name in ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1):
+        found[name], below = name, place(name)
+        if below is None:
+            found[name] = next((x for x in _spellings(name) if place(x) is not None), "")
+            below = place(found[name])
+        if below is None:
+            kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
+            missing.append(name + kind)
+        elif not below and not allow_outside_paths:
+            outside.append(name)
+    for refused, problem in (
+        (missing, f"do not exist, relative to {folder}"),
+        (outside, "are outside its folder, which --allow_outside_paths accepts"),
+    ):
+        if refused:
+            raise UserError(
+                f"{len(refused)} of {len(names)} files in {path} {problem}: {first_few(refused)}"
+            )
+    return found
+
+
+def _spellings(name: str) -> Iterator[str]:
+    """Other spellings of a path: quoted, as a URL, of the home folder, of Windows, of macOS."""
+    name = name.strip().strip("\"'")
+    if name.startswith("file://"):
+        name = urllib.parse.unquote(urllib.parse.urlsplit(name).path)
+    name = os.path.expanduser(name)
+    for path in (name, name.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            yield unicodedata.normalize(form, path)
