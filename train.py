@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import transformer
 from transformer import (
     GPT,
     FineTuningConfig,
     FlexAttention,
     GPTConfig,
     drop_conditioning,
-    generate,
     make_prefix,
     random_order_probability,
     sample_permutations,
@@ -163,9 +163,10 @@ def load_batches(
         yield make_prefix(*parts).to(device), grids.to(device)
 
 
-def random_orders(config: GPTConfig, done: float) -> float:
-    """The probability of a random order after a fraction `done` of the training."""
-    return random_order_probability(config.order_anneal, done) if config.order_anneal else 0.0
+def scores_count(config: GPTConfig, done: float) -> bool:
+    """Whether evaluations after this fraction of the training count: its orders are the last."""
+    anneal = config.order_anneal or (0, 0)
+    return anneal == (1, 1) or random_order_probability(anneal, done) == 0
 
 
 def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) -> list[Tensor]:
@@ -173,7 +174,8 @@ def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) 
     generator = torch.default_generator  # as of dropout: checkpoints hold its state
     inputs = [drop_conditioning(prefix, config, generator), grids]
     if config.order_anneal is not None:
-        inputs.append(sample_permutations(grids, random_orders(config, done), generator))
+        probability = random_order_probability(config.order_anneal, done)
+        inputs.append(sample_permutations(grids, probability, generator))
     return inputs
 
 
@@ -186,8 +188,7 @@ def train_step(
 ) -> Tensor:
     """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
 
-    `loss` is `GPT.loss`, whose arguments the `inputs` are: prefix, indices and perhaps orders;
-    `scale` multiplies the gradients.
+    `loss` is `GPT.loss` of the `inputs`; `scale` multiplies the gradients.
     """
     bits = torch.zeros((), device=inputs[0].device)
     for micro_batch in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
@@ -227,7 +228,7 @@ def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -
     prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
     if len(model.config.prefix_parts) > 1:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
-    indices = generate(model, prefix, seed=0)
+    indices = transformer.generate(model, prefix, seed=0)
     model.train(training_mode)
     return picture_of(indices, data, tokenizer, model.head.weight.device)
 
@@ -270,7 +271,7 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     step, values = state.progress.step, {}
     if validation.evaluator is not None:
         inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
-        values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
+        values = validation.evaluator.metrics(partial(transformer.generate, model.eval(), inputs))
     by_position = evaluate(model, data, state, group)
     values["bits_per_token"] = float(by_position.mean())
     values["unigram_bits_per_token"] = validation.unigram
@@ -367,8 +368,7 @@ def main(arguments: cli.Flags) -> None:
                 run.metrics("train", values, step)
             if evaluates:
                 score = evaluate_and_log(state, run, validation)
-                # Scores of a model that still learns random orders do not count.
-                if random_orders(model_config, step / schedule.total_steps) == 0:
+                if scores_count(model_config, step / schedule.total_steps):
                     loop.keep_best(state, checkpoints, score)
             if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break

@@ -22,7 +22,6 @@ from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.captions import encode
 from utils.data.conditioning import Conditions, choose_texts, load_conditions, write_conditions
-from utils.data.decoding import read_mask
 from utils.data.indices import (
     META,
     IndicesMeta,
@@ -32,6 +31,7 @@ from utils.data.indices import (
     new_folder,
     read_indices,
 )
+from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import check_unused, sha256
@@ -43,33 +43,15 @@ from vqvae import VQVAE
 SHOWN = 48  # completions in the picture, at most
 PICTURE = "completions.png"
 MASK = "top:0.5"
-SIDES = ("top", "bottom", "left", "right")
-
-
-def known_side(text: str, size: tuple[int, int]) -> Tensor:
-    """The known mask of a grid of `size`, (h, w), bool: `top:0.5` is its upper half."""
-    side, _, fraction = text.partition(":")
-    try:
-        known = float(fraction)
-    except ValueError:
-        known = -1.0
-    if side not in SIDES or not 0 <= known <= 1:
-        raise ValueError(f"expected {', '.join(SIDES)} and a fraction, as top:0.5, got {text!r}")
-    vertical = side in ("top", "bottom")
-    length = size[0] if vertical else size[1]
-    line = torch.arange(length) < round(known * length)
-    if line.all():
-        raise ValueError(f"{text} of a grid of {size[0]}x{size[1]} leaves nothing to sample")
-    line = line.flip(0) if side in ("bottom", "right") else line
-    return (line[:, None] if vertical else line).expand(size)
 
 
 class Known(NamedTuple):
     """Grids to complete."""
 
     grids: Tensor  # (N, h, w), or (N, h, w, depth) for a depth above 1, int64
-    mask: Tensor  # (h, w), bool, where their indices are kept
+    masks: Tensor  # (N, h, w), bool, where their indices are kept
     rows: list[Row]
+    pixels: KnownPixels
 
 
 def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
@@ -83,18 +65,18 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
     )
     if indices.meta is not None:
         vocabulary.check_tokenizer(indices.meta.tokenizer_sha256, path)
-    if text.partition(":")[0] in SIDES:
-        mask = cli.build_or_error(known_side, text, indices.latent_dim)
-    else:
-        mask = torch.from_numpy(read_mask(text, indices.latent_dim))
-    if arguments.candidates > 1 and not sampling.later_known_mask(mask).any():
+    count, times = arguments.num_images, arguments.variations
+    rows = [row for row in indices.rows[:count] for _ in range(times)]
+    paths = [row.image_path or f"{number:05}.png" for number, row in enumerate(rows)]
+    pixels = read_masks(text, paths, indices.latent_dim)
+    masks = known_positions(pixels, indices.latent_dim).expand(len(rows), -1, -1)
+    if arguments.candidates > 1 and not sampling.later_known_mask(masks).any():
         raise cli.UserError(
             f"--candidates are ranked by known indices behind sampled ones, but --mask {text} "
             "leaves none there; omit --candidates"
         )
-    count, times = arguments.num_images, arguments.variations
-    rows = [row for row in indices.rows[:count] for _ in range(times)]
-    return Known(indices.grids[:count].long().repeat_interleave(times, dim=0), mask, rows)
+    grids = indices.grids[:count].long().repeat_interleave(times, dim=0)
+    return Known(grids, masks, rows, KnownPixels(pixels, paths))
 
 
 def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
@@ -168,6 +150,18 @@ def read_conditions(
     return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
+def choose_size(
+    arguments: argparse.Namespace, known: Known | None, model: GPT, params: SamplingParams
+) -> tuple[int, int]:
+    """The size of the grids; a UserError if the GPT has no such grids, or not in --steps."""
+    size = arguments.latent_dim or model.config.latent_dim
+    if known is not None:
+        size = known.masks.shape[1], known.masks.shape[2]
+    cli.build_or_error(model.grid_positions, size, PositionExtension(arguments.position_extension))
+    cli.build_or_error(sampling.samples_in_order, model.config, size, params, known is not None)
+    return size
+
+
 def read_inputs(
     arguments: argparse.Namespace, models: Mapping[str, LoadedModel | None]
 ) -> dict[str, str]:
@@ -202,7 +196,7 @@ def sample(
     if known is None:
         out.copy_(sampling.generate_likeliest(model, prefix, size=size, **options))
     else:
-        out.copy_(sampling.complete(model, prefix, known.grids, known.mask, **options))
+        out.copy_(sampling.complete(model, prefix, known.grids, known.masks, **options))
 
 
 def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image:
@@ -212,17 +206,16 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
         original, decoded = (
             tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (known.grids, completed)
         )
-    mask = known.mask.to(device, original.dtype)[None, None]
-    mask = F.interpolate(mask, size=original.shape[2:])
-    return figures.grid(torch.cat([original * mask, decoded, original], dim=3))
+    masks = known.masks[:SHOWN, None].to(device, original.dtype)
+    masks = F.interpolate(masks, size=original.shape[2:])
+    return figures.grid(torch.cat([original * masks, decoded, original], dim=3))
 
 
 def main(arguments: argparse.Namespace) -> None:
     device = distributed.pick_device(arguments.device)
-    extension = PositionExtension(arguments.position_extension)
     options: dict[str, Any] = {
         "params": cli.read_flags(SamplingParams, arguments),
-        "position_extension": extension,
+        "position_extension": PositionExtension(arguments.position_extension),
         "compiled": arguments.compile,
         "seed": arguments.seed,
         "batch_size": arguments.batch_size,
@@ -249,8 +242,7 @@ def main(arguments: argparse.Namespace) -> None:
     count = arguments.num_images if known is None else len(known.grids)
     condition = read_conditions(arguments, vocabulary, config, count)
     labels, captions = choose_texts(arguments, vocabulary, (known or condition).rows, count)
-    size: Any = tuple(known.mask.shape) if known else arguments.latent_dim or vocabulary.latent_dim
-    cli.build_or_error(gpt.model.grid_positions, size, extension)  # before anything is written
+    size = choose_size(arguments, known, gpt.model, options["params"])
     given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)
     texts = encode(given[1], vocabulary.captions)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(given[0])), condition.grids, texts)
@@ -290,6 +282,8 @@ def main(arguments: argparse.Namespace) -> None:
             )
             options["progress"] = bar.update
             sample(arguments, gpt.model, prefix, known, size, indices, **options)
+            if known is not None:
+                known.pixels.save(folder)
             if known is not None and tokenizer is not None:
                 picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
@@ -351,9 +345,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--complete", metavar="INDICES", help="indices whose first --num_images are completed")
     add(
         "--mask",
-        metavar="SIDE:FRACTION",
-        help="known part of them: top, bottom, left or right and a fraction, or a picture that is "
-        f"white there (default: {MASK})",
+        metavar="MASK",
+        help=f"known part of them: {', '.join(REGIONS)} and a fraction, a picture that is white or "
+        f"opaque there, or a folder with one for each image, by its name (default: {MASK})",
     )
     text = "samples per image, of which the likeliest are kept: of each class, or with --complete "
     text += "of each image by its known indices (default: 1)"

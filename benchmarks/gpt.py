@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
 from transformer import GPT, GPTConfig, generate
-from transformer.sampling import probabilities, random_keys, sample_from_probs, uniform
+from transformer.distribution import probabilities, random_keys, sample_from_probs, uniform
 from utils import cli, distributed
 from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer

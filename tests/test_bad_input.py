@@ -208,7 +208,10 @@ def test_a_config_that_asks_for_all_of_the_machine(
 def test_a_mask_that_is_no_picture(error_of: Call, gpt: Path, indices: Path) -> None:
     Path("mask.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
     flags = ("--model_path", gpt, "--complete", indices, "--mask", "mask.png")
-    assert "neither a side as top:0.5 nor a picture" in error_of("transformer_generation", *flags)
+    assert (
+        "cannot be read as a picture: not an image that can be read: it is a PostScript file"
+        in error_of("transformer_generation", *flags)
+    )
 
 
 # --- what does not belong together --------------------------------------------------------------

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from utils import figures
-from utils.data.decoding import Header, read_header, read_image, read_mask
+from utils.data.decoding import Header, read_header, read_image
+from utils.data.masks import read_mask
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
 HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, white right
@@ -290,7 +291,7 @@ def test_too_little_memory_is_no_bad_file(tmp_path: Path, monkeypatch: pytest.Mo
         raise MemoryError
 
     monkeypatch.setattr(Image.Image, "convert", full)
-    for read in (lambda: read_image(file, 3, (4, 6)), lambda: read_mask(file, (4, 6))):
+    for read in (lambda: read_image(file, 3, (4, 6)), lambda: read_mask(Path(file))):
         with pytest.raises(MemoryError):
             read()
     monkeypatch.setattr(Image, "open", full)

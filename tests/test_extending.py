@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformer import GPT, GPTConfig, SamplingParams
-from transformer.sampling import probabilities
+from transformer.distribution import probabilities
 from utils.data.sources import read_rows
 from utils.evaluation.metrics import image_metrics
 from vqvae import VQVAE, VQVAEConfig

@@ -1,4 +1,4 @@
-"""Training in random orders: what counts as the best model, and when patience runs."""
+"""Random orders: which models of a training count, sampling in any order and in parallel."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,14 @@ import torch
 
 import train
 from tests.conftest import TINY_GPT
+from tests.test_kv_cache import make_model
 from tests.test_transformer_generation import call
+from transformer import GPT, SamplingParams, complete, generate
+from transformer.distribution import random_keys
+from transformer.rope import known_first_orders
+from transformer.sampling import step_sizes
+
+GREEDY = SamplingParams(temperature=0)
 
 
 def test_nothing_counts_before_the_raster_phase(
@@ -35,3 +42,105 @@ def test_nothing_counts_before_the_raster_phase(
     # From step 6 on all is in raster order; step 7 is worse.
     assert steps == list(range(8))
     assert max(line.get("val/best_bits_per_token", 0) for line in lines) == seen[6]
+
+
+def some_masks(grid: tuple[int, int] = (3, 4)) -> torch.Tensor:
+    """Four masks of which two have as many known positions."""
+    masks = torch.zeros(4, *grid, dtype=torch.bool)
+    masks[0, 1:], masks[1, :, 0], masks[2, ::2, 1], masks[3, :, 3] = True, True, True, True
+    return masks
+
+
+def some_input(depth: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    shape = (4, 3, 4) if depth == 1 else (4, 3, 4, depth)
+    return torch.arange(4) % 3, torch.randint(11, shape, generator=generator)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("depth", [1, 2])
+def test_completed_tokens_are_those_of_one_forward_in_the_same_order(depth, positions) -> None:
+    """Cached = uncached, with all known tokens as context: before and behind in raster order."""
+    model = make_model((3, 4), depth=depth, positions=positions, order_anneal=(1, 1))
+    (prefix, given), masks = some_input(depth), some_masks()
+    sampled = complete(model, prefix, given, masks, params=GREEDY, batch_size=2)
+    assert torch.equal(sampled[masks], given[masks])
+    order = known_first_orders(random_keys(0, torch.arange(4)), masks)
+    tokens, _ = model.flatten(sampled, order)
+    best = model.logits(prefix, sampled, order).argmax(dim=2)
+    for image, mask in enumerate(masks):
+        first = int(mask.sum()) * depth
+        assert torch.equal(best[image, first:], tokens[image, first:])
+        assert mask.flatten()[order[image, : first // depth]].all()
+    assert len(order.unique(dim=0)) == 4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_tokens_of_one_step_are_each_predicted_from_the_steps_before(guidance: float) -> None:
+    """By brute force: for each of them a forward in the order in which it comes next."""
+    model = make_model((3, 4), order_anneal=(1, 1))
+    params = SamplingParams(temperature=0, steps=5, guidance_scale=guidance)
+    prefix, _ = some_input()
+    sampled, done = generate(model, prefix, params=params), 0
+    order = known_first_orders(random_keys(0, torch.arange(4)), torch.zeros(4, 3, 4).bool())
+    for count in step_sizes(12, 5):
+        for number in range(done, done + count):
+            others = [*range(done, number), *range(number + 1, 12)]
+            swapped = order[:, [*range(done), number, *others]]
+            logits, null = (
+                model.logits(x, sampled, swapped)[:, done]
+                for x in (prefix, torch.full_like(prefix, model.config.num_classes))
+            )
+            best = torch.lerp(null, logits, guidance).argmax(dim=1)
+            assert torch.equal(best, sampled.flatten(1).gather(1, swapped[:, done, None])[:, 0])
+        done += count
+    assert done == 12
+
+
+def test_steps_begin_with_one_token_and_sample_ever_more() -> None:
+    for count, steps in ((49, 12), (49, 2), (16, 15), (3, 2)):
+        sizes = step_sizes(count, steps)
+        assert (len(sizes), sum(sizes), sizes[0]) == (steps, count, 1)
+        assert min(sizes) == 1
+    assert step_sizes(49, 12) == [1, 1, 2, 3, 3, 4, 5, 5, 6, 6, 7, 6]
+    assert step_sizes(3, 0) == step_sizes(3, 8) == [1, 1, 1]
+    assert step_sizes(0, 4) == []
+    assert step_sizes(9, 1) == [1, 8]
+
+
+@pytest.mark.parametrize("steps", [0, 4])
+@pytest.mark.parametrize("anneal", [None, (1, 1)])
+def test_any_batch_size_samples_the_same_with_a_mask_for_each_image(anneal, steps) -> None:
+    model = make_model((3, 4), order_anneal=anneal)
+    (prefix, given), masks = some_input(), some_masks()
+    options = {"params": SamplingParams(steps=steps if anneal else 0), "seed": 3}
+    one, two, all_at_once = (
+        complete(model, prefix, given, masks, batch_size=size, **options) for size in (1, 2, 4)
+    )
+    assert torch.equal(one, two)
+    assert torch.equal(one, all_at_once)
+    assert torch.equal(one[masks], given[masks])
+    assert not torch.equal(one[~masks], given[~masks])
+
+
+def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
+    (prefix, given), masks, params = some_input(), some_masks(), SamplingParams(steps=4)
+    for model in (make_model((3, 4)), make_model((3, 4), order_anneal=(0.5, 0.75))):
+        with pytest.raises(ValueError, match="needs a GPT that was trained in random orders"):
+            generate(model, prefix, params=params)
+    able: GPT = make_model((3, 4), order_anneal=(1, 1))
+    options = {"guide": make_model((3, 4)), "params": SamplingParams(guidance_scale=2)}
+    with pytest.raises(ValueError, match="the guide has any_order False"):
+        complete(able, prefix, given, masks, **options)
+
+
+def test_all_evaluations_count_where_all_orders_are_random_to_the_end(
+    store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "evaluate", lambda *_: torch.full((2, 2), 1.0))
+    Path("indices.txt").write_text("0 1 2 3\n" * 40)
+    flags = ("--path_to_data", "indices.txt", "--device", "cpu", "--output_dir", "gpt", *TINY_GPT)
+    steps = ("--max_steps", 8, "--evaluate_every", 1, "--patience", 2)
+    call("train", *flags, *steps, "--order_anneal", "1,1")
+    lines = [json.loads(line) for line in Path("gpt/metrics.jsonl").read_text().splitlines()]
+    assert [x["step"] for x in lines if "val/bits_per_token" in x] == list(range(4))

@@ -23,16 +23,10 @@ from transformer import (
     later_known_mask,
     sampling,
 )
-from transformer.sampling import (
-    DecodeStep,
-    generate_rows,
-    next_logits,
-    probabilities,
-    random_keys,
-    sample_from_probs,
-    uniform,
-)
-from transformer_generation import known_side
+from transformer.distribution import probabilities, random_keys, sample_from_probs, uniform
+from transformer.sampling import DecodeStep, generate_rows, next_logits
+from utils.cli import UserError
+from utils.data.masks import region_mask
 
 
 def make_model(grid: tuple[int, int] = (4, 6), window: int = 0, **options: object) -> GPT:
@@ -358,18 +352,21 @@ def test_rows_come_one_by_one() -> None:
 
 
 def test_sides() -> None:
-    assert known_side("top:0.5", (4, 3)).tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
-    assert known_side("right:0.34", (2, 3)).tolist() == [[False, False, True]] * 2
-    assert known_side("left:0.5", (2, 2)).tolist() == [[True, False]] * 2
-    assert known_side("bottom:0.25", (4, 1)).flatten().tolist() == [False, False, False, True]
-    for text in ("top", "top:2", "middle:0.5", "left:1", "left:x", "left:nan"):
-        with pytest.raises(ValueError, match=r"expected|nothing to sample"):
-            known_side(text, (4, 4))
+    assert region_mask("top:0.5", (4, 3)).tolist() == [[True] * 3] * 2 + [[False] * 3] * 2
+    assert region_mask("right:0.34", (2, 3)).tolist() == [[False, False, True]] * 2
+    assert region_mask("left:0.5", (2, 2)).tolist() == [[True, False]] * 2
+    assert region_mask("bottom:0.25", (4, 1)).flatten().tolist() == [False, False, False, True]
+    center = region_mask("center:0.5", (4, 4))
+    assert center.nonzero().tolist() == [[1, 1], [1, 2], [2, 1], [2, 2]]
+    assert torch.equal(region_mask("border:0.5", (4, 4)), ~center)
+    for text in ("top", "top:2", "middle:0.5", "left:x", "left:nan"):
+        with pytest.raises(UserError, match="neither a picture"):
+            region_mask(text, (4, 4))
 
 
 def test_later_known_positions_come_after_a_sampled_one() -> None:
-    assert not later_known_mask(known_side("top:0.5", (4, 4))).any()
-    assert later_known_mask(known_side("left:0.5", (2, 2))).tolist() == [
+    assert not later_known_mask(region_mask("top:0.5", (4, 4))).any()
+    assert later_known_mask(region_mask("left:0.5", (2, 2))).tolist() == [
         [False, False],
         [True, False],
     ]
@@ -397,7 +394,7 @@ def test_scores_are_the_models_own_of_the_known_tokens_behind(depth, side, guida
     """Without guidance and params, which are no part of how likely the model finds a token."""
     model = make_model(depth=depth)
     prefix, given = torch.arange(5) % 4, torch.randint(11, (5, 4, 6, 2)[: 3 + (depth > 1)])
-    keep, scores = known_side(side, (4, 6)), torch.zeros(5)
+    keep, scores = region_mask(side, (4, 6)), torch.zeros(5)
     options = {
         "params": SamplingParams(guidance_scale=guidance, temperature=0.5, top_k=3),
         "batch_size": 2,
@@ -411,7 +408,7 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with(
     """They were ranked by other positions, which learned ones do not even have."""
     model = make_model(window=3)
     prefix, given = some_indices((6, 9))
-    keep, scores = known_side("left:0.34", (6, 9)), torch.zeros(3)
+    keep, scores = region_mask("left:0.34", (6, 9)), torch.zeros(3)
     options = {
         "known": given,
         "known_mask": keep,
@@ -431,7 +428,7 @@ def test_scores_of_larger_grids_are_by_the_positions_that_they_are_sampled_with(
 def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) -> None:
     model = make_model()
     prefix, given = some_indices((4, 6), 8)
-    keep = known_side(side, (4, 6))
+    keep = region_mask(side, (4, 6))
     one = complete(model, prefix, given, keep)
     many = complete(model, prefix, given, keep, candidates=8, batch_size=5)
     for sampled in (one, many):
@@ -447,7 +444,7 @@ def test_completions_keep_what_is_given_and_candidates_fit_it_better(side: str) 
 def test_what_follows_a_known_token_is_sampled_given_it() -> None:
     model = make_model()
     prefix, given = some_indices((4, 6), 2)
-    keep = known_side("top:0.25", (4, 6))
+    keep = region_mask("top:0.25", (4, 6))
     one, two = complete(model, prefix, given, keep), generate(model, prefix)
     assert not torch.equal(one[:, 1:], two[:, 1:])
 
@@ -497,7 +494,7 @@ def test_captured_steps_sample_what_eager_ones_sample(
     prefix, known = some_indices(size, 5)
     if model.config.depth == 2:
         known = torch.stack([known, known], dim=-1)
-    known = {"known": known, "known_mask": known_side("left:0.34", size)}
+    known = {"known": known, "known_mask": region_mask("left:0.34", size)}
     params = SamplingParams(temperature=0.9, top_k=8, top_p=0.95, min_p=0.01, **guidance)
     options = {"size": size, "batch_size": 2, "params": params}
     eager, scores = generate(model, prefix, **options), torch.zeros(2, 5)

@@ -249,17 +249,19 @@ class KVCache:
         self._offset = [0, 0]  # by which the keys of the prefix are rotated
         self._prefix_keys: list[Tensor] = []  # before they are
 
-    def prepare(self, token: int, parts: int | None = None) -> int:
-        """Get ready for the token with this raster number, before the model is called with it.
+    def prepare(self, token: int, parts: int | None = None, alternatives: int = 0) -> int:
+        """Get ready for the token with this number in the sequence, the last that is written.
 
         Limits `attend` to the slots that are written by then, rounded up to a multiple of 1/parts
         of the ring if few different computations should occur; returns their number. Where
         positions slide, rotates the prefix by the `GridPositions.offsets` of the token.
+        Behind it come `alternatives`: it again, for other positions; the next tokens replace them.
         """
-        written = min(token + 1, self.ring)
+        self._last, self._alternatives = token, alternatives
+        written = min(token + 1 + alternatives, self.ring)
         part = 1 if parts is None else -(-self.ring // parts)
         self.slots = min(-(-written // part) * part, self.ring)
-        self._all_visible = self.window == 0 and self.slots == token + 1
+        self._all_visible = self.window == 0 and self.slots == token + 1 and not alternatives
         if self.grid.slides:
             offset = self.grid.offsets(self.grid.at(torch.tensor(token)))
             if offset.tolist() != self._offset:
@@ -274,6 +276,11 @@ class KVCache:
             keys.copy_(rotate(original, cos, sin))
         self._offset = offset.tolist()
 
+    def numbers(self, count: int) -> Tensor:
+        """Numbers (count,) in the sequence of the last elements that `prepare` is for."""
+        stop = self._last + 1 + self._alternatives
+        return torch.arange(stop - count, stop, device=self.device)
+
     def mask(self, tokens: Tensor) -> Tensor | None:
         """Which slots the tokens numbered (T,) attend to, (T, prefix + slots); None: to all."""
         if self._all_visible and len(tokens) == 1:
@@ -283,6 +290,8 @@ class KVCache:
         held = tokens[-1] - (tokens[-1] - slots) % self.ring
         shape = {"width": self.width, "window": self.window, "depth": self.grid.depth}
         visible = visible_mask(tokens, held, prefix=0, **shape) & (held >= 0)
+        if self._alternatives:
+            visible &= (held < self._last) | (held == tokens[:, None])
         return F.pad(visible, (self.prefix, 0), value=True)
 
     def write_first(self, layer: int, k: Tensor, v: Tensor) -> None:

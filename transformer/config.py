@@ -165,7 +165,7 @@ class GPTConfig:
     order_anneal: tuple[float, float] | None = option(
         None,
         "fractions of the training, as 0.5,0.75: random orders up to the first, a falling "
-        "mix up to the second, then raster order (RAR); default: raster order",
+        "mix up to the second, then raster order (RAR); 1,1: always, for any order; default: never",
         metavar="START,END",
         min=0,
         max=1,
@@ -234,6 +234,11 @@ class GPTConfig:
         return [PrefixPart(*part) for part in parts if part[1]]
 
     @property
+    def any_order(self) -> bool:
+        """Whether the training ends in random orders, so that any order is sampled as well."""
+        return self.order_anneal is not None and self.order_anneal[1] == 1
+
+    @property
     def prefix_length(self) -> int:
         """P, tokens before the grid."""
         return sum(part.length for part in self.prefix_parts)
@@ -246,7 +251,8 @@ class GPTConfig:
     def check_guide(self, other: "GPTConfig") -> None:
         """A ValueError for a GPT of other indices or another prefix, which cannot guide this."""
         names = ("codebook_size", "depth", "latent_dim", "num_classes", "condition_codebook_size")
-        for name in (*names, "condition_latent_dim", "caption_vocabulary_size", "caption_length"):
+        others = ("condition_latent_dim", "caption_vocabulary_size", "caption_length", "any_order")
+        for name in names + others:
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
                 raise ValueError(f"the guide has {name} {theirs}, but the model has {name} {own}")

@@ -109,7 +109,8 @@ class GPT(nn.Module):
 
         Args:
             tokens: (B, T) indices. In a window's model that begins, whole rows in raster order.
-            positions: (T, 3), or (B, T, 3) for an order per image: row, column and depth of each.
+            positions: (T, 3), or (B, T, 3) for an order per image: row, column and depth of each;
+                with a cache, the last may occur several times, see `KVCache.prepare`.
             prefix: (B,) or (B, P), see `make_prefix`.
             next_positions: what each element predicts, for a model with `order_anneal`; with a
                 prefix one longer. Default: the token after it, by raster order after the last.
@@ -173,8 +174,7 @@ class GPT(nn.Module):
             return tokens, positions
         if self.config.order_anneal is None:
             raise ValueError("only a GPT with order_anneal takes orders")
-        depths = torch.arange(self.config.depth, device=order.device)
-        order = (order[:, :, None] * self.config.depth + depths).flatten(1)  # of tokens
+        order = self.grid.with_depths(order)
         return tokens.gather(1, order), positions[order]
 
     def logits(self, prefix: Tensor, indices: Tensor, order: Tensor | None = None) -> Tensor:
@@ -310,7 +310,8 @@ class GPT(nn.Module):
                 prefix = torch.cat([prefix[:1], condition, prefix[1:]])
             prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
+        head_dim = config.dim // config.num_heads
+        cos, sin = rotary_cos_sin(coordinates, head_dim, config.rope_base)
         if begins and config.blank_prefix:
             cos = F.pad(cos[..., 1:, :], (0, 0, 1, 0))
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])
@@ -323,13 +324,16 @@ class GPT(nn.Module):
             if cache is None:
                 raise ValueError("without a prefix, tokens need the cache")
             numbers = grid.numbers(positions)
+            if positions.dim() == 3:  # in any order
+                numbers = cache.numbers(positions.shape[1])
             return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
         if grid.slides and positions.shape[-2]:
             raise ValueError("larger grids with sliding positions are sampled token by token")
-        width = grid.size[1]
+        count, width = positions.shape[-2] // grid.depth, grid.size[1]
+        window = self.config.window_size
         shape = {
-            "grid": (positions.shape[-2] // (width * grid.depth), width),
-            "window": self.config.window_size,
+            "grid": (count, 1) if count % width and not window else (count // width, width),
+            "window": window,
             "prefix": self.prefix_length,
             "depth": grid.depth,
         }

@@ -1,10 +1,12 @@
-"""Positions in the latent grid: 2-D rotary embeddings, larger grids, windows, random orders."""
+"""Positions in the latent grid: rotary embeddings, larger grids, windows, orders."""
 
 from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from transformer.distribution import uniform
 
 
 class PositionExtension(StrEnum):
@@ -67,6 +69,11 @@ class GridPositions:
         """Raster numbers of tokens (...), depth innermost -> their positions (..., 3), int64."""
         latent, width = tokens // self.depth, self.size[1]
         return torch.stack([latent // width, latent % width, tokens % self.depth], dim=-1)
+
+    def with_depths(self, order: Tensor) -> Tensor:
+        """Orders of latent positions (B, n) -> of their tokens (B, n * depth), raster numbers."""
+        depths = torch.arange(self.depth, device=order.device)
+        return (order[:, :, None] * self.depth + depths).flatten(1)
 
     def raster(self, device: torch.device | None = None) -> Tensor:
         """Positions of all tokens in raster order, (h * w * depth, 3)."""
@@ -178,3 +185,11 @@ def sample_permutations(
     shuffled = torch.rand(count, positions, generator=generator).argsort(dim=1)
     is_random = torch.rand(count, 1, generator=generator) < probability
     return torch.where(is_random, shuffled, torch.arange(positions)).to(indices.device)
+
+
+def known_first_orders(keys: Tensor, known_mask: Tensor) -> Tensor:
+    """Orders (B, h * w) of latent positions, first the known ones (B, h, w), for `random_keys`."""
+    known = known_mask.flatten(1)
+    numbers = -2 - torch.arange(known.shape[1], device=keys.device)  # no numbers of tokens
+    noise = uniform(keys[:, None], numbers)
+    return torch.where(known, noise, noise + 1).argsort(dim=1, stable=True)

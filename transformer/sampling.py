@@ -1,152 +1,35 @@
-"""Sampling: logit filters, random numbers, the loop over tokens, completion of grids."""
+"""Sampling: the loops over tokens, in raster or any order, and completion of grids."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from transformer.attention import CUDAGraphCapture, Function, KVCache, Outputs
-from transformer.config import Guidance, null_prefix, option
+from transformer.config import GPTConfig, null_prefix
+from transformer.distribution import (
+    SamplingParams,
+    probabilities,
+    random_keys,
+    sample_from_probs,
+    uniform,
+)
 from transformer.gpt import GPT
-from transformer.rope import PositionExtension
+from transformer.rope import PositionExtension, known_first_orders
 
-# To divide by less than this is to divide by zero, in float32.
-SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
-# SplitMix64: 2^64 over the golden ratio, the shifts, and the factors, as signed numbers.
-GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
-SHIFTS = (30, 27, 31)
-FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64), 1)
 CACHE_PARTS = 4  # one graph for each number of parts that are written
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingParams(Guidance):
-    """Guidance, and how the distribution is filtered before sampling, in this order.
-
-    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082, typical_p is locally
-    typical sampling (arXiv 2202.00666). All but the last always keep the most likely index.
-    """
-
-    temperature: float = option(
-        1.0, "below 1: safer, less varied samples; 0: the most likely", min=0, below=math.inf
-    )
-    top_k: int = option(0, "sample from the k most likely indices; 0: from all", min=0)
-    top_p: float = option(
-        1.0,
-        "nucleus sampling: the most likely indices whose probabilities sum to p",
-        above=0,
-        max=1,
-    )
-    min_p: float = option(
-        0.0, "sample from indices with this fraction of the highest probability", min=0, max=1
-    )
-    typical_p: float = option(
-        1.0,
-        "typical sampling: the indices nearest to the expected information whose probabilities "
-        "sum to p",
-        above=0,
-        max=1,
-    )
-
-
-def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> Tensor:
-    """Logits (..., K) -> the distributions to sample from, (..., K), float32."""
-    logits, size = logits.float(), logits.shape[-1]
-    if params.temperature < SMALLEST_TEMPERATURE:
-        return F.one_hot(logits.argmax(dim=-1), size).float()
-    # The most likely one at 0, so that no temperature takes it out of range.
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
-    if 0 < params.top_k < size:
-        ordered, order = logits.topk(params.top_k, dim=-1)
-    elif params.top_p < 1:
-        ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    else:
-        distribution = _apply_min_p(logits.softmax(dim=-1), params.min_p)
-        return _apply_typical_p(distribution, params.typical_p)
-    ordered = _first(ordered.softmax(dim=-1), params.top_p)
-    ordered = _apply_min_p(ordered, params.min_p)
-    distribution = torch.zeros_like(logits).scatter(-1, order, ordered)
-    return _apply_typical_p(distribution, params.typical_p)
-
-
-def _first(ordered: Tensor, mass: float) -> Tensor:
-    """The first probabilities (..., K) that sum to `mass`; 0 instead of the others."""
-    if mass == 1:
-        return ordered
-    before = ordered.cumsum(dim=-1) - ordered
-    kept = ordered.masked_fill(before >= mass, 0.0)
-    return kept / kept.sum(dim=-1, keepdim=True)
-
-
-def _apply_typical_p(distribution: Tensor, mass: float) -> Tensor:
-    if mass == 1:
-        return distribution
-    information = -distribution.clamp(min=SMALLEST_TEMPERATURE).log()
-    entropy = (distribution * information).sum(dim=-1, keepdim=True)
-    order = (information - entropy).abs().argsort(dim=-1, stable=True)
-    kept = _first(distribution.gather(-1, order), mass)
-    return torch.zeros_like(distribution).scatter(-1, order, kept)
-
-
-def _apply_min_p(distribution: Tensor, min_p: float) -> Tensor:
-    if min_p == 0:
-        return distribution
-    bar = distribution.amax(dim=-1, keepdim=True) * min_p
-    kept = distribution.masked_fill(distribution < bar, 0.0)
-    return kept / kept.sum(dim=-1, keepdim=True)
-
-
-def sample_from_probs(distribution: Tensor, uniform: Tensor) -> Tensor:
-    """One index (B,) from each distribution (B, K), by inversion of its cumulative distribution.
-
-    Indices of probability 0 are never sampled. `uniform` (B,) is in [0, 1).
-    """
-    cumulative = distribution.cumsum(dim=-1)
-    # Rounding may leave the total a little off 1: the number is scaled, and kept below it.
-    total = cumulative[:, -1]
-    below = torch.nextafter(total, torch.zeros_like(total))
-    target = torch.minimum(uniform.to(total) * total, below)
-    return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
-
-
-def random_keys(seed: int, images: Tensor) -> Tensor:
-    """One key of the random numbers for each number of an image (B,), int64; any seed."""
-    signed = (seed + (1 << 63)) % (1 << 64) - (1 << 63)
-    return _mix(images * GOLDEN_RATIO + signed)
-
-
-def uniform(keys: Tensor, token: Tensor | int) -> Tensor:
-    """A number in [0, 1), float32, for each key (B,) and the number of a token, (1,) or (B,).
-
-    SplitMix64 (Steele, Lea and Flood, OOPSLA 2014) as a hash of seed, image and token, so that a
-    sample depends on nothing else: not on the batch, nor on the tokens before.
-    """
-    steps = (torch.as_tensor(token, device=keys.device) + 1) * GOLDEN_RATIO  # modulo 2^64
-    return _shifted(_mix(keys + steps), 40).float() / (1 << 24)
-
-
-def _mix(x: Tensor) -> Tensor:
-    for shift, factor in zip(SHIFTS, FACTORS, strict=True):
-        x = (x ^ _shifted(x, shift)) * factor
-    return x
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right; that of signed numbers is arithmetic."""
-    return x >> bits & (1 << 64 - bits) - 1
-
-
 def next_logits(model: GPT, cache: KVCache, tokens: Tensor, token: Tensor, depth: int) -> Tensor:
-    """Logits (B, K) of the token with raster number `token`, (1,), after `tokens` (B, 1).
+    """Logits (B, 1, K) of the token with raster number `token`, (1,), after `tokens` (B, 1).
 
     All that differs between steps is in tensors. The cache is prepared for `tokens`.
     """
-    hidden = model(tokens, cache.grid.at(token - 1), cache=cache)[:, -1]
+    hidden = model(tokens, cache.grid.at(token - 1), cache=cache)
     return model.head(hidden, depth=depth)
 
 
@@ -188,29 +71,46 @@ class DecodeStep:
         self._keys = torch.zeros(batch_size, dtype=torch.long, device=device)
         self._scale = torch.ones((), device=device) if guided else None
 
-    def begin(self, prefix: Tensor, keys: Tensor, known: Tensor) -> Outputs:
-        """Begin a batch and sample its first token, or the one after whole known rows (B, n).
-
-        Returns:
-            logits: (B, K), conditional, float32.
-            sampled: (B,), int64.
-        """
+    def begin(self, prefix: Tensor, keys: Tensor, known: Tensor, order: Tensor) -> Outputs:
+        """Begin a batch and sample the first token after the known ones, see `extend`."""
         self._keys.copy_(keys)
-        self._set_token(known.shape[1])
-        positions = self.cache.grid.at(torch.arange(known.shape[1], device=keys.device))
         if self.copies == 2:
             prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
-            known = torch.cat([known, known])
+        for _, cache in self.passes:
+            cache.reset()
+        return self.extend(known, order, known.shape[1], 1, prefix)
+
+    def extend(
+        self, tokens: Tensor, order: Tensor, done: int, count: int = 1, prefix: Tensor | None = None
+    ) -> Outputs:
+        """Sample `count` tokens at once, after the last ones, (B, t), of the first `done`.
+
+        The last of them is given `count` times, each time as if another token came next: that is
+        what a GPT learns from random orders, and so it takes no training to decode in parallel.
+        `order` (n,), or (B, n) per image, holds the raster numbers of all tokens. A `prefix` begins
+        a batch, with a count of 1 and, in raster order, after whole rows.
+
+        Returns conditional logits (B, count, K), float32, and what is sampled, (B, count), int64.
+        """
+        self._set_token(done)
+        chosen, first = order[..., done : done + count], done - tokens.shape[1]
+        order = order.repeat(self.copies, 1) if order.dim() == 2 else order
+        tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, count - 1)], dim=1)
+        numbers = [*range(first, done), *[done - 1] * (count - 1)]
+        next_numbers = slice(first + (prefix is None), done + count)
+        positions, following = (self.cache.grid.at(order[..., x]) for x in (numbers, next_numbers))
+        inputs, options = (tokens.repeat(self.copies, 1), positions), {"next_positions": following}
         logits = []
         for model, cache in self.passes:
-            cache.reset()
-            hidden = model(known, positions, prefix=prefix, cache=cache)[:, -1]
-            logits.append(model.head(hidden, depth=0))
-        return self._sample(torch.cat(logits))
+            if prefix is None:
+                cache.prepare(done - 1, alternatives=count - 1)
+            hidden = model(*inputs, prefix=prefix, cache=cache, **options)[:, -count:]
+            logits.append(model.head(hidden, depth=done % model.config.depth))
+        return self._sample(torch.cat(logits), chosen)
 
     def __call__(self, tokens: Tensor, token: int) -> Outputs:
-        """Sample the token with raster number `token` after `tokens` (B,), the one before it."""
-        self._tokens.copy_(tokens[:, None])
+        """Like `extend` by one token after `tokens` (B, 1), in raster order and captured."""
+        self._tokens.copy_(tokens)
         self._set_token(token)
         depth = token % self.model.config.depth
         parts = None if self.capture is None else CACHE_PARTS
@@ -229,15 +129,20 @@ class DecodeStep:
     def _decode(self, depth: int) -> Outputs:
         tokens = self._tokens.repeat(self.copies, 1)
         logits = [self.forward(*one, tokens, self._token, depth) for one in self.passes]
-        return self._sample(torch.cat(logits))
+        return self._sample(torch.cat(logits), self._token)
 
-    def _sample(self, logits: Tensor) -> Outputs:
-        """Logits (B, K), or with the unconditional ones (2B, K), -> the results of `begin`."""
+    def _sample(self, logits: Tensor, tokens: Tensor) -> Outputs:
+        """Logits (B, t, K), or with the unconditional ones (2B, t, K), -> as `extend`."""
         logits = logits.float()
         cond, uncond = logits[: self.batch_size], logits[self.batch_size :]
         logits = cond if self._scale is None else torch.lerp(uncond, cond, self._scale)
         distribution = probabilities(logits, self.params)
-        return cond, sample_from_probs(distribution, uniform(self._keys, self._token))
+        return cond, sample_from_probs(distribution, uniform(self._keys[:, None], tokens))
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Of tokens (B, t) by their logits (B, t, K), the sum over t, (B,)."""
+    return logits.log_softmax(dim=-1).gather(2, tokens[..., None]).sum(dim=(1, 2))
 
 
 @torch.no_grad()
@@ -258,31 +163,92 @@ def generate_rows(
         (B, w) or (B, w, depth), int64, from the top row to the bottom row.
     """
     (height, width), config = step.cache.grid.size, step.model.config
-    is_known = [False] * (height * width)
-    if known_mask is not None:
-        is_known = known_mask.flatten().tolist()
-    start = [*is_known, False].index(False)  # the first one that is sampled
-    # Known rows at the top are one prefill; in other grids the prefix moves with the row.
-    top = start // width if (height, width) == config.latent_dim else 0
-    row_length, before = width * config.depth, keys.new_zeros(len(keys), 0)
+    raster = torch.arange(step.cache.grid.num_tokens, device=keys.device)
+    row_length, top = width * config.depth, 0
     row = keys.new_empty(len(keys), *config.grid_shape((1, width))[1:])
-    if known is not None:
+    before = keys.new_zeros(len(keys), 0)
+    is_known = is_counted = torch.zeros(len(keys), height * width, dtype=torch.bool)
+    if known is not None and known_mask is not None:
+        # Rows that are known in all images are one prefill, unless the prefix moves with the row.
+        if (height, width) == config.latent_dim:
+            top = int(known_mask.all(dim=2).all(dim=0).cumprod(dim=0).sum())
+        is_known, is_counted = (x.flatten(1) for x in (known_mask, later_known_mask(known_mask)))
         yield from known[:, :top].long().unbind(dim=1)
         known = known.flatten(1).long()
         before = known[:, : top * row_length]
     for token in range(top * row_length, height * row_length):
         if token == top * row_length:
-            logits, tokens = step.begin(prefix, keys, before)
+            logits, tokens = step.begin(prefix, keys, before, raster)
         else:
             logits, tokens = step(tokens, token)
-        counted = known is None
-        if known is not None and is_known[token // config.depth]:
-            tokens, counted = known[:, token], token // config.depth > start
-        if scores is not None and counted:
-            scores += logits.log_softmax(dim=-1).gather(1, tokens[:, None])[:, 0]
-        row.view(len(row), -1)[:, token % row_length] = tokens
+        position = token // config.depth
+        if known is not None:
+            tokens = torch.where(is_known[:, position, None], known[:, token, None], tokens)
+        if scores is not None:
+            found = log_probabilities(logits, tokens)
+            scores += found if known is None else found * is_counted[:, position]
+        row.view(len(row), -1)[:, token % row_length] = tokens[:, 0]
         if (token + 1) % row_length == 0:
             yield row.clone()
+
+
+def step_sizes(count: int, steps: int) -> list[int]:
+    """How many of `count` tokens each step samples: one in the first, then more and more.
+
+    The cosine schedule of MaskGIT (arXiv 2202.04200).
+    """
+    if not 0 < steps < count:
+        return [1] * count
+    done, steps = [0, 1], max(2, steps)
+    for step in range(2, steps + 1):
+        wanted = round(count * (1 - math.cos(math.pi / 2 * step / steps)))
+        done.append(min(max(wanted, done[-1] + 1), count - steps + step))
+    return [b - a for a, b in itertools.pairwise(done)]
+
+
+@torch.no_grad()
+def generate_in_order(
+    step: DecodeStep,
+    prefix: Tensor,
+    keys: Tensor,
+    *,
+    known: Tensor | None,
+    known_mask: Tensor,
+    scores: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Like `generate_rows`, but in random orders, after the known positions, and all rows at last.
+
+    Each image has as many known positions (B, h, w).
+    """
+    grid, config = step.cache.grid, step.model.config
+    order = grid.with_depths(known_first_orders(keys, known_mask))
+    first = int(known_mask[0].sum()) * config.depth
+    tokens = order.new_empty(len(order), 0)
+    if known is not None:
+        tokens = known.flatten(1).long().gather(1, order[:, :first])
+    for count in step_sizes(order.shape[1] - first, step.params.steps):
+        if tokens.shape[1] == first:
+            logits, sampled = step.begin(prefix, keys, tokens, order)
+        else:
+            logits, sampled = step.extend(sampled, order, tokens.shape[1], count)
+        if scores is not None:
+            scores += log_probabilities(logits, sampled)
+        tokens = torch.cat([tokens, sampled], dim=1)
+    grids = torch.empty_like(tokens).scatter_(1, order, tokens)
+    yield from grids.view(-1, *config.grid_shape(grid.size)).unbind(dim=1)
+
+
+def samples_in_order(
+    config: GPTConfig, size: tuple[int, int], params: SamplingParams, completes: bool
+) -> bool:
+    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be."""
+    able = config.any_order and size == config.latent_dim
+    if params.steps and not (able and config.depth == 1):
+        needs = (
+            "a GPT that was trained in random orders to the end (order_anneal 1,1), with depth 1"
+        )
+        raise ValueError(f"steps needs {needs}, and grids of its size; omit it")
+    return able and (completes or params.steps > 0)
 
 
 @torch.no_grad()
@@ -308,28 +274,38 @@ def generate(
         seed: of all random numbers.
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
-        known: (N, h, w[, depth]), kept where `known_mask`, (h, w), is True.
+        known: (N, h, w[, depth]), kept where `known_mask`, (h, w) or (N, h, w), is True. A GPT of
+            any order then samples the others last, in a random order.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
-            sampled one, or without `known` of all tokens; without guidance and filters.
+            sampled one, or else of all sampled tokens; without guidance and filters.
         progress: called with the number of images after each batch.
         options: of `DecodeStep`.
     """
-    size, device = size or model.config.latent_dim, model.head.weight.device
+    device, params = model.head.weight.device, options.get("params") or SamplingParams()
+    size = size or model.config.latent_dim
     if out is None:
         out = torch.empty(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
+    if known is None or known_mask is None:
+        known, known_mask = None, torch.zeros(size, dtype=torch.bool)
+    known_mask = known_mask.expand(len(prefix), *size)
+    in_order = samples_in_order(model.config, size, params, known is not None)
+    sample_rows = generate_in_order if in_order else generate_rows
     keys = random_keys(seed, torch.arange(len(prefix), device=device))
     step: DecodeStep | None = None
-    for batch in torch.arange(len(prefix)).split(batch_size):
+    # In other orders, all images of a batch have as many known positions.
+    counts = known_mask.flatten(1).sum(dim=1) * in_order
+    groups = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
+    for batch in itertools.chain.from_iterable(group.split(batch_size) for group in groups):
         if step is None or step.batch_size != len(batch):
             step = None  # first, so that there are never two caches
             step = DecodeStep(model, len(batch), size=size, **options)
         sums = torch.zeros(len(batch), device=device)
-        rows = generate_rows(
+        rows = sample_rows(
             *(step, prefix[batch].to(device), keys[batch.to(device)]),
             known=None if known is None else known[batch].to(device),
-            known_mask=known_mask,
+            known_mask=known_mask[batch].to(device),
             scores=None if scores is None else sums,
         )
         for number, row in enumerate(rows):
@@ -369,8 +345,8 @@ def generate_likeliest(model: GPT, prefix: Tensor, *, candidates: int, **options
 
 
 def later_known_mask(known_mask: Tensor) -> Tensor:
-    """The known positions that come after a sampled one, (h, w), bool."""
-    sampled_before = (~known_mask).flatten().cumsum(dim=0).view(known_mask.shape) > 0
+    """The known positions that come after a sampled one, (..., h, w) like `known_mask`, bool."""
+    sampled_before = (~known_mask).flatten(-2).cumsum(dim=-1).view(known_mask.shape) > 0
     return known_mask & sampled_before
 
 
@@ -388,11 +364,14 @@ def complete(
     In raster order a position is sampled without regard to the known ones behind it. So several
     candidates are sampled for each image, and that one is kept under which the known tokens behind
     sampled ones are most likely, without guidance and filters: the mode of self-normalised
-    importance sampling with the samples as proposals. For the arguments see `generate`.
+    importance sampling with the samples as proposals. A GPT of any order samples with regard to all
+    known positions, and the most likely candidate is kept. For the arguments see `generate`.
     """
     candidates = candidates if later_known_mask(known_mask).any() else 1
-    prefixes, grids = (x.repeat_interleave(candidates, dim=0) for x in (prefix, known))
-    scores, (height, width) = torch.zeros(len(prefixes)), known_mask.shape
-    options |= {"known": grids, "known_mask": known_mask, "scores": scores}
-    sampled = generate(model, prefixes, size=(height, width), **options)
+    size = known.shape[1], known.shape[2]
+    tensors = prefix, known, known_mask.expand(len(known), *size)
+    prefixes, grids, masks = (x.repeat_interleave(candidates, dim=0) for x in tensors)
+    scores = torch.zeros(len(prefixes))
+    options |= {"known": grids, "known_mask": masks, "scores": scores}
+    sampled = generate(model, prefixes, size=size, **options)
     return sampled[likeliest(scores, torch.arange(len(prefix)), candidates)]

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 if not __package__:  # run by its path: the packages are one folder up
@@ -18,8 +19,10 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from utils import addresses, cli, distributed, figures, provenance, tracking
+from utils.data.images import ImageConfig, ImageDataset
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
+from utils.data.masks import KnownPixels
 from utils.data.sources.csv import write_table
 from utils.files import check_unused
 from utils.model_folder import load_model
@@ -50,15 +53,44 @@ def decode_conditions(address: str, path: Path, indices: Indices, device: torch.
     return tokenizer.model.decode(conditions[:SHOWN].long().to(device)).cpu()
 
 
+def make_decoder(
+    arguments: argparse.Namespace, model: VQVAE, path: Path
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Grids (B, h, w[, depth]) and their row numbers -> images (B, C, H, W), on the CPU.
+
+    With --path_to_data, the known pixels of completed images are those of the originals.
+    """
+    known, device = KnownPixels.load(path), next(model.parameters()).device
+    data = None
+    if known is not None and arguments.path_to_data:
+        reading = cli.read_flags(ImageConfig, arguments)
+        data = ImageDataset(arguments.path_to_data, reading, **model.config.image_options)
+        numbers = known.rows_in(data)
+    elif arguments.path_to_data:
+        raise cli.UserError(f"{path} holds no completed images; omit --path_to_data")
+    elif arguments.feather:
+        raise cli.UserError("--feather has no effect without --path_to_data; add it")
+    elif known is not None:
+        print("hint: --path_to_data DATA puts the known pixels of the completed images back")
+
+    def decode(grids: Tensor, rows: Tensor) -> Tensor:
+        images = model.decode(grids.long().to(device)).cpu()
+        if known is None or data is None:
+            return images
+        originals = next(iter(data.batches([numbers[rows]], images.device)))
+        return known.blend(images, originals, rows, arguments.feather)
+
+    return decode
+
+
 @torch.inference_mode()
 def write_images(
-    folder: Path, model: VQVAE, indices: Indices, batch_size: int, metadata: PngInfo
+    folder: Path, decode: Callable, indices: Indices, batch_size: int, metadata: PngInfo
 ) -> Tensor:
-    """Decode all grids into PNG files and list them; the first SHOWN images (N, C, H, W)."""
+    """Write all images as PNG files and list them; the first SHOWN images (N, C, H, W)."""
     shown, written = [], 0
-    device = next(model.parameters()).device
     for grids in ProgressBar(indices.grids.split(batch_size), unit=" batches"):
-        images = model.decode(grids.long().to(device)).cpu()
+        images = decode(grids, torch.arange(written, written + len(grids)))
         for number, image in enumerate(images, written):
             figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
         shown.append(images[: max(0, SHOWN - written)])
@@ -84,6 +116,7 @@ def main(arguments: argparse.Namespace) -> None:
     conditions = None
     if arguments.condition_model_dir:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
+    decode = make_decoder(arguments, tokenizer.model, path)
     output_dir = Path(arguments.output_dir or cli.unused(path.with_name(f"{path.stem}-images")))
     run = tracking.continue_run(
         output_dir.parent,
@@ -98,7 +131,7 @@ def main(arguments: argparse.Namespace) -> None:
     prepare(output_dir)
     with run:
         size = arguments.batch_size
-        first = write_images(output_dir, tokenizer.model, indices, size, metadata)
+        first = write_images(output_dir, decode, indices, size, metadata)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
         picture.save(output_dir / "grid.png", pnginfo=metadata)
         run.file(output_dir / "grid.png", f"generated/{output_dir.name}")
@@ -115,12 +148,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="tokenizer: a folder, or runs:/<run id>/checkpoints")
     shown = "tokenizer of the conditions, to show them beside the images in grid.png"
     add("--condition_model_dir", help=shown)
+    data = "originals of completed images, whose known pixels are put back"
+    add("--path_to_data", metavar="DATA", help=data)
+    feather = "pixels over which the originals fade at the border of what was sampled (default: 0)"
+    add("--feather", type=cli.positive, default=0, metavar="N", help=feather)
     grid = "grid of a text file (default: a square)"
     add("--latent_dim", type=cli.height_and_width, help=grid)
     add("--run_id", help="MLflow run to log to (default: the indices')")
     folder = "folder of PNG files (default: <indices>-images beside the indices)"
     add("--output_dir", help=folder)
     cli.add_inference_flags(parser, batch_size=64)
+    cli.add_flags(parser, ImageConfig, "images")
     return parser
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageOps, ImagePalette, PngImagePlugin, UnidentifiedImageError
 
-from utils.cli import UserError, one_line
+from utils.cli import one_line
 
 MODES = {1: "L", 3: "RGB", 4: "RGBa"}  # by number of channels; a: premultiplied alpha
 EIGHT_BITS = (0.0, 255.0)
@@ -216,26 +216,6 @@ def read_image(
             image = ImageOps.fit(image, (width, height), Image.Resampling[resampling.upper()])
         pixels = np.asarray(image)
     return np.moveaxis(pixels.reshape(height, width, channels), 2, 0)
-
-
-def read_mask(path: str, size: tuple[int, int]) -> np.ndarray:
-    """The known positions, (h, w), bool: where a picture, shrunk to the latent grid, is light."""
-    try:
-        with open_image(path) as picture:
-            shrunk = picture.convert("L").resize(size[::-1], Image.Resampling.BOX)
-    except MemoryError:  # which says nothing about the file
-        raise
-    except Exception as error:
-        raise UserError(
-            f"--mask {path} is neither a side as top:0.5 nor a picture that can be read: "
-            f"{complaint(path, error)}"
-        ) from error
-    keep = np.asarray(shrunk) >= 128
-    if keep.all():
-        raise UserError(
-            f"--mask {path} leaves nothing to sample; paint the positions to sample black"
-        )
-    return keep
 
 
 # --- files of other kinds -------------------------------------------------------------------------

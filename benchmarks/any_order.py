@@ -1,0 +1,149 @@
+"""A GPT of any order beside one of raster order: inpainting, and parallel decoding by steps.
+
+Both are trained by train.py on the same indices for as many steps, one with --order_anneal 1,1:
+
+    python -m benchmarks.any_order --any_order GPT --row_order GPT --path_to_data INDICES \\
+        --model_dir TOKENIZER
+
+Inpainting: the middle of validation images is sampled without their labels; a classifier of decoded
+training images says how many no longer have the label of their image. Steps: the Fréchet distance
+of samples, in the features of that classifier, to as many decoded validation images.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from benchmarks import record
+from transformer import GPT, SamplingParams, complete, generate, make_prefix
+from utils import addresses, cli, distributed
+from utils.data.index_dataset import IndexDataset
+from utils.data.masks import region_mask
+from utils.evaluation import features
+from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
+from utils.evaluation.metrics import WIDTH, frechet_distance, resample
+from utils.model_folder import load_model
+from vqvae import VQVAE
+
+REPLICATES = 10
+CLASSIFIER_IMAGES = 10_000  # enough for 97 % of the labels, in a minute
+
+
+class Bench:
+    """The data, the classifier, and the features of real images."""
+
+    def __init__(self, flags: argparse.Namespace) -> None:
+        device = distributed.pick_device(flags.device)
+        self.tokenizer = load_model(flags.model_dir, VQVAE, device)
+        path = addresses.fetch(flags.path_to_data)
+        options: dict[str, Any] = {"latent_dim": None, "val_fraction": 0.1, "seed": 0}
+        self.data = IndexDataset(path, self.tokenizer, **options)
+        self.rows = self.data.val_rows[: flags.count]
+        self.settings, images = Settings(device, 256, flags.seed), self.decoded(self.data.grids)
+        training = ImageSet(images, self.data.train_rows).split(CLASSIFIER_IMAGES, flags.seed)[0]
+        self.network = features.train_classifier(training, "--path_to_data", self.settings)
+        self.real = self.features(self.data.grids[self.rows])
+        rows = [self.data.rows[row] for row in self.rows.tolist()]
+        self.targets = features.class_targets(self.network, rows, "--path_to_data")
+
+    def decoded(self, grids: Tensor) -> DecodedImages:
+        return DecodedImages(grids, self.data.rows, self.tokenizer.model)
+
+    def features(self, grids: Tensor) -> Features:
+        part = ImageSet.whole(self.decoded(grids))
+        return features.extract_features(self.network, part, self.settings, "features")
+
+    def prefix(self, model: GPT, labelled: bool) -> Tensor:
+        """Of the images of `rows`, or "no class"; with their conditions, if any."""
+        prefix = make_prefix(*self.data.prefix_inputs(self.rows))
+        if not labelled:
+            prefix.view(len(prefix), -1)[:, 0] = model.config.num_classes
+        return prefix
+
+    def changed(self, grids: Tensor) -> float:
+        """The share of the grids whose images have another label than the original."""
+        weights = resample(len(grids), 0, 2)
+        return 1 - features.label_agreement(self.features(grids), self.targets, weights).value
+
+    def distance(self, grids: Tensor) -> tuple[float, float]:
+        """The Fréchet distance to the real images, and half the width of its interval."""
+        found = self.features(grids).features
+        weights = resample(len(self.rows), 0, REPLICATES), resample(len(found), 1, REPLICATES)
+        estimate = frechet_distance(self.real.features, found, weights)
+        return estimate.value, WIDTH * estimate.standard_error
+
+
+def inpaint(bench: Bench, models: dict[str, GPT], candidates: Sequence[int]) -> dict[str, Any]:
+    """The share of changed labels, by the model and the candidates of raster order."""
+    known = bench.data.grids[bench.rows].long()
+    results: dict[str, Any] = {"decoded originals": {"changed": bench.changed(known)}}
+    mask = region_mask("border:0.5", (known.shape[1], known.shape[2]))
+    for labelled in (False, True):
+        for name, model in models.items():
+            for count in candidates if name == "row order" else (1,):
+                start = time.perf_counter()
+                options: dict[str, Any] = {"candidates": count, "seed": bench.settings.seed}
+                prefix = bench.prefix(model, labelled)
+                grids = complete(model, prefix, known, mask, batch_size=250, **options)
+                title = f"{name}, {count} candidates, {'' if labelled else 'no '}labels"
+                seconds = time.perf_counter() - start
+                results[title] = {"changed": bench.changed(grids), "seconds": seconds}
+                print(f"{title}: {results[title]['changed']:.1%} changed, {seconds:.0f} s")
+    return results
+
+
+def count_steps(
+    bench: Bench, models: dict[str, GPT], steps: Sequence[int], scale: float
+) -> dict[str, Any]:
+    """Fréchet distance and label agreement of samples, by the number of steps."""
+    results: dict[str, Any] = {}
+    jobs = [(name, 0) for name in models] + [("any order", count) for count in steps]
+    for name, count in jobs:
+        start, model = time.perf_counter(), models[name]
+        params = SamplingParams(steps=count, guidance_scale=scale)
+        prefix = bench.prefix(model, labelled=True)
+        grids = generate(model, prefix, seed=bench.settings.seed, params=params, batch_size=250)
+        seconds, (distance, error) = time.perf_counter() - start, bench.distance(grids)
+        agreement = 1 - bench.changed(grids)
+        title = f"{name}, {f'{count} steps' if count else 'raster'}"
+        results[title] = {"fd": distance, "+-": error, "agreement": agreement, "seconds": seconds}
+        print(f"{title}: FD {distance:.3f} +- {error:.3f}, {agreement:.1%}, {seconds:.0f} s")
+    return results
+
+
+def main(flags: argparse.Namespace) -> None:
+    bench = Bench(flags)
+    names = {"any order": flags.any_order, "row order": flags.row_order}
+    device = bench.settings.device
+    models = {name: load_model(path, GPT, device).model for name, path in names.items() if path}
+    results = {}
+    if "inpainting" in flags.parts:
+        results["inpainting"] = inpaint(bench, models, flags.candidates)
+    if "steps" in flags.parts:
+        results["steps"] = count_steps(bench, models, flags.steps, flags.guidance_scale)
+    print(record.merge("any_order", {Path(flags.path_to_data).name: results}))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    add = parser.add_argument
+    add("--any_order", required=True, metavar="GPT", help="trained with --order_anneal 1,1")
+    add("--row_order", metavar="GPT", help="trained in raster order")
+    add("--path_to_data", required=True, metavar="INDICES", help="what both were trained on")
+    add("--model_dir", required=True, help="tokenizer of the indices")
+    add("--parts", nargs="+", default=["inpainting", "steps"], choices=("inpainting", "steps"))
+    add("--count", type=cli.positive, default=5000, help="validation images (default: 5000)")
+    add("--candidates", type=int, nargs="+", default=[1, 8], help="of raster order")
+    add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
+    add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
+    add("--seed", type=int, default=0, help="of the samples and the classifier (default: 0)")
+    add("--device", default="auto", help="where to compute")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main, make_parser())
