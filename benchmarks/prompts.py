@@ -32,7 +32,7 @@ SAMPLE = "transformer_generation.py --model_path {work}/gpt --prompt @{work}/pro
 DECODE = "vqvae/images_from_indexes.py --indexes_path {source} --model_dir {work}/tokenizer"
 
 
-def obeyed(folder: Path) -> float:
+def share_of_obeying(folder: Path) -> float:
     """The share of the images in a folder that obey their caption."""
     known = {x.caption: x for x in shapes.combinations(held_out=True)}
     with (folder / "images.csv").open(newline="", encoding="utf-8") as file:
@@ -64,7 +64,7 @@ def main(flags: argparse.Namespace) -> None:
         sample = f"{SAMPLE} --guidance_scale {scale} --num_images {flags.samples}"
         call(folder, f"{sample} --seed {flags.seed}", **values)
         call(f"{folder}-images", DECODE, source=folder, **values)
-        results[str(scale)] = round(100 * obeyed(Path(f"{folder}-images")), 1)
+        results[str(scale)] = round(100 * share_of_obeying(Path(f"{folder}-images")), 1)
         print(f"guidance {scale}: {results[str(scale)]} % of {flags.samples} images obey")
     print("\n| guidance scale | images that obey a held-out prompt, % |\n|---|---|")
     for scale, share in results.items():
