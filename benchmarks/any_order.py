@@ -30,7 +30,7 @@ from utils.model_folder import load_model
 from vqvae import VQVAE
 
 REPLICATES = 10
-CLASSIFIER_IMAGES = 10_000  # enough for 97 % of the labels, in a minute
+CLASSIFIER_IMAGES = 10_000  # decoded, to train the classifier
 
 
 class Bench:
