@@ -309,7 +309,7 @@ def generate(
             scores=None if scores is None else sums,
         )
         for number, row in enumerate(rows):
-            out[batch, number] = row.to("cpu", out.dtype)
+            out[batch[0] : batch[-1] + 1, number] = row.to("cpu", out.dtype)
         if scores is not None:
             scores[batch] = sums.cpu()
         progress(len(batch))
