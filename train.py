@@ -368,7 +368,7 @@ def main(arguments: cli.Flags) -> None:
                 run.metrics("train", values, step)
             if evaluates:
                 score = evaluate_and_log(state, run, validation)
-                if scores_count(model_config, step / schedule.total_steps):
+                if state.time_is_up or scores_count(model_config, step / schedule.total_steps):
                     loop.keep_best(state, checkpoints, score)
             if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break

@@ -138,13 +138,14 @@ def test_a_tokenizer_resumes_by_its_folder_alone(store: Any) -> None:
     assert json.loads(Path("t/status.json").read_text())["step"] == 3
 
 
+@pytest.mark.parametrize("more", ["", "--order_anneal 0.5,0.75"], ids=["raster", "random orders"])
 def test_max_minutes_ends_a_training_in_order(
-    store: Any, capsys: pytest.CaptureFixture[str]
+    store: Any, capsys: pytest.CaptureFixture[str], more: str
 ) -> None:
+    """Also in random orders, whose models do not count otherwise."""
     write_indices()
-    run_train(
-        f"--path_to_data indices.txt {SMALL} --batch_size 8 --max_minutes 1e-6 --output_dir a"
-    )
+    flags = f"--path_to_data indices.txt {SMALL} --batch_size 8 --max_minutes 1e-6 --output_dir a"
+    run_train(f"{flags} {more}")
     said = capsys.readouterr().out
     assert "--max_minutes 1e-06 are over: step 1 of 1,000" in said
     assert "bits per token: " in said

@@ -27,7 +27,7 @@ from transformer import (
     sample_permutations,
 )
 from transformer.rope import GridPositions, rotary_cos_sin, rotate
-from transformer_generation import known_side
+from utils.data.masks import region_mask
 
 GRID = (6, 7)
 VARIANTS = [
@@ -354,7 +354,7 @@ def test_the_loss_is_the_cross_entropy_also_in_parts(
 def test_completion_of_residual_codes_with_conditions() -> None:
     model = make_model((4, 4), depth=2, prefix=5)
     prefix, given = some_input(model, 4)
-    keep = known_side("left:0.5", (4, 4))
+    keep = region_mask("left:0.5", (4, 4))
     one = complete(model, prefix, given, keep)
     many = complete(model, prefix, given, keep, candidates=6, batch_size=5)
     for sampled in (one, many):

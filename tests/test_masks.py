@@ -157,3 +157,7 @@ def test_originals_that_are_not_there_are_one_line(
     Path("other", read_rows(other)[0].image_path).rename("other/new.png")
     other.write_text("image_path\nnew.png\n")
     assert "which was completed" in error_of(*completed, "--path_to_data", other)
+    file = Path("completed/known.npz")
+    for damaged in (file.read_bytes()[:-30], b"", b"PK\x03\x04"):
+        file.write_bytes(damaged)
+        assert "known.npz is damaged" in error_of(*completed, "--path_to_data", "data/data.csv")

@@ -123,6 +123,16 @@ def test_any_batch_size_samples_the_same_with_a_mask_for_each_image(anneal, step
     assert not torch.equal(one[~masks], given[~masks])
 
 
+def test_a_gpt_of_any_order_samples_in_random_orders() -> None:
+    """It hardly saw raster order, which is one of many."""
+    prefix, _ = some_input()
+    model = make_model((3, 4), order_anneal=(1, 1))
+    sampled = generate(model, prefix, seed=2)
+    assert torch.equal(sampled, generate(model, prefix, seed=2, params=SamplingParams(steps=12)))
+    raster = make_model((3, 4), order_anneal=(0.5, 1.0 - 1e-9))  # of the same weights
+    assert not torch.equal(sampled, generate(raster, prefix, seed=2))
+
+
 def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
     (prefix, given), masks, params = some_input(), some_masks(), SamplingParams(steps=4)
     for model in (make_model((3, 4)), make_model((3, 4), order_anneal=(0.5, 0.75))):

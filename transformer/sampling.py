@@ -238,17 +238,18 @@ def generate_in_order(
     yield from grids.view(-1, *config.grid_shape(grid.size)).unbind(dim=1)
 
 
-def samples_in_order(
-    config: GPTConfig, size: tuple[int, int], params: SamplingParams, completes: bool
-) -> bool:
-    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be."""
+def samples_in_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
+    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be.
+
+    A GPT of any order does, as raster order is one of many that it was trained in.
+    """
     able = config.any_order and size == config.latent_dim
     if params.steps and not (able and config.depth == 1):
         needs = (
             "a GPT that was trained in random orders to the end (order_anneal 1,1), with depth 1"
         )
         raise ValueError(f"steps needs {needs}, and grids of its size; omit it")
-    return able and (completes or params.steps > 0)
+    return able
 
 
 @torch.no_grad()
@@ -275,7 +276,7 @@ def generate(
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
         known: (N, h, w[, depth]), kept where `known_mask`, (h, w) or (N, h, w), is True. A GPT of
-            any order then samples the others last, in a random order.
+            any order samples the others after them, in a random order.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
@@ -290,7 +291,7 @@ def generate(
     if known is None or known_mask is None:
         known, known_mask = None, torch.zeros(size, dtype=torch.bool)
     known_mask = known_mask.expand(len(prefix), *size)
-    in_order = samples_in_order(model.config, size, params, known is not None)
+    in_order = samples_in_order(model.config, size, params)
     sample_rows = generate_in_order if in_order else generate_rows
     keys = random_keys(seed, torch.arange(len(prefix), device=device))
     step: DecodeStep | None = None

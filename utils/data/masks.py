@@ -1,5 +1,7 @@
 """Masks of completions: which pixels of each image are known; their positions; their blending."""
 
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, one_line
 from utils.data.decoding import complaint, open_image
 from utils.data.images import ImageDataset
 
@@ -31,11 +33,21 @@ class KnownPixels(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> "KnownPixels | None":
-        """Those of a folder of indices; None if its images were not completed."""
+        """Those of a folder of indices; None if its images were not completed.
+
+        A UserError for a damaged file.
+        """
         if not (folder / KNOWN).is_file():
             return None
-        with np.load(folder / KNOWN, allow_pickle=False) as arrays:
-            return cls(torch.from_numpy(arrays["masks"]), arrays["image_paths"].tolist())
+        try:
+            with np.load(folder / KNOWN, allow_pickle=False) as arrays:
+                masks, paths = torch.from_numpy(arrays["masks"]), arrays["image_paths"].tolist()
+            if masks.dtype != torch.bool or masks.dim() != 3 or len(masks) not in (1, len(paths)):
+                raise ValueError(f"masks are {tuple(masks.shape)} for {len(paths)} images")
+        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+            text = f"{folder / KNOWN} is damaged: {one_line(error)}; complete the images again"
+            raise UserError(text) from error
+        return cls(masks, paths)
 
     def rows_in(self, data: ImageDataset) -> Tensor:
         """The row numbers (N,) of the images in their source; a UserError if it lacks one."""
