@@ -121,6 +121,9 @@ def test_any_batch_size_samples_the_same_with_a_mask_for_each_image(anneal, step
     assert torch.equal(one, all_at_once)
     assert torch.equal(one[masks], given[masks])
     assert not torch.equal(one[~masks], given[~masks])
+    # As a memory map of more than 256 codes.
+    options |= {"known": given, "known_mask": masks, "out": given.to(torch.uint16)}
+    assert torch.equal(generate(model, prefix, **options).long(), one)
 
 
 def test_a_gpt_of_any_order_samples_in_random_orders() -> None:

@@ -64,6 +64,7 @@ def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
         ("image_path,label\n,1\n", "row 1: image_path is empty"),
         ('image_path\n"a.png', r"row 1 \(up to line 2\): unexpected end of data"),
         ("image_path\na\0.png\n", "1 of 1 files .* do not exist"),
+        ("image_path\na\0b/1.png\n", "1 of 1 files .* do not exist"),
         ("image_path,label,label\na.png,1,2\n", "repeats a column"),
     ],
 )

@@ -310,7 +310,8 @@ def generate(
             scores=None if scores is None else sums,
         )
         for number, row in enumerate(rows):
-            out[batch[0] : batch[-1] + 1, number] = row.to("cpu", out.dtype)
+            # NumPy's assignment also fills uint16, for which PyTorch has no indexed kernel.
+            out.numpy()[batch.numpy(), number] = row.cpu().numpy()
         if scores is not None:
             scores[batch] = sums.cpu()
         progress(len(batch))

@@ -26,12 +26,12 @@ def find_files(
     @cache  # each folder is read once, which is faster than asking for each file
     def files_in(folder: str) -> dict[str, bool]:
         """The files in a folder, and whether each is below the root."""
-        real = os.path.realpath(os.path.join(root, folder))
-        below = is_below(real)
         try:
+            real = os.path.realpath(os.path.join(root, folder))
             files = [x for x in os.scandir(real) if x.is_file()]
         except (OSError, ValueError):  # ValueError: a NUL in the name
             return {}
+        below = is_below(real)
         return {x.name: is_below(os.path.realpath(x)) if x.is_symlink() else below for x in files}
 
     def place(name: str) -> bool | None:
