@@ -74,7 +74,7 @@ def write_pairs(folder: Path) -> None:
     write_images(folder, "digits", items)
     write_images(folder, "low", ((a, b, c, image.reduce(2)) for a, b, c, image in items))
     pairs = [(f"digits/{name}", label, split, f"low/{name}") for name, label, split, _ in items]
-    write_table(folder / "pairs.csv", Row._fields, pairs)
+    write_table(folder / "pairs.csv", Row._fields[:4], pairs)
 
 
 def photographs() -> Iterator[Item]:
