@@ -19,7 +19,7 @@ demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 
 # Two processes of one thread are faster than one process of two on small tensors.
 test: .env/.installed-dev  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)

@@ -33,14 +33,9 @@ TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_siz
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two workers take one file at a time, the longest first; one takes those of the pipeline."""
-    pipeline = ("test_browser", "test_lineage", "test_pipeline")
-    first = (*pipeline, "test_docs", "test_notebook")
-    # Stable: the order in a file stays.
-    items.sort(key=lambda item: (item.path.stem not in first, item.path.stem not in pipeline))
-    for item in items:
-        name = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("pipeline" if name in pipeline else name))
+    """Two workers take one file at a time, the longest and those of the pipeline first."""
+    first = ("test_docs", "test_browser", "test_notebook", "test_pipeline", "test_lineage")
+    items.sort(key=lambda item: item.path.stem not in first)  # stable: the order in a file stays
 
 
 @pytest.fixture(autouse=True)
