@@ -115,7 +115,7 @@ def test_cached_is_whole_ring_is_full_and_batch_is_rows(grid, window, prefix, de
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("prefix", [1, 5])
-@pytest.mark.parametrize("window", [0, 1, 3, 9])
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 def test_guidance_of_1_is_none_and_a_batch_draws_its_rows(
     grid, window, prefix, depth, dtype
