@@ -14,9 +14,9 @@ from utils.progress import ProgressBar
 def find_files(
     path: Path, folder: Path, names: Collection[str], allow_outside_paths: bool
 ) -> dict[str, str]:
-    """The path in a folder of the file for each name in `path`, in whatever spelling.
+    """Look for the files named in `path` in a folder: the right spellings of wrong ones, by name.
 
-    A UserError if it is missing, or outside the folder.
+    A UserError if one is missing, or outside the folder.
     """
     root = os.path.realpath(folder)
 
@@ -39,12 +39,12 @@ def find_files(
         folder, slash, file = name.rpartition("/")
         return files_in(folder + slash).get(file)
 
-    found, missing, outside = {}, [], []
+    respelled, missing, outside = {}, [], []
     for name in ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1):
-        found[name], below = name, place(name)
+        below = place(name)
         if below is None:
-            found[name] = next((x for x in _spellings(name) if place(x) is not None), "")
-            below = place(found[name])
+            respelled[name] = next((x for x in _spellings(name) if place(x) is not None), "")
+            below = place(respelled[name])
         if below is None:
             kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
             missing.append(name + kind)
@@ -58,7 +58,7 @@ def find_files(
             raise UserError(
                 f"{len(refused)} of {len(names)} files in {path} {problem}: {first_few(refused)}"
             )
-    return found
+    return respelled
 
 
 def _spellings(name: str) -> Iterator[str]:

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -68,10 +69,12 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     from utils.data.finding import find_files  # only where there are images
 
     for column in FILE_COLUMNS:
-        names = {name: name for row in rows if (name := getattr(row, column))}
-        found = find_files(path, root_of(path), names, allow_outside_paths)
-        if found != names:
-            rows = [row._replace(**{column: found[getattr(row, column)]}) for row in rows]
+        number = Row._fields.index(column)
+        names = dict.fromkeys(filter(None, map(itemgetter(number), rows)))
+        if respelled := find_files(path, root_of(path), names, allow_outside_paths):
+            rows = [
+                row._replace(**{column: respelled.get(row[number], row[number])}) for row in rows
+            ]
     first: dict[str, Row] = {}
     for row in rows if rows[0].split else ():
         other = first.setdefault(_normal(row.image_path), row)
@@ -130,9 +133,10 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
         names = [_normal(row.image_path) for row in rows]
         files = list(dict.fromkeys(names))
         bar = ProgressBar(files, "splitting", unit=" files", leave=False, delay=1)
-        hashes = [hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in bar]
+        hashes = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in bar]
         count = round(val_fraction * len(files)) or (val_fraction > 0 and len(files) > 1)
-        lowest = np.frombuffer(b"".join(hashes), ">u8").argsort()[:count]
+        first_bytes = np.frombuffer(b"".join(hashes), ">u8")[::4]
+        lowest = first_bytes.argsort()[:count]
         chosen = set(map(files.__getitem__, lowest.tolist()))
         is_val = torch.tensor([name in chosen for name in names])
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
