@@ -112,15 +112,12 @@ def test_cached_is_whole_ring_is_full_and_batch_is_rows(grid, window, prefix, de
     torch.testing.assert_close(single, cached[1:2], **close)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("prefix", [1, 5])
 @pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_guidance_of_1_is_none_and_a_batch_draws_its_rows(
-    grid, window, prefix, depth, dtype
-) -> None:
-    model = make_model(grid, window=window, prefix=prefix, depth=depth, dtype=dtype)
+def test_guidance_of_1_is_none_and_a_batch_samples_its_rows(grid, window, prefix, depth) -> None:
+    model = make_model(grid, window=window, prefix=prefix, depth=depth, dtype=torch.float32)
     told, _ = some_input(model)
     plain = generate(model, told, seed=3)
     assert torch.equal(generate(model, told, seed=3, batch_size=1), plain)

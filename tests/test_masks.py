@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.conftest import write_images
-from tests.test_transformer_generation import CODES, GRID, call, drawn, write_gpt, write_tokenizer
+from tests.test_transformer_generation import CODES, GRID, call, sampled, write_gpt, write_tokenizer
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.masks import KnownPixels, known_positions, read_mask
 from utils.data.sources import read_rows
@@ -55,7 +55,7 @@ def test_each_image_has_a_mask_and_its_known_pixels_come_back_exactly(models: Pa
     rows = read_rows("data/data.csv")
     masks = write_masks(models / "masks", [row.image_path for row in rows])
     call(*COMPLETE, "given", "--mask", "masks", "--output_dir", "completed")
-    given, completed = drawn(models / "given"), drawn(models / "completed")
+    given, completed = sampled(models / "given"), sampled(models / "completed")
     positions = known_positions(torch.from_numpy(np.stack(masks)), GRID)
     assert torch.equal(completed[positions], given[positions])
     assert all((a != b).any() for a, b in zip(completed, given, strict=True))

@@ -72,7 +72,7 @@ def call(module_name: str, *arguments: object) -> None:
         sys.argv = before
 
 
-def drawn(folder: Path) -> torch.Tensor:
+def sampled(folder: Path) -> torch.Tensor:
     return read_indices(folder).grids.long()
 
 
@@ -82,7 +82,7 @@ def test_given_cells_stay_and_are_shown(models: Path) -> None:
         *("--num_images", 3, "--candidates", 2, "--variations", 2, "--model_dir", "tokenizer"),
         *("--output_dir", "completed"),
     )
-    given, completed = drawn(models / "given"), drawn(models / "completed")
+    given, completed = sampled(models / "given"), sampled(models / "completed")
     assert completed.shape == (6, *GRID)
     assert torch.equal(completed[:, :, :5], given[:3].repeat_interleave(2, dim=0)[:, :, :5])
     assert not torch.equal(completed[0], completed[1])
@@ -99,7 +99,7 @@ def test_a_picture_says_what_stays(models: Path) -> None:
         *("transformer_generation", *MODELS, "--complete", "given", "--mask", "mask.png"),
         *("--output_dir", "completed"),
     )
-    same = (drawn(models / "completed") == drawn(models / "given")).all(dim=0)
+    same = (sampled(models / "completed") == sampled(models / "given")).all(dim=0)
     assert same[:2, 5:].all()
     assert same.sum() < 20
 
@@ -118,16 +118,16 @@ def test_larger_grids_with_guidance(models: Path) -> None:
             ),
             *("--min_p", 0.05, "--output_dir", position_extension),
         )
-        assert drawn(models / position_extension).shape == (2, 9, 21)
+        assert sampled(models / position_extension).shape == (2, 9, 21)
 
 
 def test_rows_reach_the_disk_while_a_tall_grid_is_sampled(
     models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is drawn lies in the file already; an interruption leaves neither half nor nothing."""
+    """What is sampled lies in the file already; an interruption leaves neither half nor nothing."""
     flags = ("--num_images", 2, "--latent_dim", "40,6", "--output_dir", "tall", "--text")
     call("transformer_generation", *MODELS, *flags)
-    whole = drawn(models / "tall")
+    whole = sampled(models / "tall")
     assert np.loadtxt("tall/indices.txt", dtype=int).reshape(whole.shape).tolist() == whole.tolist()
     seen = []
 
@@ -143,7 +143,7 @@ def test_rows_reach_the_disk_while_a_tall_grid_is_sampled(
         call("transformer_generation", *MODELS, *flags)
     assert exit_info.value.code == 130
     assert seen[0].tolist() == whole[:, :26].tolist()
-    assert torch.equal(drawn(models / "tall"), whole)
+    assert torch.equal(sampled(models / "tall"), whole)
     assert not Path("tall.tmp").exists()
 
 
@@ -154,7 +154,7 @@ def test_labels_stay_with_completions_that_were_not_told_them(models: Path) -> N
     )
     assert [row.label for row in read_indices("completed").rows] == list("abab")
     call("transformer_generation", *MODELS, "--complete", "given", "--output_dir", "told")
-    assert not torch.equal(drawn(models / "completed"), drawn(models / "told"))
+    assert not torch.equal(sampled(models / "completed"), sampled(models / "told"))
 
 
 def test_classes_may_be_sampled_as_often_as_they_occur(
@@ -176,7 +176,7 @@ def test_classes_may_be_sampled_as_often_as_they_occur(
 
 def test_images_can_be_completed_as_another_class(models: Path) -> None:
     """Also those of a text file, which has no labels."""
-    np.savetxt("given.txt", drawn(models / "given").flatten(1), fmt="%d")
+    np.savetxt("given.txt", sampled(models / "given").flatten(1), fmt="%d")
     told = {}
     for number, (given, labels) in enumerate(
         [("given", "a"), ("given", "b"), ("given.txt", "a"), ("given.txt", "b")]
@@ -184,7 +184,7 @@ def test_images_can_be_completed_as_another_class(models: Path) -> None:
         flags = ("--complete", given, "--labels", labels, "--output_dir", f"told{number}")
         call("transformer_generation", *MODELS, *flags)
         assert {row.label for row in read_indices(f"told{number}").rows} == {labels}
-        told[given, labels] = drawn(models / f"told{number}")
+        told[given, labels] = sampled(models / f"told{number}")
     for labels in ("a", "b"):
         assert torch.equal(told["given", labels], told["given.txt", labels])
     assert not torch.equal(told["given", "a"], told["given", "b"])
@@ -232,7 +232,7 @@ def test_a_hint_where_classes_are_sampled_without_guidance(
 def test_what_cannot_be_is_one_line(
     models: Path, error_of: Callable[..., str], flags: tuple[str, ...], message: str
 ) -> None:
-    """All before anything is drawn: what the output folder held stays."""
+    """All before anything is sampled: what the output folder held stays."""
     write_tokenizer(models / "foreign", depth=2)
     assert message in error_of("transformer_generation", *MODELS, *flags)
     assert not Path("outputs").exists()
@@ -248,20 +248,20 @@ def test_guidance_needs_something_to_compare(
     assert "has neither classes nor conditions" in error
     write_gpt("always", Vocabulary(CODES, GRID, class_names=("a", "b")), class_dropout=0.0)
     for more in (guided, (*flags, "--unconditional")):
-        call("transformer_generation", "--model_path", "always", *more, "--output_dir", "drawn")
+        call("transformer_generation", "--model_path", "always", *more, "--output_dir", "sampled")
         assert "warning: this GPT was hardly trained without a class" in capsys.readouterr().err
-    call("transformer_generation", "--model_path", "always", *flags, "--output_dir", "drawn")
+    call("transformer_generation", "--model_path", "always", *flags, "--output_dir", "sampled")
     assert "warning" not in capsys.readouterr().err
 
 
 def test_a_text_file_has_the_grids_of_the_model(models: Path) -> None:
-    """As many numbers as make a square were one, whatever the model draws."""
+    """As many numbers as make a square were one, whatever the model samples."""
     write_gpt("wide", Vocabulary(CODES, (2, 8)))
     Path("given.txt").write_text(" ".join(map(str, range(16))) + "\n")
     flags = ("--complete", "given.txt", "--mask", "left:0.5", "--output_dir", "completed")
     call("transformer_generation", "--model_path", "wide", "--device", "cpu", *flags)
-    assert drawn(Path("completed")).shape == (1, 2, 8)
-    assert drawn(Path("completed"))[0, :, :4].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert sampled(Path("completed")).shape == (1, 2, 8)
+    assert sampled(Path("completed"))[0, :, :4].tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
 
 
 def test_what_comes_next_can_be_typed(models: Path, capsys: pytest.CaptureFixture) -> None:
@@ -278,7 +278,7 @@ def test_bfloat16_draws_with_positions_of_full_precision(models: Path) -> None:
         *("transformer_generation", *MODELS, "--precision", "bf16", "--num_images", 2),
         *("--output_dir", "coarse"),
     )
-    assert drawn(Path("coarse")).shape == (2, *GRID)
+    assert sampled(Path("coarse")).shape == (2, *GRID)
     model = GPT(GPTConfig(CODES, latent_dim=GRID, num_layers=1, num_heads=2, dim=16))
     model.to(torch.bfloat16)
     positions = model.grid.coordinates(model.grid.raster())
@@ -295,7 +295,7 @@ def test_an_error_in_the_code_is_not_the_users(
 
     monkeypatch.setattr(sampling, "generate_rows", broken)
     with pytest.raises(ValueError, match="a bug"):
-        call("transformer_generation", *MODELS, "--num_images", 1, "--output_dir", "drawn")
+        call("transformer_generation", *MODELS, "--num_images", 1, "--output_dir", "sampled")
 
 
 def test_a_vocabulary_of_its_own_is_recorded_with_its_own_digest(models: Path) -> None:
@@ -308,9 +308,9 @@ def test_a_vocabulary_of_its_own_is_recorded_with_its_own_digest(models: Path) -
             (f"gpt/{FILE}", sha256(Path("gpt/model.safetensors"))),
         )
     ):
-        flags = ("--vocabulary_path", path, "--num_images", 1, "--output_dir", f"drawn{number}")
+        flags = ("--vocabulary_path", path, "--num_images", 1, "--output_dir", f"sampled{number}")
         call("transformer_generation", *MODELS, *flags)
-        assert read_indices(f"drawn{number}").meta.lineage[-1].inputs[path] == digest
+        assert read_indices(f"sampled{number}").meta.lineage[-1].inputs[path] == digest
 
 
 def test_indices_of_another_tokenizer_are_refused(

@@ -26,13 +26,18 @@ def find_files(
     @cache  # each folder is read once, which is faster than asking for each file
     def files_in(folder: str) -> dict[str, bool]:
         """The files in a folder, and whether each is below the root."""
+        files = {}
         try:
             real = os.path.realpath(os.path.join(root, folder))
-            files = [x for x in os.scandir(real) if x.is_file()]
+            below = is_below(real)
+            for entry in os.scandir(real):
+                if entry.is_file(follow_symlinks=False):
+                    files[entry.name] = below
+                elif entry.is_file():
+                    files[entry.name] = is_below(os.path.realpath(entry))
         except (OSError, ValueError):  # ValueError: a NUL in the name
             return {}
-        below = is_below(real)
-        return {x.name: is_below(os.path.realpath(x)) if x.is_symlink() else below for x in files}
+        return files
 
     def place(name: str) -> bool | None:
         """Whether a file is below the root; None: there is none."""

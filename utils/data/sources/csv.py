@@ -61,13 +61,14 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
             raise UserError(f"{path} repeats a column: {','.join(header)!r:.200}")
         # Of a missing column, the "" that is appended to each row.
         chosen = itemgetter(*(header.index(n) if n in header else -1 for n in Row._fields))
+        new_row = tuple.__new__  # which checks less than Row._make, and takes a third of its time
         for fields in reader:
             if not any(fields):  # an empty line, which spreadsheets fill with separators
                 continue
             if len(fields) != len(header):
                 raise csv.Error(f"{len(fields)} fields, but the first line has {len(header)}")
             fields.append("")
-            row = Row._make(chosen(fields))
+            row = new_row(Row, chosen(fields))
             if row.split and row.split not in SPLITS:
                 raise csv.Error(f"split is {row.split!r}; use train or val")
             rows.append(row)
