@@ -248,6 +248,16 @@ def test_a_fine_tuned_gpt_keeps_the_text_tokens_of_the_first(indices: Path) -> N
     assert read_vocabulary("second").captions == read_vocabulary("first").captions
 
 
+def test_a_resumed_training_with_captions_is_bitwise_the_same(indices: Path) -> None:
+    train("whole", "--max_steps", 3)
+    train("stopped", "--max_steps", 3, "--max_minutes", 1e-6)
+    call("train", "--resume", "stopped", "--max_minutes", 9)
+    name = "checkpoints/step-00000003/model.safetensors"
+    files = [Path(folder, name).read_bytes() for folder in ("whole", "stopped")]
+    assert files[0] == files[1]
+    assert read_vocabulary("whole").captions == read_vocabulary("stopped").captions is not None
+
+
 def test_without_the_package_one_line_says_what_to_install(
     indices: Path, error_of: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +269,7 @@ def test_without_the_package_one_line_says_what_to_install(
 # --- the shapes of benchmarks/prompts.py ---------------------------------------------------------
 
 
-def test_a_drawn_image_obeys_its_caption_and_no_other() -> None:
+def test_an_image_obeys_its_caption_and_no_other() -> None:
     held_out, known = (shapes.combinations(held_out=x) for x in (True, False))
     assert len(held_out) / (len(held_out) + len(known)) == pytest.approx(0.2, abs=0.001)
     assert not set(held_out) & set(known)
