@@ -148,7 +148,7 @@ def build_model(
     model.to(device)
     if config.needs_codebook:
         if tokenizer is None:
-            raise cli.UserError("--start_from_codebook, --label_smoothing: add --model_dir")
+            raise cli.UserError("--start_from_codebook, --label_smoothing need --model_dir; add it")
         with torch.no_grad():
             indices = torch.arange(config.codebook_size, device=device)[:, None, None]
             model.use_codebook(tokenizer.model.embed(indices).flatten(1))
@@ -165,8 +165,8 @@ def load_batches(
 
 def scores_count(config: GPTConfig, done: float) -> bool:
     """Whether evaluations after this fraction of the training count: its orders are the last."""
-    anneal = config.order_anneal or (0, 0)
-    return anneal == (1, 1) or random_order_probability(anneal, done) == 0
+    anneal = config.order_anneal
+    return anneal is None or config.any_order or random_order_probability(anneal, done) == 0
 
 
 def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) -> list[Tensor]:

@@ -69,7 +69,7 @@ def main(flags: argparse.Namespace) -> None:
     print("\n| guidance scale | images that obey a held-out prompt, % |\n|---|---|")
     for scale, share in results.items():
         print(f"| {scale} | {share} |")
-    record.write("prompts", {"obeyed": results, "training minutes of this call": minutes})
+    record.write("prompts", {"percent": results, "training minutes of this call": minutes})
 
 
 def make_parser() -> argparse.ArgumentParser:

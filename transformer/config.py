@@ -235,8 +235,8 @@ class GPTConfig:
 
     @property
     def any_order(self) -> bool:
-        """Whether the training ends in random orders, so that any order is sampled as well."""
-        return self.order_anneal is not None and self.order_anneal[1] == 1
+        """Whether all of the training is in random orders, so that any order can be sampled."""
+        return self.order_anneal == (1, 1)
 
     @property
     def prefix_length(self) -> int:

@@ -118,7 +118,7 @@ class GridPositions:
     def embed(self, positions: Tensor, table: Tensor) -> Tensor:
         """Embeddings (..., dim) of positions, of a table (h * w, dim) for the trained grid.
 
-        Beyond that grid, SLIDE reads those of `trained_positions`, EXTRAPOLATE the nearest, and
+        On larger grids, SLIDE reads those of `trained_positions`, EXTRAPOLATE the nearest, and
         INTERPOLATE resizes the table.
         """
         size, (row, column) = self.trained, positions[..., :2].unbind(dim=-1)
