@@ -44,8 +44,15 @@ def find_files(
         folder, slash, file = name.rpartition("/")
         return files_in(folder + slash).get(file)
 
-    respelled, missing, outside = {}, [], []
+    doubtful, folder_of_files, files = [], "", files_in("")
     for name in ProgressBar(names, "looking for files", unit=" files", leave=False, delay=1):
+        start = name.rfind("/") + 1  # as in `place`, without two calls for each of a million names
+        if name[:start] != folder_of_files:
+            folder_of_files, files = name[:start], files_in(name[:start])
+        if not files.get(name[start:]):
+            doubtful.append(name)
+    respelled, missing, outside = {}, [], []
+    for name in doubtful:
         below = place(name)
         if below is None:
             respelled[name] = next((x for x in _spellings(name) if place(x) is not None), "")

@@ -132,13 +132,15 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
     else:
         names = [_normal(row.image_path) for row in rows]
         files = list(dict.fromkeys(names))
-        bar = ProgressBar(files, "splitting", unit=" files", leave=False, delay=1)
-        hashes = [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in bar]
+        hashes: list[bytes] = []
+        starts = range(0, len(files), 1000)
+        for start in ProgressBar(starts, "splitting", unit="k files", leave=False, delay=1):
+            block = files[start : start + 1000]
+            hashes += [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in block]
         count = round(val_fraction * len(files)) or (val_fraction > 0 and len(files) > 1)
-        first_bytes = np.frombuffer(b"".join(hashes), ">u8")[::4]
-        lowest = first_bytes.argsort()[:count]
+        lowest = np.frombuffer(b"".join(hashes), ">u8")[::4].argsort()[:count]
         chosen = set(map(files.__getitem__, lowest.tolist()))
-        is_val = torch.tensor([name in chosen for name in names])
+        is_val = torch.from_numpy(np.fromiter(map(chosen.__contains__, names), bool))
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
 
