@@ -33,7 +33,8 @@ lock: .env/.installed-dev  ## write the versions of this environment to requirem
 	(echo "# Versions that all tests passed with (make lock). The bounds are in requirements.txt."; \
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -e ' @ ' -e ^pip=) > requirements.lock
 
-bench: .env/.installed-dev  ## attention, sampling and training beside their peers, the presets
+bench: .env/.installed-dev  ## start-up, attention, sampling and training beside their peers, the presets
+	$(BIN)/python -m benchmarks.start
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.gpt --compile
 	$(BIN)/python -m benchmarks.presets
