@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test chaos lint lock bench showcase clean
+.PHONY: demo test notebook chaos lint lock bench showcase clean
 
 # The virtual environment; brought up to date when what it needs changes.
 .env/.installed: requirements.txt
@@ -18,8 +18,12 @@ demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 	$(BIN)/python -m utils.demo
 
 # Two processes of one thread are faster than one process of two on small tensors.
-test: .env/.installed-dev  ## all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: .env/.installed-dev  ## all tests but that of the notebook
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/test_notebook.py
+
+notebook: .env/.installed-dev  ## run docs/quickstart.ipynb
+	$(BIN)/python -m pytest tests/test_notebook.py
 
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)

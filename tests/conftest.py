@@ -34,7 +34,7 @@ TINY_GPT = ("--dim", "16", "--num_heads", "2", "--num_layers", "1", "--batch_siz
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Two workers take one file at a time, the longest and those of the pipeline first."""
-    first = ("test_docs", "test_browser", "test_notebook", "test_pipeline", "test_lineage")
+    first = ("test_docs", "test_browser", "test_pipeline", "test_lineage")
     items.sort(key=lambda item: item.path.stem not in first)  # stable: the order in a file stays
 
 

@@ -121,8 +121,10 @@ def test_curves_and_pictures_of_the_runs_of_all_stages(
 ) -> None:
     """Those of the GPT's run were hidden by a file that stage 5 logged."""
     names = LOGGED[number]
+    browser.set_window_size(1500, 500)  # MLflow draws what is in view again for each letter
     open_page(browser, server, page_of(runs_of(finished, "data")[number], "model-metrics"))
     wait_for(lambda: browser.find_elements(*SEARCH))[0].send_keys(SOME)
+    browser.set_window_size(1500, 2600)
     wait_for(partial(shows, browser, len(names), 200, 1))
     screenshot(browser, f"run-{number}")
     text = text_of(browser)
