@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import transformer
 from transformer import (
     GPT,
     FineTuningConfig,
@@ -220,15 +219,14 @@ def evaluate(
 
 
 def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -> Image.Image:
-    """A picture of samples, always from the same random numbers.
+    """A picture of samples of seed 0, of all classes or of the prefixes of validation images."""
+    from transformer.sampling import generate  # only where something is sampled
 
-    Of all classes in turn, or of the conditions, captions and classes of validation images.
-    """
     training_mode, model = model.training, model.eval()
     prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
     if len(model.config.prefix_parts) > 1:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
-    indices = transformer.generate(model, prefix, seed=0)
+    indices = generate(model, prefix, seed=0)
     model.train(training_mode)
     return picture_of(indices, data, tokenizer, model.head.weight.device)
 
@@ -270,8 +268,10 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     data, model, group = validation.data, state.ema.model, state.group
     step, values = state.progress.step, {}
     if validation.evaluator is not None:
+        from transformer.sampling import generate
+
         inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
-        values = validation.evaluator.metrics(partial(transformer.generate, model.eval(), inputs))
+        values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
     by_position = evaluate(model, data, state, group)
     values["bits_per_token"] = float(by_position.mean())
     values["unigram_bits_per_token"] = validation.unigram

@@ -19,7 +19,8 @@ from typing import Any
 from torch import Tensor
 
 from benchmarks import record
-from transformer import GPT, SamplingParams, complete, generate, make_prefix
+from transformer import GPT, SamplingParams, make_prefix
+from transformer.sampling import complete, generate
 from utils import addresses, cli, distributed
 from utils.data.index_dataset import IndexDataset
 from utils.data.masks import region_mask

@@ -48,7 +48,6 @@ SPANS = {  # a column of the table: the functions that it times, without a modul
     "inference": (
         ":quantize",
         ":write_images",
-        "transformer:generate",
         "transformer.sampling:generate",
     ),
 }

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import record
-from transformer import GPT, GPTConfig, generate
+from transformer import GPT, GPTConfig
 from transformer.distribution import probabilities, random_keys, sample_from_probs, uniform
+from transformer.sampling import generate
 from utils import cli, distributed
 from utils.training.config import TrainingConfig
 from utils.training.optim import make_optimizer

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks import record
 from benchmarks.gpt import make_gpt2, peer_loss, train_step
-from transformer import GPT, GPTConfig, SamplingParams, generate
+from transformer import GPT, GPTConfig, SamplingParams
+from transformer.sampling import generate
 from utils import cli
 from utils.plan import flops_per_token
 

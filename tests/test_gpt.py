@@ -17,16 +17,14 @@ from transformer import (
     GPT,
     GPTConfig,
     SamplingParams,
-    complete,
     drop_conditioning,
-    generate,
-    later_known_mask,
     make_prefix,
     null_prefix,
     random_order_probability,
     sample_permutations,
 )
 from transformer.rope import GridPositions, rotary_cos_sin, rotate
+from transformer.sampling import complete, generate, later_known_mask
 from utils.data.masks import region_mask
 
 GRID = (6, 7)

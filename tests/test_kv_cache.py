@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from transformer import GPT, GPTConfig, SamplingParams, generate, make_prefix
+from transformer import GPT, GPTConfig, SamplingParams, make_prefix
 from transformer.attention import KVCache
 from transformer.rope import PositionExtension, rotary_cos_sin, rotate
+from transformer.sampling import generate
 
 GRIDS = {"square": (4, 4), "wide": (2, 8), "tall": (8, 2)}
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-4}

@@ -16,7 +16,8 @@ from tests import shapes
 from tests.conftest import TINY_GPT, write_images
 from tests.test_conditions import make_tokenizer
 from tests.test_transformer_generation import call
-from transformer import GPT, GPTConfig, SamplingParams, drop_conditioning, generate, null_prefix
+from transformer import GPT, GPTConfig, SamplingParams, drop_conditioning, null_prefix
+from transformer.sampling import generate
 from utils.data import captions
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row

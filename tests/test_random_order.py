@@ -11,10 +11,10 @@ import train
 from tests.conftest import TINY_GPT
 from tests.test_kv_cache import make_model
 from tests.test_transformer_generation import call
-from transformer import GPT, SamplingParams, complete, generate
+from transformer import GPT, SamplingParams
 from transformer.distribution import random_keys
 from transformer.rope import known_first_orders
-from transformer.sampling import step_sizes
+from transformer.sampling import complete, generate, step_sizes
 
 GREEDY = SamplingParams(temperature=0)
 

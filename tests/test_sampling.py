@@ -13,18 +13,17 @@ from torch import Tensor
 
 from tests import test_kv_cache
 from tests.test_kv_cache import at_once
-from transformer import (
-    GPT,
-    PositionExtension,
-    SamplingParams,
+from transformer import GPT, PositionExtension, SamplingParams, sampling
+from transformer.distribution import probabilities, random_keys, sample_from_probs, uniform
+from transformer.sampling import (
+    DecodeStep,
     complete,
     generate,
     generate_likeliest,
+    generate_rows,
     later_known_mask,
-    sampling,
+    next_logits,
 )
-from transformer.distribution import probabilities, random_keys, sample_from_probs, uniform
-from transformer.sampling import DecodeStep, generate_rows, next_logits
 from utils.cli import UserError
 from utils.data.masks import region_mask
 

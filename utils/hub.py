@@ -23,8 +23,9 @@ SHOWN = (
 USE = {
     "VQVAE": "from vqvae import VQVAE\n\ntokenizer = VQVAE.from_pretrained(folder)\n"
     "images = tokenizer.decode(indices)  # (B, h, w) -> (B, C, H, W) in [-1, 1]",
-    "GPT": "import torch\nfrom transformer import GPT, generate\n\n"
-    "gpt = GPT.from_pretrained(folder)\nindices = generate(gpt, torch.zeros(8, dtype=torch.long))",
+    "GPT": "import torch\nfrom transformer import GPT\nfrom transformer.sampling import generate\n"
+    "\ngpt = GPT.from_pretrained(folder)\n"
+    "indices = generate(gpt, torch.zeros(8, dtype=torch.long))",
 }
 
 
