@@ -32,6 +32,7 @@ SCRIPTS = (
 # What a user starts, and so may combine layers. No other file imports one of these.
 ENTRY_POINTS = (
     *SCRIPTS,
+    "playground.py",
     "vqvae/images_from_indexes.py",
     "vqvae/convert.py",
     "transformer/convert.py",

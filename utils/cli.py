@@ -110,10 +110,8 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
     for field in dataclasses.fields(config_class):
         if "help" not in field.metadata:
             continue
-        options: dict[str, typing.Any]
-        if hints[field.name] is bool:
-            options = {"action": argparse.BooleanOptionalAction}  # a preset may have turned it on
-        else:
+        options: dict[str, typing.Any] = {"action": argparse.BooleanOptionalAction}
+        if hints[field.name] is not bool:  # a preset may have turned on one that is
             options = {name: field.metadata.get(name) for name in ("choices", "metavar")}
             options["type"] = _value_type(hints[field.name])
         text = field.metadata["help"].replace("%", "%%")
@@ -257,10 +255,8 @@ def run(
     arguments = parser.parse_args()
     if not torchrun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if os.environ.get("RANK") == "0":
-            print(
-                f"error: {parser.prog} runs in one process; start it with python, not torchrun",
-                file=sys.stderr,
-            )
+            line = f"{parser.prog} runs in one process; start it with python, not torchrun"
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     run_with(main, arguments)
 
@@ -315,9 +311,8 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=nearest):
             pass
     except OSError as error:
-        raise UserError(
-            f"cannot write to {folder}: {error.strerror}; choose another --output_dir"
-        ) from error
+        text = f"cannot write to {folder}: {error.strerror}; choose another --output_dir"
+        raise UserError(text) from error
 
 
 def error_line(error: typing.Any, arguments: argparse.Namespace) -> str:
@@ -378,10 +373,15 @@ def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> Non
     parser.add_argument("--batch_size", type=positive, default=batch_size, help="images at once")
 
 
-def next_command(script: object, *words: object) -> str:
-    """The line that a script ends with: what to type next, in the current folder."""
+def command(script: object, *words: object) -> str:
+    """The command line that calls a script of this repository from the current folder."""
     path = script if Path(str(script)).is_file() else Path(__file__).parents[1] / str(script)
-    return f"\nnext:\n  python {shlex.join(map(str, (path, *words)))}"
+    return f"python {shlex.join(map(str, (path, *words)))}"
+
+
+def next_command(script: object, *words: object) -> str:
+    """The line that a script ends with: what to type next."""
+    return f"\nnext:\n  {command(script, *words)}"
 
 
 def changed_flags(config: typing.Any, config_class: type) -> list[object]:

@@ -102,6 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
     run_steps(run_script)
     print(f"the pipeline took {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
     print(f"\nlook at the samples:\n  {OUTPUT / 'images' / 'grid.png'}")
+    models = f"--model_path {OUTPUT}/gpt --model_dir {OUTPUT}/tokenizer"
+    print(f"try the models, after pip install gradio:\n  python playground.py {models}")
     print(f"browse every step:\n  {Path(sys.executable).parent / 'mlflow'} ui")
     print("  http://127.0.0.1:5000/#/experiments?workflowType=machine_learning")
 

@@ -14,6 +14,7 @@ WHITE_ERROR = 0.25  # of the whole range of a pixel
 SIDE, TOP, MARGIN = 512, 32, 12  # of a plot, of its title, around it, in pixels
 INK, PALE, LINE, TICK = (31, 70, 120), (190, 190, 190), (214, 39, 40), (255, 160, 0)
 MAX_RADIUS = 12  # of a point
+MIN_TOKEN = 28  # of an index over its image
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -100,6 +101,27 @@ def heat(values: Tensor) -> Image.Image:
     low, high = values.min(), values.max()
     shade = 0.5 + (values - (low + high) / 2) / (high - low).clamp(min=1e-3)
     return enlarge(to_pil(shade[None] * 2 - 1))
+
+
+def tokens(image: Tensor, indices: Tensor, chosen: int) -> Image.Image:
+    """An image (C, H, W) under its indices (h, w), with a frame around the chosen number."""
+    side = token_side(indices)
+    size = indices.shape[1] * side, indices.shape[0] * side
+    picture = to_pil(image).convert("RGB").resize(size, Image.Resampling.NEAREST)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(min(20, side / 2.5))
+    for number, index in enumerate(indices.flatten().tolist()):
+        top, left = (n * side for n in divmod(number, indices.shape[1]))
+        centre = left + side / 2, top + side / 2
+        outline: dict[str, Any] = {"stroke_width": 2, "stroke_fill": "black"}
+        draw.text(centre, str(index), "white", font, "mm", **outline)
+        if number == chosen:
+            draw.rectangle((left, top, left + side - 1, top + side - 1), outline=LINE, width=3)
+    return picture
+
+
+def token_side(indices: Tensor) -> int:
+    """Pixels of an index in `tokens`."""
+    return max(MIN_TOKEN, MIN_SIDE // max(indices.shape))
 
 
 def bars(shares: Tensor, others: Tensor | None = None) -> Image.Image:

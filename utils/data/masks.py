@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from utils.cli import UserError, one_line
@@ -106,6 +107,12 @@ def read_mask(file: Path) -> Tensor:
     except Exception as error:
         text = f"--mask {file} cannot be read as a picture: {complaint(file, error)}"
         raise UserError(text) from error
+
+
+def covered_pixels(layer: Image.Image, size: tuple[int, int]) -> Tensor:
+    """The pixels of an image of `size` (H, W) that a layer over an enlarged one covers, bool."""
+    alpha = torch.tensor(np.asarray(layer.convert("RGBA").getchannel("A")))
+    return F.adaptive_max_pool2d(alpha[None].float(), size)[0] > 0
 
 
 def read_masks(text: str, image_paths: Sequence[str], size: tuple[int, int]) -> Tensor:
