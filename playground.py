@@ -48,10 +48,7 @@ class Images(NamedTuple):
 
 
 def read_fields(labels: Sequence[str], prompt: str, *numbers: float) -> Namespace:
-    """The fields of the page as flags of transformer_generation.py; @ names no file here.
-
-    Labels are in turn; none are all of them, or with a prompt no class.
-    """
+    """The fields of the page as flags of transformer_generation.py; @ names no file here."""
     prompts = [f" {prompt}" if prompt.startswith("@") else prompt] if prompt else []
     flags = {"unconditional": False, "class_frequencies": False, "prompt": prompts}
     return Namespace(labels=labels, **flags, **dict(zip(NUMBERS, numbers, strict=True)))
@@ -125,10 +122,7 @@ class Playground:
         return self.decode(grids, image.rows)
 
     def commands(self, images: Images, fields: Any = None, filling: Any = None) -> str:
-        """The commands that make images again: those of `sample`, or edited ones without fields.
-
-        A new folder holds what the commands read.
-        """
+        """The commands that make images of `sample` again, or edited ones, and what they read."""
         folder, own = cli.unused(Path(self.flags.output_dir, "result")), self.vocabulary
         codes = own.codebook_size, own.latent_dim, own.tokenizer_sha256, own.tokenizer_run_id
         meta, indices, lines = IndicesMeta(*codes, own.depth), folder / "indices", []
@@ -156,38 +150,44 @@ class Playground:
         return "\n".join([*lines, cli.command("vqvae/images_from_indexes.py", *decoding)])
 
 
+def guarded(act: Callable[..., Any]) -> Callable[..., Any]:
+    """`act`, but the page shows its UserErrors."""
+    from gradio import Error
+
+    @wraps(act)
+    def call(*values: Any) -> Any:
+        try:
+            return act(*values)
+        except UserError as error:
+            raise Error(cli.printable(str(error)), print_exception=False) from error
+
+    return call
+
+
+def describe(play: Playground, images: Images, number: int = 0, token: int = 0) -> Any:
+    """All that the page shows of the image of this number, with a chosen token."""
+    from gradio import update
+
+    one = slice(number, number + 1)
+    image = Images(images.grids[one], images.pixels[one], images.rows[one])
+    probabilities, bits = play.likelihood(image)
+    row, column = divmod(token, bits.shape[1])
+    most = probabilities[token].sort(descending=True, stable=True)
+    pairs = zip(*(part.tolist() for part in most), strict=True)
+    choices = [(f"{index}  ({share:.1%})", index) for share, index in pairs]
+    title = f"Index in row {row + 1}, column {column + 1} ({bits[row, column]:.1f} bits)"
+    choice = update(choices=choices, value=int(image.grids.view(-1)[token]), label=title)
+    title = f"Bits per token, from {bits.min():.1f} (black) to {bits.max():.1f} (white)"
+    picture = figures.enlarge(figures.to_pil(image.pixels[0]), SIDE)
+    drawn = figures.tokens(image.pixels[0], image.grids[0].flatten(1), token)
+    return image, token, picture, drawn, choice, update(value=figures.heat(bits), label=title)
+
+
 def make_page(play: Playground) -> Any:
     """The page, a `gradio.Blocks`."""
     import gradio as gr
 
-    def on(event: Callable[..., Any], act: Callable[..., Any], inputs: Any, outputs: Any) -> None:
-        """At an event call `act`, and show what the user did wrong."""
-
-        @wraps(act)
-        def call(*values: Any) -> Any:
-            try:
-                return act(*values)
-            except UserError as error:
-                raise gr.Error(cli.printable(str(error)), print_exception=False) from error
-
-        event(call, inputs, outputs, api_visibility="private")
-
-    def show(images: Images, number: int = 0, token: int = 0) -> tuple[Any, ...]:
-        """The values of `shown`, for the image of this number."""
-        one = slice(number, number + 1)
-        image = Images(images.grids[one], images.pixels[one], images.rows[one])
-        probabilities, bits = play.likelihood(image)
-        row, column = divmod(token, bits.shape[1])
-        most = probabilities[token].sort(descending=True, stable=True)
-        pairs = zip(*(part.tolist() for part in most), strict=True)
-        choices = [(f"{index}  ({share:.1%})", index) for share, index in pairs]
-        title = f"Index in row {row + 1}, column {column + 1} ({bits[row, column]:.1f} bits)"
-        choice = gr.update(choices=choices, value=int(image.grids.view(-1)[token]), label=title)
-        title = f"Bits per token, from {bits.min():.1f} (black) to {bits.max():.1f} (white)"
-        heat = gr.update(value=figures.heat(bits), label=title)
-        picture = figures.enlarge(figures.to_pil(image.pixels[0]), SIDE)
-        drawn = figures.tokens(image.pixels[0], image.grids[0].flatten(1), token)
-        return image, token, picture, drawn, choice, heat
+    show = partial(describe, play)
 
     def save(images: Images, *options: Any) -> tuple[Any, ...]:
         """The values of `results`."""
@@ -256,12 +256,12 @@ def make_page(play: Playground) -> Any:
                 choice = gr.Dropdown([], label="Index")
             heat = picture(label="Bits per token")
         results, shown = [images, gallery, commands], [image, token, editor, tokens, choice, heat]
-        on(start.click, generate, fields, [*results, *shown])
-        on(refill.click, fill, [image, editor, *fields], results)
-        on(gallery.select, choose, images, shown)
-        on(tokens.select, click, image, shown)
-        on(choice.select, change, [image, token, choice], [*results, *shown])
-        on(file.upload, upload, [file, *fields], shown)
+        start.click(guarded(generate), fields, [*results, *shown])
+        refill.click(guarded(fill), [image, editor, *fields], results)
+        gallery.select(guarded(choose), images, shown)
+        tokens.select(guarded(click), image, shown)
+        choice.select(guarded(change), [image, token, choice], [*results, *shown])
+        file.upload(guarded(upload), [file, *fields], shown)
     return page
 
 
