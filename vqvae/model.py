@@ -6,6 +6,7 @@ full resolution; `patch_size` 1 is the published network.
 """
 
 import json
+from collections import OrderedDict
 from itertools import pairwise
 from math import gcd
 from pathlib import Path
@@ -72,27 +73,17 @@ class Attention(nn.Module):
         return x + self.proj_out(mixed[:, 0].transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
+def downsample(channels: int) -> nn.Sequential:
     """(B, C, h, w) -> (B, C, h/2, w/2) by a 3x3 convolution of stride 2."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # One pixel of padding on the right and at the bottom: even sides halve exactly.
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    # One pixel of padding on the right and at the bottom: even sides halve exactly.
+    pad, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=pad, conv=conv))
 
 
-class Upsample(nn.Module):
+def upsample(channels: int) -> nn.Sequential:
     """(B, C, h, w) -> (B, C, 2h, 2w): nearest neighbour, then a 3x3 convolution."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+    conv = nn.Conv2d(channels, channels, 3, padding=1)
+    return nn.Sequential(OrderedDict(nearest=nn.Upsample(scale_factor=2.0), conv=conv))
 
 
 class Level(nn.Module):
@@ -143,7 +134,7 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         for level, before in enumerate([config.channels, *widths[:-1]]):
             last = level == len(widths) - 1
-            resample = nn.Identity() if last else Downsample(widths[level])
+            resample = nn.Identity() if last else downsample(widths[level])
             self.down.append(Level(config, level, before, config.num_res_blocks, resample))
         self.mid = middle(config)
         self.norm_out = group_norm(config, widths[-1])
@@ -175,7 +166,7 @@ class Decoder(nn.Module):
         self.mid = middle(config)
         self.up = nn.ModuleList()
         for level, before in reversed([*enumerate([*widths[1:], widths[-1]])]):
-            resample = Upsample(widths[level]) if level else nn.Identity()
+            resample = upsample(widths[level]) if level else nn.Identity()
             self.up.append(Level(config, level, before, config.num_res_blocks + 1, resample))
         self.norm_out = group_norm(config, widths[0])
         pixels = config.in_channels * config.patch_size**2
