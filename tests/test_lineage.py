@@ -95,11 +95,8 @@ def test_every_folder_and_every_run_knows_its_part(done: Path, tmp_path: Path) -
 def test_the_runs_link_to_each_other(done: Path) -> None:
     runs = runs_of(done)
     tokenizer, gpt = runs["tokenizer"], runs["gpt"]
-    for run, other, way in ((tokenizer, gpt, "Downstream"), (gpt, tokenizer, "Upstream")):
+    for run, other in ((tokenizer, gpt), (gpt, tokenizer)):
         assert run.data.tags[f"{other.data.tags['stage']}_run_id"] == other.info.run_id
-        note = run.data.tags["mlflow.note.content"]
-        assert f"{way}: {other.data.tags['stage']}, [{other.info.run_name}]" in note
-        assert f"runs/{other.info.run_id})" in note
     # The samples and images of a GPT are in its run: its id was under their names as well.
     assert not {"samples_run_id", "images_run_id"} & tokenizer.data.tags.keys()
     assert "quantize_dataset.py" in tokenizer.data.tags["mlflow.note.content"]
@@ -147,7 +144,7 @@ def test_paths_flags_and_addresses_of_a_command_that_runs_again() -> None:
     stage = Stage("indices", command, {"runs:/1/checkpoints": "aa", "data.csv": "bb"})
     words = lineage.rerun_command(stage, (tokenizer,), Path("new"))
     assert shlex.join(words) == (
-        f"{ROOT}/quantize_dataset.py --model_dir new/1-tokenizer --path_to_data data.csv --text "
+        f"{ROOT}/quantize_dataset.py --model_dir=new/1-tokenizer --path_to_data data.csv --text "
         "--output_dir new/2-indices"
     )
 

@@ -9,9 +9,9 @@ import logging
 import os
 import re
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +97,10 @@ def open_client() -> Any:
     lock = FileLock(database + ".lock") if database != uri else nullcontext()
     with store_errors(f"cannot use MLflow at {without_credentials(uri)}", how_to_connect), lock:
         client = mlflow.MlflowClient(uri)
-        ask = functools.partial(client.search_experiments, max_results=1)
-        ask() if database != uri else within(START_SECONDS, ask)
+        patience = START_SECONDS if database == uri else None
+        with ThreadPool(1) as pool:  # whose threads do not keep a process from ending
+            pool.apply_async(client.search_experiments, kwds={"max_results": 1}).get(patience)
     return client
-
-
-def within(seconds: float, call: Callable[[], object]) -> None:
-    """Make a call in a thread; a TimeoutError if it takes longer."""
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            call()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise TimeoutError(f"no answer within {seconds} s")
-    if errors:
-        raise errors[0]
 
 
 @contextmanager

@@ -32,8 +32,7 @@ SCRIPTS = (
 def find(what: str) -> Lineage:
     """The lineage of a run (its id), of a model, an indices folder, a folder of images, or a PNG.
 
-    Raises:
-        UserError: there is no such thing, or it has no lineage.
+    A UserError if there is no such thing, or it has no lineage.
     """
     if what.startswith(MLFLOW) or Path(what).exists():
         lineage = of_path(fetch(what))
@@ -101,8 +100,7 @@ def check_inputs(lineage: Lineage) -> None:
 def rerun_command(stage: Stage, before: Lineage, folder: Path) -> list[str]:
     """The words of a command that reads the outputs of the rerun before it, and writes below it.
 
-    Raises:
-        UserError: it is not a command of this repository.
+    A UserError if it is not a command of this repository.
     """
     try:
         program, *words = shlex.split(stage.command)[1:] or [""]
@@ -111,19 +109,15 @@ def rerun_command(stage: Stage, before: Lineage, folder: Path) -> list[str]:
     script = next((one for one in SCRIPTS if f"/{program}".endswith(f"/{one}")), None)
     if script is None:
         raise UserError(f"{stage.command[:100]!r} is not run: it is no script of this project")
-    kept, dropping = [str(provenance.ROOT / script)], False
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag in DROPPED:
-            dropping = not equals
-        elif dropping:
-            dropping = False
-        else:
-            kept += [flag, value] if equals and flag.startswith("--") else [word]
+    dropped = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in DROPPED:
+        dropped.add_argument(flag)
+    kept = [word.rpartition("=") for word in dropped.parse_known_args(words)[1]]
     made = {path: producer(digest, before) for path, digest in stage.inputs.items()}
     outputs = {p: str(output_of(before, folder, n)) for p, n in made.items() if n is not None}
+    words = [flag + equals + outputs.get(value, value) for flag, equals, value in kept]
     output_dir = output_of((*before, stage), folder, len(before))
-    return [*(outputs.get(word, word) for word in kept), "--output_dir", str(output_dir)]
+    return [str(provenance.ROOT / script), *words, "--output_dir", str(output_dir)]
 
 
 def output_of(lineage: Lineage, folder: Path, number: int) -> Path:
@@ -134,8 +128,7 @@ def output_of(lineage: Lineage, folder: Path, number: int) -> Path:
 def rerun(lineage: Lineage, folder: Path) -> bool:
     """Run all stages again, into a new folder; whether all outputs are bitwise identical.
 
-    Raises:
-        UserError: an input has changed, the folder exists, or a stage failed.
+    A UserError if an input has changed, the folder exists, or a stage failed.
     """
     check_inputs(lineage)
     if folder.exists():

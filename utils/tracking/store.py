@@ -180,18 +180,14 @@ def warn_if_moved(run: Any) -> None:
         )
 
 
-def page(run: Any) -> str:
-    """The address of a run in MLflow's UI, relative to the server."""
-    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-
-
 def ui_hint(run: Any) -> str:
     """The lines for the terminal that state how to open a run in MLflow's UI."""
     server, start = without_credentials(tracking_uri()).rstrip("/"), ""
     if not server.startswith("http"):
         start = f"\n  mlflow ui --backend-store-uri {shlex.quote(server)}"
         server = "http://127.0.0.1:5000"
-    return f"\nbrowse:{start}\n  {server}/{page(run)}/model-metrics?workflowType=machine_learning"
+    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics"
+    return f"\nbrowse:{start}\n  {server}/{page}?workflowType=machine_learning"
 
 
 def log_metrics(client: Any, run: Any, lines: list[Event], there: set[Point]) -> int:
@@ -251,28 +247,25 @@ def log_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
 def link(client: Any, lineage: Lineage, run_id: str) -> None:
     """Link the run of the last stage, or one of the stages before, with the others of a lineage.
 
-    The notes of both runs name each other; a tag `gpt_run_id` or `tokenizer_run_id` holds the
-    newest run of that stage. The run of the last stage gets its inputs, each run the lineage as
-    an artifact. Runs that are missing from this store are skipped.
+    A tag `gpt_run_id` or `tokenizer_run_id` holds the newest run of that stage. The run of the last
+    stage gets its inputs, and its command where that is not the one that opened the run; each run
+    gets the lineage as an artifact. Runs that are missing from this store are skipped.
     """
     *before, last = lineage
-    run, own = _run_or_none(client, run_id), _run_or_none(client, last.run_id)
-    if run is None or own is None:
+    run, is_last = _run_or_none(client, run_id), run_id == last.run_id
+    if run is None:
         return
-    if run_id != last.run_id:
-        if _stage_of(own) != _stage_of(run):
-            client.set_tag(run_id, f"{_stage_of(own)}_run_id", last.run_id)
-        # Samples and images are logged to the run of a GPT, which then is downstream.
-        _add_note(client, run, f"Downstream: {last.name}, {_link_to(own)}")
-    elif _stage_of(own) == last.name:
+    if is_last and _stage_of(run) == last.name:
         _log_inputs(client, lineage)
-    else:  # logged to the run of an earlier stage, whose note has another command
-        _add_note(client, own, f"{last.name.capitalize()}:\n```\n{last.command}\n```")
-    for other_id in {stage.run_id for stage in before} - {last.run_id}:
+    elif is_last:  # logged to the run of an earlier stage
+        note, line = run.data.tags.get(NOTE, ""), f"{last.name}:\n```\n{last.command}\n```"
+        if line not in note:
+            client.set_tag(run_id, NOTE, f"{note}\n\n{line}")
+    for other_id in {stage.run_id for stage in (before if is_last else [last])} - {run_id}:
         other = _run_or_none(client, other_id)
-        if run_id == last.run_id and other is not None:
+        # Samples and images are in the run of a GPT.
+        if other is not None and _stage_of(other) != _stage_of(run):
             client.set_tag(run_id, f"{_stage_of(other)}_run_id", other_id)
-            _add_note(client, own, f"Upstream: {_stage_of(other)}, {_link_to(other)}")
     client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
 
 
@@ -320,17 +313,6 @@ def data_source(address: str) -> tuple[str, dict[str, str]]:
         return "local", {"uri": str(Path(address).absolute())}
     is_http = scheme[1].startswith("http")
     return ("http" if is_http else scheme[1]), {"url" if is_http else "uri": address}
-
-
-def _link_to(run: Any) -> str:
-    return f"[{run.info.run_name}]({page(run)})"
-
-
-def _add_note(client: Any, run: Any, line: str) -> None:
-    """Append a paragraph to the note of a run, once."""
-    note = client.get_run(run.info.run_id).data.tags.get(NOTE, "")
-    if line not in note:
-        client.set_tag(run.info.run_id, NOTE, f"{note}\n\n{line}")
 
 
 def log_model(client: Any, folder: Path, event: Event) -> None:

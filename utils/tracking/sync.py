@@ -4,7 +4,6 @@ metrics.jsonl holds metrics, a JSON object per line: `step`, `time` (seconds sin
 and values by name. mlflow.jsonl, the event log, holds everything else, and which of it was sent.
 """
 
-import csv
 import json
 import sys
 import threading
@@ -121,25 +120,21 @@ def _read_lines(path: Path, parse: Callable[[Any], Event]) -> list[Event]:
 
 def write_table(folder: Path, name: str, columns: dict[str, list[Any]]) -> None:
     """Write `name`.csv, the same as MLflow's JSON, and the images among its values to `name`/."""
+    import pandas
+
     (folder / name).mkdir(parents=True, exist_ok=True)
-    rows, data = [], []
-    for number, row in enumerate(zip(*columns.values(), strict=True)):
-        values, entries = dict(zip(columns, row, strict=True)), list(row)
-        for place, (key, value) in enumerate(values.items()):
-            if isinstance(value, Image.Image):
-                values[key] = f"{name}/{key}-{number:05}.png"
-                value.save(folder / values[key])
-                path = f"{TABLES}/{values[key]}"  # among the artifacts
-                # MLflow's type; its lists show the second path, which may be a thumbnail.
-                entries[place] = {"type": "image", "filepath": path, "compressed_filepath": path}
-        rows.append(values)
-        data.append(entries)
-    with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    content = {"columns": list(columns), "data": data}
-    (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    rows, entries = dict(columns), dict(columns)
+    for key, values in columns.items():
+        if isinstance(values[0], Image.Image):
+            rows[key] = [f"{name}/{key}-{number:05}.png" for number in range(len(values))]
+            for path, image in zip(rows[key], values, strict=True):
+                image.save(folder / path)
+            # MLflow's type; its lists show the second path, which may be a thumbnail.
+            paths = [f"{TABLES}/{path}" for path in rows[key]]  # among the artifacts
+            kinds = ("filepath", "compressed_filepath")
+            entries[key] = [{"type": "image", **dict.fromkeys(kinds, path)} for path in paths]
+    pandas.DataFrame(rows).to_csv(folder / f"{name}.csv", index=False)
+    pandas.DataFrame(entries).to_json(folder / f"{name}.json", orient="split", index=False)
 
 
 def unsent(events: list[Event], run_id: str) -> list[Event]:
