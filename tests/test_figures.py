@@ -104,20 +104,6 @@ def test_the_line_lies_where_all_would_be_alike() -> None:
     assert bottom - rows.mean() == pytest.approx(inner / 4, abs=1)
 
 
-def test_ticks_mark_the_other_shares_in_the_order_of_the_first() -> None:
-    shares, others = torch.tensor([0.2, 0.8, 0.0, 0.0]), torch.tensor([0.4, 0.6, 0.0, 0.0])
-    pixels = np.asarray(figures.bars(shares, others))
-    inner, quarter = figures.SIDE - 2 * figures.MARGIN, figures.SIDE // 4
-    heights = (pixels == figures.INK).all(axis=2).sum(axis=0)
-    assert heights[quarter // 2] == pytest.approx(inner, abs=4)  # the larger one first
-    assert heights[quarter + quarter // 2] == pytest.approx(inner / 4, abs=4)
-    bottom = figures.TOP + figures.SIDE - figures.MARGIN
-    ticks = (pixels == figures.TICK).all(axis=2)
-    for column, share in ((quarter // 2, 0.6), (quarter + quarter // 2, 0.4)):
-        (rows,) = np.nonzero(ticks[:, column])
-        assert rows.tolist() == pytest.approx([bottom - inner * share / 0.8], abs=2)
-
-
 def test_points_lie_where_they_should_and_unused_ones_are_hollow() -> None:
     places = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.0, -1.0]])
     picture = figures.points(places, torch.tensor([0.8, 0.2, 0.0, 0.0]))

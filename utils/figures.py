@@ -12,7 +12,7 @@ MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them fir
 GAP = 1  # pixels between images
 WHITE_ERROR = 0.25  # of the whole range of a pixel
 SIDE, TOP, MARGIN = 512, 32, 12  # of a plot, of its title, around it, in pixels
-INK, PALE, LINE, TICK = (31, 70, 120), (190, 190, 190), (214, 39, 40), (255, 160, 0)
+INK, PALE, LINE = (31, 70, 120), (190, 190, 190), (214, 39, 40)
 MAX_RADIUS = 12  # of a point
 MIN_TOKEN = 28  # of an index over its image
 
@@ -124,34 +124,26 @@ def token_side(indices: Tensor) -> int:
     return max(MIN_TOKEN, MIN_SIDE // max(indices.shape))
 
 
-def bars(shares: Tensor, others: Tensor | None = None) -> Image.Image:
+def bars(shares: Tensor) -> Image.Image:
     """Shares (K,) of a whole as bars from left to right, with a line at the uniform share.
 
-    With `others` (K,), in descending order of the shares, and a tick at each of the others. Where
-    there are more bars than pixels, a column shows the largest of its shares.
+    Where there are more bars than pixels, a column shows the largest of its shares.
     """
     used, uniform = int((shares > 0).sum()), 1 / len(shares)
     picture = _empty(
         f"{used:,} of {len(shares):,} in use, largest share {float(shares.max()):.2%}; "
         f"line: uniform, {uniform:.2%}"
     )
-    drawn = [one.float().cpu() for one in (shares, others) if one is not None]
-    if others is not None:
-        drawn = [one[drawn[0].argsort(descending=True)] for one in drawn]
     side = SIDE - 2 * MARGIN
     count = min(side, len(shares))
-    scale = side / max(uniform, *(float(one.max()) for one in drawn))
+    scale = side / max(uniform, float(shares.max()))
     column = torch.arange(side) * count // side  # number of the bar at each pixel
-    heights = [
-        (F.adaptive_max_pool1d(one[None], count)[0] * scale).round()[column] for one in drawn
-    ]
+    heights = F.adaptive_max_pool1d(shares.float().cpu()[None], count)[0] * scale
     height = torch.arange(side, 0, -1)[:, None]  # of each row of pixels
     gap = F.pad(column.diff() > 0, (0, 1)) & (side // count > 3)  # between wide bars
-    masks = [((height <= heights[0]) & ~gap, INK), (height == round(uniform * scale), LINE)]
-    masks += [((height == level) & ~gap, TICK) for level in heights[1:]]
     pixels = torch.full((side, side, 3), 255, dtype=torch.uint8)
-    for mask, colour in masks:
-        pixels[mask.expand(side, side)] = torch.tensor(colour, dtype=torch.uint8)
+    pixels[(height <= heights.round()[column]) & ~gap] = torch.tensor(INK, dtype=torch.uint8)
+    pixels[-max(1, round(uniform * scale))] = torch.tensor(LINE, dtype=torch.uint8)
     picture.paste(Image.fromarray(pixels.numpy()), (MARGIN, TOP + MARGIN))
     return picture
 

@@ -6,25 +6,15 @@ from typing import Any
 
 import torch
 
+from utils import files
 from utils.addresses import fetch
 from utils.cli import UserError, one_line
-from utils.files import (
-    JSON_BYTES,
-    Files,
-    check_links,
-    check_size,
-    intact_folder,
-    read_json,
-    sha256,
-    typed,
-    verify,
-)
 from utils.provenance import CONFIG, LoadedModel, Provenance
 
 WEIGHTS, PROVENANCE = "model.safetensors", "provenance.json"
 
 
-def model_files(model: Any, provenance: Provenance) -> Files:
+def model_files(model: Any, provenance: Provenance) -> files.Files:
     """The files of a model folder, for `write_folder`."""
     config, weights = model.pretrained_config(), model.pretrained_state()
     return {CONFIG: config, WEIGHTS: weights, PROVENANCE: asdict(provenance)}
@@ -32,7 +22,7 @@ def model_files(model: Any, provenance: Provenance) -> Files:
 
 def find_model_folder(path: Path) -> Path:
     """`path` itself, or `best` in it if it is the output folder of a training."""
-    for folder in (path, intact_folder(path / "best")):
+    for folder in (path, files.intact_folder(path / "best")):
         if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
             return folder
     if not path.exists():
@@ -51,21 +41,21 @@ def load_model(
     A UserError for no model folder, another kind of model, or damaged files.
     """
     folder = find_model_folder(fetch(str(address)))
-    check_links(folder)
-    check_size(folder / CONFIG, JSON_BYTES)
+    files.check_links(folder)
+    files.check_size(folder / CONFIG, files.JSON_BYTES)
     for name in (CONFIG, WEIGHTS, PROVENANCE):
-        verify(folder / name)
+        files.verify(folder / name)
     try:
         model = model_class.from_pretrained(folder, device)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {folder}: {one_line(error, limit=400)}") from error
-    return LoadedModel(model, sha256(folder / WEIGHTS), folder, read_provenance(folder))
+    return LoadedModel(model, files.sha256(folder / WEIGHTS), folder, read_provenance(folder))
 
 
 def read_provenance(folder: Path) -> Provenance:
     """Where the model of a model folder comes from, as far as it is recorded."""
     path = folder / PROVENANCE
     try:
-        return typed(Provenance, read_json(path) if path.is_file() else {})
+        return files.typed(Provenance, files.read_json(path) if path.is_file() else {})
     except UserError as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.evaluation.features import Features, label_agreement
-from utils.evaluation.metrics import (
-    POSITIVE,
-    Estimate,
-    Weights,
-    estimate,
-    frechet_distance,
-    mean,
-)
+from utils.evaluation.metrics import POSITIVE, Estimate, Weights, estimate, frechet_distance, mean
 
 CHUNK = 2048  # rows of a kernel matrix at a time
 QUERIES, REFERENCES = 2048, 8192  # rows of a block of distances

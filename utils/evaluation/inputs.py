@@ -101,36 +101,30 @@ def read_real(
 
 
 def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Samples:
-    """The samples of --images, or of --indexes_path and their tokenizer."""
+    """The samples of --images, a CSV or what images_from_indexes.py wrote, or of --indexes_path.
+
+    Indices are decoded by their tokenizer when they are needed.
+    """
     if bool(flags.images) == bool(flags.indexes_path):
         raise UserError("give the samples by either --images or --indexes_path")
     if flags.images:
-        return _read_pictures(flags, tokenizer and tokenizer.model.config.in_channels)
+        path = Path(flags.images)
+        table = path / LIST if path.is_dir() else path
+        if not table.is_file():
+            takes = "--images takes a folder of images_from_indexes.py, or a CSV"
+            raise UserError(f"no images at {path}; {takes}")
+        channels = tokenizer and tokenizer.model.config.in_channels
+        images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
+        place = table.parent if table.name == LIST else table
+        sha256 = hashlib.sha256()
+        for file in images.files:
+            sha256.update(Path(file).read_bytes())
+        known = provenance.of_picture(place / GRID) if (place / GRID).is_file() else ((),)
+        return Samples(images, place, sha256.hexdigest(), *known)
     if flags.image_size:
         raise UserError("--image_size cannot be combined with --indexes_path; leave it out")
     if tokenizer is None:
         raise UserError("--indexes_path needs the tokenizer of the indices; add --model_dir")
-    return _read_grids(flags, tokenizer)
-
-
-def _read_pictures(flags: argparse.Namespace, channels: int | None) -> Samples:
-    """A folder of images_from_indexes.py, its images.csv, or any CSV of images."""
-    path = Path(flags.images)
-    table = path / LIST if path.is_dir() else path
-    if not table.is_file():
-        takes = "--images takes a folder of images_from_indexes.py, or a CSV"
-        raise UserError(f"no images at {path}; {takes}")
-    images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
-    place = table.parent if table.name == LIST else table
-    sha256 = hashlib.sha256()
-    for file in images.files:
-        sha256.update(Path(file).read_bytes())
-    known = provenance.of_picture(place / GRID) if (place / GRID).is_file() else ((),)
-    return Samples(images, place, sha256.hexdigest(), *known)
-
-
-def _read_grids(flags: argparse.Namespace, tokenizer: LoadedModel) -> Samples:
-    """Indices, which are decoded when they are needed."""
     address, config = flags.indexes_path, tokenizer.model.config
     path = addresses.fetch(address)
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)

@@ -21,15 +21,7 @@ from utils.cli import first_few
 from utils.data.images import ImageDataset
 from utils.data.sources import Row, digest
 from utils.evaluation import distances, features, metrics
-from utils.evaluation.features import (
-    DecodedImages,
-    FeatureNetwork,
-    Features,
-    Images,
-    ImageSet,
-    Settings,
-    extract_features,
-)
+from utils.evaluation.features import DecodedImages, ImageSet, Settings, extract_features
 from utils.evaluation.inputs import RealImages
 from utils.evaluation.metrics import POSITIVE, Estimate, ImageMetric
 
@@ -127,7 +119,7 @@ def report_reconstructions(
     tokenizer: Any,
     dataset: ImageDataset,
     table: Mapping[str, ImageMetric],
-    network: FeatureNetwork | None,
+    network: features.FeatureNetwork | None,
     training: ImageDataset | None,
     settings: Settings,
 ) -> Record:
@@ -136,26 +128,32 @@ def report_reconstructions(
     Pairs are compared by the metrics of `table`, the sets in `network`, or in a classifier that is
     trained on `training`; if that is another data set, reconstructions are classified as well.
     """
-    grids, errors = measure_reconstructions(tokenizer, dataset, table, settings)
+    config, encoded = tokenizer.config, []
+    parts: dict[str, list[Tensor]] = {name: [] for name in table}
+    for images in ImageSet.whole(dataset).batches(settings, "reconstructions"):
+        with torch.inference_mode():
+            indices = tokenizer.encode(images)
+            made = tokenizer.decode(indices)
+            encoded.append(indices.to("cpu", torch.int32))
+            for name, metric in table.items():
+                parts[name].append(metric(images, made).cpu())
+    grids, errors = torch.cat(encoded), {name: torch.cat(part) for name, part in parts.items()}
     weights = metrics.resample(len(dataset), settings.seed)
     found = metrics.mean_errors(errors, weights, table)
-    config = tokenizer.config
     tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
     bits = math.log2(config.codebook_size) * tokens_per_pixel
     found["bits_per_pixel"] = Estimate(bits, 0.0)
     counts = metrics.index_counts(grids, config.codebook_size, config.depth, weights)
     found |= metrics.code_estimates(counts, tokens_per_pixel)
-    decoded = DecodedImages(grids, dataset.rows, tokenizer)
-    whole = ImageSet.whole(dataset), ImageSet.whole(decoded)
-    sets = dict(zip(("originals", "reconstructions"), whole, strict=True))
+    decoded = ImageSet.whole(DecodedImages(grids, dataset.rows, tokenizer))
+    sets = {"originals": ImageSet.whole(dataset), "reconstructions": decoded}
     protocol: dict[str, Any] = {"images": len(dataset)}
     if training is not None:
         known = ImageSet.whole(training)
         network = features.train_classifier(known, str(training.path), settings)
     if network is not None:
         protocol |= network.protocol
-        parts = (extract_features(network, part, settings, x) for x, part in sets.items())
-        real, made = parts
+        real, made = (extract_features(network, x, settings, name) for name, x in sets.items())
         targets = None
         if training not in (None, dataset):  # the images are new to the classifier
             targets = features.class_targets(network, dataset.rows, str(dataset.path))
@@ -176,29 +174,10 @@ def report_reconstructions(
     return Record(found, protocol, _columns(dataset.rows) | columns, pictures)
 
 
-@torch.inference_mode()
-def measure_reconstructions(
-    tokenizer: Any,
-    dataset: ImageDataset,
-    table: Mapping[str, ImageMetric],
-    settings: Settings,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Indices (N, h, w[, depth]), int32, and the metrics (N,) of each image, on the CPU."""
-    grids: list[Tensor] = []
-    errors: dict[str, list[Tensor]] = {name: [] for name in table}
-    for images in ImageSet.whole(dataset).batches(settings, "reconstructions"):
-        indices = tokenizer.encode(images)
-        decoded = tokenizer.decode(indices)
-        grids.append(indices.to("cpu", torch.int32))
-        for name, metric in table.items():
-            errors[name].append(metric(images, decoded).cpu())
-    return torch.cat(grids), {name: torch.cat(part) for name, part in errors.items()}
-
-
 def report_samples(
-    network: FeatureNetwork | None,
+    network: features.FeatureNetwork | None,
     real: RealImages,
-    samples: Images,
+    samples: features.Images,
     tokenizer: Any,
     settings: Settings,
 ) -> Record:
@@ -227,7 +206,7 @@ def report_samples(
     targets = features.class_targets(network, held_out.rows, "the images held out")
     features.check_network(network, reference, targets)
     found: dict[str, Estimate] = {}
-    seen: dict[str, Features] = {}
+    seen: dict[str, features.Features] = {}
     for (prefix, part), own in zip(sets.items(), own_weights, strict=True):
         what, labels = SETS[prefix] or "samples", [row.label for row in part.rows]
         images = seen[prefix] = extract_features(network, part, settings, what)
@@ -268,8 +247,6 @@ def report_samples(
         real_counts, *counts = (metrics.index_counts(x, size, depth, own) for x, own in owned)
         for prefix, other in zip(("", "real_"), counts, strict=True):
             found[f"{prefix}token_divergence"] = metrics.token_divergence(real_counts, other)
-        shares = (x[0] / x[0].sum() for x in (real_counts, counts[0]))
-        pictures["token_frequencies"] = figures.bars(*shares)
     protocol = {
         "images": count,
         "training_images": len(real.train.row_numbers),
