@@ -55,8 +55,7 @@ class VQVAEConfig:
     def create(cls, **values: Any) -> Self:
         """A config from flat settings: of the network, and options of its quantizer.
 
-        Raises:
-            ValueError: a name is unknown or has no effect, or a value has another type or range.
+        A ValueError if a name is unknown or has no effect, or a value has another type or range.
         """
         quantizer = values.get("quantizer", cls.quantizer)
         if quantizer not in tuple(QUANTIZERS):
@@ -84,8 +83,7 @@ class VQVAEConfig:
     def from_json(cls, values: dict[str, Any]) -> Self:
         """The config that config.json holds.
 
-        Raises:
-            ValueError: it holds another model, of a newer format, or other settings.
+        A ValueError if it holds another model, of a newer format, or other settings.
         """
         model, version = values.pop("model", None), values.pop("format_version", 1)
         if model != "VQVAE":

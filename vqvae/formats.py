@@ -150,8 +150,7 @@ def import_weights(
         image_size: height and width, which do not show in the weights.
         settings: of its config file: those of `NOT_IN_WEIGHTS` are used, the others must agree.
 
-    Raises:
-        ValueError: another network, missing or unknown keys, or settings that contradict weights.
+    A ValueError for another network, missing or unknown keys, or settings that contradict weights.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():
@@ -231,8 +230,7 @@ def infer_settings(
 def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     """The weights of a `VQVAE` under another project's keys.
 
-    Raises:
-        ValueError: the other project has no such network.
+    A ValueError if the other project has no such network.
     """
     layout, config = FORMATS[project], model.config
     last = len(config.channel_multipliers) - 1

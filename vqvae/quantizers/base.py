@@ -43,8 +43,7 @@ def check_fields(config: Any) -> None:
 
     Numbers with a fraction are weights and thresholds: finite and not negative.
 
-    Raises:
-        ValueError: a value has another type, or is not within `min`, `max` or `choices`.
+    A ValueError if a value has another type, or is not within `min`, `max` or `choices`.
     """
     hints = get_type_hints(type(config))
     for each in fields(config):

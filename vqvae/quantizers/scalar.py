@@ -123,7 +123,6 @@ class LookupFreeQuantizer(Quantizer):
     Options = LFQOptions
     SCALE = 1 / 32
     GROUP = 9  # bits
-    SOFTNESS = 1.0  # of the assignment of a vector to corners by squared distance
 
     def __init__(self, options: LFQOptions) -> None:
         super().__init__(options)
@@ -150,5 +149,5 @@ class LookupFreeQuantizer(Quantizer):
             bits = torch.arange(group.shape[1], device=group.device)
             corners = torch.arange(2 ** len(bits), device=group.device)[:, None] >> bits & 1
             # -|v - c|^2 is 2 v.c plus a term that is equal for all corners.
-            parts.append(2 / self.SOFTNESS * group @ (2.0 * corners - 1).T.to(group))
+            parts.append(2 * group @ (2.0 * corners - 1).T.to(group))
         return parts

@@ -123,8 +123,7 @@ class IBQOptions(CodebookOptions):
 
     def __post_init__(self) -> None:
         if self.entropy_weight is None:  # longer codes win more inner products without this term
-            weight = 0.2 if self.similarity == "inner_product" else 0.0
-            object.__setattr__(self, "entropy_weight", weight)
+            self.derive(entropy_weight=0.2 if self.similarity == "inner_product" else 0.0)
         super().__post_init__()
 
 
