@@ -135,8 +135,8 @@ def report_reconstructions(
             indices = tokenizer.encode(images)
             made = tokenizer.decode(indices)
             encoded.append(indices.to("cpu", torch.int32))
-            for name, metric in table.items():
-                parts[name].append(metric(images, made).cpu())
+            for name, compute in table.items():
+                parts[name].append(compute(images, made).cpu())
     grids, errors = torch.cat(encoded), {name: torch.cat(part) for name, part in parts.items()}
     weights = metrics.resample(len(dataset), settings.seed)
     found = metrics.mean_errors(errors, weights, table)
