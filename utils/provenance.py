@@ -83,6 +83,28 @@ def joined(*lineages: Lineage) -> Lineage:
     return tuple({(s.name, s.command, s.sha256): s for one in lineages for s in one}.values())
 
 
+def producer(digest: str, before: Lineage) -> int | None:
+    """The number of the stage, among those before, whose output has this SHA-256."""
+    return next((n for n, stage in enumerate(before) if stage.sha256 == digest), None)
+
+
+def describe(lineage: Lineage) -> str:
+    """The stages in order, as text: their commands, inputs and outputs, and code."""
+    lines = []
+    for number, stage in enumerate(lineage):
+        lines.append(f"\n{number + 1}  {stage.name}" + f"  run {stage.run_id}" * bool(stage.run_id))
+        lines.append(f"   $ {stage.command}")
+        for path, digest in stage.inputs.items():
+            made = producer(digest, lineage[:number])
+            origin = "" if made is None else f"  (of {made + 1})"
+            lines.append(f"   read   {digest[:12]}  {path}{origin}")
+        lines.append(f"   wrote  {stage.sha256[:12] or 'pictures'}")
+        code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
+        processes = f", {stage.processes} processes" * (stage.processes > 1)
+        lines.append(f"   by     {code}, PyTorch {stage.torch}, {stage.threads} threads{processes}")
+    return "\n".join(lines)
+
+
 def to_json(lineage: Lineage, indent: int | None = None) -> str:
     """The text that `from_json` reads."""
     return json.dumps([asdict(stage) for stage in lineage], indent=indent)

@@ -17,7 +17,7 @@ from utils.cli import UserError
 from utils.data import indices
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
-from utils.provenance import LINEAGE, Lineage, Stage, from_json, git_commit, of_picture
+from utils.provenance import LINEAGE, Lineage, Stage, describe, from_json, of_picture, producer
 
 # Flags of a command that a rerun drops: where it wrote, and to which run.
 DROPPED = ("--output_dir", "--resume", "--run_id", "--run_name", "--register")
@@ -62,26 +62,6 @@ def digest_of(path: Path) -> str:
     if path.is_file() or (path / indices.META).is_file():
         return indices.digest(path)
     return sha256(find_model_folder(path) / WEIGHTS)
-
-
-def producer(digest: str, before: Lineage) -> int | None:
-    """The number of the stage, among those before, whose output has this SHA-256."""
-    return next((n for n, stage in enumerate(before) if stage.sha256 == digest), None)
-
-
-def show(lineage: Lineage) -> None:
-    """Print the stages in order: their inputs and outputs, commands and code."""
-    for number, stage in enumerate(lineage):
-        print(f"\n{number + 1}  {stage.name}" + f"  run {stage.run_id}" * bool(stage.run_id))
-        print(f"   $ {stage.command}")
-        for path, digest in stage.inputs.items():
-            made = producer(digest, lineage[:number])
-            origin = "" if made is None else f"  (of {made + 1})"
-            print(f"   read   {digest[:12]}  {path}{origin}")
-        print(f"   wrote  {stage.sha256[:12] or 'pictures'}")
-        code = f"commit {stage.commit[:12]}{stage.commit[40:]}" if stage.commit else "no commit"
-        print(f"   by     {code}, PyTorch {stage.torch}, {stage.threads} threads", end="")
-        print(f", {stage.processes} processes" * (stage.processes > 1))
 
 
 def check_inputs(lineage: Lineage) -> None:
@@ -133,9 +113,9 @@ def rerun(lineage: Lineage, folder: Path) -> bool:
     check_inputs(lineage)
     if folder.exists():
         raise UserError(f"{folder} exists already; name a new folder")
-    commits = {stage.commit for stage in lineage}
-    if commits != {git_commit()}:
-        print(f"note: made by commit {', '.join(map(str, commits))}; this is {git_commit()}")
+    commits, here = {stage.commit for stage in lineage}, provenance.git_commit()
+    if commits != {here}:
+        print(f"note: made by commit {', '.join(map(str, commits))}; this is {here}")
     all_same = True
     for number, stage in enumerate(lineage):
         words = rerun_command(stage, lineage[:number], folder)
@@ -157,7 +137,7 @@ def rerun(lineage: Lineage, folder: Path) -> bool:
 
 def main(arguments: argparse.Namespace) -> None:
     lineage = find(arguments.what)
-    show(lineage)
+    print(describe(lineage))
     if arguments.rerun and not rerun(lineage, Path(arguments.rerun)):
         sys.exit(1)
 

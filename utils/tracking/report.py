@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 
 from utils import provenance
-from utils.provenance import LINEAGE, Lineage
+from utils.provenance import LINEAGE
 from utils.tracking.sync import read_metrics
 
 FILE = "report.html"
@@ -28,15 +28,14 @@ def write(home: Path) -> Path:
     """
     metrics = series_of(home)
     lineage = provenance.from_json(text_of(home / LINEAGE) or "[]", str(home / LINEAGE))
-    config = html.escape(text_of(home / "config.json"))
     facts = f"{lineage[-1].name} · run {lineage[-1].run_id}" if lineage else ""
     machine = {name: metrics.pop(name) for name in list(metrics) if "system" in metrics[name]}
     parts = [
         summary(metrics),
         cards("<h2>Pictures</h2>", pictures(home)),
         cards("<h2>Curves</h2>", charts(metrics)),
-        commands(lineage),
-        details("Settings", config and f"<pre>{config}</pre>"),
+        preformatted("<h2>How it was made</h2>", provenance.describe(lineage)),
+        details("Settings", preformatted("", text_of(home / "config.json"))),
         details("The machine", cards("", charts(machine))),
     ]
     template = Template(Path(__file__).with_name(FILE).read_text(encoding="utf-8"))
@@ -141,23 +140,12 @@ def chart(title: str, series: Series) -> str:
     )
 
 
-def commands(lineage: Lineage) -> str:
-    """The commands of the lineage, from the data on, with commits and digests."""
-    items = []
-    for stage in lineage:
-        facts = [
-            f"commit {stage.commit[:12]}{stage.commit[40:]}",
-            f"PyTorch {stage.torch}, threads: {stage.threads}",
-            *(f"read {path} ({digest[:12]})" for path, digest in stage.inputs.items()),
-        ]
-        command = html.escape(stage.command.replace(" --", " \\\n    --"))  # one flag a line
-        name, below = html.escape(stage.name), html.escape(" · ".join(facts))
-        items.append(f"<li><strong>{name}</strong><pre>{command}</pre><p>{below}</p></li>")
-    return f"<h2>How it was made</h2><ol>{''.join(items)}</ol>" if items else ""
-
-
 def cards(title: str, parts: list[str]) -> str:
     return f'{title}<div class="cards">{"".join(parts)}</div>' if parts else ""
+
+
+def preformatted(title: str, text: str) -> str:
+    return f"{title}<pre>{html.escape(text.strip())}</pre>" if text else ""
 
 
 def details(title: str, content: str) -> str:
