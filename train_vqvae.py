@@ -156,20 +156,11 @@ def build_model(
 
 
 def build_adversary(
-    config: AdversarialConfig,
-    dataset: ImageDataset,
-    schedule: Schedule,
-    group: Distributed,
-    accumulate: int,
+    config: AdversarialConfig, dataset: ImageDataset, schedule: Schedule, group: Distributed
 ) -> AdversarialLoss | None:
     """The discriminator and its losses, if --disc_weight is above 0."""
     if config.disc_weight == 0:
         return None
-    if config.disc_norm == "batch" and (group.world_size > 1 or accumulate > 1):
-        raise cli.UserError(
-            "--disc_norm batch takes its statistics from the images of one process and one "
-            "micro-batch, so that the result depends on their number; use --disc_norm group"
-        )
     sizes = dataset.channels, dataset.size, schedule.total_steps
     adversary = cli.build_or_error(AdversarialLoss, config, *sizes)
     if config.disc_adaptive_schedule and schedule.evaluate_every > adversary.schedule.ramp:
@@ -307,7 +298,7 @@ def main(arguments: cli.Flags) -> None:
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
     cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
-    adversary = build_adversary(configs.adversarial, dataset, schedule, group, config.accumulate)
+    adversary = build_adversary(configs.adversarial, dataset, schedule, group)
     reset, device = configs.start.reset_codebook_on_collapse, group.device
     monitor = CollapseMonitor(model.quantizer, reset=reset)
     counts = torch.zeros(model.config.num_codes, device=device)  # of codes since the last log

@@ -1,6 +1,5 @@
 """Adversarial loss of the tokenizer: PatchGAN, adaptive weight, R1, and their schedule."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -11,12 +10,6 @@ from torch import Tensor, nn
 
 from vqvae.quantizers.base import all_reduce_mean, check_fields, option
 
-# Layer by width, for the discriminator's inner layers.
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "group": lambda width: nn.GroupNorm(gcd(width, 8), width),
-    "none": lambda width: nn.Identity(),
-    "batch": nn.BatchNorm2d,
-}
 ADAPTIVE = "disc_adaptive_schedule"
 
 
@@ -38,7 +31,6 @@ class AdversarialConfig:
     disc_bound: float = _part(0.1, "tolerated rise of the error, a fraction", ADAPTIVE)
     disc_adaptive_max: float = _part(1e4, "maximum of the adaptive weight; 0: none")
     disc_learning_rate: float = _part(2e-4, "learning rate of the discriminator")
-    disc_norm: str = _part("group", "normalisation; PatchGAN: batch", choices=tuple(NORMS))
     disc_augment: bool = _part(False, "DiffAugment, for small data sets")
     disc_channels: int = _part(64, "width of the discriminator", min=1)
     disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
@@ -49,8 +41,6 @@ class AdversarialConfig:
         warmup = self.disc_warmup if self.disc_adaptive_schedule else 0.0
         if self.disc_start + warmup >= 1:
             raise ValueError("disc_start plus disc_warmup must be below 1")
-        if self.r1_weight > 0 and self.disc_norm == "batch":
-            raise ValueError("r1_weight cannot be combined with disc_norm batch")
 
 
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
@@ -152,14 +142,15 @@ class DiscriminatorSchedule:
 class PatchDiscriminator(nn.Module):
     """PatchGAN (arXiv 1611.07004): images (B, C, H, W) -> a logit for each patch (B, 1, h', w').
 
-    4x4 convolutions, `disc_layers` of stride 2 and two of stride 1, with `NORMS` between them.
+    4x4 convolutions, `disc_layers` of stride 2 and two of stride 1. GroupNorm between them, in
+    place of BatchNorm: a logit depends on its own image only, in any batch and with R1.
     """
 
     def __init__(
         self, config: AdversarialConfig, in_channels: int, image_size: tuple[int, int]
     ) -> None:
         super().__init__()
-        layers, norm = config.disc_layers, config.disc_norm
+        layers = config.disc_layers
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
             raise ValueError(
                 f"disc_layers {layers} need images of {3 << layers} pixels or more; "
@@ -170,17 +161,13 @@ class PatchDiscriminator(nn.Module):
         for layer in range(1, layers + 1):
             before, width = width, config.disc_channels * min(2**layer, 8)
             stride = 2 if layer < layers else 1
-            conv = nn.Conv2d(before, width, 4, stride, padding=1, bias=norm == "none")
-            parts += [nn.LeakyReLU(0.2), conv, NORMS[norm](width)]
+            conv = nn.Conv2d(before, width, 4, stride, padding=1, bias=False)
+            parts += [nn.LeakyReLU(0.2), conv, nn.GroupNorm(gcd(width, 8), width)]
         parts += [nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4, padding=1)]
         self.layers = nn.Sequential(*parts)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d) and norm == "none":
-                nn.init.kaiming_normal_(module.weight, a=0.2)
-            elif isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.BatchNorm2d):
-                nn.init.normal_(module.weight, mean=1.0, std=0.02)
+        for conv in parts:
+            if isinstance(conv, nn.Conv2d):
+                nn.init.normal_(conv.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)

@@ -13,7 +13,6 @@ import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TextIO
 
 import torch
@@ -232,12 +231,7 @@ class Checkpointer(AbstractContextManager):
             staging.write_text(json.dumps(content, indent=2) + "\n")
             staging.replace(self._home / STATUS)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._is_main:
             self._note_end(error)
         if self._lock:
