@@ -133,9 +133,7 @@ def image_metrics(images: Tensor, others: Tensor) -> dict[str, Tensor]:
 
 
 def mean_errors(
-    errors: Mapping[str, Tensor],
-    weights: Tensor,
-    table: Mapping[str, ImageMetric] = IMAGE_METRICS,
+    errors: Mapping[str, Tensor], weights: Tensor, table: Mapping[str, ImageMetric] = IMAGE_METRICS
 ) -> dict[str, Estimate]:
     """The mean of each image metric (N,), and the PSNR of the mean squared error in dB."""
     means = {name: mean(x, weights, table[name].bounds) for name, x in errors.items()}
