@@ -187,8 +187,8 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     owner = f"process {os.getpid()} on {socket.gethostname()} is writing to {tmp_path}"
     with pytest.raises(cli.UserError, match=owner):
         lock_folder(tmp_path)
-    lock.close()
-    lock_folder(tmp_path).close()
+    lock.release()
+    lock_folder(tmp_path).release()
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
@@ -200,14 +200,14 @@ def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
         with pytest.raises(cli.UserError, match=f"process {other.pid} on "):
             lock_folder(tmp_path)
         other.kill()
-    lock_folder(tmp_path).close()
+    lock_folder(tmp_path).release()
 
 
 def test_a_second_training_in_a_folder_is_refused(store: Any) -> None:
     write_indices()
     with lock_folder(Path("a")), pytest.raises(cli.UserError, match="is writing to a; wait"):
         run_train(f"--path_to_data indices.txt {SMALL} --batch_size 8 --output_dir a")
-    assert [path.name for path in Path("a").iterdir()] == ["lock"]
+    assert [path.name for path in sorted(Path("a").iterdir())] == ["lock", "owner"]
 
 
 def test_images_can_be_left_out_of_a_training_that_has_begun(

@@ -1,31 +1,29 @@
 """Files and folders: checked before they are read, written completely or not at all, verified."""
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
 import stat
-import time
 import types
 import typing
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import psutil
 import safetensors
 import safetensors.torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from utils.cli import UserError, check_writable, one_line
 
 CHECKSUMS = "sha256.json"
-LOCK = "lock"  # in an output folder: the host and the number of the process that writes to it
-LOCK_SECONDS = 10  # that a killed process may take to let go of it
+LOCK, OWNER = "lock", "owner"  # in an output folder, and which process on which host writes to it
+LOCK_SECONDS = 5  # that a killed process may take to let go of it
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 JSON_BYTES = 64 << 20
 TABLE_BYTES = 4 << 30  # of a CSV, a manifest or a text file of indices
@@ -102,37 +100,23 @@ def discard(folder: Path) -> None:
     shutil.rmtree(gone)
 
 
-def lock_folder(folder: Path) -> TextIO:
-    """Become the only writer of a folder, until the returned file is closed or the process ends.
+def lock_folder(folder: Path) -> FileLock:
+    """Become the only writer of a folder, until the lock is released or the process ends.
 
     The system releases the lock of a process that is gone, so that none is ever stale. A UserError
     that names the host and the process if there is another writer.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK).open("a+")
-    for _ in range(LOCK_SECONDS * 10):
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            file.seek(0)
-            host, _, number = file.read().strip().partition(" ")
-            here = host == socket.gethostname()
-            if here and number.isdecimal() and not psutil.pid_exists(int(number)):
-                time.sleep(0.1)  # of a process that was killed, whose workers are about to end
-                continue
-            file.close()
-            raise UserError(
-                f"process {number or '?'} on {host or 'another host'} is writing to {folder}; wait "
-                "for its end, or choose another --output_dir"
-            ) from None
-        except OSError:
-            break  # a file system without locks
-    file.seek(0)
-    file.truncate()
-    file.write(f"{socket.gethostname()} {os.getpid()}\n")
-    file.flush()
-    return file
+    lock, owner = FileLock(folder / LOCK), folder / OWNER
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout as error:
+        who = owner.read_text() if owner.is_file() else "another process"
+        raise UserError(
+            f"{who} is writing to {folder}; wait for its end, or choose another --output_dir"
+        ) from error
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return lock
 
 
 def check_unused(folder: Path, ours: str = "") -> None:

@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -160,7 +160,7 @@ class Checkpointer(AbstractContextManager):
         provenance: Provenance,
         resumed: Path | None,
         extra_files: Files | None = None,
-        lock: TextIO | None = None,
+        lock: FileLock | None = None,
     ) -> None:
         """Remove what a crash left behind, and rename checkpoints after `resumed` to *.abandoned.
 
@@ -235,7 +235,7 @@ class Checkpointer(AbstractContextManager):
         if self._is_main:
             self._note_end(error)
         if self._lock:
-            self._lock.close()
+            self._lock.release()
 
     def _note_end(self, error: BaseException | None) -> None:
         if error is None:
