@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 MIN_SIDE = 512  # MLflow shows pictures small and smooths them: enlarge them first
@@ -33,9 +33,7 @@ def to_pil(image: Tensor) -> Image.Image:
 def enlarge(picture: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:
     """The picture enlarged by a whole factor, pixels sharp, until its sides reach `min_side`."""
     factor = max(1, math.ceil(min_side / max(picture.size)))
-    return picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
+    return ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
 
 
 def grid(images: Tensor, columns: int | None = None) -> Image.Image:
