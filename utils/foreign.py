@@ -17,19 +17,12 @@ PREFERRED = ("ema", "first_stage_model")  # of several state dicts, in this orde
 
 
 class StateDict(NamedTuple):
-    """A state dict in a checkpoint.
+    """A state dict in a checkpoint."""
 
-    Attributes:
-        tensors: by name, without the wrapper.
-        wrapper: what stood before their names: keys of outer dicts and modules, joined by dots.
-        others: wrappers of other state dicts of the same kind, which were not read.
-        ignored: everything else in the checkpoint, by its name there.
-    """
-
-    tensors: dict[str, Tensor]
-    wrapper: str
-    others: list[str]
-    ignored: list[str]
+    tensors: dict[str, Tensor]  # by name, without the wrapper
+    wrapper: str  # what stood before their names: keys of outer dicts and modules, joined by dots
+    others: list[str]  # wrappers of other state dicts of the same kind, which were not read
+    ignored: list[str]  # everything else in the checkpoint, by its name there
 
 
 def read_state_dict(path: str | Path, marker: str) -> StateDict:

@@ -174,9 +174,6 @@ class Sender(threading.Thread):
     """Sends events in the background. What fails is sent again after the others.
 
     Metrics that wait are sent together. If some of them are refused, the others still arrive.
-
-    Attributes:
-        refused: the kinds of the events that MLflow refused for good.
     """
 
     def __init__(
@@ -188,7 +185,7 @@ class Sender(threading.Thread):
         self._events: deque[Event] = deque()
         self._changed = threading.Condition()
         self._is_closing, self._is_stopped, self._success = False, False, time.monotonic()
-        self.refused: Counter[str] = Counter()
+        self.refused: Counter[str] = Counter()  # the kinds of events that MLflow refused for good
         self.start()
 
     def put(self, *events: Event) -> None:

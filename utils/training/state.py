@@ -78,24 +78,16 @@ class StopSignals(AbstractContextManager):
 
 @dataclass
 class Progress:
-    """Where a training stands.
+    """Where a training stands."""
 
-    Attributes:
-        step, epoch: done; offset: batches of the current epoch done.
-        best: the best validation score so far (lower is better); best_halfway: in the first half.
-        evaluations_without_improvement: since then.
-        skipped: batches without an update, because a number was NaN or infinite.
-        run_id: the MLflow run.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    offset: int = 0
-    best: float = math.inf
-    best_halfway: float = math.inf
-    evaluations_without_improvement: int = 0
-    skipped: int = 0
-    run_id: str = ""
+    step: int = 0  # done
+    epoch: int = 0  # done
+    offset: int = 0  # batches of the current epoch done
+    best: float = math.inf  # the best validation score so far (lower is better)
+    best_halfway: float = math.inf  # in the first half
+    evaluations_without_improvement: int = 0  # since then
+    skipped: int = 0  # batches without an update, because a number was NaN or infinite
+    run_id: str = ""  # the MLflow run
 
     def improved(self, score: float) -> bool:
         """Record a validation score. Is it the best so far? NaN never is."""

@@ -117,17 +117,11 @@ class QuantizerOptions:
 
 
 class Quantized(NamedTuple):
-    """Output of a quantizer for an encoding z_e.
+    """Output of a quantizer for an encoding z_e."""
 
-    Attributes:
-        z_q: (B, D, h, w), bitwise what `embed(indices)` returns; its gradient reaches z_e.
-        indices: (B, h, w), int64 in [0, codebook_size); (B, h, w, depth) where depth > 1.
-        losses: scalars by name, already weighted; the training loss adds them up.
-    """
-
-    z_q: Tensor
-    indices: Tensor
-    losses: dict[str, Tensor]
+    z_q: Tensor  # (B, D, h, w), bitwise what `embed(indices)` returns; its gradient reaches z_e
+    indices: Tensor  # (B, h, w), int64 in [0, codebook_size); (B, h, w, depth) where depth > 1
+    losses: dict[str, Tensor]  # scalars by name, already weighted; the training loss adds them up
 
 
 class Quantizer(nn.Module):
@@ -139,15 +133,11 @@ class Quantizer(nn.Module):
     A training calls `end_step()` once per optimiser step, after its forward passes. Where these are
     several (micro-batches), or of several processes, what a quantizer learns from its vectors is
     what it learns from the global batch in one pass; see `begin_step`.
-
-    Attributes:
-        Options: the dataclass of its settings.
-        supports_reset: whether `reset_codebook()` reinitialises the codes from the next batch.
-        uncompiled: methods with collectives and data-dependent shapes, not to be compiled.
     """
 
-    Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions
-    supports_reset: ClassVar[bool] = False
+    Options: ClassVar[type[QuantizerOptions]] = QuantizerOptions  # the dataclass of its settings
+    supports_reset: ClassVar[bool] = False  # by `reset_codebook()`
+    # Methods with collectives and data-dependent shapes, not to be compiled.
     uncompiled: ClassVar[tuple[str, ...]] = ("batch_mean",)
 
     def __init__(self, options: QuantizerOptions) -> None:
