@@ -123,9 +123,7 @@ def check_unused(folder: Path, ours: str = "") -> None:
     """A UserError if `folder` cannot be written, or is not empty and without the file `ours`."""
     check_writable(folder)
     if folder.exists() and any(folder.iterdir()) and not (ours and (folder / ours).is_file()):
-        raise UserError(
-            f"{folder} exists and is not empty; choose another --output_dir, or move it away"
-        )
+        raise UserError(f"{folder} exists and is not empty; name another --output_dir, or move it")
 
 
 def flush(path: Path) -> None:

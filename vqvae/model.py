@@ -114,12 +114,9 @@ class Level(nn.Module):
 def middle(config: VQVAEConfig) -> nn.Sequential:
     """Layers at the lowest resolution: residual blocks, attention after the first."""
     width = config.widths[-1]
-    layers: list[nn.Module] = [
-        ResidualBlock(config, width, width) for _ in range(config.mid_blocks)
-    ]
-    if config.mid_attention:
-        layers.insert(1, Attention(config, width))
-    return nn.Sequential(*layers)
+    first, *rest = [ResidualBlock(config, width, width) for _ in range(config.mid_blocks)]
+    attention = [Attention(config, width)] if config.mid_attention else []
+    return nn.Sequential(first, *attention, *rest)
 
 
 class Encoder(nn.Module):

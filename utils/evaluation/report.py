@@ -61,11 +61,7 @@ class Record:
             prefix = next(one for one in SETS if key.startswith(one))
             column = columns.setdefault(SETS[prefix] or kind, {})
             column[key.removeprefix(prefix)] = f"{value:.5g} ({low:.4g} to {high:.4g})"
-        content = {
-            "metrics": values,
-            "protocol": dict(self.protocol),
-            "made_by": cli.command_line(),
-        }
+        content = {"metrics": values, "protocol": {**self.protocol}, "made_by": cli.command_line()}
         files = [folder / f"{kind}.json", folder / f"{kind}.csv"]
         files[0].write_text(json.dumps(content, indent=2) + "\n")
         table = pandas.DataFrame(self.rows)
@@ -191,9 +187,8 @@ def report_samples(
     smaller = min(len(samples), len(real.held_out.row_numbers))
     train, others = features.reserve(real.train, smaller, seed)
     count = len(train.row_numbers)
-    held_out, sampled = (
-        part.split(count, seed)[0] for part in (real.held_out, ImageSet.whole(samples))
-    )
+    both = real.held_out, ImageSet.whole(samples)
+    held_out, sampled = (part.split(count, seed)[0] for part in both)
     network = network or features.train_classifier(others, "--path_to_data", settings)
     sets = {"": sampled}  # by the prefix of the names of their metrics
     if tokenizer is not None:

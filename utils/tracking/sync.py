@@ -89,10 +89,8 @@ def read_metrics(folder: Path) -> list[Event]:
     """All lines of metrics.jsonl but damaged ones; none before anything was logged."""
 
     def parse(line: dict[str, Any]) -> Event:
-        known: dict[str, Any] = {
-            key: line.pop(key) for key in ("step", "time", "run_id") if key in line
-        }
-        return typed(Event, {**known, "values": line})
+        known = {key: line.pop(key) for key in ("step", "time", "run_id") if key in line}
+        return typed(Event, known | {"values": line})
 
     return _read_lines(folder / METRICS, parse)
 
