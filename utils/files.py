@@ -196,8 +196,7 @@ def check_links(folder: Path) -> None:
         target = os.path.realpath(path)
         if path.is_symlink() and not target.startswith(home + os.sep):
             raise UserError(
-                f"{path} is a link that leads out of its folder, to {target}; put the file itself "
-                "there"
+                f"{path} is a link that leads out of its folder, to {target}; put the file there"
             )
 
 
