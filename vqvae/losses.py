@@ -123,5 +123,6 @@ def load_backbone(module: nn.Module, network: str, path: str) -> None:
         line = " ".join(str(error).split())[:150]
         raise OSError(
             f"LPIPS needs the weights of {network}, which {path or 'the download'} does not hold "
-            f"({line}); download {weights.url} and pass its path as lpips_weights, or do without"
+            f"({line}); download {weights.url} and pass its path as lpips_weights, or do without "
+            "LPIPS"
         ) from error
