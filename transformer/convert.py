@@ -69,7 +69,25 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
         for ours, theirs in KEYS.items()
     }
     try:
-        model = GPT(_infer_config(weights, latent_dim, heads, num_layers))
+        codebook_size, dim = weights[CODES].shape
+        heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
+        if heads < 1 or dim % heads:
+            raise ValueError(f"a width of {dim} has no {heads} heads; set their number (num_heads)")
+        config = GPTConfig(
+            codebook_size=codebook_size,
+            num_classes=len(weights[CLASSES]) - 1,
+            latent_dim=latent_dim,
+            num_layers=num_layers,
+            num_heads=heads,
+            num_kv_heads=(len(weights[QKV]) - dim) // (2 * (dim // heads)),
+            dim=dim,
+            hidden_dim=len(weights[GATE]),
+            positions="rotary",
+            rope_base=10000.0,
+            qk_norm=False,
+            blank_prefix=True,
+        )
+        model = GPT(config)
         state = {
             ours: torch.cat([weights[key].float() for key in theirs])
             for ours, theirs in keys.items()
@@ -81,36 +99,12 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
             found = tuple(state[name].shape)
             raise ValueError(f"{' + '.join(keys[name])} must be {tuple(own.shape)}, got {found}")
         if name.endswith("qkv.weight"):
-            state[name] = _rotate_halves(state[name], model.config)
+            state[name] = _rotate_halves(state[name], config)
     unknown = weights.keys() - BUFFERS - {key for group in keys.values() for key in group}
     if unknown:
         raise ValueError(f"the checkpoint has unknown weights: {cli.first_few(sorted(unknown))}")
     model.load_state_dict(state)
     return model.eval()
-
-
-def _infer_config(
-    weights: dict[str, Tensor], latent_dim: tuple[int, int], heads: int, num_layers: int
-) -> GPTConfig:
-    """The sizes of the model that a checkpoint's shapes show."""
-    codebook_size, dim = weights[CODES].shape
-    heads = heads or LLAMAGEN_HEADS.get(dim, dim // 64)
-    if heads < 1 or dim % heads:
-        raise ValueError(f"a width of {dim} has no {heads} heads; set their number (num_heads)")
-    return GPTConfig(
-        codebook_size=codebook_size,
-        num_classes=len(weights[CLASSES]) - 1,
-        latent_dim=latent_dim,
-        num_layers=num_layers,
-        num_heads=heads,
-        num_kv_heads=(len(weights[QKV]) - dim) // (2 * (dim // heads)),
-        dim=dim,
-        hidden_dim=len(weights[GATE]),
-        positions="rotary",
-        rope_base=10000.0,
-        qk_norm=False,
-        blank_prefix=True,
-    )
 
 
 def _rotate_halves(qkv: Tensor, config: GPTConfig) -> Tensor:
