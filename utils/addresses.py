@@ -155,9 +155,3 @@ def has_run(run_id: str) -> bool:
 def output_dir_of(run_id: str) -> Path:
     """The output folder that a training's run was started with; for errors see `find_run`."""
     return Path(find_run(run_id).data.tags.get(OUTPUT_TAG, ""))
-
-
-def has_artifacts(run_id: str, folder: str) -> bool:
-    """Whether an MLflow run has files in a folder of its artifacts."""
-    with store_errors(f"cannot list the artifacts of {run_id}"):
-        return bool(open_client().list_artifacts(run_id, folder))

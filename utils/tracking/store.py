@@ -30,6 +30,7 @@ CHAMPION = "champion"
 MAX_METRICS = 1000  # that MLflow accepts in one call
 MAX_DIGEST = 36  # characters of a data set's digest that MLflow accepts
 THUMBNAIL = 256  # pixels of the longer side of the images in MLflow's lists
+GENERAL_NAMES = ("data", "train", "images", "index", "indices", "list", "metadata")  # of a CSV
 OF_TRAINING = ("train/", "val/", "system/")  # prefixes of the metrics that a training logs
 
 Point = tuple[str, int, int]  # name, milliseconds and step of a value of a metric
@@ -88,13 +89,6 @@ def find_experiment(client: Any, name: str, fallback: str) -> str:
     return found.experiment_id
 
 
-def data_set_name(path: str) -> str:
-    """The name of a CSV's data set: its file name, or its folder's if the file name is generic."""
-    general = ("data", "train", "images", "index", "indices", "list", "metadata")
-    stem = Path(path).stem
-    return stem if stem not in general else Path(path).resolve().parent.name
-
-
 def create_run(
     client: Any,
     output_dir: Path,
@@ -125,7 +119,9 @@ def create_run(
     parent = find_run(run_id, client) if run_id else None
     nested = os.environ.get("MLFLOW_NESTED_RUN", "").lower() in ("1", "true")
     if parent is None or nested or "stage" in parent.data.tags:
-        default = data_set_name(data_set)
+        default = Path(data_set).stem
+        if default in GENERAL_NAMES:
+            default = Path(data_set).resolve().parent.name
         if tokenizer := _run_or_none(client, tags.get("tokenizer_run_id", "")):
             default = client.get_experiment(tokenizer.info.experiment_id).name
         if parent is not None:

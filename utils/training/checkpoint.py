@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 from torch import nn
 
-from utils.addresses import fetch, has_artifacts, output_dir_of
+from utils.addresses import fetch, open_client, output_dir_of, store_errors
 from utils.cli import Flags, Stopped, UserError, check_writable, one_line, unused
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
 from utils.model_folder import model_files
@@ -86,7 +86,9 @@ def _recover(run_id: str, output_dir: str) -> Path:
     home = Path(output_dir or f"outputs/{run_id}")  # never a path that only the store names
     if _last_run_id(home) not in ("", run_id):
         raise UserError(f"{home} holds another training; name another --output_dir for {run_id}")
-    if not has_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}") and not checkpoints_in(home):
+    with store_errors(f"cannot list the artifacts of {run_id}"):
+        left = open_client().list_artifacts(run_id, f"{ARTIFACTS}/{FOLDER}")
+    if not left and not checkpoints_in(home):
         raise UserError(
             f"--resume {run_id}: this run left no checkpoint in MLflow: only trainings that were "
             f"stopped by a signal or failed do; restore its output folder {original}, or train anew"
