@@ -162,9 +162,9 @@ class PatchDiscriminator(nn.Module):
             parts += [nn.LeakyReLU(0.2), conv, nn.GroupNorm(gcd(width, 8), width)]
         parts += [nn.LeakyReLU(0.2), nn.Conv2d(width, 1, 4, padding=1)]
         self.layers = nn.Sequential(*parts)
-        for conv in parts:
-            if isinstance(conv, nn.Conv2d):
-                nn.init.normal_(conv.weight, std=0.02)
+        for part in parts:
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=0.02)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images)

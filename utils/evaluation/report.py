@@ -187,8 +187,8 @@ def report_samples(
     smaller = min(len(samples), len(real.held_out.row_numbers))
     train, others = features.reserve(real.train, smaller, seed)
     count = len(train.row_numbers)
-    both = real.held_out, ImageSet.whole(samples)
-    held_out, sampled = (part.split(count, seed)[0] for part in both)
+    compared = real.held_out, ImageSet.whole(samples)
+    held_out, sampled = (part.split(count, seed)[0] for part in compared)
     network = network or features.train_classifier(others, "--path_to_data", settings)
     sets = {"": sampled}  # by the prefix of the names of their metrics
     if tokenizer is not None:
