@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     for other, part in OTHERS.items():
         if any(part in name for name in weights):
             raise ValueError(f"this is {other}, not a class-conditional GPT of LlamaGen")
-    num_layers = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+    layers = (re.match(r"layers\.\d+\.", name) for name in weights)
+    num_layers = len({found[0] for found in layers if found})
     keys = {
         ours.format(i=i): [key.format(i=i) for key in theirs]
         for i in range(num_layers)
