@@ -119,7 +119,7 @@ def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
     real = inputs.read_real(flags, samples.images, split, **options)
     data: dict[str, Any] = {"path_to_data": real.train.images}
     data |= {"path_to_test": real.held_out.images} if flags.path_to_test else {}
-    data |= {"images": samples.images} if flags.images else {}
+    data |= {"images": samples.images} if isinstance(samples.images, ImageDataset) else {}
 
     evaluate = partial(report.report_samples, network, real, samples.images, tokenizer, settings)
     # The run of the GPT that generated them, if it is known.
@@ -328,7 +328,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_common_flags(two, "tokenizer, whose reconstructions are compared, too")
     test = "images that no training has used (default: validation images of --path_to_data)"
     size = "resize and crop all images to this (default: their common size)"
-    two.add_argument("--images", help="folder of images_from_indexes.py, or a CSV")
+    two.add_argument("--images", help="folder of images_from_indexes.py, a CSV, or an .npz")
     two.add_argument("--indexes_path", help="indices of transformer_generation.py instead")
     two.add_argument("--path_to_test", metavar="CSV", help=test)
     two.add_argument("--image_size", type=cli.height_and_width, metavar="H,W", help=size)

@@ -5,19 +5,24 @@ import importlib
 import json
 import shutil
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from tests.conftest import write_images
+from tests.test_transformer_generation import call
 from utils import addresses, cli, provenance, tracking
 from utils.data import download
+from utils.data.images import ImageDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.sources import Row
 from utils.evaluation import features, metrics, report
+from utils.evaluation.inputs import PixelImages
 from utils.files import sha256, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance, Split, Stage
@@ -180,6 +185,54 @@ def test_reconstructions_are_measured_logged_and_compared(
     Path("second/reconstructions.json").write_text(json.dumps(record))
     lines = evaluate("--compare", "first", "second").splitlines()
     assert [line.split()[0] for line in lines if "larger" in line] == ["mse"]
+
+
+def test_samples_go_into_an_npz_and_come_back(
+    evaluate: Call, digits: Path, tokenizer: Path
+) -> None:
+    """That of OpenAI's guided-diffusion: its evaluator reads arr_0, (N, H, W, 3)."""
+    rows = [Row(f"{n}.png", "", "") for n in range(20)]
+    meta = IndicesMeta(CODES, GRID, tokenizer_sha256=sha256(tokenizer / "model.safetensors"))
+    write_indices("sampled", torch.randint(CODES, (20, *GRID)), rows, meta)
+    call(
+        "vqvae.images_from_indexes", "--indexes_path", "sampled", "--model_dir", tokenizer, "--npz"
+    )
+    with np.load("sampled-images/samples.npz", allow_pickle=False) as arrays:
+        assert arrays.files == ["arr_0"]
+        pixels = arrays["arr_0"]
+    files = (Image.open(f"sampled-images/{number:05}.png") for number in range(20))
+    assert np.array_equal(pixels, np.stack([np.asarray(x.convert("RGB")) for x in files]))
+    assert (pixels.shape, pixels.dtype) == ((20, 8, 8, 3), np.uint8)
+    name = Path("sampled-images/samples.npz").absolute()
+    words = (*samples_flags(digits, str(name)), "--model_dir", tokenizer)
+    assert "fd_classifier" in evaluate(*words, "--output_dir", "found")
+    flags = Namespace(image_size=None, kind="samples")
+    record = read("found/samples.json")
+    assert record["protocol"]["samples_sha256"] == sha256(name)
+    assert record["protocol"]["images"] == 20
+    rows = [torch.arange(20)]
+    (there,) = ImageDataset("sampled-images/images.csv", channels=1).batches(
+        rows, torch.device("cpu")
+    )
+    (back,) = PixelImages(flags, name, 1).batches(rows, torch.device("cpu"))
+    assert torch.equal(there, back)
+
+
+def test_an_npz_that_holds_no_samples(error_of: Call, digits: Path) -> None:
+    good = np.zeros((12, 8, 8, 3), np.uint8)
+    np.savez("good.npz", good)
+    Path("cut.npz").write_bytes(Path("good.npz").read_bytes()[:-200])
+    Path("text.npz").write_text("no archive")
+    np.savez("other.npz", mu=good)
+    np.savez("float.npz", good / 2)
+    np.savez("grey.npz", good[..., 0])
+    np.savez("pickle.npz", np.array([{}], dtype=object))
+    flags = ("samples", "--path_to_data", digits / "train.csv", "--images")
+    for name in ("cut", "text", "other", "float", "grey", "pickle"):
+        error = error_of("evaluate", *flags, f"{name}.npz")
+        assert f"{name}.npz is not a valid .npz of samples, arr_0 of uint8 (N, H, W, 3)" in error
+    error = error_of("evaluate", *flags, "good.npz", "--image_size", 16)
+    assert "--image_size cannot be combined with an .npz" in error
 
 
 def sampled(

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     configure_process()
     refuse_missing_inputs()
 
+import numpy as np
 import torch
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
@@ -30,14 +31,14 @@ from utils.progress import ProgressBar
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
-LIST = "images.csv"
+LIST, NPZ = "images.csv", "samples.npz"
 
 
 def prepare(folder: Path) -> None:
     """Make the folder, or remove the images of an earlier call; a UserError if it holds others."""
     check_unused(folder, LIST)
     folder.mkdir(parents=True, exist_ok=True)
-    for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST):
+    for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST, folder / NPZ):
         file.unlink(missing_ok=True)
 
 
@@ -85,20 +86,25 @@ def make_decoder(
 
 @torch.inference_mode()
 def write_images(
-    folder: Path, decode: Callable, indices: Indices, batch_size: int, metadata: PngInfo
+    folder: Path, decode: Callable, indices: Indices, flags: argparse.Namespace, metadata: PngInfo
 ) -> Tensor:
     """Write all images as PNG files and list them; the first SHOWN images (N, C, H, W)."""
-    shown, written = [], 0
-    for grids in ProgressBar(indices.grids.split(batch_size), unit=" batches"):
+    shown, written, pixels = [], 0, []
+    for grids in ProgressBar(indices.grids.split(flags.batch_size), unit=" batches"):
         images = decode(grids, torch.arange(written, written + len(grids)))
         for number, image in enumerate(images, written):
-            figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
+            picture = figures.to_pil(image)
+            picture.save(folder / f"{number:05}.png", pnginfo=metadata)
+            if flags.npz:
+                pixels.append(np.asarray(picture.convert("RGB")))
         shown.append(images[: max(0, SHOWN - written)])
         written += len(images)
     columns = ["label", *(["caption"] if any(row.caption for row in indices.rows) else [])]
     texts = ([getattr(row, name) for name in columns] for row in indices.rows)
     rows = ([f"{number:05}.png", *values] for number, values in enumerate(texts))
     write_table(folder / LIST, ["image_path", *columns], rows)
+    if flags.npz:  # as OpenAI's guided-diffusion evaluates: arr_0
+        np.savez(folder / NPZ, np.stack(pixels))
     return torch.cat(shown)
 
 
@@ -107,6 +113,8 @@ def main(arguments: argparse.Namespace) -> None:
     tokenizer = load_model(arguments.model_dir, VQVAE, device)
     path = addresses.fetch(arguments.indexes_path)
     config, origin = tokenizer.model.config, tokenizer.provenance
+    if arguments.npz and config.in_channels == 4:
+        raise cli.UserError("--npz holds no transparency, which these images have; omit it")
     codes = {"codebook_size": config.codebook_size, "depth": config.depth}
     indices = read_indices(path, latent_dim=arguments.latent_dim, **codes)
     gpt_run_id = ""
@@ -130,8 +138,7 @@ def main(arguments: argparse.Namespace) -> None:
     metadata = provenance.png_info(run.lineage, origin.split)
     prepare(output_dir)
     with run:
-        size = arguments.batch_size
-        first = write_images(output_dir, decode, indices, size, metadata)
+        first = write_images(output_dir, decode, indices, arguments, metadata)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
         picture.save(output_dir / "grid.png", pnginfo=metadata)
         run.file(output_dir / "grid.png", f"generated/{output_dir.name}")
@@ -157,6 +164,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--run_id", help="MLflow run to log to (default: the indices')")
     folder = "folder of PNG files (default: <indices>-images beside the indices)"
     add("--output_dir", help=folder)
+    npz = f"also {NPZ}, arr_0 of uint8 (N, H, W, 3), for the evaluation of guided-diffusion (ADM)"
+    add("--npz", action="store_true", help=npz)
     cli.add_inference_flags(parser, batch_size=64)
     cli.add_flags(parser, ImageConfig, "images")
     return parser

@@ -2,10 +2,12 @@
 
 import argparse
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,14 +16,14 @@ from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
-from utils.data.sources import split_rows
+from utils.data.sources import Row, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet
 from utils.provenance import Lineage, LoadedModel, Split
 
 # Images; samples are compared by their neighbours.
 NEEDED = {"reconstructions": 2, "likelihood": 2, "samples": DENSITY_K + 1}
-LIST, GRID = "images.csv", "grid.png"  # in a folder of images_from_indexes.py
+LIST, GRID, NPZ = "images.csv", "grid.png", "samples.npz"  # in a folder of images_from_indexes.py
 INCEPTION = ("2048", "logits_unbiased")  # the Inception Score takes logits without bias
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its pixels
 
@@ -32,6 +34,36 @@ class RealImages(NamedTuple):
     train: ImageSet
     held_out: ImageSet
     split: dict[str, Any]  # `held_out`, in words; val_fraction and seed where they decided
+
+
+class PixelImages:
+    """The .npz of samples that OpenAI's guided-diffusion evaluates: arr_0 (N, H, W, 3), uint8."""
+
+    def __init__(self, flags: argparse.Namespace, path: Path, channels: int | None) -> None:
+        """Read the pixels, of which a tokenizer may take fewer channels; a UserError for others."""
+        if flags.image_size:
+            raise UserError("--image_size cannot be combined with an .npz; leave it out")
+        if channels == 4:
+            raise UserError(f"{path} has no transparency, which the tokenizer has; give PNG files")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                pixels = arrays["arr_0"]
+            if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
+                raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
+        except Exception as error:  # numpy raises nearly every type on a damaged file
+            text = f"{path} is not a valid .npz of samples, arr_0 of uint8 (N, H, W, 3)"
+            raise UserError(f"{text}: {one_line(error)}; write it again") from error
+        self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :channels]
+        self.channels, self.size, self.files = channels or 3, pixels.shape[1:3], [path]
+        self.rows = [Row(f"{number:05}.png", "", "") for number in range(len(pixels))]
+        _check_count(flags, self, path)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(self, batches_of_rows: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+        """The images of each batch of row numbers, (B, C, H, W) in [-1, 1]."""
+        yield from (self.pixels[rows].to(device) / 127.5 - 1 for rows in batches_of_rows)
 
 
 class Samples(NamedTuple):
@@ -111,15 +143,19 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
         path = Path(flags.images)
         table = path / LIST if path.is_dir() else path
         if not table.is_file():
-            takes = "--images takes a folder of images_from_indexes.py, or a CSV"
+            takes = "--images takes a folder of images_from_indexes.py, a CSV, or an .npz"
             raise UserError(f"no images at {path}; {takes}")
         channels = tokenizer and tokenizer.model.config.in_channels
-        images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
-        place = table.parent if table.name == LIST else table
+        if table.suffix == ".npz":
+            images: Any = PixelImages(flags, table, channels)
+        else:
+            images = read_images(flags, "images", table, size=flags.image_size, channels=channels)
+        place, grid = table.parent if table.name == LIST else table, table.with_name(GRID)
         sha256 = hashlib.sha256()
         for file in images.files:
             sha256.update(Path(file).read_bytes())
-        known = provenance.of_picture(place / GRID) if (place / GRID).is_file() else ((),)
+        written = table.name in (LIST, NPZ) and grid.is_file()
+        known = provenance.of_picture(grid) if written else ((),)
         return Samples(images, place, sha256.hexdigest(), *known)
     if flags.image_size:
         raise UserError("--image_size cannot be combined with --indexes_path; leave it out")
