@@ -39,20 +39,26 @@ COMMANDS = {
     "images": "vqvae/images_from_indexes.py --indexes_path {samples} --model_dir {tokenizer}",
     "reconstructions": "evaluate.py reconstructions --model_dir {tokenizer} --path_to_data {test} "
     "--path_to_train {train} --features classifier",
-    "quality": "evaluate.py samples --images {images} --path_to_data {train} --path_to_test {test}",
+    "quality": "evaluate.py samples --images {images} --model_dir {tokenizer} "
+    "--path_to_data {train} --path_to_test {test}",
 }
 STAGES = tuple(Path(command.split()[0]).stem for command in COMMANDS.values())
 # The commands of the README, by data set; `--seed` and all paths are filled in.
 RECIPES: dict[str, str] = {
     "mnist": """
-        train_vqvae --codebook_size 256 --learning_rate 4e-3 --max_epochs 8
+        train_vqvae --codebook_size 512 --learning_rate 4e-3 --max_epochs 6
         quantize_dataset
-        train --dim 128 --dropout 0 --optimizer muon --learning_rate 4e-3 --max_epochs 8
-        transformer_generation --num_images 10000 --temperature 0.9
+        train --dim 128 --dropout 0 --learning_rate 8e-3 --max_epochs 2
+        transformer_generation --num_images 10000 --guidance_scale 1.5
     """,
 }
 LAST = {"gpt": ("gpt",), "quality": ("reconstructions", "quality")}  # stages, by --until
-COLUMNS = ("mse", "codebook_usage", "bits_per_token", "rfd", "fd", "label_agreement", "seconds")
+COLUMNS = (
+    *("mse", "codebook_usage", "bits_per_token"),
+    # Of training images, of their reconstructions, and of samples, to the test images.
+    *("real_fd_classifier", "reconstructed_fd_classifier", "fd_classifier"),
+    *("precision", "recall", "label_agreement", "seconds"),
+)
 
 
 @dataclass(frozen=True)
