@@ -18,7 +18,8 @@ from vqvae.adversarial import (
     PatchDiscriminator,
     adaptive_weight,
     diff_augment,
-    hinge_loss,
+    discriminator_loss,
+    generator_loss,
 )
 from vqvae.losses import LossConfig, ReconstructionLoss
 from vqvae.train_step import forward_backward
@@ -39,7 +40,13 @@ def make_adversarial(**settings: float) -> AdversarialLoss:
 
 def test_adversarial_losses_of_known_logits() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
-    assert float(hinge_loss(real, fake)) == pytest.approx(0.5 * (0.25 + 0.75))
+    assert float(discriminator_loss("hinge", real, fake)) == pytest.approx(0.5 * (0.25 + 0.75))
+    vanilla = F.binary_cross_entropy_with_logits(real, torch.ones(2))
+    vanilla += F.binary_cross_entropy_with_logits(fake, torch.zeros(2))
+    torch.testing.assert_close(discriminator_loss("vanilla", real, fake), vanilla / 2)
+    assert float(generator_loss("hinge", fake)) == pytest.approx(1.25)
+    expected = F.binary_cross_entropy_with_logits(fake, torch.ones(2))
+    torch.testing.assert_close(generator_loss("non_saturating", fake), expected)
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_and_a_constant() -> None:
@@ -76,7 +83,7 @@ def test_each_loss_trains_its_own_side_only() -> None:
 
 
 def test_losses_are_in_float32_under_autocast() -> None:
-    adversary, images = make_adversarial(r1_weight=0.1), torch.rand(4, 1, 16, 16)
+    adversary, images = make_adversarial(lecam_weight=0.1), torch.rand(4, 1, 16, 16)
     with autocast(torch.device("cpu"), "bf16"):
         loss, values = adversary.discriminator_term(images, images)
         assert adversary.discriminator(images).dtype == torch.bfloat16
@@ -150,6 +157,23 @@ def test_augmented_images_differ_from_each_other_and_pass_gradients() -> None:
     assert torch.equal(diff_augment(images), made)
 
 
+def test_lecam_is_the_distance_from_the_moving_averages_of_the_logits() -> None:
+    plain, held = make_adversarial(), make_adversarial(lecam_weight=3.0)
+    averages = torch.zeros(2)
+    for step in range(3):
+        torch.manual_seed(step)
+        images, made = torch.rand(2, 3, 1, 16, 16) * 5
+        real, fake = plain.discriminator(images), plain.discriminator(made)
+        averages = 0.999 * averages + 0.001 * torch.stack([real.mean(), fake.mean()]).detach()
+        distance = (real - averages[1]).clamp(min=0).square().mean()
+        distance = distance + (averages[0] - fake).clamp(min=0).square().mean()
+        difference, logged = held.discriminator_term(images, made)
+        torch.testing.assert_close(logged["lecam_loss"], 3 * distance, rtol=1e-4, atol=1e-6)
+        difference = difference - plain.discriminator_term(images, made)[0]
+        torch.testing.assert_close(difference, 3 * distance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(held.logits, averages, rtol=1e-4, atol=1e-7)
+
+
 @pytest.mark.parametrize(("cap", "expected"), [(0.5, 0.5), (0.0, 1.0)])
 def test_the_adaptive_weight_is_capped_and_logged(cap: float, expected: float) -> None:
     model, adversary = make_model(), make_adversarial(disc_adaptive_max=cap)
@@ -160,7 +184,8 @@ def test_the_adaptive_weight_is_capped_and_logged(cap: float, expected: float) -
     adversary.schedule.strength = 0.5
     term, logged = adversary.generator_term(made, loss, last)
     assert float(logged["adaptive_weight"]) == pytest.approx(expected)
-    wanted = -0.4 * expected * adversary.discriminator(made).mean().item()
+    adversarial = generator_loss("hinge", adversary.discriminator(made))
+    wanted = 0.4 * expected * adversarial.item()
     assert term.item() == pytest.approx(wanted, rel=1e-3)
 
 
@@ -251,7 +276,9 @@ def test_a_discriminator_and_its_optimiser_survive_a_checkpoint(tmp_path: Path) 
         optimizer.zero_grad()
 
     # Fused, channels_last: moments restored row-major went to other weights than their own.
-    first, second = (make_adversarial().to(memory_format=torch.channels_last) for _ in range(2))
+    first, second = (
+        make_adversarial(lecam_weight=0.1).to(memory_format=torch.channels_last) for _ in range(2)
+    )
     optimizers = [torch.optim.AdamW(a.parameters(), 1e-2, fused=True) for a in (first, second)]
     step(first, optimizers[0], 1)
     first.schedule.strength, first.schedule.baseline = 0.3, 0.0123456789

@@ -209,7 +209,7 @@ def test_two_processes_train_one_model(own_folder: Path) -> None:
             *("--standalone", ROOT / "train_vqvae.py", "--path_to_data", data),
             *(*TINY_TOKENIZER, "--max_epochs", "2", "--device", "cpu", "--output_dir", "two"),
             *("--disc_weight", "0.8", "--disc_channels", "4", "--disc_start", "0.25"),
-            *("--disc_warmup", "0.25", "--r1_weight", "0.01"),
+            *("--disc_warmup", "0.25", "--lecam_weight", "0.01"),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

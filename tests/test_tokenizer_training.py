@@ -182,7 +182,7 @@ def test_levels_override_the_codebook_of_a_preset() -> None:
 @pytest.mark.parametrize(
     ("flags", "complaint"),
     [
-        ("--r1_weight 0.1", "--r1_weight has no effect without --disc_weight above 0"),
+        ("--lecam_weight 0.1", "--lecam_weight has no effect without --disc_weight above 0"),
         (
             "--no-disc_adaptive_schedule",
             "--disc_adaptive_schedule has no effect without --disc_weight",
@@ -244,7 +244,7 @@ GAN = ("--disc_channels", 4, "--disc_start", 0.25, "--disc_warmup", 0.25, "--dis
 def test_the_adversary_comes_in_step_by_step(train: Train) -> None:
     logged = train(
         *("--disc_weight", 0.8, *GAN, "--max_epochs", 200, "--max_steps", 200),
-        *("--evaluate_every", 50, "--r1_weight", 0.1),
+        *("--evaluate_every", 50, "--lecam_weight", 0.01, "--r1_weight", 0.1),
     )
     strengths = column(logged, "train/disc_strength")
     assert list(strengths) == [100, 150, 200]  # none before it starts

@@ -1,4 +1,4 @@
-"""Adversarial loss of the tokenizer: PatchGAN, adaptive weight, R1, and their schedule."""
+"""Adversarial loss of the tokenizer: PatchGAN, adaptive weight, LeCam, R1, and their schedule."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vqvae.quantizers.base import all_reduce_mean, check_fields, option
 
+LECAM_DECAY = 0.999  # of the moving averages of the logits
+LOSSES = ("hinge", "vanilla", "non_saturating")
 ADAPTIVE = "disc_adaptive_schedule"
 
 
@@ -22,6 +24,7 @@ class AdversarialConfig:
     """Discriminator, its losses and its schedule; `disc_weight` 0 trains without one."""
 
     disc_weight: float = option(0.0, "weight of the adversarial loss; VQGAN: 0.8")
+    disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
     disc_start: float = _part(0.5, "fraction of the training without it")
     disc_adaptive_schedule: bool = _part(True, "ramp the loss up, and down where errors rise")
     disc_warmup: float = _part(0.05, "fraction for the discriminator", ADAPTIVE)
@@ -32,6 +35,7 @@ class AdversarialConfig:
     disc_augment: bool = _part(False, "DiffAugment, for small data sets")
     disc_channels: int = _part(64, "width of the discriminator", min=1)
     disc_layers: int = _part(3, "downsampling layers of the discriminator", min=1)
+    lecam_weight: float = _part(0.0, "weight of LeCam")
     r1_weight: float = _part(0.0, "weight of the R1 penalty, per logit")
 
     def __post_init__(self) -> None:
@@ -41,9 +45,16 @@ class AdversarialConfig:
             raise ValueError("disc_start plus disc_warmup must be below 1")
 
 
-def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+def discriminator_loss(kind: str, real: Tensor, fake: Tensor) -> Tensor:
     """Loss of the discriminator's logits for real and reconstructed images, of any shape."""
-    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    if kind == "hinge":
+        return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+
+
+def generator_loss(kind: str, fake: Tensor) -> Tensor:
+    """Loss of the generator, given the logits for its reconstructions, of any shape."""
+    return F.softplus(-fake).mean() if kind == "non_saturating" else -fake.mean()
 
 
 def adaptive_weight(
@@ -173,6 +184,8 @@ class PatchDiscriminator(nn.Module):
 class AdversarialLoss(nn.Module):
     """A discriminator of images (in_channels, *image_size), losses of both sides, a schedule."""
 
+    logits: Tensor  # moving averages of the logits of real and fake images, (2,)
+
     def __init__(
         self,
         config: AdversarialConfig,
@@ -186,6 +199,7 @@ class AdversarialLoss(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # the same in every process
             self.discriminator = PatchDiscriminator(config, in_channels, image_size)
+        self.register_buffer("logits", torch.zeros(2))
 
     def logits_of(self, images: Tensor) -> Tensor:
         """Logits of images (B, C, H, W), in float32 also under autocast."""
@@ -201,7 +215,7 @@ class AdversarialLoss(nn.Module):
         `last_layer`, the weight of the decoder's last convolution.
         """
         self.discriminator.requires_grad_(False)  # this loss trains the generator alone
-        loss = -self.logits_of(reconstructions).mean()
+        loss = generator_loss(self.config.disc_loss, self.logits_of(reconstructions))
         self.discriminator.requires_grad_(True)
         weight, maximum = torch.ones_like(loss), self.config.disc_adaptive_max
         if maximum > 0:
@@ -215,14 +229,21 @@ class AdversarialLoss(nn.Module):
         """The discriminator's loss, given both (B, C, H, W), and numbers to log."""
         images = images.detach().requires_grad_(self.config.r1_weight > 0)
         real, fake = self.logits_of(images), self.logits_of(reconstructions.detach())
-        loss = hinge_loss(real, fake)
-        logged = {"disc_loss": loss, "disc_real": real.mean(), "disc_fake": fake.mean()}
+        terms = {"disc_loss": discriminator_loss(self.config.disc_loss, real, fake)}
+        means = torch.stack([real.detach().mean(), fake.detach().mean()])
+        if self.config.lecam_weight > 0:  # arXiv 2104.03310, equation 5
+            self.logits.lerp_(all_reduce_mean(means.clone()), 1 - LECAM_DECAY)
+            above, below = (real - self.logits[1]).relu(), (self.logits[0] - fake).relu()
+            distance = above.square().mean() + below.square().mean()
+            terms["lecam_loss"] = self.config.lecam_weight * distance
         if self.config.r1_weight > 0:  # arXiv 1801.04406, equation 9
             # Its square grows with the number of logits, to which the weight therefore applies.
             slope = gradient(real.sum(), images, create_graph=True)
-            penalty = self.config.r1_weight / 2 * slope.square().sum() / real.numel()
-            loss, logged["r1_loss"] = loss + penalty, penalty
-        return loss, {name: value.detach() for name, value in logged.items()}
+            penalty = slope.square().sum() / real.numel()
+            terms["r1_loss"] = self.config.r1_weight / 2 * penalty
+        logged = {"disc_real": means[0], "disc_fake": means[1]}
+        logged |= {name: term.detach() for name, term in terms.items()}
+        return torch.stack([*terms.values()]).sum(), logged
 
     def get_extra_state(self) -> Tensor:
         """The schedule's strength, ramp factor and baseline, (3,)."""

@@ -35,7 +35,7 @@ FLAGS = {
     "train_vqvae.py": "--path_to_data data/data.csv --horizontal_flip --num_workers 0 "
     "--quantizer ema --channels 8 --codebook_size 16 --codebook_dim 4 --batch_size 4 "
     "--accumulate 2 --random_crop --disc_weight 0.5 --disc_start 0.2 --disc_channels 4 "
-    "--r1_weight 0.01",
+    "--lecam_weight 0.01",
     "train.py": "--path_to_data indices --dim 16 --num_heads 2 --num_layers 1 --dropout 0.2 "
     "--batch_size 4 --patience 0 --precision bf16",
 }
