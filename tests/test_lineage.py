@@ -95,8 +95,11 @@ def test_every_folder_and_every_run_knows_its_part(done: Path, tmp_path: Path) -
 def test_the_runs_link_to_each_other(done: Path) -> None:
     runs = runs_of(done)
     tokenizer, gpt = runs["tokenizer"], runs["gpt"]
-    for run, other in ((tokenizer, gpt), (gpt, tokenizer)):
+    for run, other, way in ((tokenizer, gpt, "Downstream"), (gpt, tokenizer, "Upstream")):
         assert run.data.tags[f"{other.data.tags['stage']}_run_id"] == other.info.run_id
+        note = run.data.tags["mlflow.note.content"]
+        assert f"{way}: {other.data.tags['stage']}, [{other.info.run_name}]" in note
+        assert f"runs/{other.info.run_id})" in note
     # The samples and images of a GPT are in its run: its id was under their names as well.
     assert not {"samples_run_id", "images_run_id"} & tokenizer.data.tags.keys()
     assert "quantize_dataset.py" in tokenizer.data.tags["mlflow.note.content"]

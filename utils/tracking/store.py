@@ -176,14 +176,18 @@ def warn_if_moved(run: Any) -> None:
         )
 
 
+def page(run: Any) -> str:
+    """The address of a run in MLflow's UI, relative to the server."""
+    return f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+
+
 def ui_hint(run: Any) -> str:
     """The lines for the terminal that state how to open a run in MLflow's UI."""
     server, start = without_credentials(tracking_uri()).rstrip("/"), ""
     if not server.startswith("http"):
         start = f"\n  mlflow ui --backend-store-uri {shlex.quote(server)}"
         server = "http://127.0.0.1:5000"
-    page = f"#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/model-metrics"
-    return f"\nbrowse:{start}\n  {server}/{page}?workflowType=machine_learning"
+    return f"\nbrowse:{start}\n  {server}/{page(run)}/model-metrics?workflowType=machine_learning"
 
 
 def log_metrics(client: Any, run: Any, lines: list[Event], there: set[Point]) -> int:
@@ -243,25 +247,32 @@ def log_table(client: Any, run_id: str, output_dir: Path, name: str) -> None:
 def link(client: Any, lineage: Lineage, run_id: str) -> None:
     """Link the run of the last stage, or one of the stages before, with the others of a lineage.
 
-    A tag `gpt_run_id` or `tokenizer_run_id` holds the newest run of that stage. The run of the last
-    stage gets its inputs, and its command where that is not the one that opened the run; each run
-    gets the lineage as an artifact. Runs that are missing from this store are skipped.
+    The note of a run names the others; a tag `gpt_run_id` or `tokenizer_run_id` holds the newest
+    run of that stage. The run of the last stage gets its inputs, and its command where that is not
+    the one that opened the run; each run gets the lineage as an artifact. Runs that are missing
+    from this store are skipped.
     """
     *before, last = lineage
     run, is_last = _run_or_none(client, run_id), run_id == last.run_id
     if run is None:
         return
+    notes = []
     if is_last and _stage_of(run) == last.name:
         _log_inputs(client, lineage)
     elif is_last:  # logged to the run of an earlier stage
-        note, line = run.data.tags.get(NOTE, ""), f"{last.name}:\n```\n{last.command}\n```"
-        if line not in note:
-            client.set_tag(run_id, NOTE, f"{note}\n\n{line}")
+        notes.append(f"{last.name.capitalize()}:\n```\n{last.command}\n```")
     for other_id in {stage.run_id for stage in (before if is_last else [last])} - {run_id}:
         other = _run_or_none(client, other_id)
+        if other is None:
+            continue
         # Samples and images are in the run of a GPT.
-        if other is not None and _stage_of(other) != _stage_of(run):
+        if _stage_of(other) != _stage_of(run):
             client.set_tag(run_id, f"{_stage_of(other)}_run_id", other_id)
+        way = "Upstream" if is_last else "Downstream"
+        notes.append(f"{way}: {_stage_of(other)}, [{other.info.run_name}]({page(other)})")
+    note = run.data.tags.get(NOTE, "")
+    if new := [line for line in notes if line not in note]:
+        client.set_tag(run_id, NOTE, "\n\n".join([note, *new]))
     client.log_text(run_id, to_json(lineage, indent=2) + "\n", LINEAGE)
 
 
