@@ -83,10 +83,8 @@ def make_validation(
     if fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
-        splits = data.train_rows, data.val_rows[:fd_samples]
-        evaluator = SampleEvaluator(
-            tokenizer, data.grids, data.rows, *splits, seed=seed, group=group
-        )
+        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:fd_samples]
+        evaluator = SampleEvaluator(*inputs, seed=seed, group=group)
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
     unigram, bigram = baselines(*splits, *sizes)
@@ -321,6 +319,7 @@ def main(arguments: cli.Flags) -> None:
     start = read_start(arguments, data)
     validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
     model_config = read_model_config(arguments, data.vocabulary, start)
+    cli.reject_unused_flags(model_config, arguments)
     model = build_model(model_config, start, tokenizer, group.device, arguments.flex_attention)
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     settings = {**asdict(optimizer_config), **asdict(source), **asdict(start.tuning)}

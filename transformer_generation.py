@@ -232,6 +232,8 @@ def main(arguments: argparse.Namespace) -> None:
             model.model.to(torch.bfloat16)
     vocabulary = read_vocabulary(addresses.fetch(arguments.vocabulary_path or str(gpt.folder)))
     vocabulary.check_model(config, gpt.folder)
+    if guide is not None:
+        vocabulary.check_guide(read_vocabulary(guide.folder), guide.folder)
     tokenizer = None
     if arguments.model_dir:
         address = addresses.fetch(arguments.model_dir)
@@ -313,7 +315,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output_dir", help="indices folder to write (default: samples beside the GPT)")
     add("--num_images", type=cli.positive, default=64, help="how many (default: 64)")
     add("--labels", nargs="+", metavar="NAME", help="classes, in turn (default: all of them)")
-    text = "what the images show, in words; repeated, in turn; @FILE: the lines of a file"
+    text = "what the images show, in words; repeated, in turn, with each of the --labels; "
+    text += "@FILE: the lines of a file"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
     add(
         "--class_frequencies",

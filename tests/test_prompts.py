@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from torch import Tensor
 from tests import shapes
 from tests.conftest import TINY_GPT, write_images
 from tests.test_conditions import make_tokenizer
-from tests.test_transformer_generation import call
+from tests.test_transformer_generation import call, write_gpt
 from transformer import GPT, GPTConfig, SamplingParams, drop_conditioning, null_prefix
 from transformer.sampling import generate
 from utils.data import captions
+from utils.data.conditioning import choose_texts
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import FILE, TextMeta, Vocabulary, read_vocabulary
@@ -212,6 +214,33 @@ def test_from_the_csv_to_the_list_of_images(
     assert "--prompt cannot be combined with --unconditional" in error
 
 
+def test_each_label_comes_with_each_prompt() -> None:
+    """In turn, two labels and two prompts made two of the four pairs."""
+    words: dict = {"class_frequencies": False, "unconditional": False}
+    flags = Namespace(labels=["b", "a"], prompt=["x", "y"], **words)
+    rows = [Row("1.png", "a", "", caption="z")]
+    for given in ([], rows):
+        texts = choose_texts(flags, Vocabulary(CODES, (2, 2), class_names=("a", "b")), given, 5)
+        assert [*zip(*texts, strict=True)] == [
+            *(("b", "x"), ("b", "y"), ("a", "x"), ("a", "y"), ("b", "x"))
+        ]
+
+
+def test_a_guide_with_other_text_tokens_is_refused(error_of: Callable[..., str]) -> None:
+    """Its config may be the same."""
+    known = captions.train_tokenizer(TEXTS, None)
+    write_gpt("gpt", Vocabulary(CODES, (2, 2), captions=known))
+    other = replace(known, tokenizer=known.tokenizer.replace("Ġ", "ġ"))
+    write_gpt("guide", Vocabulary(CODES, (2, 2), captions=other))
+    guided = ("--guidance_scale", 2, "--guide_path", "guide", "--output_dir", "no")
+    error = error_of("transformer_generation", *CPU, "--model_path", "gpt", *guided)
+    assert "the guide in guide has other captions than the GPT" in error
+    write_gpt("gpt", Vocabulary(CODES, (2, 2), class_names=("a", "b")))
+    write_gpt("guide", Vocabulary(CODES, (2, 2), class_names=("b", "a")))
+    error = error_of("transformer_generation", *CPU, "--model_path", "gpt", *guided)
+    assert "the guide in guide has other class_names than the GPT" in error
+
+
 def test_prompts_of_every_kind(
     indices: Path, error_of: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,6 +261,9 @@ def test_prompts_of_every_kind(
     error = error_of(*sampling, "--prompt", "@blank.txt", "--output_dir", "no")
     assert "blank.txt has no prompts; write one a line" in error
 
+    flags = ("--path_to_data", "indices", "--caption_length", 0, "--text_weight", 1)
+    error = error_of("train", *TINY_GPT, *CPU, *flags, "--output_dir", "no")
+    assert "--text_weight has no effect without --caption_length above 0" in error
     train("plain", "--caption_length", 0)
     assert read_vocabulary("plain").captions is None
     error = error_of(*sampling, "--model_path", "plain", "--prompt", "x", "--output_dir", "no")

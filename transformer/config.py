@@ -160,7 +160,11 @@ class GPTConfig:
         min=0,
     )
     text_weight: float = option(
-        0.0, "weight of a loss on the text tokens of captions", min=0, below=math.inf
+        0.0,
+        "weight of a loss on the text tokens of captions",
+        min=0,
+        below=math.inf,
+        needs="caption_length",
     )
     order_anneal: tuple[float, float] | None = option(
         None,

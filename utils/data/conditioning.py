@@ -1,6 +1,7 @@
 """What samples are conditioned on: conditions of other indices, prompts, classes by frequency."""
 
 import argparse
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,7 +77,8 @@ def choose_texts(
 ) -> tuple[list[str], ...]:
     """Labels and captions of `count` images: the given ones in turn, or else those of `rows`.
 
-    Without any of these they have no caption, and all classes in turn; with prompts no class.
+    Of several labels and prompts, each label comes with each prompt. Without any of these they have
+    no caption, and all classes in turn; with prompts no class.
     """
     prompts = read_prompts(flags.prompt)
     captions = prompts or [row.caption for row in rows] or [""]
@@ -85,7 +87,8 @@ def choose_texts(
         labels = in_proportion(vocabulary, count)
     if not labels:
         labels = [""] if flags.unconditional else [*vocabulary.class_names] or [""]
-    texts = labels, captions
+    pairs = [*itertools.product(labels, prompts)] if flags.labels and prompts else []
+    texts = [*zip(*pairs, strict=True)] or (labels, captions)
     return tuple([given[n % len(given)] for n in range(count)] for given in texts)
 
 

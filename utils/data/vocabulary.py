@@ -144,6 +144,16 @@ class Vocabulary(GridMeta):
                     f"the GPT's {theirs}; give the {FILE} beside the GPT"
                 )
 
+    def check_guide(self, other: "Vocabulary", folder: Path) -> None:
+        """A UserError if tokens mean something else to the GPT in a folder, with another one."""
+        self.check_tokenizer(other.tokenizer_sha256, folder)
+        for name in ("class_names", "captions"):
+            if getattr(self, name) != getattr(other, name):
+                raise UserError(
+                    f"the guide in {folder} has other {name} than the GPT; guide by one that was "
+                    "trained on the same data"
+                )
+
     def check_codes(self, data: "Vocabulary", path: Path, folder: Path) -> None:
         """A UserError if the indices of `data` are not of the tokenizers of the GPT in a folder."""
         pairs: list[tuple[GridMeta, GridMeta | None]] = [(self, data)]
