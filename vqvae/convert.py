@@ -39,7 +39,6 @@ NOT_COMPARED = ("lossconfig", "temperature_scheduler_config", "sample_size")
 
 def write_taming(config: VQVAEConfig) -> dict[str, Any]:
     """The parameters of a tokenizer in taming's configs/*.yaml."""
-    assert config.image_size is not None
     side = max(config.image_size)  # it has squares only
     params: dict[str, Any] = {
         "embed_dim": config.codebook_dim,
@@ -84,7 +83,6 @@ def read_taming(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def write_diffusers(config: VQVAEConfig) -> dict[str, Any]:
     """The content of the config.json of a diffusers `VQModel`."""
-    assert config.image_size is not None
     levels = range(len(config.channel_multipliers))
     attention = ["Attn" if level in config.attention_levels else "" for level in levels]
     return {

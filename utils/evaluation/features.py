@@ -213,7 +213,6 @@ def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estima
 
     Images with the target `UNKNOWN` do not count.
     """
-    assert found.logits is not None
     right, known = found.logits.argmax(dim=1).cpu() == targets, targets != UNKNOWN
     sums = [weights.cpu().double() @ one.double() for one in (right, known)]
     return estimate(sums[0] / sums[1].clamp(min=1), SHARE)

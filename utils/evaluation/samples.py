@@ -61,7 +61,6 @@ class SampleEvaluator:
         self._accuracy = self._agreement(self._real)
 
     def _agreement(self, found: Features) -> float:
-        assert self._targets is not None  # the classifier was trained on their labels
         weights = resample(len(self.rows), 0, REPLICATES)
         return features.label_agreement(found, self._targets, weights).value
 
