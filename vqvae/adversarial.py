@@ -161,9 +161,7 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         layers = config.disc_layers
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
-            raise ValueError(
-                f"disc_layers {layers} need images of {3 << layers} pixels or more; use fewer"
-            )
+            raise ValueError(f"disc_layers {layers} need sides of {3 << layers} pixels; use fewer")
         width = config.disc_channels
         parts: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1)]
         for layer in range(1, layers + 1):

@@ -214,9 +214,8 @@ class _Dinov2(nn.Module):
         self.inner = AutoModel.from_pretrained(path, use_safetensors=True)
 
     def forward(self, images: Tensor) -> tuple[Tensor, None]:
-        images = F.interpolate(
-            images[:, :3].expand(-1, 3, -1, -1), size=(224, 224), mode="bicubic", antialias=True
-        )
+        images = images[:, :3].expand(-1, 3, -1, -1)
+        images = F.interpolate(images, size=(224, 224), mode="bicubic", antialias=True)
         mean, deviation = torch.tensor(IMAGENET, device=images.device)[..., None, None]
         pixels = ((images.clamp(-1, 1) + 1) / 2 - mean) / deviation
         return self.inner(pixels).pooler_output, None
