@@ -183,7 +183,7 @@ def report_samples(
     them; and reconstructions of these, where a `tokenizer` is given. The training images are new to
     the classifier, which is trained on the other ones, unless there is a `network`.
     """
-    seed = settings.seed
+    seed, device = settings.seed, settings.device
     smaller = min(len(samples), len(real.held_out.row_numbers))
     train, others = features.reserve(real.train, smaller, seed)
     count = len(train.row_numbers)
@@ -206,8 +206,7 @@ def report_samples(
         what, labels = SETS[prefix] or "samples", [row.label for row in part.rows]
         images = seen[prefix] = extract_features(network, part, settings, what)
         targets = features.class_targets(network, part.rows, f"the {what}")
-        both = weights, own
-        values = distances.set_metrics(reference, images, both, labels, targets, seed)
+        values = distances.set_metrics(reference, images, (weights, own), labels, targets, seed)
         for name, metric in values.items():
             found[f"{prefix}{distances.key(name, network.name)}"] = metric
 
@@ -217,24 +216,18 @@ def report_samples(
         columns["classified_as"] = [network.class_names[number] for number in found_classes]
     all_train = extract_features(network, real.train, settings, "training images")
     for space in SPACES:  # all training images are searched for copies
-        near, new = (
-            distances.closest(getattr(part, space), getattr(all_train, space))
-            for part in (seen[""], reference)
-        )
+        near = distances.closest(getattr(seen[""], space), getattr(all_train, space))
+        new = distances.closest(getattr(reference, space), getattr(all_train, space))
         for prefix, found_near, own in (("", near, own_weights[0]), ("real_", new, weights)):
-            copied = distances.copies(found_near, new)
-            distance = metrics.mean(found_near.distances, own, POSITIVE)
-            found[f"{prefix}nearest_{space}"] = distance
-            found[f"{prefix}copies_{space}"] = metrics.mean(copied, own)
+            found[f"{prefix}nearest_{space}"] = metrics.mean(found_near.distances, own, POSITIVE)
+            found[f"{prefix}copies_{space}"] = metrics.mean(distances.copies(found_near, new), own)
         paths = [row.image_path for row in real.train.rows]
         columns[f"nearest_in_{space}"] = [paths[row] for row in near.rows.tolist()]
         columns[f"distance_in_{space}"] = near.distances.tolist()
         columns[f"ratio_in_{space}"] = near.ratios.tolist()
         suspects = near.ratios.argsort(stable=True)[:PAIRS]  # the likeliest copies
-        pair = (sampled, suspects), (real.train, near.rows[suspects])
-        pictures[f"closest_pairs_{space}"] = figures.comparison(
-            *(part.load(positions, settings.device) for part, positions in pair)
-        )
+        pair = sampled.load(suspects, device), real.train.load(near.rows[suspects], device)
+        pictures[f"closest_pairs_{space}"] = figures.comparison(*pair)
     if isinstance(samples, DecodedImages):
         tokens = (encode(tokenizer, held_out, settings), samples.grids[sampled.row_numbers], grids)
         size, depth = tokenizer.config.codebook_size, tokenizer.config.depth
