@@ -282,7 +282,7 @@ def main(arguments: Namespace) -> None:
     page = make_page(Playground(gpt.model, tokenizer.model, vocabulary, device, arguments))
     options = {"server_name": arguments.host, "server_port": arguments.port, "footer_links": []}
     theme = themes.Default(font="sans-serif", font_mono="monospace")  # nothing is downloaded
-    cli.build_or_error(page.launch, **options, theme=theme, css=CSS)
+    cli.build_or_error(page.launch, **options, theme=theme, css=CSS, share=False)
 
 
 def make_parser() -> ArgumentParser:

@@ -151,7 +151,15 @@ def test_what_a_user_does_wrong_is_one_line(
     flags = ("playground", "--model_path", "gpt", "--model_dir", "tokenizer")
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert error_of(*flags).endswith("the playground needs Gradio; run: pip install gradio")
-    monkeypatch.setitem(sys.modules, "gradio", Namespace(themes=None))
+
+    def launch(*, server_name: str, server_port: int, share: bool, **options: Any) -> None:
+        assert (server_name, server_port, share) == ("127.0.0.1", 7860, False)  # for nobody else
+        raise OSError("Cannot find empty port in range: 7860-7860.")
+
+    monkeypatch.setattr(playground, "make_page", lambda play: Namespace(launch=launch))
+    themes = Namespace(Default=lambda **fonts: fonts)
+    monkeypatch.setitem(sys.modules, "gradio", Namespace(themes=themes))
+    assert "Cannot find empty port" in error_of(*flags)
     write_gpt("gpt", Vocabulary(CODES, GRID, condition=GridMeta(4, (2, 2))))
     assert "takes conditions, which the playground lacks" in error_of(*flags)
 
