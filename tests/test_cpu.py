@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck
 
 from transformer.attention import scaled_dot_product_attention
-from transformer.layers import RMSNorm, rms_norm
+from transformer.layers import GateOnCPU, RMSNorm, rms_norm
+from transformer.rope import rotary_cos_sin, rotate
 
 
 def test_norm_and_its_gradient() -> None:
@@ -30,3 +31,19 @@ def test_bfloat16_is_computed_in_float32() -> None:
     expected = scaled_dot_product_attention(q, q, q, is_causal=True)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected.bfloat16())
+
+
+def test_rotation_and_its_gradient() -> None:
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True).transpose(1, 2)
+    cos, sin = rotary_cos_sin(torch.rand(3, 2, dtype=torch.float64), 8)
+    a, b = x.chunk(2, dim=-1)
+    expected = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    torch.testing.assert_close(rotate(x, cos, sin), expected)
+    assert gradcheck(lambda x: rotate(x, cos, sin), (x,))
+
+
+def test_gate_and_its_gradient() -> None:
+    x = torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True)
+    gate, value = x.chunk(2, dim=-1)
+    torch.testing.assert_close(GateOnCPU.apply(x), F.silu(gate) * value)
+    assert gradcheck(GateOnCPU.apply, (x,))

@@ -30,7 +30,9 @@ class RMSNormOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
         ctx.dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
-        scale = x.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
+        x = x.contiguous()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -112,6 +114,26 @@ class SelfAttention(nn.Module):
         return self.out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
 
 
+class GateOnCPU(torch.autograd.Function):
+    """silu(gate) * value of x (..., 2 * hidden_dim), whose gradient is written in one piece."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        activated = F.silu(gate)
+        ctx.save_for_backward(x, activated)
+        return activated * value
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        x, activated = ctx.saved_tensors
+        (gate, value), y = x.chunk(2, dim=-1), torch.empty_like(x)
+        of_gate, of_value = y.chunk(2, dim=-1)
+        torch.mul(gradient, activated, out=of_value)
+        torch.ops.aten.silu_backward.grad_input(gradient * value, gate, grad_input=of_gate)
+        return y
+
+
 class SwiGLU(nn.Module):
     """Feed-forward layer (arXiv 2002.05202)."""
 
@@ -122,7 +144,10 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """States (..., dim) -> (..., dim)."""
-        gate, value = self.gate_and_value(x).chunk(2, dim=-1)
+        x = self.gate_and_value(x)
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self.out(GateOnCPU.apply(x))
+        gate, value = x.chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)
 
 

@@ -1,6 +1,7 @@
 """Positions in the latent grid: rotary embeddings, larger grids, windows, orders."""
 
 from enum import StrEnum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,31 @@ def rotary_cos_sin(
     return angles.cos(), angles.sin()
 
 
+class RotateOnCPU(torch.autograd.Function):
+    """`rotate`, whose halves are written where they belong."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        y = x * torch.cat([cos, cos], dim=-1)
+        (a, b), (c, d) = x.chunk(2, dim=-1), y.chunk(2, dim=-1)
+        c.addcmul_(b, sin, value=-1)
+        d.addcmul_(a, sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return RotateOnCPU.apply(gradient, cos, -sin), None, None
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x[..., i], x[..., i + head_dim / 2]) of x (..., T, head_dim) by its angle.
 
     cos and sin are (T, head_dim / 2), or of a shape that broadcasts to half of x.
     """
+    if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling():
+        return RotateOnCPU.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
