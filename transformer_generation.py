@@ -22,6 +22,7 @@ from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.captions import encode
 from utils.data.conditioning import Conditions, choose_texts, load_conditions, write_conditions
+from utils.data.images import available_memory
 from utils.data.indices import (
     META,
     IndicesMeta,
@@ -43,6 +44,7 @@ from vqvae import VQVAE
 SHOWN = 48  # completions in the picture, at most
 PICTURE = "completions.png"
 MASK = "top:0.5"
+BATCH_SIZE = 256
 
 
 class Known(NamedTuple):
@@ -162,6 +164,19 @@ def choose_size(
     return size
 
 
+def choose_batch_size(
+    model: GPT, guide: GPT | None, size: tuple[int, int], params: SamplingParams
+) -> int:
+    """`BATCH_SIZE`, or so many images that caches and logits take half of the free memory."""
+    device, copies = model.head.weight.device, 1 + (params.guidance_scale != 1)
+    free = available_memory()
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    caches = [x.make_cache(1, size).nbytes for x in (model, guide or model)[:copies]]
+    logits = copies * 32 * model.config.codebook_size  # float32, and what filters and sorts take
+    return max(1, min(BATCH_SIZE, free // 2 // (sum(caches) + logits)))
+
+
 def read_inputs(
     arguments: argparse.Namespace, models: Mapping[str, LoadedModel | None]
 ) -> dict[str, str]:
@@ -189,6 +204,8 @@ def sample(
     **options: Any,
 ) -> None:
     """Fill `out` with the grids that the flags ask for."""
+    settings = model, options.get("guide"), size, options["params"]
+    options["batch_size"] = arguments.batch_size or choose_batch_size(*settings)
     if known is None and arguments.candidates == 1:  # row by row, for grids of any height
         sampling.generate(model, prefix, size=size, out=out, **options)
         return
@@ -218,7 +235,6 @@ def main(arguments: argparse.Namespace) -> None:
         "position_extension": PositionExtension(arguments.position_extension),
         "compiled": arguments.compile,
         "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
     }
     gpt = load_model(arguments.model_path, GPT, device)
     config = gpt.model.config
@@ -367,7 +383,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help=text)
     add("--seed", type=int, default=0, help="same seed, same images (default: 0)")
     add("--text", action="store_true", help="also write indices.txt")
-    cli.add_inference_flags(parser, batch_size=256)
+    cli.add_inference_flags(parser, batch_size=0)  # see choose_batch_size
     return parser
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
+import transformer_generation
 from tests.conftest import write_images
-from transformer import GPT, GPTConfig, sampling
+from transformer import GPT, GPTConfig, SamplingParams, sampling
 from transformer.sampling import generate_rows
 from utils import cli
 from utils.data.indices import IndicesMeta, read_indices, write_indices
@@ -350,3 +351,18 @@ def test_named_sizes_fill_in_what_is_not_given() -> None:
     assert GPTConfig(codebook_size=8, dim=128).resolve_defaults().hidden_dim == 384
     with pytest.raises(ValueError, match="num_kv_heads"):
         GPTConfig(codebook_size=8, num_kv_heads=3)
+
+
+def test_batches_take_half_of_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT(GPTConfig(CODES, latent_dim=GRID, num_layers=1, num_heads=1, dim=32))
+    each = model.make_cache(1).nbytes + 32 * CODES
+    for free, guided, expected in (
+        (1 << 40, False, transformer_generation.BATCH_SIZE),
+        (20 * each, False, 10),
+        (20 * each, True, 5),  # twice as many grids
+        (0, False, 1),
+    ):
+        monkeypatch.setattr(transformer_generation, "available_memory", lambda free=free: free)
+        params = SamplingParams(guidance_scale=2.0 if guided else 1.0)
+        chosen = transformer_generation.choose_batch_size(model, None, GRID, params)
+        assert chosen == expected

@@ -154,7 +154,7 @@ class ImageDataset:
         )
         self.pixels: Tensor | None = None
         if max_memory is None:
-            max_memory = 0 if config.stream else _available_memory() // (2 * processes)
+            max_memory = 0 if config.stream else available_memory() // (2 * processes)
         if self.size_in_memory <= max_memory:
             pixels = np.empty((len(self), self.channels, *self.resize_size), np.uint8)
             for row, image in enumerate(self._read_all(self._decode, "decoding")):
@@ -304,7 +304,7 @@ def _available_cores() -> int:
     return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
-def _available_memory() -> int:
+def available_memory() -> int:
     """Bytes that this process may still take: of the machine, its address space and its cgroup."""
     limits = [psutil.virtual_memory().available]
     address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
