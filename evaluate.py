@@ -46,6 +46,7 @@ ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a spl
 
 def run_evaluation(
     flags: argparse.Namespace,
+    settings: Settings,
     evaluate: Callable[[], Record],
     place: tuple[Path, Path, str],
     data: dict[str, ImageDataset],
@@ -61,8 +62,11 @@ def run_evaluation(
     stage = "tokenizer" if flags.kind == "reconstructions" else "gpt"
     output_dir = Path(flags.output_dir or home / report.FOLDER / name)
     cli.check_writable(output_dir)
-    with tracking.continue_run(output_dir, flags.run_id, run_id, homes=(stage,)) as run:
+    options: Any = {"homes": (stage,), "enabled": settings.group.is_main}
+    with tracking.continue_run(output_dir, flags.run_id, run_id, **options) as run:
         record = evaluate()
+        if not settings.group.is_main:
+            return
         common = report.protocol(flags, data["path_to_data"])
         record = replace(record, protocol={**common, **protocol, **record.protocol})
         record.save(run, flags.kind, name)
@@ -102,7 +106,7 @@ def evaluate_reconstructions(flags: argparse.Namespace, settings: Settings) -> N
         *(tokenizer.model, dataset, table, network, training, settings),
     )
     place = dataset.path, tokenizer.home, tokenizer.provenance.run_id
-    run_evaluation(flags, evaluate, place, data, protocol)
+    run_evaluation(flags, settings, evaluate, place, data, protocol)
 
 
 def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
@@ -127,7 +131,7 @@ def evaluate_samples(flags: argparse.Namespace, settings: Settings) -> None:
     home = tracking.home_of(flags.run_id or run_id) or samples.place.parent
     protocol = {"split": real.split, "samples_sha256": samples.sha256}
     protocol |= {key: hashes.get(key) for key in ("tokenizer_sha256", "gpt_sha256")}
-    run_evaluation(flags, evaluate, (samples.place, home, run_id), data, protocol)
+    run_evaluation(flags, settings, evaluate, (samples.place, home, run_id), data, protocol)
 
 
 def encode_conditions(
@@ -177,7 +181,7 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     protocol = {"rows": ALL_ROWS, "unconditional": flags.unconditional}
     protocol |= {"gpt_sha256": gpt.sha256, "tokenizer_sha256": tokenizer.sha256}
     place = dataset.path, gpt.home, gpt.provenance.run_id
-    run_evaluation(flags, evaluate, place, {"path_to_data": dataset}, protocol)
+    run_evaluation(flags, settings, evaluate, place, {"path_to_data": dataset}, protocol)
 
 
 def find_records(place: str) -> dict[str, Path]:
@@ -276,8 +280,10 @@ def main(flags: argparse.Namespace) -> None:
     elif flags.kind is None:
         raise UserError(f"nothing to do; give {', '.join(KINDS)}, or --compare RUN_A RUN_B")
     else:
-        device = distributed.pick_device(flags.device)
-        flags.evaluate(flags, Settings(device, flags.batch_size, flags.seed))
+        group = distributed.init_distributed(flags.device, flags.seed)
+        flags.stream |= group.world_size > 1  # each process decodes its own images only
+        flags.evaluate(flags, Settings(group.device, flags.batch_size, flags.seed, group))
+        group.shutdown()
 
 
 def add_feature_flags(command: argparse.ArgumentParser, default: str | None) -> None:
@@ -346,4 +352,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

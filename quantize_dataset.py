@@ -9,6 +9,8 @@ if __name__ == "__main__":
 import argparse
 import math
 import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from utils.data.index_dataset import CROPS
 from utils.data.indices import META, IndicesMeta, allocate, write_indices
 from utils.data.sources import Row, split_rows
 from utils.data.vocabulary import GridMeta
+from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.files import check_unused
 from utils.model_folder import load_model
@@ -32,40 +35,51 @@ from vqvae import VQVAE
 
 
 @torch.inference_mode()
-def quantize(model: VQVAE, dataset: ImageDataset, batch_size: int) -> Tensor:
-    """All images of a data set as indices (N, h, w[, depth]), int32, on the CPU."""
-    device = next(model.parameters()).device
-    batches = torch.arange(len(dataset)).split(batch_size)
-    grids = []
-    with ProgressBar(total=len(dataset), unit=" images") as bar:
-        for images in dataset.batches(batches, device):
-            grids.append(model.encode(images).to("cpu", torch.int32))
+def quantize(
+    model: VQVAE,
+    dataset: ImageDataset,
+    batch_size: int,
+    group: Distributed,
+    augmentation: Augmentation | None = None,
+    *,
+    flip: bool = False,
+) -> list[Tensor]:
+    """All images of a data set as indices (N, h, w[, depth]), int32, on the CPU.
+
+    With `flip`, their mirror images as well. Each process encodes a part of them.
+    """
+    rows = torch.arange(len(dataset))[group.block(len(dataset), batch_size)]
+    grids: list[list[Tensor]] = [[] for _ in range(1 + flip)]
+    with ProgressBar(total=len(rows), unit=" images") as bar:
+        for images in dataset.batches(rows.split(batch_size), group.device, augmentation):
+            for view in range(1 + flip):
+                indices = model.encode(images.flip(3) if view else images)
+                grids[view].append(indices.to("cpu", torch.int32))
             bar.update(len(images))
-    return torch.cat(grids)
+    return [group.join(torch.cat(view)) for view in grids]
 
 
-@torch.inference_mode()
 def quantize_crops(
-    folder: Path, model: VQVAE, dataset: ImageDataset, meta: IndicesMeta, flags: argparse.Namespace
-) -> None:
-    """Write crops.npy, (N, grids, h, w[, depth]): random crops, then with `--flip` mirrored ones.
+    model: VQVAE, dataset: ImageDataset, group: Distributed, flags: argparse.Namespace
+) -> Iterator[list[Tensor]]:
+    """`quantize` the random crops of each number, with `--flip` with those of mirror images.
 
     Of each image of `dataset`, which is larger than the crops, there are `--crops`, or for 0 the
     image itself. A crop is a function of seed, row and its number.
     """
-    device = next(model.parameters()).device
-    shape = len(dataset), grids_per_image(flags), *meta.shape
-    grids = allocate(folder / CROPS, shape, meta.codebook_size)
-    views = max(flags.crops, 1)
-    batches = torch.arange(len(dataset)).split(flags.batch_size)
-    with ProgressBar(total=views * len(dataset), unit=" crops") as bar:
-        for view in range(views):
-            crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
-            for rows, images in zip(batches, dataset.batches(batches, device, crop), strict=True):
-                grids[rows, view] = model.encode(images).cpu()
-                if flags.flip:
-                    grids[rows, views + view] = model.encode(images.flip(3)).cpu()
-                bar.update(len(rows))
+    for view in range(max(flags.crops, 1)):
+        crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
+        yield quantize(model, dataset, flags.batch_size, group, crop, flip=flags.flip)
+
+
+def write_crops(
+    folder: Path, crops: Iterable[list[Tensor]], shape: tuple[int, ...], meta: IndicesMeta
+) -> None:
+    """Write crops.npy, (N, grids, h, w[, depth]): random crops, then mirrored ones."""
+    grids = allocate(folder / CROPS, (*shape, *meta.shape), meta.codebook_size)
+    for view, found in enumerate(crops):
+        for mirrored, part in enumerate(found):
+            grids[:, view + mirrored * shape[1] // 2] = part
 
 
 def grids_per_image(flags: argparse.Namespace) -> int:
@@ -116,13 +130,16 @@ def with_splits(rows: list[Row], origin: Provenance) -> list[Row]:
 
 def main(arguments: argparse.Namespace) -> None:
     check_flags(arguments)
+    group = distributed.init_distributed(arguments.device, arguments.seed)
+    arguments.stream |= group.world_size > 1  # each process decodes its own images only
     reading = cli.read_flags(ImageConfig, arguments)
-    device, data = distributed.pick_device(arguments.device), arguments.path_to_data
+    device, data = group.device, arguments.path_to_data
     tokenizer = load_model(arguments.model_dir, VQVAE, device)
     model, config, origin = tokenizer.model, tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
-    check_unused(output_dir, META)
+    if group.is_main:
+        check_unused(output_dir, META)
     dataset = ImageDataset(data, reading, **config.image_options)
     second = None
     if arguments.condition_model_dir is not None:
@@ -137,6 +154,7 @@ def main(arguments: argparse.Namespace) -> None:
         part=output_dir.name,
         inputs={data: sources.digest(data), arguments.model_dir: tokenizer.sha256},
         upstream=tokenizer.lineage,
+        enabled=group.is_main,
     )
     print(dataset)
     if arguments.flip and any(row.caption for row in dataset.rows):
@@ -144,15 +162,16 @@ def main(arguments: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
 
     with run:
-        indices = quantize(model, dataset, arguments.batch_size)
+        (indices,) = quantize(model, dataset, arguments.batch_size, group)
         meta = IndicesMeta(
             **vars(grid_meta(tokenizer)),
             lineage=run.lineage,
             condition=second and grid_meta(second),
         )
         extra, add = "", None
+        crops: Iterator[list[Tensor]] = iter(())
         if second is not None:
-            grids = quantize(second.model, images, arguments.batch_size)
+            (grids,) = quantize(second.model, images, arguments.batch_size, group)
             size = second.model.config.codebook_size
             add = partial(write_conditions, conditions=grids, codebook_size=size)
             extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
@@ -160,12 +179,16 @@ def main(arguments: argparse.Namespace) -> None:
             larger = dataset
             if arguments.crops:
                 larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
-            add = partial(quantize_crops, model=model, dataset=larger, meta=meta, flags=arguments)
+            crops = quantize_crops(model, larger, group, arguments)
+            shape = len(larger), grids_per_image(arguments)
+            add = partial(write_crops, crops=crops, shape=shape, meta=meta)
             extra = f"; and {grids_per_image(arguments)} more of each"
         rows = with_splits(dataset.rows, origin)
-        write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
-        dataset.write_skipped(output_dir)
-        run.folder(output_dir, name)
+        if group.is_main:
+            write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
+            dataset.write_skipped(output_dir)
+            run.folder(output_dir, name)
+        deque(crops, maxlen=0)  # which the main process has written
 
     counts = model.quantizer.count(indices)
     perplexity = metrics.codebook_metrics(counts)["perplexity"]
@@ -177,6 +200,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     words = ("train.py", "--path_to_data", output_dir, "--model_dir", arguments.model_dir)
     print(cli.next_command(*words))
+    group.shutdown()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -205,4 +229,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

@@ -396,4 +396,4 @@ def make_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser(), torchrun=True)
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

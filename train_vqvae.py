@@ -136,7 +136,6 @@ def read_images(
         data,
         **config.image_options,
         random_crop=data.random_crop,
-        processes=group.world_size,
     )
     rows = dataset.rows
     train_rows, val_rows = sources.split_rows(rows, val_fraction=data.val_fraction, seed=seed)
@@ -381,4 +380,4 @@ def make_parser() -> cli.Parser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser(), torchrun=True)
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

@@ -9,7 +9,9 @@ if __name__ == "__main__":
 import argparse
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
@@ -229,12 +231,15 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = distributed.pick_device(arguments.device)
+    group = distributed.init_distributed(arguments.device, arguments.seed)
+    device = group.device
     options: dict[str, Any] = {
         "params": cli.read_flags(SamplingParams, arguments),
         "position_extension": PositionExtension(arguments.position_extension),
         "compiled": arguments.compile,
         "seed": arguments.seed,
+        "part": (group.rank, group.world_size),
+        "merge": group.merge,
     }
     gpt = load_model(arguments.model_path, GPT, device)
     config = gpt.model.config
@@ -252,8 +257,7 @@ def main(arguments: argparse.Namespace) -> None:
         vocabulary.check_guide(read_vocabulary(guide.folder), guide.folder)
     tokenizer = None
     if arguments.model_dir:
-        address = addresses.fetch(arguments.model_dir)
-        tokenizer = load_model(address, VQVAE, device)
+        tokenizer = load_model(addresses.fetch(arguments.model_dir), VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
 
     known = read_known(arguments, vocabulary) if arguments.complete else None
@@ -267,8 +271,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
-    output_dir = Path(arguments.output_dir or cli.unused(gpt.home / "samples"))
-    check_unused(output_dir, META)
+    samples = count * arguments.candidates
+    options["batch_size"] = group.batch_size(samples, arguments.batch_size)
+    home = gpt.home / "samples"
+    output_dir = Path(arguments.output_dir or group.on_main(partial(cli.unused, home)))
+    if group.is_main:
+        check_unused(output_dir, META)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,
@@ -278,6 +286,7 @@ def main(arguments: argparse.Namespace) -> None:
         part=output_dir.name,
         inputs=read_inputs(arguments, models),
         upstream=joined(gpt.lineage, *map(lineage_of, folders)),
+        enabled=group.is_main,
     )
     meta = IndicesMeta(
         codebook_size=vocabulary.codebook_size,
@@ -293,8 +302,10 @@ def main(arguments: argparse.Namespace) -> None:
     files = (f"{number:05}.png" for number in range(count))
     rows = [*map(Row, files, labels, [""] * count, paths, captions)]
 
-    with run, ProgressBar(total=count * arguments.candidates, unit=" images") as bar:
-        with new_folder(output_dir, rows, meta, text=arguments.text) as folder:
+    with run, ProgressBar(total=samples // group.world_size, unit=" images") as bar:
+        target: Any = new_folder(output_dir, rows, meta, text=arguments.text)
+        with target if group.is_main else TemporaryDirectory() as name:  # others' is discarded
+            folder = Path(name)
             indices = torch.from_numpy(
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
@@ -320,6 +331,7 @@ def main(arguments: argparse.Namespace) -> None:
     logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
     words = "--indexes_path", output_dir, "--model_dir", arguments.model_dir or logged
     print(cli.next_command("vqvae/images_from_indexes.py", *words))
+    group.shutdown()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -388,4 +400,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

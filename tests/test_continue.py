@@ -75,18 +75,6 @@ def test_max_steps_counts_beyond_max_epochs() -> None:
     assert Schedule(config, 40, 4).total_steps == 500
 
 
-@pytest.mark.parametrize(("rank", "lines"), [("0", 1), ("1", 0)])
-def test_torchrun_before_a_script_of_one_process_is_refused_once(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], rank: str, lines: int
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
-    with pytest.raises(SystemExit, match="2"):
-        cli.run(lambda arguments: None, cli.make_parser(None))
-    assert capsys.readouterr().err.count("error: ") == lines
-
-
 def test_a_folder_that_cannot_be_made_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

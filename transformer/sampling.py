@@ -265,6 +265,8 @@ def generate(
     out: Tensor | None = None,
     scores: Tensor | None = None,
     progress: Callable[[int], object] = lambda count: None,
+    part: tuple[int, int] = (0, 1),
+    merge: Callable[[Tensor], object] = lambda values: None,
     **options: Any,
 ) -> Tensor:
     """Sample one grid of indices for each prefix, a function of seed, image and token alone.
@@ -282,12 +284,14 @@ def generate(
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
             sampled one, or else of all sampled tokens; without guidance and filters.
         progress: called with the number of images after each batch.
+        part: the number of this process, and how many share the batches.
+        merge: adds to a tensor, which is 0 where others have sampled, their values in place.
         options: of `DecodeStep`.
     """
     device, params = model.head.weight.device, options.get("params") or SamplingParams()
     size = size or model.config.latent_dim
     if out is None:
-        out = torch.empty(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
+        out = torch.zeros(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
     if known is None or known_mask is None:
         known, known_mask = None, torch.zeros(size, dtype=torch.bool)
     known_mask = known_mask.expand(len(prefix), *size)
@@ -298,7 +302,8 @@ def generate(
     # In other orders, all images of a batch have as many known positions.
     counts = known_mask.flatten(1).sum(dim=1) * in_order
     groups = [(counts == count).nonzero()[:, 0] for count in counts.unique()]
-    for batch in itertools.chain.from_iterable(group.split(batch_size) for group in groups):
+    batches = [batch for group in groups for batch in group.split(batch_size)]
+    for batch in batches[part[0] :: part[1]]:
         if step is None or step.batch_size != len(batch):
             step = None  # first, so that there are never two caches
             step = DecodeStep(model, len(batch), size=size, **options)
@@ -315,6 +320,8 @@ def generate(
         if scores is not None:
             scores[batch] = sums.cpu()
         progress(len(batch))
+    for values in (out,) if scores is None else (out, scores):
+        merge(values)
     return out
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from utils.progress import profiled
+from utils.progress import profiled, silent_unless_main
 
 # Limits of a field, by their name in its metadata.
 LIMITS = {
@@ -50,7 +50,7 @@ class Stopped(Exception):
     """A signal asked the script to stop, and it did in good order."""
 
     def __init__(self, signal_number: int) -> None:
-        super().__init__(f"stopped by signal {signal_number}")
+        super().__init__(f"stopped by signal {signal_number}; its state is saved")
         self.exit_code = 128 + signal_number
 
 
@@ -245,45 +245,45 @@ def configure_process() -> None:
 def run(
     main: Callable[[typing.Any], None],
     parser: argparse.ArgumentParser,
-    *,
-    torchrun: bool = False,
+    is_first: Callable[[], bool] = lambda: True,
 ) -> None:
     """Parse the flags, run `main`, and exit: 0, 2 after an error of the user, 130 or 143.
 
-    `torchrun`: whether several processes may share the work of this script.
+    `is_first`: of several processes, whether this one is the first to fail, which then says why.
     """
-    arguments = parser.parse_args()
-    if not torchrun and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        if os.environ.get("RANK") == "0":
-            line = f"{parser.prog} runs in one process; start it with python, not torchrun"
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    run_with(main, arguments)
+    with silent_unless_main():
+        arguments = parser.parse_args()
+    run_with(main, arguments, is_first)
 
 
-def run_with(main: Callable[[typing.Any], None], arguments: argparse.Namespace) -> None:
+def run_with(
+    main: Callable[[typing.Any], None],
+    arguments: argparse.Namespace,
+    is_first: Callable[[], bool] = lambda: True,
+) -> None:
     """`run` with flags that are parsed already."""
     configure_process()
     try:
-        if getattr(arguments, "output_dir", None):
+        if getattr(arguments, "output_dir", None) and os.environ.get("RANK", "0") == "0":
             check_writable(Path(arguments.output_dir))
         if trace := getattr(arguments, "profile", ""):
             check_writable(Path(trace).parent)
-        with profiled(trace):
+        with silent_unless_main(), profiled(trace):
             main(arguments)
-    except Stopped as stop:
-        print(f"{stop}; its state is saved", file=sys.stderr)
-        sys.exit(stop.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (UserError, MemoryError, RuntimeError, OSError) as error:
+    except (Stopped, KeyboardInterrupt) as stop:
+        if is_first():
+            print(str(stop) or "interrupted", file=sys.stderr)
+        sys.exit(getattr(stop, "exit_code", 130))
+    except Exception as error:
+        if not is_first():
+            sys.exit(2)
         line = error_line(error, arguments)
         if not line or (arguments.debug and not isinstance(error, UserError)):
             raise
         if arguments.debug:
             traceback.print_exc()
-        print(f"error: {printable(line)}", file=sys.stderr)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""
+        print(f"error: {rank}{printable(line)}", file=sys.stderr)
         sys.exit(2)
 
 

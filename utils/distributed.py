@@ -4,9 +4,11 @@ import inspect
 import os
 import random
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,15 +46,59 @@ class Distributed:
         if self.is_main:
             tqdm.write(str(line), file=sys.stdout)
 
-    def fail(self, message: str) -> NoReturn:
-        """End a training for a reason that all processes have found; the main one reports it."""
-        if self.is_main:
-            raise UserError(message)
-        sys.exit(2)
+    def on_main(self, make: Callable[[], object]) -> str:
+        """What `make` returns in the main process, which alone calls it, as text for all."""
+        text = torch.tensor([*str(make()).encode()] if self.is_main else [], dtype=torch.uint8)
+        return bytes(self.join(text).tolist()).decode()
 
     def shard(self, rows: Tensor) -> Tensor:
         """This process's part of a batch of rows."""
         return rows[self.rank :: self.world_size]
+
+    def block(self, count: int, batch_size: int) -> slice:
+        """This process's part of `count` rows, which follow each other; see `join`.
+
+        Where there is a batch for each process, they are the batches of a single process, so that
+        results are the same to the last bit. A UserError for fewer rows than processes.
+        """
+        size = self.batch_size(count, batch_size)
+        batches = -(-count // size)
+        first, last = (batches * n // self.world_size * size for n in (self.rank, self.rank + 1))
+        return slice(first, min(last, count))
+
+    def batch_size(self, count: int, batch_size: int) -> int:
+        """The rows at once: `batch_size`, or fewer so that each process has some of `count`."""
+        if count < self.world_size:
+            raise UserError(
+                f"{count} images are too few for {self.world_size} processes; start fewer"
+            )
+        while -(-count // batch_size) < self.world_size:
+            batch_size = max(1, batch_size // 2)
+        return batch_size
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The rows of all processes in the order of their ranks, on the CPU, of any type."""
+        if self.world_size == 1:
+            return rows
+        counts = [int(x) for x in self.all_gather(torch.tensor([len(rows)]))]
+        # As bytes, because the backends lack some types.
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = self.all_gather(padded.view(torch.uint8))
+        return torch.cat([x.view(rows.dtype)[:n] for x, n in zip(parts, counts, strict=True)])
+
+    def merge(self, values: Tensor) -> None:
+        """Fill in, in place, what other processes have set in `values`; each leaves the rest 0."""
+        if self.world_size > 1:
+            merged = values.contiguous().view(torch.uint8).to(self.device, copy=True)
+            dist.all_reduce(merged)
+            values.copy_(merged.cpu().view(values.dtype))
+
+    def copy_from_main(self, model: nn.Module) -> None:
+        """Give a model the weights that it has in the main process."""
+        if self.world_size > 1:
+            for value in model.state_dict().values():
+                dist.broadcast(value, 0)
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""
@@ -94,6 +140,9 @@ class Distributed:
         return parallel(model, **options)
 
 
+ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
 def init_distributed(device: str, seed: int) -> Distributed:
     """Join the other processes of torchrun, if there are any; seed all libraries by seed + rank.
 
@@ -110,6 +159,19 @@ def init_distributed(device: str, seed: int) -> Distributed:
     np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
     return Distributed(rank, world_size, picked)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no other process of this torchrun has called this before, on any machine."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    address, limit = os.environ["MASTER_ADDR"], timedelta(seconds=5)
+    try:
+        make: Any = dist.TCPStore  # type: ignore[attr-defined]
+        store = make(address, int(os.environ["MASTER_PORT"]), timeout=limit)
+        return store.add(f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1
+    except RuntimeError:  # torchrun itself has gone
+        return True
 
 
 def pick_precision(name: str, device: torch.device, *, on_cpu: str) -> str:

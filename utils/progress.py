@@ -1,8 +1,10 @@
 """Progress of long work: a bar on a terminal, else a line at least once a minute; profiles."""
 
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -40,6 +42,16 @@ class ProgressBar(tqdm):
         """Remove the bar; lines stay."""
         if self._on_terminal:
             super().clear(*arguments, **options)
+
+
+@contextmanager
+def silent_unless_main() -> Iterator[None]:
+    """In all processes of torchrun but the first, nothing is printed."""
+    if os.environ.get("RANK", "0") == "0":
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 if not __package__:  # run by its path: the packages are one folder up
@@ -16,6 +17,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -25,6 +27,7 @@ from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.data.masks import KnownPixels
 from utils.data.sources.csv import write_table
+from utils.distributed import Distributed
 from utils.files import check_unused
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
@@ -34,12 +37,14 @@ SHOWN = 100  # images in the grid, at most
 LIST, NPZ = "images.csv", "samples.npz"
 
 
-def prepare(folder: Path) -> None:
+def prepare(output_dir: str, default: Path) -> Path:
     """Make the folder, or remove the images of an earlier call; a UserError if it holds others."""
+    folder = Path(output_dir or cli.unused(default))
     check_unused(folder, LIST)
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST, folder / NPZ):
         file.unlink(missing_ok=True)
+    return folder
 
 
 @torch.inference_mode()
@@ -86,30 +91,42 @@ def make_decoder(
 
 @torch.inference_mode()
 def write_images(
-    folder: Path, decode: Callable, indices: Indices, flags: argparse.Namespace, metadata: PngInfo
+    folder: Path,
+    decode: Callable[[Tensor, Tensor], Tensor],
+    indices: Indices,
+    flags: argparse.Namespace,
+    metadata: PngInfo,
+    group: Distributed,
 ) -> Tensor:
-    """Write all images as PNG files and list them; the first SHOWN images (N, C, H, W)."""
-    shown, written, pixels = [], 0, []
-    for grids in ProgressBar(indices.grids.split(flags.batch_size), unit=" batches"):
-        images = decode(grids, torch.arange(written, written + len(grids)))
-        for number, image in enumerate(images, written):
-            picture = figures.to_pil(image)
-            picture.save(folder / f"{number:05}.png", pnginfo=metadata)
-            if flags.npz:
-                pixels.append(np.asarray(picture.convert("RGB")))
-        shown.append(images[: max(0, SHOWN - written)])
-        written += len(images)
+    """Write all images as PNG files and list them; the first SHOWN images (N, C, H, W).
+
+    Each process writes a part of them.
+    """
+    count, shown = len(indices.grids), []
+    batches = torch.arange(count)[group.block(count, flags.batch_size)].split(flags.batch_size)
+    for rows in ProgressBar(batches, unit=" batches"):
+        images = decode(indices.grids[rows], rows)
+        for number, image in zip(rows.tolist(), images, strict=True):
+            figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
+        shown.append(images[rows < SHOWN])
+    first = group.join(torch.cat(shown))
+    if not group.is_main:
+        return first
     columns = ["label", *(["caption"] if any(row.caption for row in indices.rows) else [])]
     texts = ([getattr(row, name) for name in columns] for row in indices.rows)
-    rows = ([f"{number:05}.png", *values] for number, values in enumerate(texts))
-    write_table(folder / LIST, ["image_path", *columns], rows)
+    names = [f"{number:05}.png" for number in range(count)]
+    table = ([name, *values] for name, values in zip(names, texts, strict=True))
+    write_table(folder / LIST, ["image_path", *columns], table)
     if flags.npz:  # as OpenAI's guided-diffusion evaluates: arr_0
-        np.savez(folder / NPZ, np.stack(pixels))
-    return torch.cat(shown)
+        pictures = (Image.open(folder / name).convert("RGB") for name in names)
+        np.savez(folder / NPZ, np.stack([np.asarray(picture) for picture in pictures]))
+    return first
 
 
 def main(arguments: argparse.Namespace) -> None:
-    device = distributed.pick_device(arguments.device)
+    group = distributed.init_distributed(arguments.device, 0)
+    arguments.stream |= group.world_size > 1  # each process decodes its own images only
+    device = group.device
     tokenizer = load_model(arguments.model_dir, VQVAE, device)
     path = addresses.fetch(arguments.indexes_path)
     config, origin = tokenizer.model.config, tokenizer.provenance
@@ -125,7 +142,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.condition_model_dir:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
     decode = make_decoder(arguments, tokenizer.model, path)
-    output_dir = Path(arguments.output_dir or cli.unused(path.with_name(f"{path.stem}-images")))
+    default = path.with_name(f"{path.stem}-images")
+    output_dir = Path(group.on_main(partial(prepare, arguments.output_dir, default)))
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -134,18 +152,20 @@ def main(arguments: argparse.Namespace) -> None:
         part=output_dir.name,
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
+        enabled=group.is_main,
     )
     metadata = provenance.png_info(run.lineage, origin.split)
-    prepare(output_dir)
     with run:
-        first = write_images(output_dir, decode, indices, arguments, metadata)
+        first = write_images(output_dir, decode, indices, arguments, metadata, group)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)
-        picture.save(output_dir / "grid.png", pnginfo=metadata)
+        if group.is_main:
+            picture.save(output_dir / "grid.png", pnginfo=metadata)
         run.file(output_dir / "grid.png", f"generated/{output_dir.name}")
         run.picture("pictures/generated", picture, 0)
     count = len(indices.rows)
     print(f"{count:,} images in {output_dir}, the first of them in {output_dir / 'grid.png'}")
     print(run.ui_hint)
+    group.shutdown()
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -172,4 +192,4 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run(main, make_parser())
+    cli.run(main, make_parser(), distributed.is_first_to_fail)

@@ -101,7 +101,6 @@ class ImageDataset:
         value_range: tuple[float, float] | None = None,
         resampling: str = "",
         random_crop: bool = False,
-        processes: int = 1,
         max_memory: int | None = None,
     ) -> None:
         """Read the rows, check the header of every file, and decode all if they fit into memory.
@@ -116,8 +115,8 @@ class ImageDataset:
             value_range, resampling: see `read_image`; None, "": decided from a sample of the files
                 by `common_range`.
             random_crop: keep the images an eighth larger, for random crops of `size`.
-            processes: the number of processes that share this machine's memory.
-            max_memory: bytes that the images may take; None: half of what is free.
+            max_memory: bytes that the images may take; None: half of what is free, over the
+                processes of torchrun on this machine.
 
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
         missing column, and a worker that dies.
@@ -127,9 +126,10 @@ class ImageDataset:
         self._column, self._skippable = column, config.skip_bad_images
         if not all(getattr(row, column) for row in self.rows):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.num_workers = config.num_workers
         if self.num_workers < 0:
-            self.num_workers = min(16, _available_cores())
+            self.num_workers = min(16, max(1, _available_cores() // processes))
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
+from utils.distributed import ALONE, Distributed
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 from utils.progress import ProgressBar
 
@@ -80,11 +81,15 @@ class DecodedImages:
 
 
 class Settings(NamedTuple):
-    """Where and in which batches networks run; `seed` of resamples and random choices."""
+    """Where and in which batches networks run; `seed` of resamples and random choices.
+
+    Where several processes evaluate, each runs the networks on its part of the images.
+    """
 
     device: torch.device
     batch_size: int
     seed: int
+    group: Distributed = ALONE
 
 
 class ImageSet(NamedTuple):
@@ -109,13 +114,20 @@ class ImageSet(NamedTuple):
         chosen, others = (part.sort().values for part in (order[:count], order[count:]))
         return ImageSet(self.images, chosen), ImageSet(self.images, others)
 
-    def batches(self, settings: Settings, what: str) -> Iterator[Tensor]:
-        """All images in order, (B, C, H, W) in [-1, 1], with a progress bar labelled `what`."""
-        batches = self.row_numbers.split(settings.batch_size)
-        with ProgressBar(total=len(self.row_numbers), desc=what, unit=" images") as bar:
-            for images in self.images.batches(batches, settings.device):
-                yield images
+    def map(
+        self, settings: Settings, what: str, function: Callable[[Tensor], Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """What a function makes of all images, of each batch (B, C, H, W) in [-1, 1], in order.
+
+        It returns tensors (B, ...), which are joined on the CPU; `what` labels a progress bar.
+        """
+        rows = self.row_numbers[settings.group.block(len(self.row_numbers), settings.batch_size)]
+        parts = []
+        with ProgressBar(total=len(rows), desc=what, unit=" images") as bar:
+            for images in self.images.batches(rows.split(settings.batch_size), settings.device):
+                parts.append([x.cpu() for x in function(images)])
                 bar.update(len(images))
+        return [settings.group.join(torch.cat(column)) for column in zip(*parts, strict=True)]
 
     def load(self, positions: Tensor, device: torch.device) -> Tensor:
         """The images at some positions of the rows, (n, C, H, W) in [-1, 1]."""
@@ -165,13 +177,14 @@ def extract_features(
     """The features of a set of images; `what` labels the progress bar."""
     # Distances are computed in float64, which only CUDA and the CPU have.
     home = "cuda" if settings.device.type == "cuda" else "cpu"
-    parts = []
-    for images in part.batches(settings, what):
+
+    def columns(images: Tensor) -> list[Tensor]:
         features, logits = network.network(images)
-        found = features.float(), logits, thumbnails(images).flatten(1)
-        parts.append([None if one is None else one.to(home) for one in found])
-    columns = zip(*parts, strict=True)
-    return Features(*(None if one[0] is None else torch.cat(one) for one in columns))
+        found = features.float(), thumbnails(images).flatten(1), logits
+        return [x for x in found if x is not None]
+
+    features, pixels, *logits = (x.to(home) for x in part.map(settings, what, columns))
+    return Features(features, logits[0] if logits else None, pixels)
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -285,7 +298,8 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
         few = f"classes with fewer than {FEW_IMAGES} training images"
         warn(f"{few}, for which label_agreement means little: {first_few(rare)}")
     part = part.split(TRAINING_IMAGES, settings.seed)[0]  # at most so many are used
-    images = torch.cat([thumbnails(x) for x in part.batches(settings, "reading images")])
+    (images,) = part.map(settings, "reading images", lambda x: [thumbnails(x)])
+    images = images.to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model = Classifier(images.shape[1], len(names)).to(device)
@@ -298,12 +312,13 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
         file = CACHE / f"classifier-{digest.hexdigest()[:16]}.safetensors"
         if file.is_file():
             model.load_state_dict(load_file(file))
-        else:
+        elif settings.group.is_main:
             fit_classifier(model, images, labels, settings.seed)
             file.parent.mkdir(parents=True, exist_ok=True)
             staging = file.with_suffix(f".{os.getpid()}.tmp")  # of this process alone
             save_file(model.state_dict(), staging)
             staging.replace(file)
+        settings.group.copy_from_main(model)
     model.eval()
     return network
 

@@ -124,16 +124,16 @@ def report_reconstructions(
     Pairs are compared by the metrics of `table`, the sets in `network`, or in a classifier that is
     trained on `training`; if that is another data set, reconstructions are classified as well.
     """
-    config, encoded = tokenizer.config, []
-    parts: dict[str, list[Tensor]] = {name: [] for name in table}
-    for images in ImageSet.whole(dataset).batches(settings, "reconstructions"):
-        with torch.inference_mode():
-            indices = tokenizer.encode(images)
-            made = tokenizer.decode(indices)
-            encoded.append(indices.to("cpu", torch.int32))
-            for name, compute in table.items():
-                parts[name].append(compute(images, made).cpu())
-    grids, errors = torch.cat(encoded), {name: torch.cat(part) for name, part in parts.items()}
+    config = tokenizer.config
+
+    @torch.inference_mode()
+    def measure(images: Tensor) -> list[Tensor]:
+        indices = tokenizer.encode(images)
+        made = tokenizer.decode(indices)
+        return [indices.int(), *(compute(images, made) for compute in table.values())]
+
+    grids, *parts = ImageSet.whole(dataset).map(settings, "reconstructions", measure)
+    errors = dict(zip(table, parts, strict=True))
     weights = metrics.resample(len(dataset), settings.seed)
     found = metrics.mean_errors(errors, weights, table)
     tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
@@ -270,7 +270,7 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
 @torch.inference_mode()
 def encode(tokenizer: Any, part: ImageSet, settings: Settings) -> Tensor:
     """The indices of real images, (N, h, w[, depth])."""
-    return torch.cat([tokenizer.encode(x).cpu() for x in part.batches(settings, "encoding")])
+    return part.map(settings, "encoding", lambda images: [tokenizer.encode(images)])[0]
 
 
 @torch.inference_mode()
@@ -286,12 +286,15 @@ def report_likelihood(
     `nats_per_token` takes prefixes (B, ...) and images (B, C, H, W) and gives (B, tokens);
     `prefix` (N, ...) is the conditioning of each image.
     """
-    device, parts = settings.device, []
-    batches = ImageSet.whole(dataset).batches(settings, "likelihood")
-    for given, images in zip(prefix.split(settings.batch_size), batches, strict=True):
-        nats = nats_per_token(given.to(device), images)
-        parts.append(nats.double().mean(dim=1).cpu() / math.log(2))
-    bits = torch.cat(parts)
+    device = settings.device
+    own = prefix[settings.group.block(len(prefix), settings.batch_size)]
+    given = iter(own.split(settings.batch_size))
+
+    def measure(images: Tensor) -> list[Tensor]:
+        nats = nats_per_token(next(given).to(device), images)
+        return [nats.cpu().double().mean(dim=1) / math.log(2)]
+
+    (bits,) = ImageSet.whole(dataset).map(settings, "likelihood", measure)
     weights = metrics.resample(len(dataset), settings.seed)
     per_image = {"bits_per_token": bits, "bits_per_pixel": bits * tokens_per_pixel}
     found = {name: metrics.mean(part, weights, POSITIVE) for name, part in per_image.items()}

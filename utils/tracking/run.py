@@ -1,8 +1,7 @@
 """Run: what a script logs to.
 
-Everything is first written to the output folder (metrics.jsonl, pictures/, tables/). Two threads
-then pass it on to MLflow, metrics and status apart from uploads, so that a slow or dead server
-neither stops nor slows a training.
+Everything goes first to the output folder (metrics.jsonl, pictures/, tables/). Two threads pass it
+on to MLflow, metrics and status apart from uploads, so that no slow or dead server slows a script.
 """
 
 import json
@@ -91,10 +90,11 @@ def continue_run(
     """Open the run of `--run_id`, else the model's if this MLflow store has it, or MLFLOW_RUN_ID.
 
     `default_run_id` is the run of the model, or ""; `homes` are the stages whose runs are accepted,
-    by default those of `PARENTS`. For the other `options` see `Run`. A UserError if the run of
-    `--run_id` does not exist, or is of another stage.
+    by default `PARENTS`. Other `options` are of `Run`. A UserError for an unknown or wrong run.
     """
     homes, missing = homes or PARENTS.get(stage, ()), ""
+    if not options.pop("enabled", True):
+        return Run(output_dir, stage=stage, enabled=False, **options)
     if run_id is not None:
         found = addresses.find_run(run_id).data.tags.get("stage", "")
         if homes and found not in homes:

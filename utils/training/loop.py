@@ -325,10 +325,10 @@ def _skip_batch(state: TrainState, problem: str) -> None:
     progress, group, limit = state.progress, state.group, state.config.nonfinite_limit
     advice = "lower --learning_rate or use --precision fp32, then --resume"
     if state.config.on_nonfinite != "skip":
-        group.fail(f"{problem}; {advice}, or leave out such batches by --on_nonfinite skip")
+        raise UserError(f"{problem}; {advice}, or leave out such batches by --on_nonfinite skip")
     progress.skipped += 1
     if progress.skipped > limit:
-        group.fail(f"{problem}; {limit} batches were skipped before (--nonfinite_limit): {advice}")
+        raise UserError(f"{problem}; {limit} were skipped before (--nonfinite_limit): {advice}")
     group.print(f"warning: {problem}; skipped, {progress.skipped} of {limit}")
     _undo_batch(state)
 

@@ -94,8 +94,7 @@ def _normal(name: str) -> str:
 @cache
 def note(line: str) -> None:
     """Print a line about the data once."""
-    if os.environ.get("RANK", "0") == "0":  # of the processes that torchrun starts, the first
-        print(line)
+    print(line)
 
 
 def root_of(path: str | Path) -> Path:
