@@ -230,6 +230,16 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
     return figures.grid(torch.cat([original * masks, decoded, original], dim=3))
 
 
+def choose_output_dir(
+    arguments: argparse.Namespace, default: Path, group: distributed.Distributed
+) -> Path:
+    """`--output_dir`, or a new folder; a UserError if something else is there."""
+    output_dir = Path(arguments.output_dir or group.on_main(partial(cli.unused, default)))
+    if group.is_main:
+        check_unused(output_dir, META)
+    return output_dir
+
+
 def main(arguments: argparse.Namespace) -> None:
     group = distributed.init_distributed(arguments.device, arguments.seed)
     device = group.device
@@ -273,10 +283,7 @@ def main(arguments: argparse.Namespace) -> None:
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
     options["batch_size"] = group.batch_size(samples, arguments.batch_size)
-    home = gpt.home / "samples"
-    output_dir = Path(arguments.output_dir or group.on_main(partial(cli.unused, home)))
-    if group.is_main:
-        check_unused(output_dir, META)
+    output_dir = choose_output_dir(arguments, gpt.home / "samples", group)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,
