@@ -198,6 +198,7 @@ def read_inputs(
 
 def sample(
     arguments: argparse.Namespace,
+    group: distributed.Distributed,
     model: GPT,
     prefix: Tensor,
     known: Known | None,
@@ -207,7 +208,10 @@ def sample(
 ) -> None:
     """Fill `out` with the grids that the flags ask for."""
     settings = model, options.get("guide"), size, options["params"]
-    options["batch_size"] = arguments.batch_size or choose_batch_size(*settings)
+    samples = len(prefix) * arguments.candidates
+    chosen = arguments.batch_size or choose_batch_size(*settings)
+    # All processes take the smallest that one of them has memory for, as they share the batches.
+    options["batch_size"] = group.batch_size(samples, -group.all_reduce_max(-chosen))
     if known is None and arguments.candidates == 1:  # row by row, for grids of any height
         sampling.generate(model, prefix, size=size, out=out, **options)
         return
@@ -282,7 +286,6 @@ def main(arguments: argparse.Namespace) -> None:
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
-    options["batch_size"] = group.batch_size(samples, arguments.batch_size)
     output_dir = choose_output_dir(arguments, gpt.home / "samples", group)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
@@ -317,7 +320,7 @@ def main(arguments: argparse.Namespace) -> None:
                 allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
             )
             options["progress"] = bar.update
-            sample(arguments, gpt.model, prefix, known, size, indices, **options)
+            sample(arguments, group, gpt.model, prefix, known, size, indices, **options)
             if known is not None:
                 known.pixels.save(folder)
             if known is not None and tokenizer is not None:
