@@ -23,7 +23,7 @@ from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, sampl
 from transformer.config import make_prefix
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.captions import encode
-from utils.data.conditioning import Conditions, choose_texts, load_conditions, write_conditions
+from utils.data.conditioning import choose_conditions, choose_texts, write_conditions
 from utils.data.images import available_memory
 from utils.data.indices import (
     META,
@@ -127,31 +127,6 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
             "--guidance_scale and --unconditional need; expect poor samples",
             file=sys.stderr,
         )
-
-
-def read_conditions(
-    arguments: argparse.Namespace, vocabulary: Vocabulary, config: GPTConfig, count: int
-) -> Conditions:
-    """Conditions of `count` images: --conditions in turn, or those of the completed images."""
-    if vocabulary.condition is None:
-        if arguments.conditions:
-            raise cli.UserError(
-                f"the GPT in {arguments.model_path} takes no conditions; omit --conditions"
-            )
-        return Conditions(None, [])
-    if arguments.conditions or arguments.complete:
-        path = addresses.fetch(arguments.conditions or arguments.complete)
-        conditions = load_conditions(
-            path, vocabulary.condition, allow_images=bool(arguments.conditions)
-        )
-        return conditions.cycle(count, repeats=arguments.variations)
-    if config.condition_dropout == 0:
-        raise cli.UserError(
-            "this GPT needs a condition (--condition_dropout 0); pass an indices folder with "
-            "conditions by --conditions"
-        )
-    grid = vocabulary.condition
-    return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
 def choose_size(
@@ -276,7 +251,8 @@ def main(arguments: argparse.Namespace) -> None:
 
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
-    condition = read_conditions(arguments, vocabulary, config, count)
+    required = config.condition_dropout == 0
+    condition = choose_conditions(arguments, vocabulary, count, required=required)
     labels, captions = choose_texts(arguments, vocabulary, (known or condition).rows, count)
     size = choose_size(arguments, known, gpt.model, options["params"])
     given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)

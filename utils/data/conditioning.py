@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils import addresses
 from utils.cli import UserError, one_line
 from utils.data.index_dataset import CONDITION, read_conditions
 from utils.data.indices import read_indices, smallest_type
@@ -52,6 +53,30 @@ def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Cond
         raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
     wanted.check_tokenizer(meta.tokenizer_sha256, path, meta, "the condition of the GPT")
     return Conditions(grids, indices.rows)
+
+
+def choose_conditions(
+    flags: argparse.Namespace, vocabulary: Vocabulary, count: int, *, required: bool
+) -> Conditions:
+    """Conditions of `count` images: --conditions in turn, or those of the completed images.
+
+    `required`: whether the GPT cannot do without.
+    """
+    if vocabulary.condition is None:
+        if flags.conditions:
+            raise UserError(f"the GPT in {flags.model_path} takes no conditions; omit --conditions")
+        return Conditions(None, [])
+    if flags.conditions or flags.complete:
+        path = addresses.fetch(flags.conditions or flags.complete)
+        found = load_conditions(path, vocabulary.condition, allow_images=bool(flags.conditions))
+        return found.cycle(count, repeats=flags.variations)
+    if required:
+        raise UserError(
+            "this GPT needs a condition (--condition_dropout 0); pass an indices folder with "
+            "conditions by --conditions"
+        )
+    grid = vocabulary.condition
+    return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
 def read_prompts(given: Sequence[str]) -> list[str]:
