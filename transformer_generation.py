@@ -219,24 +219,16 @@ def choose_output_dir(
     return output_dir
 
 
-def main(arguments: argparse.Namespace) -> None:
-    group = distributed.init_distributed(arguments.device, arguments.seed)
-    device = group.device
-    options: dict[str, Any] = {
-        "params": cli.read_flags(SamplingParams, arguments),
-        "position_extension": PositionExtension(arguments.position_extension),
-        "compiled": arguments.compile,
-        "seed": arguments.seed,
-        "part": (group.rank, group.world_size),
-        "merge": group.merge,
-    }
+def load_models(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[LoadedModel, LoadedModel | None, LoadedModel | None, Vocabulary]:
+    """GPT, guide, tokenizer and vocabulary; a UserError if they do not belong together."""
     gpt = load_model(arguments.model_path, GPT, device)
     config = gpt.model.config
     check_flags(arguments, config, on_gpu=device.type == "cuda")
     guide = load_model(arguments.guide_path, GPT, device) if arguments.guide_path else None
     if guide is not None:
         cli.build_or_error(config.check_guide, guide.model.config)
-        options["guide"] = guide.model
     if distributed.pick_precision(arguments.precision, device, on_cpu="fp32") == "bf16":
         for model in (gpt, guide) if guide else (gpt,):
             model.model.to(torch.bfloat16)
@@ -248,6 +240,24 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.model_dir:
         tokenizer = load_model(addresses.fetch(arguments.model_dir), VQVAE, device)
         vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, tokenizer.model.config)
+    return gpt, guide, tokenizer, vocabulary
+
+
+def main(arguments: argparse.Namespace) -> None:
+    group = distributed.init_distributed(arguments.device, arguments.seed)
+    device = group.device
+    options: dict[str, Any] = {
+        "params": cli.read_flags(SamplingParams, arguments),
+        "position_extension": PositionExtension(arguments.position_extension),
+        "compiled": arguments.compile,
+        "seed": arguments.seed,
+        "part": (group.rank, group.world_size),
+        "merge": group.merge,
+    }
+    gpt, guide, tokenizer, vocabulary = load_models(arguments, device)
+    config = gpt.model.config
+    if guide is not None:
+        options["guide"] = guide.model
 
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
