@@ -71,7 +71,7 @@ def test_a_search_can_end_with_the_gpt(
     recipes.main(recipes.make_parser().parse_args(words))
     assert ran == ["train_vqvae.py", "quantize_dataset.py", "train.py", "train.py"]
     header, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")]
+        [value.strip() for value in line.strip("|").split("|")]
         for line in capsys.readouterr().out.splitlines()
         if line.startswith("|")
     )
