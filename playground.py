@@ -179,8 +179,8 @@ def describe(play: Playground, images: Images, number: int = 0, token: int = 0) 
     choice = update(choices=choices, value=int(image.grids.view(-1)[token]), label=title)
     title = f"Bits per token, from {bits.min():.1f} (black) to {bits.max():.1f} (white)"
     picture = figures.enlarge(figures.to_pil(image.pixels[0]), SIDE)
-    drawn = figures.tokens(image.pixels[0], image.grids[0].flatten(1), token)
-    return image, token, picture, drawn, choice, update(value=figures.heat(bits), label=title)
+    annotated = figures.tokens(image.pixels[0], image.grids[0].flatten(1), token)
+    return image, token, picture, annotated, choice, update(value=figures.heat(bits), label=title)
 
 
 def make_page(play: Playground) -> Any:

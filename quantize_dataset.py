@@ -188,7 +188,7 @@ def main(arguments: argparse.Namespace) -> None:
             write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
             dataset.write_skipped(output_dir)
             run.folder(output_dir, name)
-        deque(crops, maxlen=0)  # which the main process has written
+        deque(crops, maxlen=0)  # made by all processes; the main one has written them by now
 
     counts = model.quantizer.count(indices)
     perplexity = metrics.codebook_metrics(counts)["perplexity"]

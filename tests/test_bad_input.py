@@ -287,6 +287,17 @@ def test_a_text_file_of_another_length(error_of: Call, tokenizer: Path) -> None:
     assert "line 1: it has 4 indices, but a grid of 6,10 takes 60" in error
 
 
+def test_images_of_an_earlier_call_outlive_a_refused_one(
+    error_of: Call, tokenizer: Path, indices: Path, own_folder: Path
+) -> None:
+    Path("images").mkdir()
+    for name in ("images.csv", "00000.png"):
+        Path("images", name).write_text("of an earlier call")
+    flags = ("--indexes_path", indices, "--model_dir", tokenizer, "--output_dir", "images")
+    error_of("vqvae.images_from_indexes", *flags, "--run_id", "0" * 32)
+    assert Path("images/00000.png").read_text() == "of an earlier call"
+
+
 def test_a_full_folder_is_not_overwritten(
     error_of: Call, data: Path, tokenizer: Path, gpt: Path, indices: Path
 ) -> None:

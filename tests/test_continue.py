@@ -1,16 +1,19 @@
 """Trainings that continue or stop as their flags, the shell and the machine ask for."""
 
+import errno
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 import train
 from tests.conftest import TINY_TOKENIZER, environment, run_script, write_images
@@ -177,6 +180,24 @@ def test_a_folder_has_one_owner(tmp_path: Path) -> None:
         lock_folder(tmp_path)
     lock.release()
     lock_folder(tmp_path).release()
+
+
+def test_a_file_system_without_locks_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some network file systems are; other errors are not hidden."""
+
+    def refuse(number: int) -> Callable[..., None]:
+        def acquire(lock: FileLock, timeout: float) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return acquire
+
+    monkeypatch.setattr(FileLock, "acquire", refuse(errno.ENOLCK))
+    lock_folder(tmp_path).release()
+    monkeypatch.setattr(FileLock, "acquire", refuse(errno.EACCES))
+    with pytest.raises(PermissionError):
+        lock_folder(tmp_path)
 
 
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:

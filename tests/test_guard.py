@@ -101,7 +101,7 @@ def test_bad_batches_are_left_out_up_to_a_limit(capsys: pytest.CaptureFixture) -
         assert all(parameter.grad is None for parameter in net.parameters())
         assert f"skipped, {number} of 2" in capsys.readouterr().out
     assert state.progress.skipped == 2
-    with pytest.raises(UserError, match="2 were skipped before"):
+    with pytest.raises(UserError, match="2 batches were skipped before"):
         loop.optimizer_step(state, ROWS, {"loss": torch.tensor(math.nan)}, NAMES)
 
 

@@ -30,9 +30,7 @@ class RMSNormOnCPU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, epsilon: float) -> Tensor:
         ctx.dtype, x = x.dtype, x if x.dtype == torch.float64 else x.float()
-        x = x.contiguous()
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        scale = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
+        scale = x.square().mean(dim=-1, keepdim=True).add_(epsilon).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y

@@ -1,6 +1,7 @@
 """Files and folders: checked before they are read, written completely or not at all, verified."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from utils.cli import UserError, check_writable, one_line
 
 CHECKSUMS = "sha256.json"
 LOCK, OWNER = "lock", "owner"  # in an output folder, and which process on which host writes to it
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of some network file systems
 LOCK_SECONDS = 5  # that a killed process may take to let go of it
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written
 JSON_BYTES = 64 << 20
@@ -115,6 +117,9 @@ def lock_folder(folder: Path) -> FileLock:
         raise UserError(
             f"{who} is writing to {folder}; wait for its end, or choose another --output_dir"
         ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
     return lock
 
@@ -123,7 +128,9 @@ def check_unused(folder: Path, ours: str = "") -> None:
     """A UserError if `folder` cannot be written, or is not empty and without the file `ours`."""
     check_writable(folder)
     if folder.exists() and any(folder.iterdir()) and not (ours and (folder / ours).is_file()):
-        raise UserError(f"{folder} exists and is not empty; name another --output_dir, or move it")
+        raise UserError(
+            f"{folder} exists and is not empty; choose another --output_dir, or move it away"
+        )
 
 
 def flush(path: Path) -> None:
@@ -196,7 +203,8 @@ def check_links(folder: Path) -> None:
         target = os.path.realpath(path)
         if path.is_symlink() and not target.startswith(home + os.sep):
             raise UserError(
-                f"{path} is a link that leads out of its folder, to {target}; put the file there"
+                f"{path} is a link that leads out of its folder, to {target}; put the file itself "
+                "there"
             )
 
 

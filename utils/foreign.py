@@ -103,7 +103,8 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(f"cannot read {path}: {one_line(error)}") from error
         raise UserError(
             f"{path} holds objects that are never read here, as reading them can run any code of "
-            "whoever made the file, or is damaged; ask for the tensors alone (.safetensors)"
+            "whoever made the file, or is damaged; ask for a file of the tensors alone "
+            "(.safetensors)"
         ) from error
 
 

@@ -26,7 +26,9 @@ class AdversarialConfig:
     disc_weight: float = option(0.0, "weight of the adversarial loss; VQGAN: 0.8")
     disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
     disc_start: float = _part(0.5, "fraction of the training without it")
-    disc_adaptive_schedule: bool = _part(True, "ramp the loss up, and down where errors rise")
+    disc_adaptive_schedule: bool = _part(
+        True, "ramp the loss up, and down where reconstructions get worse"
+    )
     disc_warmup: float = _part(0.05, "fraction for the discriminator", ADAPTIVE)
     disc_ramp: float = _part(0.2, "fraction for the ramp up", ADAPTIVE)
     disc_bound: float = _part(0.1, "tolerated rise of the error, a fraction", ADAPTIVE)
@@ -161,7 +163,10 @@ class PatchDiscriminator(nn.Module):
         super().__init__()
         layers = config.disc_layers
         if min(image_size) >> layers < 3:  # each convolution of stride 1 removes one position
-            raise ValueError(f"disc_layers {layers} need sides of {3 << layers} pixels; use fewer")
+            raise ValueError(
+                f"disc_layers {layers} need images of {3 << layers} pixels or more; "
+                "use fewer disc_layers"
+            )
         width = config.disc_channels
         parts: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1)]
         for layer in range(1, layers + 1):

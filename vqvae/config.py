@@ -35,7 +35,9 @@ class VQVAEConfig:
         "values that become black and white, as -1000,3000; default: as the data need",
         min=float("-inf"),
     )
-    resampling: str = option("", "nearest: label maps; default: by the data", choices=RESAMPLING)
+    resampling: str = option(
+        "", "nearest is for label maps; default: as the data need", choices=RESAMPLING
+    )
     patch_size: int = option(4, "side of the blocks moved into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)
     channel_multipliers: tuple[int, ...] = option(

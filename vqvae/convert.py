@@ -119,7 +119,9 @@ WRITERS = {"taming": write_taming, "diffusers": write_diffusers}
 def read_config(project: str, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """A tokenizer's part of another project's config file, and settings beside the weights'."""
     if project not in READERS:
-        raise cli.UserError(f"{project} has no config files: the weights suffice; omit --config")
+        raise cli.UserError(
+            f"{project} has no config files; leave out --config: settings follow from weights"
+        )
     import yaml  # comes with MLflow
 
     try:

@@ -37,14 +37,18 @@ SHOWN = 100  # images in the grid, at most
 LIST, NPZ = "images.csv", "samples.npz"
 
 
-def prepare(output_dir: str, default: Path) -> Path:
-    """Make the folder, or remove the images of an earlier call; a UserError if it holds others."""
+def choose_output_dir(output_dir: str, default: Path) -> Path:
+    """`output_dir`, or a new folder; a UserError if it holds something else than such images."""
     folder = Path(output_dir or cli.unused(default))
     check_unused(folder, LIST)
+    return folder
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder, and remove the images of an earlier call."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in (*folder.glob("[0-9]*.png"), folder / "grid.png", folder / LIST, folder / NPZ):
         file.unlink(missing_ok=True)
-    return folder
 
 
 @torch.inference_mode()
@@ -143,7 +147,7 @@ def main(arguments: argparse.Namespace) -> None:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
     decode = make_decoder(arguments, tokenizer.model, path)
     default = path.with_name(f"{path.stem}-images")
-    output_dir = Path(group.on_main(partial(prepare, arguments.output_dir, default)))
+    output_dir = Path(group.on_main(partial(choose_output_dir, arguments.output_dir, default)))
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -155,6 +159,7 @@ def main(arguments: argparse.Namespace) -> None:
         enabled=group.is_main,
     )
     metadata = provenance.png_info(run.lineage, origin.split)
+    group.on_main(partial(prepare, output_dir))  # only now that nothing can be refused any more
     with run:
         first = write_images(output_dir, decode, indices, arguments, metadata, group)
         picture = figures.grid(first) if conditions is None else figures.pairs(conditions, first)

@@ -89,8 +89,8 @@ def continue_run(
 ) -> "Run":
     """Open the run of `--run_id`, else the model's if this MLflow store has it, or MLFLOW_RUN_ID.
 
-    `default_run_id` is the run of the model, or ""; `homes` are the stages whose runs are accepted,
-    by default `PARENTS`. Other `options` are of `Run`. A UserError for an unknown or wrong run.
+    `default_run_id`: the model's run, or ""; `homes`: stages whose runs are accepted, by default
+    `PARENTS`; `options`: see `Run`. A UserError if --run_id names no run or another stage's.
     """
     homes, missing = homes or PARENTS.get(stage, ()), ""
     if not options.pop("enabled", True):

@@ -61,7 +61,9 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     if not candidates and resume == "auto":
         return None
     if not candidates:
-        raise UserError(f"--resume {resume}: no checkpoint there; give the folder of a training")
+        raise UserError(
+            f"--resume {resume}: no checkpoint there; give the output folder of a training"
+        )
     found = candidates[0].parents[1]
     if output_dir and found.resolve() != Path(output_dir).resolve():
         raise UserError(f"--resume {resume} continues in {found}; omit --output_dir {output_dir}")

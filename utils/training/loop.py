@@ -320,16 +320,16 @@ def _undo_batch(state: TrainState) -> None:
         module.load_state_dict(before)
 
 
-def _skip_batch(state: TrainState, problem: str) -> None:
+def _skip_batch(state: TrainState, why: str) -> None:
     """Undo what a batch has changed, or end the training."""
-    progress, group, limit = state.progress, state.group, state.config.nonfinite_limit
+    progress, limit = state.progress, state.config.nonfinite_limit
     advice = "lower --learning_rate or use --precision fp32, then --resume"
     if state.config.on_nonfinite != "skip":
-        raise UserError(f"{problem}; {advice}, or leave out such batches by --on_nonfinite skip")
+        raise UserError(f"{why}; {advice}, or leave out such batches by --on_nonfinite skip")
     progress.skipped += 1
     if progress.skipped > limit:
-        raise UserError(f"{problem}; {limit} were skipped before (--nonfinite_limit): {advice}")
-    group.print(f"warning: {problem}; skipped, {progress.skipped} of {limit}")
+        raise UserError(f"{why}; {limit} batches were skipped before (--nonfinite_limit): {advice}")
+    state.group.print(f"warning: {why}; skipped, {progress.skipped} of {limit}")
     _undo_batch(state)
 
 

@@ -20,7 +20,9 @@ class GumbelOptions(CodebookOptions):
     temperature: float = option(
         1.0, "of the softmax whose gradient the logits get", min=1e-3, training_only=True
     )
-    final_temperature: float = option(1.0, "after temperature_steps", min=1e-3, training_only=True)
+    final_temperature: float = option(
+        1.0, "temperature after temperature_steps", min=1e-3, training_only=True
+    )
     temperature_steps: int = option(
         0, "steps of the exponential fall; 0: none", min=0, training_only=True
     )
