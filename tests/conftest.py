@@ -1,6 +1,7 @@
 """What the tests share: small images, scripts called as a user would, an MLflow store."""
 
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -21,6 +22,7 @@ from PIL import Image
 
 from benchmarks.reading import call_script
 from utils import cli, tracking
+from utils.data import download
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = (
@@ -97,6 +99,34 @@ def error_of(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def evaluate(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., str]:
+    """Call evaluate.py in this process; what it printed."""
+
+    def call(*arguments: object) -> str:
+        module = importlib.import_module("evaluate")
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        capsys.readouterr()
+        cli.run(module.main, module.make_parser())
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CSV of a folder of digits, with CSVs of its first hundreds beside it."""
+    folder = tmp_path_factory.mktemp("digits")
+    download.write_images(folder, "digits", download.digits())
+    with (folder / "digits.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    for name, part in {"train": rows[:600], "test": rows[600:800], "other": rows[800:950]}.items():
+        lines = [["image_path", "label"], *(row[:2] for row in part)]
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows(lines)
+    return folder
 
 
 def next_command(output: str) -> list[str]:
