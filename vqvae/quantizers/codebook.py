@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from typing import ClassVar
 
 import torch
@@ -18,15 +20,28 @@ DECAY = 0.99  # of moving averages over batches
 ENTROPY_TEMPERATURE = 0.01  # of soft assignments, relative to the codes' mean squared length
 
 
+@cache
+def _has_fused_lookup(device: torch.device) -> bool:
+    """Whether a device has TF32 matrix units, and Triton is there to use them."""
+    if device.type != "cuda" or torch.version.hip or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = None) -> Tensor:
     """Codebook lookup: argmin over k of offsets[k] - v . codebook[k] for each v of `vectors`.
 
     Vectors (N, D), codebook (K, D), offsets (K,), by default half the squared length of each code,
     which finds the nearest: |v - c|^2 = |v|^2 - 2 v.c + |c|^2, where |v|^2 is the same for all
-    codes. Memory does not grow with N x K. Ties go to the lowest index.
+    codes. Memory does not grow with N x K. Ties go to the lowest index. On CUDA, float32 vectors
+    take one kernel, whose scores may differ from these in the last bits.
     """
     if offsets is None:
         offsets = codebook.square().sum(dim=1) / 2
+    if vectors.dtype == torch.float32 and _has_fused_lookup(vectors.device):
+        from vqvae.quantizers.fused_lookup import fused_nearest_codes
+
+        return fused_nearest_codes(vectors, codebook, offsets)
     chunks = vectors.split(max(1, CHUNK // len(codebook)))
     return torch.cat([torch.addmm(offsets, x, codebook.T, alpha=-1).argmin(dim=1) for x in chunks])
 
