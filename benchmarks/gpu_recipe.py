@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_recipe --data cifar10 --path_to_train data/cifar10/train.csv \\
         --path_to_test data/cifar10/test.csv
 
-On an H100 the tokenizer trains for about two minutes and the GPT for two. Then 5,000 images are
+On an H100 tokenizer and GPT train for one to two minutes each. Then 5,000 images are
 sampled and compared with the test images. Stages, folders and figures are those of
 `benchmarks.recipes`.
 """
@@ -14,18 +14,18 @@ from utils import cli
 RECIPES = {
     "cifar10": """
         train_vqvae --channels 128 --codebook_size 1024 --learning_rate 2e-3 --batch_size 256 \
-            --horizontal_flip --max_epochs 20 --evaluate_every 975 --compile
+            --horizontal_flip --max_epochs 14 --evaluate_every 616
         quantize_dataset
-        train --size small --dropout 0.1 --batch_size 256 --learning_rate 2e-3 --max_epochs 24 \
-            --evaluate_every 975 --compile
+        train --size small --dropout 0.1 --batch_size 256 --learning_rate 2e-3 --max_epochs 14 \
+            --evaluate_every 616
         transformer_generation --num_images 5000 --guidance_scale 1.5
     """,
     "emoji": """
         train_vqvae --image_size 64 --codebook_size 1024 --learning_rate 2e-3 \
-            --max_epochs 100 --evaluate_every 1000 --compile
+            --max_epochs 100 --evaluate_every 1000
         quantize_dataset
         train --size small --dropout 0.2 --learning_rate 1e-3 --max_epochs 80 \
-            --evaluate_every 500 --compile
+            --evaluate_every 500
         transformer_generation --num_images 5000 --guidance_scale 1.5
     """,
 }

@@ -64,4 +64,4 @@ def test_the_lookup_holds_no_distances_on_a_gpu() -> None:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     nearest_codes(vectors, codebook)
-    assert torch.cuda.max_memory_allocated() - before < 2 * (vectors.nbytes + codebook.nbytes)
+    assert torch.cuda.max_memory_allocated() - before < 4 * n * k / 100  # of one in float32 each

@@ -5,70 +5,92 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CODES, WARPS = 64, 64, 4  # vectors of one program, codes that it compares at once
+ROWS, CODES, WARPS = 128, 64, 4  # vectors of one program, codes that it compares at once
+CHUNK = tl.constexpr(32)  # of the sums over dimensions
+TF32_BITS = -(1 << 13)  # of a float32, those that are left in TF32
+FAR = 1e38  # score of the codes that fill the last block
+
+
+@triton.jit
+def _split_vectors(vectors, rows, columns, num_vectors, dim):  # type: ignore[no-untyped-def]
+    """Columns of [high, low, high, 1, 1, 1, 0, ...], where high + low are the vectors."""
+    part = columns // dim
+    x = tl.load(
+        vectors + rows[:, None].to(tl.int64) * dim + (columns % dim)[None, :],
+        mask=(rows < num_vectors)[:, None] & (part < 3)[None, :],
+        other=0.0,
+    )
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    x = tl.where((part == 1)[None, :], x - high, high)
+    return x + ((columns >= 3 * dim) & (columns < 3 * dim + 3)).to(tl.float32)[None, :]
 
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
     vectors,
-    codebook,
-    offsets,
+    codes,
     indices,
     num_vectors,
-    codebook_size,
-    dim: tl.constexpr,
-    dim_block: tl.constexpr,
+    num_codes,
+    dim,
+    width: tl.constexpr,
     row_block: tl.constexpr,
     code_block: tl.constexpr,
 ):
     rows = tl.program_id(0) * row_block + tl.arange(0, row_block)
+    chunk = tl.arange(0, CHUNK)
+    first = _split_vectors(vectors, rows, chunk, num_vectors, dim)
     lowest = tl.full((row_block, code_block), float("inf"), tl.float32)
     number = tl.zeros((row_block, code_block), tl.int32)
-    for start in range(0, codebook_size, code_block):
-        codes = start + tl.arange(0, code_block)
-        products = tl.zeros((row_block, code_block), tl.float32)
-        for first in tl.static_range(0, dim, dim_block):
-            dims = first + tl.arange(0, dim_block)
-            x = tl.load(
-                vectors + rows[:, None].to(tl.int64) * dim + dims[None, :],
-                mask=(rows[:, None] < num_vectors) & (dims[None, :] < dim),
-                other=0.0,
-            )
-            c = tl.load(
-                codebook + codes[None, :] * dim + dims[:, None],
-                mask=(codes[None, :] < codebook_size) & (dims[:, None] < dim),
-                other=0.0,
-            )
-            # Three products in TF32 are as exact as one in float32, and run on matrix units.
-            products = tl.dot(x, c, products, input_precision="tf32x3")
-        offset = tl.load(offsets + codes, mask=codes < codebook_size, other=float("inf"))
-        score = offset[None, :] - products
+    for start in range(0, num_codes, code_block):
+        numbers = start + tl.arange(0, code_block)
+        address = codes + numbers[None, :] * width + chunk[:, None]
+        score = tl.dot(first, tl.load(address), input_precision="tf32")
+        if width > CHUNK:
+            for column in range(CHUNK, width, CHUNK):
+                x = _split_vectors(vectors, rows, column + chunk, num_vectors, dim)
+                score = tl.dot(x, tl.load(address + column), score, input_precision="tf32")
         # Every column keeps its own minimum, so that columns are compared only once, at the end.
         closer = score < lowest
         lowest = tl.where(closer, score, lowest)
-        number = tl.where(closer, codes[None, :], number)
+        number = tl.where(closer, numbers[None, :], number)
     nearest = tl.min(lowest, axis=1)
-    ties = tl.where(lowest == nearest[:, None], number, codebook_size - 1)
+    ties = tl.where(lowest == nearest[:, None], number, num_codes)
     tl.store(indices + rows, tl.min(ties, axis=1).to(tl.int64), mask=rows < num_vectors)
+
+
+def _split(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 values as a sum of one that TF32 holds exactly, and the rest."""
+    high = (values.view(torch.int32) & TF32_BITS).view(torch.float32)
+    return high, values - high
 
 
 def fused_nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> Tensor:
     """`codebook.nearest_codes` without the (N, K) scores in memory, which it takes in float32.
 
+    The scores are one product in TF32 on the matrix units: of the vectors' high and low bits with
+    those of the codes, and of ones with the offsets. Only low times low is left out, 2^-22 of it.
+
     Vectors (N, D), codebook (K, D), offsets (K,) of one CUDA device -> indices (N,), int64.
     """
-    indices = torch.empty(len(vectors), dtype=torch.int64, device=vectors.device)
-    dim = vectors.shape[1]
+    (count, dim), size = vectors.shape, len(codebook)
+    width = triton.cdiv(3 * dim + 3, CHUNK.value) * CHUNK.value
+    codes = codebook.new_zeros(triton.cdiv(size, CODES) * CODES, width)
+    high, low = _split(-codebook)
+    offset, rest = _split(offsets)
+    torch.cat([high, high, low, offset[:, None]], dim=1, out=codes[:size, : 3 * dim + 1])
+    codes[:size, 3 * dim + 1], codes[:size, 3 * dim + 2] = _split(rest)
+    codes[size:, 3 * dim] = FAR
+    indices = torch.empty(count, dtype=torch.int64, device=vectors.device)
     with torch.cuda.device_of(vectors):
-        _kernel[triton.cdiv(len(vectors), ROWS), 1, 1](
+        _kernel[triton.cdiv(count, ROWS), 1, 1](
             vectors.contiguous(),
-            codebook.contiguous(),
-            offsets.contiguous(),
+            codes,
             indices,
-            len(vectors),
-            len(codebook),
-            dim=dim,
-            dim_block=min(64, max(16, triton.next_power_of_2(dim))),
+            count,
+            size,
+            dim,
+            width=width,
             row_block=ROWS,
             code_block=CODES,
             num_warps=WARPS,
