@@ -16,16 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from transformer import (
-    GPT,
-    FineTuningConfig,
-    FlexAttention,
-    GPTConfig,
-    drop_conditioning,
-    make_prefix,
-    random_order_probability,
-    sample_permutations,
-)
+from transformer import GPT, FineTuningConfig, FlexAttention, GPTConfig, make_prefix
 from transformer.fine_tuning import config_from, start_from
 from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
@@ -129,26 +120,38 @@ def read_model_config(flags: cli.Flags, data: Vocabulary, start: Start) -> GPTCo
 
 
 def build_model(
-    config: GPTConfig, start: Start, tokenizer: LoadedModel | None, device: torch.device, flex: bool
+    config: GPTConfig,
+    start: Start,
+    tokenizer: LoadedModel | None,
+    group: distributed.Distributed,
+    flags: cli.Flags,
+    precision: str,
 ) -> GPT:
-    """The GPT, with the weights that it starts from, and the codes of the tokenizer if needed."""
+    """The GPT, with the weights that it starts from, and the codes of the tokenizer if needed.
+
+    Whole on the device of this process, or its shard of it (--parallel fsdp).
+    """
     options: Any = {}
-    if flex:
-        if device.type != "cuda":
-            raise cli.UserError(f"--flex_attention needs CUDA, not {device}; omit it")
+    if flags.flex_attention:
+        if group.device.type != "cuda":
+            raise cli.UserError(f"--flex_attention needs CUDA, not {group.device}; omit it")
         shape: Any = {"grid": config.latent_dim, "depth": config.depth}
         shape |= {"window": config.window_size, "prefix": config.prefix_length}
-        options["attend"] = FlexAttention(device, **shape)
+        options["attend"] = FlexAttention(group.device, **shape)
     model = GPT(config, **options)
     if start.gpt is not None:
         cli.build_or_error(start_from, model, start.gpt.model, start.classes, start.tuning)
-    model.to(device)
     if config.needs_codebook:
         if tokenizer is None:
             raise cli.UserError("--start_from_codebook, --label_smoothing need --model_dir; add it")
         with torch.no_grad():
-            indices = torch.arange(config.codebook_size, device=device)[:, None, None]
-            model.use_codebook(tokenizer.model.embed(indices).flatten(1))
+            indices = torch.arange(config.codebook_size, device=group.device)[:, None, None]
+            model.use_codebook(tokenizer.model.embed(indices).flatten(1).cpu())
+    if flags.parallel == "ddp":
+        return model.to(group.device)
+    if config.tie_embeddings:
+        raise cli.UserError("--tie_embeddings cannot be combined with --parallel fsdp; omit one")
+    group.fully_shard(model, model.blocks, precision)
     return model
 
 
@@ -158,22 +161,6 @@ def load_batches(
     """Prefix and grids of each batch of rows, on the device; of crops in an `epoch`."""
     for parts, grids in data.batches(rows, epoch):
         yield make_prefix(*parts).to(device), grids.to(device)
-
-
-def scores_count(config: GPTConfig, done: float) -> bool:
-    """Whether evaluations after this fraction of the training count: its orders are the last."""
-    anneal = config.order_anneal
-    return anneal is None or config.any_order or random_order_probability(anneal, done) == 0
-
-
-def model_inputs(prefix: Tensor, grids: Tensor, config: GPTConfig, done: float) -> list[Tensor]:
-    """The inputs of a training step: conditioning is dropped for guidance, orders are sampled."""
-    generator = torch.default_generator  # as of dropout: checkpoints hold its state
-    inputs = [drop_conditioning(prefix, config, generator), grids]
-    if config.order_anneal is not None:
-        probability = random_order_probability(config.order_anneal, done)
-        inputs.append(sample_permutations(grids, probability, generator))
-    return inputs
 
 
 def train_step(
@@ -263,21 +250,22 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     """Log metrics and samples of the present model; the score, of which lower is better."""
     from utils import figures
 
-    data, model, group = validation.data, state.ema.model, state.group
+    data, group = validation.data, state.group
     step, values = state.progress.step, {}
-    if validation.evaluator is not None:
-        from transformer.sampling import generate
+    with distributed.whole(state.ema.model) as model:
+        if validation.evaluator is not None:
+            from transformer.sampling import generate
 
-        inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
-        values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
-    by_position = evaluate(model, data, state, group)
+            inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
+            values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
+        by_position = evaluate(model, data, state, group)
+        if group.is_main:
+            run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
     values["bits_per_token"] = float(by_position.mean())
     values["unigram_bits_per_token"] = validation.unigram
     values["bigram_bits_per_token"] = validation.bigram
     run.metrics("val", values, step)
     run.picture("pictures/bits_by_position", figures.heat(by_position), step)
-    if group.is_main:
-        run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
     group.print(f"step {step:>6,}  val {values['bits_per_token']:.3f} bits per token")
     return state.sign * values[state.config.best_metric]
 
@@ -320,7 +308,7 @@ def main(arguments: cli.Flags) -> None:
     validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
     model_config = read_model_config(arguments, data.vocabulary, start)
     cli.reject_unused_flags(model_config, arguments)
-    model = build_model(model_config, start, tokenizer, group.device, arguments.flex_attention)
+    model = build_model(model_config, start, tokenizer, group, arguments, precision)
     for_muon = model.linear_maps() if optimizer_config.optimizer == "muon" else None
     settings = {**asdict(optimizer_config), **asdict(source), **asdict(start.tuning)}
     settings |= asdict(model_config) | {"precision": precision}
@@ -337,7 +325,7 @@ def main(arguments: cli.Flags) -> None:
     load = partial(load_batches, data, group.device)
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-        inputs = model_inputs(*batch, model_config, state.progress.step / schedule.total_steps)
+        inputs = model.training_inputs(*batch, state.progress.step / schedule.total_steps)
         scale = state.loss_scale.value
         return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate, scale)}
 
@@ -367,7 +355,7 @@ def main(arguments: cli.Flags) -> None:
                 run.metrics("train", values, step)
             if evaluates:
                 score = evaluate_and_log(state, run, validation)
-                if state.time_is_up or scores_count(model_config, step / schedule.total_steps):
+                if state.time_is_up or model_config.orders_are_final(step / schedule.total_steps):
                     loop.keep_best(state, checkpoints, score)
             if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break

@@ -38,7 +38,7 @@ SPANS = {  # a column of the table: the functions that it times, without a modul
         "vqvae.train_step:forward_backward",
         "utils.training.loop:optimizer_step",
         ":train_step",
-        ":model_inputs",
+        "transformer.gpt:GPT.training_inputs",
     ),
     "evaluation": (":evaluate_and_log", ":report_best"),
     "checkpoints": (

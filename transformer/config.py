@@ -261,6 +261,10 @@ class GPTConfig:
             if own != theirs:
                 raise ValueError(f"the guide has {name} {theirs}, but the model has {name} {own}")
 
+    def orders_are_final(self, progress: float) -> bool:
+        """Whether the orders from a fraction `progress` of the training on are those of its end."""
+        return self.order_anneal is None or self.any_order or progress >= self.order_anneal[1]
+
     def grid_shape(self, size: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the indices of a grid of `size`: (h, w), or (h, w, depth) if depth > 1."""
         return size if self.depth == 1 else (*size, self.depth)

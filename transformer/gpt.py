@@ -20,9 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.attention import KVCache, attend
-from transformer.config import FORMAT_VERSION, GPTConfig
+from transformer.config import FORMAT_VERSION, GPTConfig, drop_conditioning
 from transformer.layers import Block, Head, LoRALinear, RMSNorm, Rotary
-from transformer.rope import GridPositions, PositionExtension, rotary_cos_sin
+from transformer.rope import (
+    GridPositions,
+    PositionExtension,
+    random_order_probability,
+    rotary_cos_sin,
+    sample_permutations,
+)
 
 STD = 0.02  # of the initial weights
 
@@ -214,6 +220,18 @@ class GPT(nn.Module):
         pad = self.config.caption_vocabulary_size
         loss = F.cross_entropy(logits, tokens.flatten(), reduction="sum", ignore_index=pad)
         return self.config.text_weight / tokens.numel() * (loss - loss.detach())
+
+    def training_inputs(self, prefix: Tensor, grids: Tensor, progress: float) -> list[Tensor]:
+        """Those of `loss` at a fraction of the training: with less conditioning, in random orders.
+
+        Random numbers are those of the default generator, whose state checkpoints hold.
+        """
+        generator = torch.default_generator
+        inputs = [drop_conditioning(prefix, self.config, generator), grids]
+        if self.config.order_anneal is not None:
+            probability = random_order_probability(self.config.order_anneal, progress)
+            inputs.append(sample_permutations(grids, probability, generator))
+        return inputs
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:
         """The matrices of the blocks, each with the rows of the linear maps that it stacks."""

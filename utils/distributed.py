@@ -1,14 +1,16 @@
 """Device, precision, and the processes that torchrun starts."""
 
+import copy
 import inspect
 import os
 import random
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +19,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils.cli import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by precision
+SKELETON = "_skeleton"  # attribute of a sharded model: the same without hooks and weights
 
 
 def pick_device(name: str) -> torch.device:
@@ -98,7 +104,47 @@ class Distributed:
         """Give a model the weights that it has in the main process."""
         if self.world_size > 1:
             for value in model.state_dict().values():
-                dist.broadcast(value, 0)
+                on_device = value.to(self.device)
+                dist.broadcast(on_device, 0)
+                value.copy_(on_device)
+
+    def fully_shard(self, model: nn.Module, blocks: Iterable[nn.Module], precision: str) -> None:
+        """Shard a model over the processes: FSDP2 (arXiv 2304.11277) of each block, then the rest.
+
+        Of weights, gradients and optimizer states, each process has its rows. The blocks are
+        gathered one by one, in the `precision` of matrix products. A model on the CPU comes to the
+        device block by block. Make optimizers and resume after this. A UserError without support.
+        """
+        if self.device.type == "mps":
+            raise UserError("--parallel fsdp needs CUDA or the CPU, not mps; omit it")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* view")  # nothing is in-place
+        if not dist.is_initialized():  # without torchrun
+            make_store: Any = dist.HashStore  # type: ignore[attr-defined]
+            dist.init_process_group(store=make_store(), rank=0, world_size=1)
+        self.copy_from_main(model)
+        empty = {id(x): nn.Parameter(x.detach().to("meta")) for x in model.parameters()}
+        vars(model)[SKELETON] = copy.deepcopy(model, empty)
+        mesh = init_device_mesh(self.device.type, (self.world_size,))
+        options: dict[str, Any] = {}
+        if dtype := DTYPES.get(precision):  # the states between blocks stay as they are
+            types = {"param_dtype": dtype, "reduce_dtype": torch.float32}
+            options["mp_policy"] = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
+        shards = [fully_shard(block, mesh=mesh, **options) for block in blocks]
+        for shard in (*shards, fully_shard(model, mesh=mesh)):
+            if self.device.type == "cpu":  # gloo sums, but takes no means
+                shard.set_force_sum_reduction_for_comms(True)
+
+    def gather(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Tensors in whole, where they are sharded: one by one, to the CPU of the main process."""
+        result = {}
+        for name, value in tensors.items():
+            whole = full_tensor(value)
+            if self.is_main:
+                result[name] = value if whole is value else whole.cpu()
+        return result
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""
@@ -125,12 +171,12 @@ class Distributed:
 
     def shutdown(self) -> None:
         """Leave the process group at the end; after an error others may wait for this process."""
-        if self.world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with gradients averaged over all processes."""
-        if self.world_size == 1:
+        if self.world_size == 1 or SKELETON in vars(model):
             return model
         parallel = nn.parallel.DistributedDataParallel
         # Codebook statistics are reduced by the quantizers. PyTorch renamed the argument.
@@ -141,6 +187,46 @@ class Distributed:
 
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A tensor in whole; all processes call this for one that is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def shard_like(whole: Tensor, like: Any) -> Tensor:
+    """A whole tensor in the type and sharding of another of its shape."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, whole = like.device_mesh, whole.to(like.device, like.dtype)
+    return distribute_tensor(whole, mesh, like.placements, src_data_rank=None)
+
+
+def copy_model(model: Model) -> Model:
+    """A copy of a model, sharded as it is, to hold weights: only in `whole` it can run."""
+    skeleton = vars(model).get(SKELETON)
+    if skeleton is None:
+        return copy.deepcopy(model)
+    result = copy.deepcopy(skeleton)
+    tensors = {name: x.clone() for name, x in model.state_dict().items()}
+    result.load_state_dict(tensors, assign=True)
+    vars(result)[SKELETON] = skeleton
+    return result
+
+
+@contextmanager
+def whole(model: Model) -> Iterator[Model]:
+    """A model with whole weights on the device, for what processes do apart; all enter this."""
+    skeleton = vars(model).get(SKELETON)
+    if skeleton is None:
+        yield model
+        return
+    tensors = {name: full_tensor(x) for name, x in model.state_dict().items()}
+    skeleton.load_state_dict(tensors, assign=True)
+    try:
+        yield skeleton
+    finally:
+        skeleton.to("meta")
 
 
 def init_distributed(device: str, seed: int) -> Distributed:
@@ -188,5 +274,4 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     """The context in which a model runs in `precision`: fp32, bf16 or fp16."""
     if precision == "fp32":
         return nullcontext()
-    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype=dtype)
+    return torch.autocast(device.type, dtype=DTYPES[precision])

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from transformer import GPT, GPTConfig
 from transformer.config import SIZES
+from transformer.layers import MAX_LOGITS
 from utils import cli
 from utils.data.indices import smallest_type
 
-STATES = 16  # bytes a parameter in float32: weight, gradient, AdamW's two moments
+STATES = 12  # bytes a parameter in float32: weight, AdamW's two moments
+GRADIENT = 4  # bytes a parameter, from the backward pass to the step of the optimizer
 SIDE = 4  # of the latent grid on which activations are measured: they grow with the tokens
 CAST = 2  # bytes a parameter: autocast's copy in bfloat16
+LOGIT = 14  # bytes: its log-softmax, the gradients of both in float32, and one in bfloat16
+# Bytes a parameter of what FSDP gathers: of a block two in bfloat16 with a buffer, a gradient and
+# its float32 copy; of the rest the weights, their cast and a gradient.
+BLOCK, REST = 2 + 2 + 2 + 2 + 4, 4 + CAST + 4
 
 
 def parameters_of(config: GPTConfig) -> int:
@@ -56,26 +62,39 @@ def saved_bytes(config: GPTConfig, count: int) -> int:
 
 
 def activation_bytes(config: GPTConfig) -> float:
-    """Bytes an image that a training step keeps until its backward pass."""
+    """Bytes an image that a training step keeps until its backward pass, but for the logits."""
     tokens = config.prefix_length + math.prod(config.latent_dim)
     found = []
     for layers in (1, 2):
-        small = replace(config, num_layers=layers, latent_dim=(SIDE, SIDE))
+        small = replace(config, num_layers=layers, latent_dim=(SIDE, SIDE), codebook_size=2)
         # A difference: the weights are kept as well, equally many for any number of images.
         found.append(
             (saved_bytes(small, 2) - saved_bytes(small, 1)) / (config.prefix_length + SIDE**2)
         )
     one, two = found
-    return tokens * (one + (config.num_layers - 1) * (two - one))
+    # On a GPU, norms keep their inputs as well: of layers in float32, of queries and keys in half.
+    heads = (config.num_heads + config.num_kv_heads) * config.qk_norm
+    norms = 8 * config.dim + 2 * config.head_dim * heads
+    return tokens * (one + (config.num_layers - 1) * (two - one) + config.num_layers * norms)
 
 
 def memory(config: GPTConfig, images: float, gpus: int, parallel: str, ema: bool) -> float:
-    """Bytes a GPU in training, with `images` images on each of them."""
-    parameters, activations = parameters_of(config), images * activation_bytes(config)
-    states = parameters * (STATES + 4 * ema)
-    if parallel == "fsdp":  # two blocks are gathered at a time: the current and the next
-        return states / gpus + 2 * parameters / config.num_layers * (4 + CAST) + activations
-    return states + parameters * (CAST + 4 * (gpus > 1)) + activations  # 4: DDP's buckets
+    """Bytes a GPU in training, with `images` images on each of them.
+
+    The peak is at the start of the backward pass, with all activations, or at its end, with all
+    gradients.
+    """
+    with torch.device("meta"):
+        blocks = sum(x.numel() for x in GPT(config).blocks.parameters())
+    parameters, logits = parameters_of(config), images * math.prod(config.latent_dim)
+    logits = min(logits * config.codebook_size, MAX_LOGITS)
+    kept = images * activation_bytes(config) + LOGIT * logits
+    states, gradients = parameters * (STATES + 4 * ema), parameters * GRADIENT
+    if parallel == "fsdp":
+        gathered = BLOCK * blocks / config.num_layers + REST * (parameters - blocks)
+        return states / gpus + gathered + max(kept, gradients / gpus)
+    buckets = gradients * (gpus > 1)  # of DDP
+    return states + buckets + max(kept + CAST * parameters, gradients)
 
 
 def main(flags: argparse.Namespace) -> None:

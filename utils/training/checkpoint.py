@@ -187,10 +187,15 @@ class Checkpointer(AbstractContextManager):
 
     def save_model(self, model: nn.Module, name: str = BEST) -> None:
         """Write a model folder, `best` before the checkpoint whose progress counts it."""
+        files = self._gather(model_files(model, self._provenance) | self._extra_files)
         if self._is_main:
-            files = model_files(model, self._provenance) | self._extra_files
             _check_finite(files)
             write_folder(self._home / name, files)
+
+    def _gather(self, files: Files) -> Files:
+        """The files with whole tensors, for the main process."""
+        gather = self._state.group.gather
+        return {k: gather(x) if k.endswith(".safetensors") else x for k, x in files.items()}
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet, and remove old ones.
@@ -201,7 +206,7 @@ class Checkpointer(AbstractContextManager):
         if self._is_main and metrics.is_file():
             flush(metrics)
         files = model_files(self._state.model, self._provenance) | self._extra_files
-        files |= self._state.files()
+        files = self._gather(files | self._state.files())
         folder = self._home / FOLDER / f"step-{step:08}"
         if not self._is_main:
             return

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from utils.cli import Stopped, UserError, first_few
 from utils.data.sources import epoch_order
-from utils.distributed import Distributed
+from utils.distributed import Distributed, full_tensor
 from utils.progress import ProgressBar
 from utils.training.checkpoint import Checkpointer
 from utils.training.config import EPOCHS, MIN_STEPS, TrainingConfig
@@ -257,7 +257,7 @@ def clip_gradients(optimizer: Optimizer, max_norm: float, scale: float = 1.0) ->
     parameters = [x for group in optimizer.param_groups for x in group["params"]]
     if scale != 1:
         torch._foreach_mul_([x.grad for x in parameters if x.grad is not None], 1 / scale)
-    return nn.utils.clip_grad_norm_(parameters, max_norm)
+    return full_tensor(nn.utils.clip_grad_norm_(parameters, max_norm))
 
 
 def update_weights(optimizer: Optimizer, learning_rate: float) -> None:

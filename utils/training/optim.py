@@ -1,6 +1,5 @@
 """AdamW, Muon, a step of either, and the moving average of the weights."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.cli import flag
+from utils.distributed import copy_model
 from utils.training.config import TrainingConfig
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,13 +18,25 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights decay
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Which optimiser trains a transformer."""
+    """Which optimiser trains a transformer, and what its processes share."""
 
     optimizer: str = flag(
         "adamw",
         "muon: Muon for the matrices of the blocks, AdamW for all else",
         choices=("adamw", "muon"),
     )
+    parallel: str = flag(
+        "ddp",
+        "ddp: each process of torchrun has the whole model; fsdp: a shard, for large models",
+        choices=("ddp", "fsdp"),
+    )
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "muon" and self.parallel == "fsdp":
+            raise ValueError(
+                "--optimizer muon orthogonalizes whole matrices, of which --parallel fsdp gives "
+                "each process some rows; omit one of them"
+            )
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -149,7 +161,7 @@ class EMA(Generic[Model]):
     def __init__(self, model: Model, decay: float) -> None:
         """Start from the present weights of `model`; `decay` in [0, 1)."""
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False) if decay else model
+        self.model = copy_model(model).eval().requires_grad_(False) if decay else model
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from utils.cli import UserError, one_line
 from utils.data.sources import note
-from utils.distributed import Distributed
+from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
 from utils.model_folder import WEIGHTS
 
@@ -156,14 +156,14 @@ class CheckpointState:
             vars(self.progress).update(vars(typed(Progress, records["progress"])))
             if changes.keys() & LONGER:
                 self.progress.evaluations_without_improvement = 0
-            self.model.load_state_dict(read_tensors(folder / WEIGHTS))
+            _load(self.model, read_tensors(folder / WEIGHTS))
             for name, part in self._parts.items():
                 if isinstance(part, Tensor):  # the main process takes the counts of all
                     part.copy_(tensors[name] if self._is_main else torch.zeros_like(part))
                 elif isinstance(part, Optimizer):
                     _load_optimizer(part, _with_prefix(f"{name}.", tensors))
                 else:
-                    part.load_state_dict(_with_prefix(f"{name}.", tensors))
+                    _load(part, _with_prefix(f"{name}.", tensors))
             random = _with_prefix(f"random.{self.group.rank}.", tensors)
             if random:  # more processes than before: the new ones use seeds of their own
                 torch.set_rng_state(random["torch"])
@@ -206,6 +206,20 @@ def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
 
+def _like(tensor: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor in the type, memory format and sharding of another of its shape."""
+    if hasattr(tensor, "full_tensor"):
+        return shard_like(whole, tensor)
+    return torch.empty_like(tensor).copy_(whole)
+
+
+def _load(part: Any, tensors: dict[str, Tensor]) -> None:
+    """`part.load_state_dict` of whole tensors, where those of the part may be sharded."""
+    own = part.state_dict()
+    sharded = {name for name in own.keys() & tensors.keys() if hasattr(own[name], "full_tensor")}
+    part.load_state_dict(tensors | {name: _like(own[name], tensors[name]) for name in sharded})
+
+
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
@@ -215,7 +229,7 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         # Files hold row-major tensors, but a fused optimiser pairs numbers by their position in
         # memory: its state must have the memory format of its parameter (such as channels-last).
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter).copy_(value)
+            value = _like(parameter, value)
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
