@@ -1,7 +1,6 @@
 """One image file: its header, its pixels as 8-bit values, or the reason why it cannot be read."""
 
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, ImagePalette, PngImagePlugin, UnidentifiedImageError
 
 from utils.cli import one_line
+from utils.data.sources import open_file
 
 MODES = {1: "L", 3: "RGB", 4: "RGBa"}  # by number of channels; a: premultiplied alpha
 EIGHT_BITS = (0.0, 255.0)
@@ -53,7 +53,7 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
             halved: Any = max_pixels / 2
             Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = halved, METADATA_BYTES
             # Given a path, Pillow maps the file into memory, and garbles rotated TIFF files.
-            with open(file, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
+            with open_file(file) as stream, Image.open(stream, formats=FORMATS) as image:
                 yield image
     finally:
         Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = limits
@@ -61,8 +61,6 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
 
 def complaint(file: str | Path, error: Exception) -> str:
     """The reason why Pillow could not read a file, in one line."""
-    if os.path.exists(file) and os.path.getsize(file) == 0:
-        return "the file is empty"
     if isinstance(error, UnidentifiedImageError):
         if found := recognise(file):
             return f"not an image that can be read: {found}"
@@ -259,8 +257,10 @@ SIGNATURES = {
 
 def recognise(file: str | Path) -> str:
     """What a file is and what to do, by its first bytes; "" where they say nothing."""
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         start = stream.read(1024)
+    if not start:
+        return "the file is empty"
     found = next((x for (at, key), x in SIGNATURES.items() if start[at:].startswith(key)), None)
     if str(file).lower().endswith(".nii.gz"):
         found = "a NIfTI volume", SAVE_SLICES

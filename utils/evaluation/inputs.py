@@ -16,7 +16,7 @@ from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
-from utils.data.sources import Row, split_rows
+from utils.data.sources import Row, open_file, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet
 from utils.provenance import Lineage, LoadedModel, Split
@@ -153,7 +153,8 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
         place, grid = table.parent if table.name == LIST else table, table.with_name(GRID)
         sha256 = hashlib.sha256()
         for file in images.files:
-            sha256.update(Path(file).read_bytes())
+            with open_file(file) as content:
+                sha256.update(content.read())
         written = table.name in (LIST, NPZ) and grid.is_file()
         known = provenance.of_picture(grid) if written else ((),)
         return Samples(images, place, sha256.hexdigest(), *known)

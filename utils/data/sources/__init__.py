@@ -4,22 +4,27 @@ A source file defines two functions; adding the file here is all that a new form
 
     accepts(path: Path) -> bool          whether it reads what is at the path
     read_rows(path: Path) -> list[Row]   its rows, with file paths relative to `root_of(path)`
+
+and a third where the images are inside of the file. Row a.png of x.tar has the path x.tar/a.png:
+
+    read_file(path: Path, name: str) -> bytes   the content of one of them
 """
 
 import gc
 import hashlib
 import importlib
+import io
 import json
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +35,7 @@ from utils.files import sha256
 from utils.progress import ProgressBar
 
 SPLITS = ("train", "val")
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 FILE_COLUMNS = ("image_path", "condition_path")
 
 
@@ -63,14 +69,17 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     root folder, or one file on both sides of the split.
     """
     path = Path(path)
-    rows = _source_of(path).read_rows(path)
+    source = _source_of(path)
+    rows = source.read_rows(path)
     if not rows:
         raise UserError(f"{path} lists no images; add at least one")
     from utils.data.finding import find_files  # only where there are images
 
+    inside = f"{path.name}/" if hasattr(source, "read_file") else "\0"
     for column in FILE_COLUMNS:
         number = Row._fields.index(column)
         names = dict.fromkeys(filter(None, map(itemgetter(number), rows)))
+        names = {name: None for name in names if not name.startswith(inside)}
         if respelled := find_files(path, root_of(path), names, allow_outside_paths):
             rows = [
                 row._replace(**{column: respelled.get(row[number], row[number])}) for row in rows
@@ -84,6 +93,34 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
                 "are the same file; put it on one side of the split"
             )
     return rows
+
+
+def column_name(name: str) -> str:
+    """A known column in any spelling, or the name as it is."""
+    known = name.strip().casefold().replace(" ", "_").replace("-", "_")
+    return known if known in Row._fields else name.strip()
+
+
+def check_rows(path: Path, columns: Collection[str], rows: Sequence[Row]) -> None:
+    """A UserError for an empty value in a column that must have one, or an unknown split."""
+    for name in {"split", *FILE_COLUMNS}.intersection(columns):
+        for number, value in enumerate(map(itemgetter(Row._fields.index(name)), rows), 1):
+            if not value:
+                raise UserError(f"{path} row {number}: {name} is empty; fill it in")
+            if name == "split" and value not in SPLITS:
+                raise UserError(f"{path} row {number}: split is {value!r}; use train or val")
+
+
+def open_file(file: str | Path) -> BinaryIO:
+    """Open a file that a row names, also one inside of another, such as x.tar/a.png."""
+    try:
+        return open(file, "rb")
+    except NotADirectoryError:  # for a plain file, nothing more is done
+        container = os.path.dirname(file)
+        while not os.path.exists(container):
+            container = os.path.dirname(container)
+        name = str(file)[len(container) + 1 :]
+        return io.BytesIO(_source_of(Path(container)).read_file(Path(container), name))
 
 
 def _normal(name: str) -> str:
@@ -104,14 +141,17 @@ def root_of(path: str | Path) -> Path:
 
 
 def digest(path: str | Path) -> str:
-    """The SHA-256 of a source: of its file, or of its rows where it is a folder."""
+    """The SHA-256 of a source: of its file, or of its rows where it is a folder or holds images."""
     path = Path(path)
-    if not path.is_dir():
+    source = _source_of(path)
+    if not path.is_dir() and not hasattr(source, "read_file"):
         return sha256(path)
-    rows = [row[:4] for row in _source_of(path).read_rows(path)]  # folders have no captions
+    # Captions, which folders do not have, count where there are some.
+    rows = [row if row.caption else row[:4] for row in source.read_rows(path)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
+@cache
 def _source_of(path: Path) -> ModuleType:
     """The first file of this folder that accepts the path; else csv.py."""
     names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, first_few, one_line
-from utils.data.sources import FILE_COLUMNS, SPLITS, Row, note
+from utils.data.sources import SPLITS, Row, check_rows, column_name, note
 from utils.files import TABLE_BYTES, check_size
 from utils.progress import ProgressBar
 
@@ -35,10 +35,7 @@ def read_rows(path: Path) -> list[Row]:
     header, rows = read_table(path)
     if others := [name or "(no name)" for name in header if name not in Row._fields]:
         note(f"{path}: ignored columns: {first_few(others)}; used: {', '.join(Row._fields)}")
-    for name in {"split", *FILE_COLUMNS}.intersection(header):
-        for number, value in enumerate(map(itemgetter(Row._fields.index(name)), rows), 1):
-            if not value:
-                raise UserError(f"{path} row {number}: {name} is empty; fill it in")
+    check_rows(path, header, rows)
     return rows
 
 
@@ -51,7 +48,7 @@ def read_table(path: Path) -> tuple[list[str], list[Row]]:
     rows: list[Row] = []
     reader = _open_table(path)
     try:
-        header = [_column_name(name) for name in next(reader, [])]
+        header = [column_name(name) for name in next(reader, [])]
         known = [name for name in header if name in Row._fields]
         if "image_path" not in header:
             raise UserError(
@@ -102,12 +99,6 @@ def _open_table(path: Path) -> Any:
     bar = ProgressBar(chain([first], lines), path.name, total, unit=" lines", leave=False)
     spaces = f"{separator} " in first
     return csv.reader(bar, delimiter=separator, skipinitialspace=spaces, strict=True)
-
-
-def _column_name(name: str) -> str:
-    """A known column in any spelling, or the name as it is."""
-    known = name.strip().casefold().replace(" ", "_").replace("-", "_")
-    return known if known in Row._fields else name.strip()
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

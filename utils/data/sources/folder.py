@@ -7,10 +7,9 @@ import os
 from pathlib import Path
 
 from utils.cli import UserError, first_few
-from utils.data.sources import Row, note
+from utils.data.sources import SPLIT_NAMES, Row, note
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
 def accepts(path: Path) -> bool:
@@ -33,11 +32,11 @@ def read_rows(path: Path) -> list[Row]:
             f"images for each class{f' (found: {first_few(others)})' if others else ''}"
         )
     parts = [name.split("/") for name in images]
-    splits = {SPLIT_FOLDERS.get(x[0].lower(), "") for x in parts if len(x) > 1}
+    splits = {SPLIT_NAMES.get(x[0].lower(), "") for x in parts if len(x) > 1}
     has_split = {"train", "val"} <= splits
     rows = []
     for name, (*folders, _) in zip(images, parts, strict=True):
-        split = SPLIT_FOLDERS.get(folders.pop(0).lower(), "") if has_split and folders else ""
+        split = SPLIT_NAMES.get(folders.pop(0).lower(), "") if has_split and folders else ""
         if has_split and not split:
             others.append(name)
         else:
