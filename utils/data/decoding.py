@@ -62,6 +62,9 @@ def open_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image
 def complaint(file: str | Path, error: Exception) -> str:
     """The reason why Pillow could not read a file, in one line."""
     if isinstance(error, UnidentifiedImageError):
+        with open_file(file) as stream:
+            if not stream.read(1):
+                return "the file is empty"
         if found := recognise(file):
             return f"not an image that can be read: {found}"
         return f"not an image file of a supported format: {', '.join(FORMATS)}"
@@ -259,8 +262,6 @@ def recognise(file: str | Path) -> str:
     """What a file is and what to do, by its first bytes; "" where they say nothing."""
     with open_file(file) as stream:
         start = stream.read(1024)
-    if not start:
-        return "the file is empty"
     found = next((x for (at, key), x in SIGNATURES.items() if start[at:].startswith(key)), None)
     if str(file).lower().endswith(".nii.gz"):
         found = "a NIfTI volume", SAVE_SLICES

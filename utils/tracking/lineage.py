@@ -14,7 +14,7 @@ from pathlib import Path
 from utils import cli, provenance
 from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
-from utils.data import indices
+from utils.data import indices, sources
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
 from utils.provenance import LINEAGE, Lineage, Stage, describe, from_json, of_picture, producer
@@ -59,8 +59,10 @@ def digest_of(path: Path) -> str:
     """The SHA-256 that a stage records for a path; a UserError if no stage reads such a path."""
     if not path.exists():
         raise UserError(f"{path} is not there; run this where the commands were run")
-    if path.is_file() or (path / indices.META).is_file():
+    if (path / indices.META).is_file():
         return indices.digest(path)
+    if path.is_file():
+        return sources.digest(path)
     return sha256(find_model_folder(path) / WEIGHTS)
 
 
