@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, learning, recipes
+from benchmarks import gpu, learning, recipes, sources
 from transformer import GPTConfig
 from utils.plan import flops_per_token
 
@@ -20,6 +20,18 @@ def test_the_gpu_benchmark_runs(part: str, own_folder: Path) -> None:
     for row, values in results.items():
         assert row.startswith(part)
         assert all(value > 0 for value in values.values() if isinstance(value, float))
+
+
+def test_every_source_is_measured_beside_a_stock_reader(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--count", "20", "--side", "16", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["benchmarks/sources.py"])
+    sources.main(sources.make_parser().parse_args(words))
+    results = json.loads((own_folder / "benchmarks/results/sources.json").read_text())["results"]
+    assert set(results) == set(sources.STOCK)
+    for speeds in results.values():
+        assert set(speeds) == {"stock", "in order", "random"}
 
 
 def test_arithmetic_of_a_token() -> None:

@@ -290,14 +290,14 @@ def run_with(
 def refuse_missing_inputs() -> None:
     """Exit if an input on the command line does not exist; called before torch is imported.
 
-    Addresses such as runs:/... pass, and so does a folder that is being replaced (.old).
+    Addresses such as runs:/..., patterns and a folder that is being replaced (.old) pass.
     """
     words = sys.argv[1:]
     given = dict(itertools.pairwise(words))
     given |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
     for name in INPUTS:
-        value = given.get(f"--{name}", "")
-        if value and ":" not in value and not any(map(os.path.exists, (value, f"{value}.old"))):
+        value = given.get(f"--{name}") or "."
+        if not {*value} & {*":*?[{,"} and not any(map(os.path.exists, (value, f"{value}.old"))):
             if os.environ.get("RANK", "0") == "0":
                 line = f"no such file or folder: {value}; give --{name} one that exists"
                 print(f"error: {printable(line)}", file=sys.stderr)

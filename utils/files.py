@@ -22,6 +22,7 @@ from torch import Tensor
 
 from utils.cli import UserError, check_writable, one_line
 
+CACHE = Path("outputs/cache")  # of what can be made again
 CHECKSUMS = "sha256.json"
 LOCK, OWNER = "lock", "owner"  # in an output folder, and which process on which host writes to it
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of some network file systems

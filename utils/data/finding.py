@@ -1,6 +1,8 @@
-"""The image files of a data set, each looked for below a root folder."""
+"""The files of a data set: those that a pattern stands for, and images below a root folder."""
 
+import glob
 import os
+import re
 import unicodedata
 import urllib.parse
 from collections.abc import Collection, Iterator
@@ -9,6 +11,10 @@ from pathlib import Path
 
 from utils.cli import UserError, first_few
 from utils.progress import ProgressBar
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+CONTAINERS = (".tar", ".parquet", ".arrow")  # of many images
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 
 
 def find_files(
@@ -82,3 +88,46 @@ def _spellings(name: str) -> Iterator[str]:
     for path in (name, name.replace("\\", "/")):
         for form in ("NFC", "NFD"):
             yield unicodedata.normalize(form, path)
+
+
+def expand(path: str | Path) -> dict[Path, str]:
+    """The sources at a path, a pattern or a list: shards/{00..10}.tar, a.csv,more/*.parquet.
+
+    Each has the split that its name or its folder's states, or "". A folder of files that hold
+    images stands for them. A UserError for a pattern without files.
+    """
+    names, found = [str(path)], []
+    if not os.path.exists(path):
+        names = _expand_braces(f"{{{path}}}")
+    for name in names:
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if not matches and (len(names) > 1 or glob.has_magic(name)):
+            raise UserError(f"no such file or folder: {name}; correct --path_to_data")
+        for match in matches or [name]:
+            found += _containers_in(match) or [Path(match)]
+    words = ((x, (re.split("[^a-z]", x.name.lower())[0], x.parent.name.lower())) for x in found)
+    return {x: next(filter(None, map(SPLIT_NAMES.get, two)), "") for x, two in words}
+
+
+def _expand_braces(text: str) -> list[str]:
+    """a{1,2}b -> a1b, a2b; {08..10} -> 08, 09, 10."""
+    braces = re.search(r"\{([^{}]*)\}", text)
+    if braces is None:
+        return [text]
+    parts = braces[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        first, last = numbers.groups()
+        parts = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
+    texts = (f"{text[: braces.start()]}{part}{text[braces.end() :]}" for part in parts)
+    return [name for text in texts for name in _expand_braces(text)]
+
+
+def _containers_in(folder: str) -> list[Path]:
+    """The files below a folder that hold images; none where there are images as well."""
+    found: list[Path] = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name.lower().endswith(IMAGES) for name in names):
+            return []
+        found += [Path(place, x) for x in sorted(names) if x.endswith(CONTAINERS) and x[0] != "."]
+    return found

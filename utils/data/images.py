@@ -56,7 +56,7 @@ class DataConfig(ImageConfig):
 
     path_to_data: str = flag(
         "",
-        "CSV with columns image_path[,label][,split], or a folder of class folders",
+        "CSV with columns image_path[,label][,split], folder of class folders, Parquet or tar file",
         metavar="DATA",
     )
     val_fraction: float = flag(0.1, "share of the images for validation, without a split column")

@@ -25,11 +25,11 @@ from utils.cli import UserError, first_few
 from utils.data.sources import Row, epoch_order
 from utils.distributed import ALONE, Distributed
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
+from utils.files import CACHE
 from utils.progress import ProgressBar
 
 NETWORKS = ("classifier", "inception", "dinov2")
 MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
-CACHE = Path("outputs/cache")
 TRAINING_IMAGES = 180_000  # of the classifier at most, with repetitions
 CHECK_IMAGES, PATIENCE = 4096, 4  # images between checks; checks without gain
 MAX_HELD_OUT = 5000  # images for these checks

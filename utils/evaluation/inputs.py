@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
+from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
 from utils.data.sources import Row, open_file, split_rows
@@ -81,7 +82,7 @@ def read_images(
 ) -> ImageDataset:
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
     path = path or Path(getattr(flags, flag))
-    if not path.exists():
+    if not all(part.exists() for part in expand(path)):
         takes = f"--{flag} takes a CSV of images, or a folder of class folders"
         raise UserError(f"no such CSV file: {path}; {takes}")
     dataset = ImageDataset(path, cli.read_flags(ImageConfig, flags), **options)

@@ -15,6 +15,7 @@ from utils import cli, provenance
 from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
 from utils.data import indices, sources
+from utils.data.finding import expand
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
 from utils.provenance import LINEAGE, Lineage, Stage, describe, from_json, of_picture, producer
@@ -57,11 +58,11 @@ def of_path(path: Path) -> Lineage:
 
 def digest_of(path: Path) -> str:
     """The SHA-256 that a stage records for a path; a UserError if no stage reads such a path."""
-    if not path.exists():
+    if not all(part.exists() for part in expand(path)):
         raise UserError(f"{path} is not there; run this where the commands were run")
     if (path / indices.META).is_file():
         return indices.digest(path)
-    if path.is_file():
+    if not path.is_dir():
         return sources.digest(path)
     return sha256(find_model_folder(path) / WEIGHTS)
 

@@ -30,12 +30,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError
+from utils.cli import UserError, first_few
 from utils.files import sha256
 from utils.progress import ProgressBar
 
 SPLITS = ("train", "val")
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val"}
 FILE_COLUMNS = ("image_path", "condition_path")
 
 
@@ -68,22 +67,24 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     A UserError for nothing readable at the path, no rows, files that are missing or outside the
     root folder, or one file on both sides of the split.
     """
-    path = Path(path)
-    source = _source_of(path)
-    rows = source.read_rows(path)
+    from utils.data import finding  # only where there are images
+
+    parts = finding.expand(path)
+    has_split = {"train", "val"} <= {*parts.values()}
+    left_out = [str(part) for part, split in parts.items() if has_split and not split]
+    if left_out:
+        note(f"{path}: {len(left_out):,} other files are left out: {first_few(left_out)}")
+    rows = []
+    for part, split in parts.items():
+        if split or not has_split:
+            found = _read_part(part, root_of(path), allow_outside_paths)
+            rows += (
+                [row._replace(split=row.split or split) for row in found] if has_split else found
+            )
     if not rows:
         raise UserError(f"{path} lists no images; add at least one")
-    from utils.data.finding import find_files  # only where there are images
-
-    inside = f"{path.name}/" if hasattr(source, "read_file") else "\0"
-    for column in FILE_COLUMNS:
-        number = Row._fields.index(column)
-        names = dict.fromkeys(filter(None, map(itemgetter(number), rows)))
-        names = {name: None for name in names if not name.startswith(inside)}
-        if respelled := find_files(path, root_of(path), names, allow_outside_paths):
-            rows = [
-                row._replace(**{column: respelled.get(row[number], row[number])}) for row in rows
-            ]
+    if len({row.split == "" for row in rows}) > 1:
+        raise UserError(f"{path}: some rows have a split; give one to all of them, or to none")
     first: dict[str, Row] = {}
     for row in rows if rows[0].split else ():
         other = first.setdefault(_normal(row.image_path), row)
@@ -92,6 +93,29 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
                 f"{path}: {other.image_path} ({other.split}) and {row.image_path} ({row.split}) "
                 "are the same file; put it on one side of the split"
             )
+    return rows
+
+
+def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> list[Row]:
+    """The rows of one source, with all files checked to exist, and paths relative to `root`."""
+    from utils.data.finding import find_files
+
+    source = _source_of(path)
+    rows = source.read_rows(path)
+    inside = f"{path.name}/" if hasattr(source, "read_file") else "\0"
+    folder = os.path.relpath(root_of(path), root)
+    for column in FILE_COLUMNS:
+        number = Row._fields.index(column)
+        names = dict.fromkeys(filter(None, map(itemgetter(number), rows)))
+        files = {name: None for name in names if not name.startswith(inside)}
+        respelled = find_files(path, root_of(path), files, allow_outside_paths)
+        if folder != ".":
+            join = {x: os.path.join(folder, respelled.get(x, x)) for x in names}
+            respelled = {name: os.path.normpath(place) for name, place in join.items()}
+        if respelled:
+            rows = [
+                row._replace(**{column: respelled.get(row[number], row[number])}) for row in rows
+            ]
     return rows
 
 
@@ -137,17 +161,23 @@ def note(line: str) -> None:
 def root_of(path: str | Path) -> Path:
     """The folder that the file paths of a source are relative to."""
     path = Path(path)
-    return path if path.is_dir() else path.parent
+    if path.exists():
+        return path if path.is_dir() else path.parent
+    from utils.data.finding import expand
+
+    parts = [part.absolute() for part in expand(path)]
+    return Path(os.path.commonpath([x if x.is_dir() else x.parent for x in parts]))
 
 
 def digest(path: str | Path) -> str:
     """The SHA-256 of a source: of its file, or of its rows where it is a folder or holds images."""
-    path = Path(path)
-    source = _source_of(path)
-    if not path.is_dir() and not hasattr(source, "read_file"):
-        return sha256(path)
+    from utils.data.finding import expand
+
+    parts = list(expand(path))
+    if len(parts) == 1 and parts[0].is_file() and not hasattr(_source_of(parts[0]), "read_file"):
+        return sha256(parts[0])
     # Captions, which folders do not have, count where there are some.
-    rows = [row if row.caption else row[:4] for row in source.read_rows(path)]
+    rows = [row if row.caption else row[:4] for x in parts for row in _source_of(x).read_rows(x)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 

@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 from utils.cli import UserError, first_few
-from utils.data.sources import SPLIT_NAMES, Row, note
-
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from utils.data.finding import IMAGES, SPLIT_NAMES
+from utils.data.sources import Row, note
 
 
 def accepts(path: Path) -> bool:
@@ -24,7 +23,7 @@ def read_rows(path: Path) -> list[Row]:
         for name in names
         if not name.startswith(".")
     )
-    images = [name for name in files if name.lower().endswith(ENDINGS)]
+    images = [name for name in files if name.lower().endswith(IMAGES)]
     others = sorted(set(files) - set(images))
     if not images:
         raise UserError(

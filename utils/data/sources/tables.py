@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, one_line
-from utils.data.sources import SPLIT_NAMES, Row, check_rows, column_name
+from utils.data.finding import SPLIT_NAMES
+from utils.data.sources import Row, check_rows, column_name
 
 IMAGES = re.compile("(large_)?binary|struct<bytes:")  # types of columns
 GROUP_BYTES = 512 << 20  # of a row group, which is read as a whole
