@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, CODES, WARPS = 128, 64, 4  # vectors of one program, codes that it compares at once
+ROWS, CODES, WARPS = 64, 128, 4  # vectors of one program, codes that it compares at once
 CHUNK = tl.constexpr(32)  # of the sums over dimensions
 TF32_BITS = -(1 << 13)  # of a float32, those that are left in TF32
 FAR = 1e38  # score of the codes that fill the last block
