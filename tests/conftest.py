@@ -9,9 +9,10 @@ import os
 import re
 import shlex
 import shutil
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from filelock import FileLock
 from PIL import Image
 
 from benchmarks.reading import call_script
+from tests.forks import Forked
 from utils import cli, tracking
 from utils.data import download
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = (
-    *("--channels", "8", "--codebook_size", "16", "--codebook_dim", "4"),
+    *("--channels", "8", "--num_res_blocks", "1", "--codebook_size", "16", "--codebook_dim", "4"),
     *("--batch_size", "4", "--num_workers", "0"),
 )
 PICTURE = Image.new("RGB", (8, 8), (200, 0, 0))
@@ -46,6 +48,27 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_stores() -> Iterator[None]:
+    """A new MLflow store gets a copy of the first one's tables, which take five seconds to make."""
+    from mlflow.store.db import utils
+
+    make, first = utils._initialize_tables, sqlite3.connect(":memory:", check_same_thread=False)
+
+    def initialise(engine: Any) -> None:
+        made = first.execute("SELECT name FROM sqlite_master").fetchone()
+        if not made:
+            make(engine)
+        with contextlib.closing(engine.raw_connection()) as connection:
+            stores = connection.driver_connection, first
+            source, target = reversed(stores) if made else stores
+            source.backup(target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "_initialize_tables", initialise)
+        yield
 
 
 def write_images(
@@ -184,18 +207,8 @@ def start_twice(folder: Path) -> list[str]:
     # MLflow takes such a file for a store, of a kind that it then refuses.
     (folder / "mlruns" / "0").mkdir(parents=True)
     (folder / "mlruns" / "0" / "meta.yaml").write_text("artifact_location: x\n")
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", FIRST_START, name],
-            cwd=folder,
-            env=environment(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for name in "ab"
-    ]
+    with contextlib.chdir(folder):
+        processes = [Forked("-c", FIRST_START, name, env=environment()) for name in "ab"]
     for process in processes:
         assert process.stdout.readline() == "ready\n", process.communicate()[1]
     for process in processes:

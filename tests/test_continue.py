@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ import torch
 from filelock import FileLock
 
 import train
-from tests.conftest import TINY_TOKENIZER, environment, run_script, write_images
+from tests.conftest import TINY_TOKENIZER, run_script, write_images
+from tests.forks import Forked
 from utils import cli
 from utils.files import lock_folder
 from utils.training.config import TrainingConfig
@@ -203,8 +203,7 @@ def test_a_file_system_without_locks_is_written_to(
 def test_the_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     code = "import sys, time; from pathlib import Path; from utils.files import lock_folder\n"
     code += "lock = lock_folder(Path(sys.argv[1])); print('mine', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment(), text=True) as other:
+    with Forked("-c", code, tmp_path) as other:
         assert other.stdout.readline() == "mine\n"
         with pytest.raises(cli.UserError, match=f"process {other.pid} on "):
             lock_folder(tmp_path)

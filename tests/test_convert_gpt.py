@@ -1,8 +1,6 @@
 """LlamaGen's checkpoints: the same logits as its forward pass, written down here on its own."""
 
 import argparse
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
+from tests.forks import run_forked
 from tests.test_kv_cache import step_by_step
 from transformer import GPT, convert
 from transformer.convert import from_llamagen
@@ -186,15 +185,10 @@ def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -
 
 def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.save({"model": make_weights(), "steps": 7}, tmp_path / "c2i.pt")
-    done = subprocess.run(
-        [
-            *(sys.executable, "transformer/convert.py", "--from", "llamagen"),
-            *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", str(HEADS)),
-            *("--output_dir", tmp_path / "gpt"),
-        ],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    done = run_forked(
+        *(ROOT / "transformer/convert.py", "--from", "llamagen"),
+        *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", HEADS),
+        *("--output_dir", tmp_path / "gpt"),
         check=True,
     )
     assert "transformer_generation.py --model_path" in done.stdout

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from tests.conftest import ROOT, run_script, write_images
+from tests.forks import run_forked
 from utils import cli, provenance
 from utils.cli import UserError
 from utils.files import sha256
@@ -79,7 +80,7 @@ def test_every_folder_and_every_run_knows_its_part(done: Path, tmp_path: Path) -
         "--model_dir",
         tokenizer,
         "--output_dir",
-        tmp_path / "new",
+        tmp_path / "images",  # so that its run holds no other files than before
     )
     run_script("vqvae/images_from_indexes.py", *again)
     (gpt,) = done.glob("outputs/gpt-*")
@@ -124,7 +125,10 @@ def test_data_sets_and_models_in_mlflow(done: Path) -> None:
 def test_again_it_is_the_same_to_the_last_bit(
     done: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each command in a new process, as a user would get."""
     again = tmp_path / "again"
+    forks = SimpleNamespace(run=lambda words, env, check: run_forked(*words[1:], env=env))
+    monkeypatch.setattr(lineage, "subprocess", forks)
     monkeypatch.setattr(sys, "argv", ["lineage", "samples", "--rerun", str(again)])
     cli.run(lineage.main, lineage.make_parser())
     said = capfd.readouterr().out

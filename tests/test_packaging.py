@@ -1,6 +1,5 @@
 """What `pip install .` installs, and the lists of requirements."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from benchmarks.reading import ROOT
+from tests.forks import run_forked
 from transformer import GPT, GPTConfig
 from utils.files import write_folder
 from utils.model_folder import model_files
@@ -83,9 +83,10 @@ def test_packages_that_are_lifted_out_read_a_model_folder(own_folder: Path) -> N
     for name in ("vqvae", "transformer"):
         shutil.copytree(ROOT / name, own_folder / name)
     code = "from transformer import GPT; from vqvae import VQVAE\n"
-    code += "VQVAE.from_pretrained('tokenizer'), GPT.from_pretrained('gpt')"
-    environment = {key: x for key, x in os.environ.items() if key != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    code += "VQVAE.from_pretrained('tokenizer'), GPT.from_pretrained('gpt')\n"
+    code += "import sys; print('utils' in sys.modules, sys.modules['vqvae'].__file__)"
+    done = run_forked("-c", code, check=True)
+    assert done.stdout == f"False {own_folder}/vqvae/__init__.py\n"
 
 
 def test_the_slurm_script_is_valid_bash() -> None:

@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from tests.conftest import (
     run_script,
     write_images,
 )
+from tests.forks import Forked, run_forked
 from utils.training.checkpoint import checkpoints_in
 
 
@@ -113,18 +113,9 @@ def test_a_text_file_goes_the_same_way(pipeline: Path, monkeypatch: pytest.Monke
     grid = ("--latent_dim", "6,10")
     tiny = (*TINY_GPT, "--max_epochs", 1, "--val_fraction", 0.34, "--output_dir", "text-gpt")
     run_script("train.py", "--path_to_data", text, *grid, *tiny)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "vqvae.images_from_indexes", "--indexes_path", text, *grid),
-            *("--model_dir", tokenizer, "--output_dir", "text-images"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = ("--model_dir", tokenizer, "--output_dir", "text-images")
+    call = ("-m", "vqvae.images_from_indexes", "--indexes_path", text, *grid, *flags)
+    run_forked(*call, check=True)
     assert len(list(Path("text-images").glob("0*.png"))) == 12
 
 
@@ -182,13 +173,12 @@ def test_stopped_by_a_signal_and_resumed_it_ends_the_same(own_folder: Path) -> N
     flags = ("--path_to_data", data, *TINY_TOKENIZER, "--max_epochs", 60, "--evaluate_every", 20)
     flags = (*flags, "--horizontal_flip", "--random_crop")
     run_script("train_vqvae.py", *flags, "--output_dir", "whole")
-    command = [sys.executable, ROOT / "train_vqvae.py", *flags, "--output_dir", "parts"]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True)
+    process = Forked(ROOT / "train_vqvae.py", *flags, "--output_dir", "parts")
     deadline = time.monotonic() + 300
     while "step     20" not in process.stdout.readline():
         assert time.monotonic() < deadline
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=300)
+    process.communicate()
     assert process.returncode == 143
     status = json.loads(Path("parts/status.json").read_text())
     assert (status["status"], status["exit_code"]) == ("KILLED", 143)
@@ -200,24 +190,19 @@ def test_stopped_by_a_signal_and_resumed_it_ends_the_same(own_folder: Path) -> N
     assert weights(Path("outputs") / status["run_id"]) == weights(Path("whole"))
 
 
-def test_two_processes_train_one_model(own_folder: Path) -> None:
+def test_two_processes_train_one_model(store: Any, own_folder: Path) -> None:
     """torchrun: half of each batch for each process, one output folder, one run; an adversary."""
     data = write_images(own_folder / "data")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"),
-            *("--standalone", ROOT / "train_vqvae.py", "--path_to_data", data),
-            *(*TINY_TOKENIZER, "--max_epochs", "2", "--device", "cpu", "--output_dir", "two"),
-            *("--disc_weight", "0.8", "--disc_channels", "4", "--disc_start", "0.25"),
-            *("--disc_warmup", "0.25", "--lecam_weight", "0.01"),
-        ],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
+    done = run_forked(
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *("--start-method", "fork", "--run-path"),  # torchrun starts them as its forks
+        *(ROOT / "train_vqvae.py", "--path_to_data", data),
+        *(*TINY_TOKENIZER, "--max_epochs", "2", "--device", "cpu", "--output_dir", "two"),
+        *("--disc_weight", "0.8", "--disc_channels", "4", "--disc_start", "0.25"),
+        *("--disc_warmup", "0.25", "--lecam_weight", "0.01"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
     )
-    assert done.returncode == 0, done.stderr
     assert done.stdout.count("best: val mse") == 1
     assert (own_folder / "two" / "best" / "model.safetensors").is_file()
     logged = (own_folder / "two" / "metrics.jsonl").read_text()

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.conftest import ROOT, run_script, write_images
+from tests.conftest import run_script, write_images
+from tests.forks import run_forked
 from tests.test_transformer_generation import CODES, GRID, write_gpt, write_tokenizer
 from utils.cli import UserError
 from utils.data.indices import IndicesMeta, write_indices
@@ -86,17 +86,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     script, *words = stages("bad-output")[0]
     bad = [script, *words, "--path_to_data", "bad/data.csv"]
     commands = json.dumps([*stages("three"), bad])
-    yield (
-        folder,
-        subprocess.run(
-            [sys.executable, "-c", FORK, commands, str(20_000 + os.getpid() % 9000)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=200,
-        ),
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    yield folder, run_forked("-c", FORK, commands, 20_000 + os.getpid() % 9000, env=env)
     os.chdir(before)
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
+from tests.forks import CONTEXT
 from tests.test_quantizers import make
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.losses import LossConfig, ReconstructionLoss
@@ -66,7 +66,12 @@ def work(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def states(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder: Path = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(work, (str(folder),), nprocs=2)
+    ranks = [CONTEXT.Process(target=work, args=(rank, str(folder))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from tests.conftest import environment, open_run
+from tests.forks import Forked
 from tests.test_checkpoints import Net
 from utils import tracking
 from utils.cli import Stopped, UserError
@@ -88,13 +87,9 @@ def test_all_processes_of_torchrun_ask_at_once(store: Any) -> None:
     """They wrote and renamed the same folders at the same time, and failed 3 times of 3."""
     run_id = train(Stopped(15)).run_id
     processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", FIND, run_id],
+        Forked(
+            *("-c", FIND, run_id),
             env=environment(MLFLOW_TRACKING_URI=os.environ["MLFLOW_TRACKING_URI"]),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
         )
         for _ in range(4)
     ]
@@ -103,5 +98,5 @@ def test_all_processes_of_torchrun_ask_at_once(store: Any) -> None:
     for process in processes:
         process.stdin.write("\n")
         process.stdin.flush()
-    said = [process.communicate(timeout=300) for process in processes]
+    said = [process.communicate() for process in processes]
     assert {out.strip() for out, _ in said} == {f"outputs/{run_id}/checkpoints/step-00000003"}, said

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import environment
+from tests.forks import Forked
 from tests.test_training import make_state
 from utils.cli import Stopped
 from utils.tracking.__main__ import replay
@@ -99,13 +98,7 @@ with StopSignals(checkpoints.end_at_once) as stop, run, checkpoints:
 def test_a_second_signal_ends_the_process_at_once(store: Any, moment: str, number: int) -> None:
     """It waited for all that was left to send, and for the report."""
     address = os.environ["MLFLOW_TRACKING_URI"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", FROZEN, moment],
-        env=environment(MLFLOW_TRACKING_URI=address),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = Forked("-c", FROZEN, moment, env=environment(MLFLOW_TRACKING_URI=address))
     assert process.stdout.readline() == "step\n", process.communicate()
     process.send_signal(signal.SIGTERM)
     if moment == "closing":

@@ -7,8 +7,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +19,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from tests.conftest import PICTURE, environment, lines_of, open_run
+from tests.forks import Forked
 from utils import addresses, tracking
 from utils.cli import UserError
 from utils.tracking import run as tracking_run
@@ -60,7 +59,7 @@ server.serve_forever()
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, database: Path, code: str) -> Iterator[tuple[subprocess.Popen, str]]:
+def start_server(folder: Path, database: Path, code: str) -> Iterator[tuple[Forked, str]]:
     """An MLflow server (`mlflow server` takes much longer to start) and its port."""
     shutil.copy(database, folder)
     settings = {
@@ -69,21 +68,16 @@ def start_server(folder: Path, database: Path, code: str) -> Iterator[tuple[subp
         "_MLFLOW_SERVER_ARTIFACT_DESTINATION": str(folder / "artifacts"),
         "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
     }
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=folder,
-        env=environment(**settings),
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as process:
+    with contextlib.chdir(folder):
+        process = Forked("-c", code, env=environment(**settings))
+    with process:
         yield process, process.stdout.readline().strip()
-        process.kill()
 
 
 @pytest.fixture(scope="module")
 def server_process(
     first_starts: tuple[Path, list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen, str]]:
+) -> Iterator[tuple[Forked, str]]:
     """A server and its address. The last test of this file kills it."""
     folder = tmp_path_factory.mktemp("server")
     with start_server(folder, first_starts[0] / "mlflow.db", SERVER) as (process, port):
@@ -230,7 +224,7 @@ def test_an_upload_is_awaited_as_long_as_others_arrive() -> None:
 
 
 def test_a_slow_upload_holds_up_no_metric_and_arrives(
-    server: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    server: Forked, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """The server confirms late, as one that passes a large model on to a bucket."""
     monkeypatch.setattr(tracking_run, "SILENT_SECONDS", 0.1)
@@ -252,9 +246,7 @@ def test_a_slow_upload_holds_up_no_metric_and_arrives(
 
 
 @pytest.fixture
-def server(
-    server_process: tuple[subprocess.Popen, str], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[subprocess.Popen]:
+def server(server_process: tuple[Forked, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Forked]:
     process, address = server_process
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
     for name, value in {
@@ -305,7 +297,7 @@ def steps_in_mlflow(run: tracking.Run) -> list[int]:
     return [metric.step for metric in client.get_metric_history(run.run_id, "train/loss")]
 
 
-def test_all_of_a_run_over_http(server: subprocess.Popen, capsys: pytest.CaptureFixture) -> None:
+def test_all_of_a_run_over_http(server: Forked, capsys: pytest.CaptureFixture) -> None:
     with open_run(params={"batch_size": 4}) as run:
         log(run, 0)
     assert steps_in_mlflow(run) == [0]
@@ -316,7 +308,7 @@ def test_all_of_a_run_over_http(server: subprocess.Popen, capsys: pytest.Capture
 
 
 def test_a_server_that_hangs_and_comes_back_gets_everything(
-    server: subprocess.Popen,
+    server: Forked,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -344,7 +336,7 @@ def test_a_server_that_hangs_and_comes_back_gets_everything(
 
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL], ids=["hangs", "is gone"])
 def test_a_server_that_dies(
-    server: subprocess.Popen,
+    server: Forked,
     number: int,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
