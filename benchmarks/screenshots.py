@@ -1,6 +1,10 @@
 """The pictures of MLflow's pages and of report.html in the README, from the runs of `make demo`.
 
-Needs Chromium with its driver, the output of `make demo`, and the second training of the README.
+Needs Chromium with its driver, the output of `make demo`, and a second training:
+
+python train_vqvae.py --path_to_data data/digits/digits.csv --patch_size 2 --codebook_size 64 \\
+    --learning_rate 4e-3 --max_epochs 10 --evaluate_every 110 --experiment demo \\
+    --register digits-tokenizer --output_dir outputs/second
 """
 
 import argparse
@@ -49,6 +53,7 @@ def mlflow_server(store: str, folder: Path) -> Iterator[str]:
     with subprocess.Popen(
         [*command, "--port", str(port), "--workers", "1"],
         cwd=folder,
+        env=os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # more processes
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -123,7 +128,7 @@ def main(arguments: argparse.Namespace) -> None:
     for folder in (FIRST, SECOND):
         if not (folder / "report.html").exists():
             raise cli.UserError(
-                f"no report.html in {folder}; run `make demo` and the README's command"
+                f"no report.html in {folder}; run `make demo` and the training that --help shows"
             )
     client = mlflow.MlflowClient(STORE)
     experiment = client.get_experiment_by_name("demo").experiment_id
