@@ -17,7 +17,7 @@ GRIDS = {
     "square": ((6, 6), 1),
     "wide": ((3, 40), 1),
     "tall": ((23, 4), 1),
-    "large": ((19, 37), 1),
+    "large": ((11, 37), 1),
     "square, residual": ((6, 6), 2),
     "wide, residual": ((3, 40), 3),
     "tall, residual": ((23, 4), 2),

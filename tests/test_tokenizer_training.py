@@ -243,18 +243,18 @@ GAN = ("--disc_channels", 4, "--disc_start", 0.25, "--disc_warmup", 0.25, "--dis
 
 def test_the_adversary_comes_in_step_by_step(train: Train) -> None:
     logged = train(
-        *("--disc_weight", 0.8, *GAN, "--max_epochs", 200, "--max_steps", 200),
-        *("--evaluate_every", 50, "--lecam_weight", 0.01, "--r1_weight", 0.1),
+        *("--disc_weight", 0.8, *GAN, "--max_epochs", 100, "--max_steps", 100),
+        *("--evaluate_every", 25, "--lecam_weight", 0.01, "--r1_weight", 0.1),
     )
     strengths = column(logged, "train/disc_strength")
-    assert list(strengths) == [100, 150, 200]  # none before it starts
-    assert strengths[100] == 0
-    assert 0 < strengths[150] < strengths[200] <= 1
-    assert list(column(logged, "train/adaptive_weight")) == [150, 200]
+    assert list(strengths) == [50, 75, 100]  # none before it starts
+    assert strengths[50] == 0
+    assert 0 < strengths[75] < strengths[100] <= 1
+    assert list(column(logged, "train/adaptive_weight")) == [75, 100]
     for name in ("disc_loss", "disc_real", "disc_fake"):
-        assert list(column(logged, f"train/{name}")) == [100, 150, 200]
+        assert list(column(logged, f"train/{name}")) == [50, 75, 100]
     errors = column(logged, "val/mse")
-    assert errors[50] == errors[100] != errors[150]  # discriminator only: the generator is frozen
+    assert errors[25] == errors[50] != errors[75]  # discriminator only: the generator is frozen
     tensors = read_tensors(find_checkpoint("out", "") / TENSORS)
     assert any(name.startswith("adversary.") for name in tensors)
 
