@@ -155,6 +155,16 @@ def build_model(
     return model
 
 
+def compile_loss(model: GPT, parallel: str) -> Callable[..., Tensor]:
+    """`model.loss`, compiled; in shards block by block, because FSDP gathers between them."""
+    if parallel == "ddp":
+        return torch.compile(model.loss)
+    modules: Any = (*model.blocks, model.head)
+    for module in modules:
+        module.forward = torch.compile(module.forward)
+    return model.loss
+
+
 def load_batches(
     data: IndexDataset, device: torch.device, rows: Sequence[Tensor], epoch: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -318,7 +328,7 @@ def main(arguments: cli.Flags) -> None:
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
     state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
     state.checkpoint.restore(resumed)
-    loss = torch.compile(model.loss) if config.compile else model.loss
+    loss = compile_loss(model, optimizer_config.parallel) if config.compile else model.loss
     loss = partial(loss, forward=group.wrap(model))
 
     group.print(data)

@@ -113,10 +113,8 @@ class Distributed:
 
         Of weights, gradients and optimizer states, each process has its rows. The blocks are
         gathered one by one, in the `precision` of matrix products. A model on the CPU comes to the
-        device block by block. Make optimizers and resume after this. A UserError without support.
+        device block by block. Make optimizers and resume after this.
         """
-        if self.device.type == "mps":
-            raise UserError("--parallel fsdp needs CUDA or the CPU, not mps; omit it")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -136,15 +134,6 @@ class Distributed:
         for shard in (*shards, fully_shard(model, mesh=mesh)):
             if self.device.type == "cpu":  # gloo sums, but takes no means
                 shard.set_force_sum_reduction_for_comms(True)
-
-    def gather(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Tensors in whole, where they are sharded: one by one, to the CPU of the main process."""
-        result = {}
-        for name, value in tensors.items():
-            whole = full_tensor(value)
-            if self.is_main:
-                result[name] = value if whole is value else whole.cpu()
-        return result
 
     def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes."""

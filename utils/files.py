@@ -10,7 +10,7 @@ import socket
 import stat
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_folder(folder: Path, files: Files) -> None:
+def write_folder(folder: Path, files: Files, written: Iterable[Path] = ()) -> None:
     """Write or replace a folder of files by name, completely or not at all, also in a crash.
 
-    A UserError if the disk is full; the former folder is unchanged then.
+    Those that are `written` already are moved there. A UserError if the disk is full; the former
+    folder is unchanged then.
     """
     with new_folder(folder) as staging:
         for name, content in files.items():
@@ -55,6 +56,8 @@ def write_folder(folder: Path, files: Files) -> None:
                 safetensors.torch.save_file(tensors, staging / name)
             else:
                 (staging / name).write_text(json.dumps(content, indent=2) + "\n")
+        for path in written:
+            path.rename(staging / path.name)
 
 
 @contextmanager

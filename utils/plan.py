@@ -82,17 +82,18 @@ def memory(config: GPTConfig, images: float, gpus: int, parallel: str, ema: bool
     """Bytes a GPU in training, with `images` images on each of them.
 
     The peak is at the start of the backward pass, with all activations, or at its end, with all
-    gradients.
+    gradients; with FSDP also where all weights are gathered to evaluate and save them.
     """
     with torch.device("meta"):
         blocks = sum(x.numel() for x in GPT(config).blocks.parameters())
     parameters, logits = parameters_of(config), images * math.prod(config.latent_dim)
-    logits = min(logits * config.codebook_size, MAX_LOGITS)
-    kept = images * activation_bytes(config) + LOGIT * logits
+    kept = images * activation_bytes(config)
+    kept += LOGIT * min(logits * config.codebook_size, MAX_LOGITS)
     states, gradients = parameters * (STATES + 4 * ema), parameters * GRADIENT
     if parallel == "fsdp":
         gathered = BLOCK * blocks / config.num_layers + REST * (parameters - blocks)
-        return states / gpus + gathered + max(kept, gradients / gpus)
+        whole = 4 * parameters * (gpus > 1)
+        return states / gpus + max(gathered + max(kept, gradients / gpus), whole)
     buckets = gradients * (gpus > 1)  # of DDP
     return states + buckets + max(kept + CAST * parameters, gradients)
 

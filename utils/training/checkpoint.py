@@ -1,6 +1,6 @@
 """The checkpointer: writes, prunes and finds checkpoints, and records how a training ended.
 
-<output_dir>/checkpoints/step-00000500/   model folder + training.safetensors, training.json
+<output_dir>/checkpoints/step-00000500/   model folder + training*.safetensors, training.json
 <output_dir>/best/                        model folder: config.json, model.safetensors, ...
 <output_dir>/status.json                  whether the training runs, or how it ended
 """
@@ -21,10 +21,11 @@ from torch import nn
 
 from utils.addresses import fetch, open_client, output_dir_of, store_errors
 from utils.cli import Flags, Stopped, UserError, check_writable, one_line, unused
+from utils.distributed import whole
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
 from utils.model_folder import model_files
 from utils.provenance import Provenance
-from utils.training.state import RECORDS, CheckpointState
+from utils.training.state import RECORDS, SHARDS, TENSORS, CheckpointState
 
 FOLDER, BEST, STATUS = "checkpoints", "best", "status.json"  # in an output folder
 METRICS = "metrics.jsonl"
@@ -187,15 +188,14 @@ class Checkpointer(AbstractContextManager):
 
     def save_model(self, model: nn.Module, name: str = BEST) -> None:
         """Write a model folder, `best` before the checkpoint whose progress counts it."""
-        files = self._gather(model_files(model, self._provenance) | self._extra_files)
+        files = self._model_files(model)
         if self._is_main:
             _check_finite(files)
             write_folder(self._home / name, files)
 
-    def _gather(self, files: Files) -> Files:
-        """The files with whole tensors, for the main process."""
-        gather = self._state.group.gather
-        return {k: gather(x) if k.endswith(".safetensors") else x for k, x in files.items()}
+    def _model_files(self, model: nn.Module) -> Files:
+        with whole(model) as gathered:
+            return model_files(gathered, self._provenance) | self._extra_files
 
     def save(self) -> None:
         """Write a checkpoint of this step, if there is none yet, and remove old ones.
@@ -205,15 +205,17 @@ class Checkpointer(AbstractContextManager):
         step, metrics = self._state.progress.step, self._home / METRICS
         if self._is_main and metrics.is_file():
             flush(metrics)
-        files = model_files(self._state.model, self._provenance) | self._extra_files
-        files = self._gather(files | self._state.files())
+        files = self._model_files(self._state.model) | self._state.files()
+        written = self._write_shards(files[TENSORS])
         folder = self._home / FOLDER / f"step-{step:08}"
         if not self._is_main:
             return
         _check_finite(files)
         if is_intact(folder):
             return
-        write_folder(folder, files)
+        write_folder(folder, files, written)
+        for path in written:
+            shutil.rmtree(path.parent)
         intact = 0
         for path in reversed(checkpoints_in(self._home)):
             if intact == KEEP:
@@ -221,6 +223,20 @@ class Checkpointer(AbstractContextManager):
             else:
                 intact += is_intact(path)
         self._write_status("RUNNING")
+
+    def _write_shards(self, tensors: dict[str, Any]) -> list[Path]:
+        """Take those that are sharded away, and write those of this process; the files of all."""
+        group = self._state.group
+        shards = [name for name, x in tensors.items() if hasattr(x, "to_local")]
+        if not shards:
+            return []
+        names = [SHARDS.replace("*", f"{rank:05}") for rank in range(group.world_size)]
+        paths = [self._home / FOLDER / f"{name}{TEMPORARY}" / name for name in names]
+        own = {names[group.rank]: {name: tensors.pop(name).to_local() for name in shards}}
+        _check_finite(own)
+        write_folder(paths[group.rank].parent, own)
+        group.all_reduce_max(0)  # waits for all
+        return paths
 
     def _write_status(self, status: str, **more: object) -> None:
         """Write status.json, for programs that restart trainings."""

@@ -25,6 +25,7 @@ from utils.files import Files, read_json, read_tensors, typed
 from utils.model_folder import WEIGHTS
 
 TENSORS, RECORDS = "training.safetensors", "training.json"
+SHARDS = "training-*.safetensors"  # rows of tensors that are sharded, of each process
 # Settings of which another value makes another training ...
 REFUSED = ("data_sha256", "seed", "batch_size", "val_fraction")
 # ... those that let a training go on which --patience ended ...
@@ -151,6 +152,8 @@ class CheckpointState:
         if folder is None:
             return
         records, tensors = read_json(folder / RECORDS), read_tensors(folder / TENSORS)
+        shards = [read_tensors(path) for path in sorted(folder.glob(SHARDS))]
+        tensors |= {name: torch.cat([x[name] for x in shards]) for name in (*shards, {})[0]}
         changes = self._compare_settings(records.get("settings", {}), folder)
         try:
             vars(self.progress).update(vars(typed(Progress, records["progress"])))
