@@ -29,7 +29,7 @@ from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig, sign_of
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import OptimizerConfig, make_optimizer
-from utils.training.start import dry_run, open_run
+from utils.training.start import dry_run, evaluation_rows, open_run, pictures_are_due
 from utils.training.state import StopSignals, fingerprint
 
 BEST_METRICS = {"bits_per_token": 1, "fd_classifier": 1, "label_agreement": -1}  # and their signs
@@ -195,13 +195,13 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, data: IndexDataset, state: TrainState, group: distributed.Distributed
+    model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: distributed.Distributed
 ) -> Tensor:
-    """Bits per token of the validation data at each latent position (h, w), by all of `group`."""
+    """Bits per token of these rows at each latent position (h, w), by all of `group`."""
     model.eval()
     height, width, depth = *model.config.latent_dim, model.config.depth
     total = torch.zeros(height * width * depth + 1, dtype=torch.float64)  # nats by token, images
-    rows = group.shard(data.val_rows)  # none, where there are fewer rows than processes
+    rows = group.shard(rows)  # none, where there are fewer rows than processes
     parts = rows.split(state.config.batch_size) if len(rows) else ()
     for prefix, indices in load_batches(data, group.device, parts):
         with distributed.autocast(group.device, state.settings["precision"]):
@@ -268,31 +268,30 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
 
             inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
             values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
-        by_position = evaluate(model, data, state, group)
-        if group.is_main:
+        by_position = evaluate(model, data, evaluation_rows(data.val_rows, state), state, group)
+        if group.is_main and pictures_are_due(state, data.grids[0].numel()):
+            run.picture("pictures/bits_by_position", figures.heat(by_position), step)
             run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
     values["bits_per_token"] = float(by_position.mean())
     values["unigram_bits_per_token"] = validation.unigram
     values["bigram_bits_per_token"] = validation.bigram
     run.metrics("val", values, step)
-    run.picture("pictures/bits_by_position", figures.heat(by_position), step)
     group.print(f"step {step:>6,}  val {values['bits_per_token']:.3f} bits per token")
     return state.sign * values[state.config.best_metric]
 
 
 def report_best(state: TrainState, run: tracking.Run, validation: Validation) -> None:
-    """Log the best GPT with samples and its score, and print both; by one process."""
+    """Log the best GPT, samples, and its score on all validation data; by one process."""
     data, config, unigram = validation.data, state.config, validation.unigram
     folder, name = run.output_dir / "best", config.best_metric
     best = load_model(folder, GPT, state.group.device).model
     run.picture("pictures/best_samples", sample_grid(best, data, validation.tokenizer), 0)
-    bits = value = state.sign * state.progress.best
+    alone = replace(state.group, world_size=1)
+    bits = float(evaluate(best, data, data.val_rows, state, alone).mean())
+    value = bits if name == "bits_per_token" else state.sign * state.progress.best
     scores, step, register = {f"val/best_{name}": value}, state.progress.step, config.register
     run.model(folder, scores, step, register=register, lower_is_better=state.sign > 0)
     print(f"best: val {name} {value:.3f}")
-    if name != "bits_per_token":
-        alone = replace(state.group, world_size=1)
-        bits = float(evaluate(best, data, state, alone).mean())
     print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {validation.bigram:.3f}")
     if not bits < unigram:
         print(NO_BETTER_WARNING.format(bits, unigram))

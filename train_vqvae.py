@@ -29,7 +29,7 @@ from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig, sign_of
 from utils.training.loop import Schedule, TrainState
 from utils.training.optim import make_optimizer
-from utils.training.start import dry_run, open_run
+from utils.training.start import dry_run, evaluation_rows, open_run, pictures_are_due
 from utils.training.state import RowDigests, StopSignals
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
@@ -63,7 +63,7 @@ def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
 def evaluate(
     model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: Distributed
 ) -> tuple[dict[str, float], Reconstructions]:
-    """Figures of all validation images, and what was made of the first."""
+    """Metrics of the images of these rows, and what was made of the first."""
     share = group.shard(rows)
     counted = len(share) > 0  # a process without rows takes part in the sums, at no weight
     batches = dataset.batches((share if counted else rows[:1]).split(batch_size), group.device)
@@ -216,11 +216,12 @@ def evaluate_and_log(
     rows: Tensor,
     adversary: AdversarialLoss | None,
 ) -> tuple[float, Tensor]:
-    """Log metrics and pictures of the validation images.
+    """Log metrics and pictures of the first validation images; see `evaluation_rows`.
 
     Returns the score, of which lower is better, and how often each code was used.
     """
     group, config, step = state.group, state.config, state.progress.step
+    rows = evaluation_rows(rows, state)
     values, shown = evaluate(state.ema.model, dataset, rows, config.batch_size, group)
     if adversary is not None:
         if adversary.schedule.observe(values["mse"]):
@@ -228,14 +229,14 @@ def evaluate_and_log(
             group.print(f"the validation error rose: adversarial strength {strength:.3f}")
         values |= adversary.schedule.metrics()
     run.metrics("val", values, step)
-    if group.is_main:
+    if group.is_main and pictures_are_due(state):
         log_pictures(run, state.ema.model, shown, step)
     group.print(f"step {step:>6,}  {in_words(values)}")
     return state.sign * values[config.best_metric], shown.counts
 
 
 def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, rows: Tensor) -> None:
-    """Log metrics and pictures of the best tokenizer, and the model folder; by one process."""
+    """Log the best tokenizer, and its metrics on all validation images; by one process."""
     folder, config = run.output_dir / "best", state.config
     best = load_model(folder, VQVAE, state.group.device).model
     alone = replace(state.group, world_size=1)

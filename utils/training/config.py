@@ -49,7 +49,12 @@ class TrainingConfig:
     max_minutes: float = flag(
         0.0, "end the training in order after this many minutes; 0: no limit", min=0
     )
-    evaluate_every: int = flag(0, "steps between evaluations; 0: an epoch", min=0)
+    evaluate_every: int = flag(
+        0,
+        "steps between evaluations, each of at most a tenth as many validation images as training "
+        "images since the last one; 0: an epoch",
+        min=0,
+    )
     best_metric: str = flag("mse", "validation metric by which the best model is chosen")
     patience: int = flag(
         0, "stop after this many evaluations without a better one; 0: never", min=0

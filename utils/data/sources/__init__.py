@@ -214,17 +214,19 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
 
 
 def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor:
-    """The row numbers `candidates`, of which the first `count` are a fixed choice for pictures.
+    """The row numbers `candidates` in a fixed random order; the first `count` are for pictures.
 
-    They are random, of all classes in turn; the others follow in their order.
+    Those are of all classes in turn. If there are no more than `count`, their order stays.
     """
+    if len(candidates) <= count:
+        return candidates
     seen: Counter[str] = Counter()
     ranks = {}
-    for row in epoch_order(candidates, 0, 0).tolist() if len(candidates) > count else ():
+    for row in epoch_order(candidates, 0, 0).tolist():
         ranks[row] = seen[rows[row].label]  # so many of its class come before
         seen[rows[row].label] += 1
     chosen = sorted(ranks, key=ranks.__getitem__)[:count]
-    return torch.tensor(list(dict.fromkeys([*chosen, *candidates.tolist()])))
+    return torch.tensor(list(dict.fromkeys([*chosen, *ranks])))
 
 
 def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
