@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ NOT_COMPARED = (  # flags of a training that do not make it another
     *("output_dir", "run_name", "experiment", "register", "resume", "debug", "profile", "device"),
     *("num_workers", "path_to_data", "model_dir", "checkpoint_every", "evaluate_every", "compile"),
     *("checkpoint_activations", "allow_outside_paths", "skip_bad_images", "lpips_weights"),
+    "cache_dir",
 )
 IN_NAME = ("quantizer", "codebook_size", "num_layers", "dim", "window_size", "init_from", "preset")
 MAX_NAME = 40  # characters of a run's name: a longer one moves the pictures in MLflow out of view
@@ -113,7 +114,7 @@ def continue_run(
     return Run(output_dir, stage=stage, run_id=run_id, enabled=not missing, **options)
 
 
-class Run:
+class Run(AbstractContextManager):
     """One MLflow run and its output folder; a context manager that also records how it ended.
 
     `lineage` are the commands up to this one, () for output that no later stage reads; `ui_hint`
@@ -314,9 +315,6 @@ class Run:
                 f"{self.output_dir}, and is sent again until the end",
                 file=sys.stderr,
             )
-
-    def __enter__(self) -> "Run":
-        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
