@@ -1,14 +1,10 @@
-"""From anything that the pipeline wrote back to its commands, and the same bits from them again."""
+"""From anything that the pipeline wrote back to its commands."""
 
 import importlib
-import shlex
 import struct
-import sys
 import zlib
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,7 +16,6 @@ from tests.forks import run_forked
 from utils import cli, provenance
 from utils.cli import UserError
 from utils.files import sha256
-from utils.provenance import Stage
 from utils.tracking import lineage
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
@@ -122,6 +117,7 @@ def test_data_sets_and_models_in_mlflow(done: Path) -> None:
     assert {x.dataset_digest for x in metrics} == {read["tokenizer"].digest}
 
 
+<<<<<<< HEAD
 def test_again_it_is_the_same_to_the_last_bit(
     done: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -172,6 +168,8 @@ def test_only_scripts_of_this_project_are_run_again() -> None:
     assert program == str(ROOT / "vqvae/images_from_indexes.py")
 
 
+=======
+>>>>>>> bf7466a (The lineage no longer runs commands again)
 def picture(path: Path, text: str | None) -> Path:
     from PIL.PngImagePlugin import PngInfo
 
@@ -228,41 +226,12 @@ def test_a_picture_says_how_its_training_split_the_data(done: Path, own_folder: 
             provenance.of_picture(old)
 
 
-def test_other_bits_are_a_failure(
-    own_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """It said so, and ended with code 0."""
-    stage = Stage("tokenizer", "python train_vqvae.py", sha256="aa", threads=1)
-    monkeypatch.setattr(lineage, "find", lambda what: (stage,))
-    monkeypatch.setattr(lineage.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
-    for found, code in (("aa", None), ("bb", 1)):
-        monkeypatch.setattr(lineage, "digest_of", lambda path, found=found: found)
-        monkeypatch.setattr(sys, "argv", ["lineage", "x", "--rerun", "new"])
-        with pytest.raises(SystemExit) if code else nullcontext() as ended:
-            cli.run(lineage.main, lineage.make_parser())
-        assert not code or ended.value.code == code
-    assert "NOT the same bits" in capsys.readouterr().out
-
-
 def test_programs_say_how_they_are_called(capsys: pytest.CaptureFixture) -> None:
     """They called themselves lineage.py and __main__.py, which start nothing."""
     for name in ("tracking", "tracking.lineage", "data.download"):
         path = f"utils.{name}" + ".__main__" * (name == "tracking")
         usage = importlib.import_module(path).make_parser().format_usage()
         assert f"usage: python -m utils.{name} " in usage
-
-
-def test_data_that_changed_is_refused(error_of: Call, own_folder: Path) -> None:
-    data = write_images(own_folder / "data")
-    chain = (Stage("tokenizer", "python x.py", {str(data): sha256(data)}),)
-    text = provenance.to_json(chain)
-    made = picture(own_folder / "made.png", text)
-    data.write_text(data.read_text() + "0.png,a\n")
-    error = error_of("utils.tracking.lineage", made, "--rerun", "new")
-    assert f"{data} is not what the tokenizer was made of" in error
-    data.unlink()
-    assert "is not there" in error_of("utils.tracking.lineage", made, "--rerun", "new")
-    assert not Path("new").exists()
 
 
 def test_a_run_of_another_stage_is_refused(done: Path, error_of: Call) -> None:
