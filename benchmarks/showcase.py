@@ -11,12 +11,14 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from benchmarks import record
 from utils import cli
+from utils.data import download
 
 PARTS = ("mnist", "panorama")
 OUTPUT = Path("outputs/showcase")
@@ -43,8 +45,8 @@ LIKELIHOOD = (
     "--path_to_data {data}/test.csv"
 )
 PHOTOGRAPHS = "data/photographs/photographs.csv"
+PATCH, STRIDE, SHRINK = 32, 4, 4  # of patches, in pixels of photographs that are shrunk first
 PANORAMA = (  # folder: what makes it
-    ("data/photographs", "-m utils.data.download photographs"),
     (
         "{work}/tokenizer",
         f"train_vqvae.py --path_to_data {PHOTOGRAPHS} --batch_size 16 --learning_rate 2e-3 "
@@ -70,6 +72,25 @@ PANORAMA = (  # folder: what makes it
         "vqvae/images_from_indexes.py --indexes_path {work}/strips --model_dir {work}/tokenizer",
     ),
 )
+
+
+def photographs() -> Iterator[download.Item]:
+    """scikit-learn's two photographs in overlapping patches.
+
+    The right end of each photograph is for validation: no training patch overlaps it.
+    """
+    from sklearn.datasets import load_sample_images
+
+    found = load_sample_images()
+    for name, pixels in zip(found.filenames, found.images, strict=True):
+        image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
+        held_out = image.width - PATCH
+        for top in range(0, image.height - PATCH + 1, STRIDE):
+            for left in range(0, held_out + 1, STRIDE):
+                if not held_out - PATCH < left < held_out:
+                    split = "val" if left == held_out else "train"
+                    patch = image.crop((left, top, left + PATCH, top + PATCH))
+                    yield f"{label}-{top:03}-{left:03}.png", label, split, patch
 
 
 def call(output_dir: str, command: str, **values: object) -> None:
@@ -115,6 +136,8 @@ def main(flags: argparse.Namespace) -> None:
         work = OUTPUT / part
         shutil.rmtree(work, ignore_errors=True)
         if part == "panorama":
+            path = Path(PHOTOGRAPHS)
+            download.write_images(path.parent, path.stem, photographs())
             for folder, command in PANORAMA:
                 call(folder, command, work=work)
             stack(sorted((work / "images").glob("[0-9]*.png"))).save(pictures / "panorama.png")

@@ -17,9 +17,8 @@ DOWNLOADS = {  # the class in torchvision.datasets, and the address that it down
     "fashion-mnist": ("FashionMNIST", "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"),
     "cifar10": ("CIFAR10", "https://www.cs.toronto.edu/~kriz"),
 }
-OFFLINE = ("digits", "pairs", "photographs")
+OFFLINE = ("digits", "pairs")
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation
-PATCH, STRIDE, SHRINK = 32, 4, 4  # of patches, in pixels of photographs that are shrunk first
 
 # The path and the label of an image, its split where the data set has one, and the image.
 Item = tuple[str, str, str, Image.Image]
@@ -77,31 +76,12 @@ def write_pairs(folder: Path) -> None:
     write_table(folder / "pairs.csv", Row._fields[:4], pairs)
 
 
-def photographs() -> Iterator[Item]:
-    """scikit-learn's two photographs in overlapping patches.
-
-    The right end of each photograph is for validation: no training patch overlaps it.
-    """
-    from sklearn.datasets import load_sample_images
-
-    found = load_sample_images()
-    for name, pixels in zip(found.filenames, found.images, strict=True):
-        image, label = Image.fromarray(pixels).reduce(SHRINK), Path(name).stem
-        held_out = image.width - PATCH
-        for top in range(0, image.height - PATCH + 1, STRIDE):
-            for left in range(0, held_out + 1, STRIDE):
-                if not held_out - PATCH < left < held_out:
-                    split = "val" if left == held_out else "train"
-                    patch = image.crop((left, top, left + PATCH, top + PATCH))
-                    yield f"{label}-{top:03}-{left:03}.png", label, split, patch
-
-
 def main(arguments: argparse.Namespace) -> None:
     folder, name = Path(arguments.output_dir), arguments.name
     if name == "pairs":
         write_pairs(folder)
     elif name in OFFLINE:
-        write_images(folder, name, digits() if name == "digits" else photographs())
+        write_images(folder, name, digits())
     else:
         write_download(name, folder)
     written = [f"{name}.csv"] if name in OFFLINE else ["train.csv", "test.csv"]
