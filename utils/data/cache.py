@@ -53,7 +53,7 @@ def read(folder: Path | None, max_memory: int) -> tuple[np.ndarray, dict[str, An
     """
     with suppress(OSError, ValueError, UserError):
         if folder is not None and is_intact(folder):
-            pixels = np.load(folder / PIXELS, mmap_mode="c")
+            pixels = np.load(folder / PIXELS, mmap_mode="c", allow_pickle=False)
             os.utime(folder)
             return (pixels, read_json(folder / META)) if pixels.nbytes <= max_memory else None
     return None
