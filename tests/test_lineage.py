@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.conftest import ROOT, run_script, write_images
-from tests.forks import run_forked
-from utils import cli, provenance
+from tests.conftest import run_script, write_images
+from utils import provenance
 from utils.cli import UserError
 from utils.files import sha256
 from utils.tracking import lineage
@@ -117,59 +116,6 @@ def test_data_sets_and_models_in_mlflow(done: Path) -> None:
     assert {x.dataset_digest for x in metrics} == {read["tokenizer"].digest}
 
 
-<<<<<<< HEAD
-def test_again_it_is_the_same_to_the_last_bit(
-    done: Path, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each command in a new process, as a user would get."""
-    again = tmp_path / "again"
-    forks = SimpleNamespace(run=lambda words, env, check: run_forked(*words[1:], env=env))
-    monkeypatch.setattr(lineage, "subprocess", forks)
-    monkeypatch.setattr(sys, "argv", ["lineage", "samples", "--rerun", str(again)])
-    cli.run(lineage.main, lineage.make_parser())
-    said = capfd.readouterr().out
-    for number, name in enumerate(CHAIN[:4], 1):
-        assert f"\n{number}  {name}" in said
-        assert f"{name}: the same bits as before" in said
-    (indices,) = done.glob("outputs/tokenizer-*/indices/data/indices.npy")
-    assert (again / "2-indices" / "indices.npy").read_bytes() == indices.read_bytes()
-    expected = Path("samples/indices.npy").read_bytes()
-    assert (again / "4-samples" / "indices.npy").read_bytes() == expected
-    assert [s.name for s in lineage.find(str(again / "4-samples"))] == CHAIN[:4]
-
-
-def test_paths_flags_and_addresses_of_a_command_that_runs_again() -> None:
-    tokenizer = Stage("tokenizer", "python train_vqvae.py", sha256="aa")
-    command = (
-        "python quantize_dataset.py --model_dir=runs:/1/checkpoints --run_id x "
-        "--output_dir=old --path_to_data data.csv --resume old --text"
-    )
-    stage = Stage("indices", command, {"runs:/1/checkpoints": "aa", "data.csv": "bb"})
-    words = lineage.rerun_command(stage, (tokenizer,), Path("new"))
-    assert shlex.join(words) == (
-        f"{ROOT}/quantize_dataset.py --model_dir=new/1-tokenizer --path_to_data data.csv --text "
-        "--output_dir new/2-indices"
-    )
-
-
-def test_only_scripts_of_this_project_are_run_again() -> None:
-    """A picture that somebody sent may say anything."""
-    for line in (
-        "python -c exit(1)",
-        "sh -c exit",
-        "python",
-        "python other.py",
-        "python x/rain.py",
-    ):
-        with pytest.raises(UserError, match="no script of this project"):
-            lineage.rerun_command(Stage("tokenizer", line), (), Path("new"))
-    stage = Stage("images", "python /elsewhere/vqvae/images_from_indexes.py --text")
-    (program, *_) = lineage.rerun_command(stage, (), Path("new"))
-    assert program == str(ROOT / "vqvae/images_from_indexes.py")
-
-
-=======
->>>>>>> bf7466a (The lineage no longer runs commands again)
 def picture(path: Path, text: str | None) -> Path:
     from PIL.PngImagePlugin import PngInfo
 
