@@ -261,7 +261,11 @@ class ImageDataset:
             bad = {n: x for n, x in zip(numbers, images, strict=True) if isinstance(x, str)}
             if bad:
                 raise self._refusal(bad)
-            yield torch.from_numpy(np.stack(images))
+            if self.channels == 1:
+                yield torch.from_numpy(np.stack(images))
+            else:  # channels last, as they are decoded, and as `batches` gives them
+                stacked = np.stack([np.moveaxis(image, 0, 2) for image in images])
+                yield torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     def _read_all(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
         """read(file) of each file, by workers where there are many; bad files are skipped."""

@@ -18,9 +18,9 @@ import json
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
@@ -143,8 +143,12 @@ def open_file(file: str | Path) -> BinaryIO:
         container = os.path.dirname(file)
         while not os.path.exists(container):
             container = os.path.dirname(container)
-        name = str(file)[len(container) + 1 :]
-        return io.BytesIO(_source_of(Path(container)).read_file(Path(container), name))
+        return io.BytesIO(_reader(container)(str(file)[len(container) + 1 :]))
+
+
+@cache
+def _reader(container: str) -> Callable[[str], bytes]:
+    return partial(_source_of(Path(container)).read_file, Path(container))
 
 
 def _normal(name: str) -> str:
@@ -181,7 +185,6 @@ def digest(path: str | Path) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
-@cache
 def _source_of(path: Path) -> ModuleType:
     """The first file of this folder that accepts the path; else csv.py."""
     names = [f"{__name__}.{module.name}" for module in pkgutil.iter_modules(__path__)]

@@ -52,12 +52,11 @@ def read_file(path: Path, name: str) -> bytes:
     _, _, image, starts = _open(path)
     group = bisect_right(starts, int(name)) - 1
     if (path, group) not in _recent:
-        _recent[path, group] = _read(path, [image], group)[image]
+        _recent[path, group] = _read(path, [image], group).flatten().columns[0]  # the bytes
         while len(_recent) > 1 and sum(x.nbytes for x in _recent.values()) > CACHE_BYTES:
             _recent.popitem(last=False)
     _recent.move_to_end((path, group))
-    value = _recent[path, group][int(name) - starts[group]].as_py()
-    content = value["bytes"] if isinstance(value, dict) else value
+    content = _recent[path, group][int(name) - starts[group]].as_py()
     if content is None:
         raise ValueError(f"column {image} has no bytes in this row")
     return content
