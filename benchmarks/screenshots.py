@@ -152,10 +152,6 @@ def main(arguments: argparse.Namespace) -> None:
         wait_for(lambda: "champion" in browser.find_element("tag name", "body").text)
         save(browser, arguments.folder / "mlflow_registry.png")
 
-        browser.get((FIRST / "report.html").resolve().as_uri())
-        wait_for(lambda: browser.execute_script(PICTURES, 60) >= 1)
-        save(browser, arguments.folder / "mlflow_report.png")
-
 
 if __name__ == "__main__":
     parser = cli.make_parser(__doc__, prog="python -m benchmarks.screenshots")

@@ -162,20 +162,3 @@ def test_the_table_of_a_run(browser: Any, server: str, finished: Path) -> None:
     text = text_of(browser)
     assert "image_path" in text
     assert "reconstruction" in text
-
-
-def test_the_slider_of_the_report(browser: Any, server: str, finished: Path) -> None:
-    open_page(browser, server, page_of(runs_of(finished, "data")[0], "artifacts/report.html"))
-    frame = wait_for(lambda: browser.find_elements("css selector", "iframe"))[0]
-    browser.switch_to.frame(frame)
-    card = wait_for(lambda: browser.find_elements("css selector", "[data-slider]"))[0]
-    slider, images = card.find_element("tag name", "input"), "img:not([hidden])"
-    (last,) = card.find_elements("css selector", images)
-    assert int(last.get_attribute("naturalWidth")) >= 256
-    slider.send_keys(webdriver.Keys.ARROW_LEFT)
-    (shown,) = card.find_elements("css selector", images)
-    before, after = (int(image.get_attribute("data-step")) for image in (last, shown))
-    assert after < before
-    assert shown.is_displayed()
-    assert card.find_element("tag name", "output").text == f"step {after}"
-    assert browser.find_elements("css selector", "svg path")

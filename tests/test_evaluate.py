@@ -231,7 +231,7 @@ def sampled(
 
 
 @pytest.mark.usefixtures("store")
-def test_the_report_of_the_gpt_shows_the_closest_pairs(evaluate: Call, digits: Path) -> None:
+def test_evaluations_are_in_the_run_of_the_gpt(evaluate: Call, digits: Path) -> None:
     """Also of samples that are evaluated beside each other, as in the README."""
     run = tracking.Run(Path("outputs/gpt"), stage="gpt", run_name="g", inputs={"data.csv": "ab"})
     run.close()
@@ -240,9 +240,7 @@ def test_the_report_of_the_gpt_shows_the_closest_pairs(evaluate: Call, digits: P
         evaluate(*samples_flags(digits, images.resolve()))
     records = [Path(f"outputs/gpt/evaluation/outputs-{name}") for name in ("images", "others")]
     assert all((place / "samples.json").is_file() for place in records)
-    page = Path("outputs/gpt/report.html").read_text()
     for name in ("images", "others"):
-        assert f"evaluation outputs {name} closest pairs pixels" in page
         assert (addresses.fetch(f"runs:/{run.run_id}/evaluation/outputs-{name}")).is_dir()
     compared = evaluate("--compare", run.run_id, "outputs/gpt")
     assert compared.startswith("outputs-images/samples\n")

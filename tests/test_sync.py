@@ -18,7 +18,7 @@ from utils.tracking import sync
 from utils.tracking.sync import EVENTS, METRICS, Event
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what MLflow uses
-FULL = Counter(metric=60, picture=2, file=2, folder=1, table=1, status=1)
+FULL = Counter(metric=60, picture=2, file=1, folder=1, table=1, status=1)
 
 
 class Gone(Exception):
@@ -221,7 +221,7 @@ def test_files_outside_of_the_folder_are_not_sent(store: Any) -> None:
             log.write(json.dumps(line) + "\n")
     command.replay(store, Path("out"))
     home = Path(store.get_run(run.run_id).info.artifact_uri.removeprefix("file://"))
-    assert (home / "report.html").is_file()
+    assert (home / "lineage.json").is_file()
     assert not list(home.parents[1].rglob("*secret*"))
     assert not store.list_artifacts(run.run_id, "images")
     assert not store.get_run(run.run_id).outputs.model_outputs

@@ -17,8 +17,8 @@ from PIL import Image
 from tests.conftest import PICTURE, lines_of, open_run
 from utils import tracking
 from utils.cli import Stopped, UserError
-from utils.tracking import report, sync
 from utils.tracking import run as tracking_run
+from utils.tracking import sync
 from utils.tracking.__main__ import replay
 from utils.tracking.sync import EVENTS, METRICS, Event
 
@@ -160,24 +160,6 @@ def test_a_resumed_run_that_is_gone_gets_a_new_one(
         run.metrics("train", {"loss": 1.0}, 1)
     assert store.get_run(run.run_id).info.status == "FINISHED"
     assert "a new run takes its place" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("damage", ['[{"name": "tok', None])
-def test_what_spoils_the_report_spoils_nothing_else(
-    store: Any, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, damage: str | None
-) -> None:
-    """An evaluation ended in a traceback after hours, and MLflow got nothing of it."""
-    run = open_run()
-    run.close()
-    with tracking.continue_run(Path("out/evaluation"), run.run_id, "") as later:
-        later.metrics("test", {"mse": 0.5}, 0)
-        if damage is not None:
-            Path("out/lineage.json").write_text(damage)
-        else:
-            monkeypatch.setattr(report, "write", lambda home: [][0])
-    assert store.get_run(run.run_id).data.metrics == {"test/mse": 0.5}
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: no report of out: ")
 
 
 def test_a_lineage_is_there_whole_or_not_at_all(

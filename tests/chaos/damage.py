@@ -18,7 +18,7 @@ import torch
 from tests.chaos.harness import Result
 from transformer import GPT, GPTConfig
 from utils import provenance
-from utils.cli import UserError, build_or_error
+from utils.cli import UserError
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
@@ -26,7 +26,7 @@ from utils.distributed import Distributed
 from utils.files import read_tensors, write_folder
 from utils.model_folder import load_model, model_files
 from utils.provenance import LINEAGE, Provenance, Stage
-from utils.tracking import report, sync
+from utils.tracking import sync
 from utils.training.checkpoint import find_checkpoint
 from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig
@@ -118,10 +118,7 @@ def _make_files() -> dict[str, Reader]:
         }
 
     def read_logs() -> Any:
-        found = sync.read_events(out), sync.read_metrics(out)
-        build_or_error(report.write, out)
-        (out / report.FILE).unlink()
-        return found
+        return sync.read_events(out), sync.read_metrics(out)
 
     return {
         "tokenizer": lambda: read_model("tokenizer", VQVAE),

@@ -333,7 +333,6 @@ class Run(AbstractContextManager):
         try:
             if self.lineage and not self._is_training and status == "FINISHED":
                 self._log_lineage()
-            self._write_report()
         finally:
             with suppress(OSError):  # a full disk
                 if self._is_training:
@@ -361,18 +360,6 @@ class Run(AbstractContextManager):
                 f"--replay {shlex.quote(str(self.output_dir))} sends what is missing",
                 file=sys.stderr,
             )
-
-    def _write_report(self) -> None:
-        """Write report.html of this training, or of the one that `output_dir` lies in."""
-        from utils.tracking import report
-
-        folders = [self.output_dir, *self.output_dir.parents[:2]]  # as in evaluation/<name>
-        home = next((one for one in folders if (one / LINEAGE).is_file()), None)
-        try:
-            if home is not None:
-                self.file(report.write(home))
-        except Exception as error:  # the results count more than whatever is in that folder
-            print(f"warning: no report of {home}: {one_line(error)}", file=sys.stderr)
 
 
 def sample_system(before: Any) -> dict[str, float]:
