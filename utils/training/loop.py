@@ -198,7 +198,7 @@ class TrainState:
         if self.settings["precision"] == "fp16":
             parts["loss_scale"] = self.loss_scale
         if self.config.ema_decay:
-            parts["average"] = self.ema
+            parts["average"] = self.ema.model
         self.checkpoint = CheckpointState(
             self.group, self.model, self.settings, progress=self.progress, **parts
         )

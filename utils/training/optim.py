@@ -180,11 +180,3 @@ class EMA(Generic[Model]):
         for own, other in (*pairs, *buffers):
             if not other.requires_grad:
                 own.copy_(other)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """All weights, the averaged ones and the latest."""
-        return self.model.state_dict()
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`; a RuntimeError if it is of another model."""
-        self.model.load_state_dict(tensors)
