@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, sampling
-from transformer.config import make_prefix
+from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, make_prefix, sampling
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data.captions import encode
 from utils.data.conditioning import choose_conditions, choose_texts, write_conditions
@@ -37,7 +36,7 @@ from utils.data.indices import (
 from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
-from utils.files import check_unused, sha256
+from utils.files import choose_output_dir, sha256
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
 from utils.provenance import LoadedModel, joined
@@ -209,16 +208,6 @@ def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image
     return figures.grid(torch.cat([original * masks, decoded, original], dim=3))
 
 
-def choose_output_dir(
-    arguments: argparse.Namespace, default: Path, group: distributed.Distributed
-) -> Path:
-    """`--output_dir`, or a new folder; a UserError if something else is there."""
-    output_dir = Path(arguments.output_dir or group.on_main(partial(cli.unused, default)))
-    if group.is_main:
-        check_unused(output_dir, META)
-    return output_dir
-
-
 def load_models(
     arguments: argparse.Namespace, device: torch.device
 ) -> tuple[LoadedModel, LoadedModel | None, LoadedModel | None, Vocabulary]:
@@ -272,7 +261,8 @@ def main(arguments: argparse.Namespace) -> None:
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
-    output_dir = choose_output_dir(arguments, gpt.home / "samples", group)
+    choose = partial(choose_output_dir, arguments.output_dir, gpt.home / "samples", META)
+    output_dir = Path(group.on_main(choose))
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,

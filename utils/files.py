@@ -20,7 +20,7 @@ import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from utils.cli import UserError, check_writable, one_line
+from utils.cli import UserError, check_writable, one_line, unused
 
 CACHE = Path("outputs/cache")  # of what can be made again
 CHECKSUMS = "sha256.json"
@@ -135,6 +135,13 @@ def check_unused(folder: Path, ours: str = "") -> None:
         raise UserError(
             f"{folder} exists and is not empty; choose another --output_dir, or move it away"
         )
+
+
+def choose_output_dir(given: str, default: Path, ours: str) -> Path:
+    """The folder that is given, or a new one, by `unused`; a UserError as in `check_unused`."""
+    folder = Path(given or unused(default))
+    check_unused(folder, ours)
+    return folder
 
 
 def flush(path: Path) -> None:

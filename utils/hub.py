@@ -1,7 +1,6 @@
 """Share model folders on the Hugging Face Hub: push one with a model card, pull one."""
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,10 +37,9 @@ def model_card(folder: Path, title: str, licence: str) -> str:
     lines = ["---", f"license: {licence}", "tags: [image-generation]", "---", f"# {title}", ""]
     lines += [KINDS[kind], "", "| | |", "|---|---|"]
     lines += [f"| {name} | {config[name]} |" for name in SHOWN if config.get(name)]
-    if (folder / "vocabulary.json").is_file():
-        names = read_json(folder / "vocabulary.json").get("class_names", [])
-        if names:
-            lines.append(f"| classes | {cli.first_few(names, limit=20)} |")
+    vocabulary = folder / "vocabulary.json"
+    if vocabulary.is_file() and (names := read_json(vocabulary).get("class_names")):
+        lines.append(f"| classes | {cli.first_few(names, limit=20)} |")
     lines += ["", "## Use", "", "```python", USE[kind], "```"]
     if stages:
         lines += ["", "## Commands that made it", "", "```bash"]
@@ -79,7 +77,7 @@ def pull(flags: argparse.Namespace) -> None:
     find_model_folder(folder)
     if (folder / "sha256.json").is_file() and not is_intact(folder):
         raise cli.UserError(f"{folder} is damaged; pull it again into another folder")
-    kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model", "")
+    kind = read_json(folder / CONFIG).get("model", "")
     print(f"{KINDS.get(kind, 'a model')}: {folder}")
 
 

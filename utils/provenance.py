@@ -83,11 +83,6 @@ def joined(*lineages: Lineage) -> Lineage:
     return tuple({(s.name, s.command, s.sha256): s for one in lineages for s in one}.values())
 
 
-def producer(digest: str, before: Lineage) -> int | None:
-    """The number of the stage, among those before, whose output has this SHA-256."""
-    return next((n for n, stage in enumerate(before) if stage.sha256 == digest), None)
-
-
 def describe(lineage: Lineage) -> str:
     """The stages in order, as text: their commands, inputs and outputs, and code."""
     lines = []
@@ -95,7 +90,7 @@ def describe(lineage: Lineage) -> str:
         lines.append(f"\n{number + 1}  {stage.name}" + f"  run {stage.run_id}" * bool(stage.run_id))
         lines.append(f"   $ {stage.command}")
         for path, digest in stage.inputs.items():
-            made = producer(digest, lineage[:number])
+            made = next((n for n in range(number) if lineage[n].sha256 == digest), None)
             origin = "" if made is None else f"  (of {made + 1})"
             lines.append(f"   read   {digest[:12]}  {path}{origin}")
         lines.append(f"   wrote  {stage.sha256[:12] or 'pictures'}")

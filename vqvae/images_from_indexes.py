@@ -28,20 +28,13 @@ from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.data.masks import KnownPixels
 from utils.data.sources.csv import write_table
 from utils.distributed import Distributed
-from utils.files import check_unused
+from utils.files import choose_output_dir
 from utils.model_folder import load_model
 from utils.progress import ProgressBar
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most
 LIST, NPZ = "images.csv", "samples.npz"
-
-
-def choose_output_dir(output_dir: str, default: Path) -> Path:
-    """`output_dir`, or a new folder; a UserError if it holds something else than such images."""
-    folder = Path(output_dir or cli.unused(default))
-    check_unused(folder, LIST)
-    return folder
 
 
 def prepare(folder: Path) -> None:
@@ -147,7 +140,8 @@ def main(arguments: argparse.Namespace) -> None:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
     decode = make_decoder(arguments, tokenizer.model, path)
     default = path.with_name(f"{path.stem}-images")
-    output_dir = Path(group.on_main(partial(choose_output_dir, arguments.output_dir, default)))
+    choose = partial(choose_output_dir, arguments.output_dir, default, LIST)
+    output_dir = Path(group.on_main(choose))
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,

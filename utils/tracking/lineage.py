@@ -7,13 +7,13 @@ import argparse
 import re
 from pathlib import Path
 
-from utils import cli, provenance
+from utils import cli
 from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
 from utils.data import indices
 from utils.files import sha256
 from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
-from utils.provenance import LINEAGE, Lineage, describe, from_json, of_picture
+from utils.provenance import LINEAGE, Lineage, describe, finished, from_json, of_picture
 
 
 def find(what: str) -> Lineage:
@@ -22,7 +22,14 @@ def find(what: str) -> Lineage:
     A UserError if there is no such thing, or it has no lineage.
     """
     if what.startswith(MLFLOW) or Path(what).exists():
-        lineage = of_path(fetch(what))
+        path = fetch(what)
+        if path.is_file() or (path / "grid.png").is_file():
+            lineage = of_picture(path if path.is_file() else path / "grid.png")[0]
+        elif (path / indices.META).is_file():
+            lineage = indices.lineage_of(path)
+        else:
+            folder = find_model_folder(path)
+            lineage = finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
     elif re.fullmatch("[0-9a-f]{32}", what):
         find_run(what)
         lineage = from_json(fetch(f"runs:/{what}/{LINEAGE}").read_text(), what)
@@ -31,16 +38,6 @@ def find(what: str) -> Lineage:
     if not lineage:
         raise UserError(f"{what} has no lineage: it does not state which commands produced it")
     return lineage
-
-
-def of_path(path: Path) -> Lineage:
-    """The lineage of a file or folder that a stage wrote."""
-    if path.is_file() or (path / "grid.png").is_file():
-        return of_picture(path if path.is_file() else path / "grid.png")[0]
-    if (path / indices.META).is_file():
-        return indices.lineage_of(path)
-    folder = find_model_folder(path)
-    return provenance.finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
 
 
 def main(arguments: argparse.Namespace) -> None:
