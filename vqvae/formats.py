@@ -28,12 +28,16 @@ GUMBEL = {
 class Format:
     """How another project stores the network that `VQVAE` is."""
 
-    keys: Mapping[str, str]  # parts of our keys, as regular expressions, and what they are there
+    keys: dict[str, str]  # parts of our keys, as regular expressions, and what they are there
     # Quantizers with their keys of the weights by ours. Without a setting, the first that fits.
     quantizers: Mapping[str, Mapping[str, str]]
     writes: tuple[str, ...]  # quantizers that its class can be given
-    commitment_cost: float  # weight of the encoder's loss term in its trainings
-    required: Mapping[str, Any]  # settings that its class cannot vary
+    # Settings that its class cannot vary, beside `FIXED`.
+    required: Mapping[str, Any] = field(default_factory=dict)
+    # Weight of the encoder's loss term in its trainings. Legacy quantizers apply beta to the
+    # codebook's term, and weight 1 to the encoder's. (The scale of the codebook's term has no
+    # effect with Adam, as no other term moves the codes.)
+    commitment_cost: float = 1.0
     decoder_from_top: bool = False  # decoder level 0 is that of the highest resolution
     ignored: tuple[str, ...] = ()  # beginnings of keys that are not part of the model
     buffers: Mapping[str, int] = field(default_factory=dict)  # that it expects: length of zeros
@@ -43,7 +47,7 @@ class Format:
         """Their key of a weight; `levels` is the number of levels, for those of the decoder."""
         if self.decoder_from_top:
             ours = re.sub(r"\bup\.(\d+)", lambda found: f"up.{levels - 1 - int(found[1])}", ours)
-        for pattern, replacement in self.keys.items():
+        for pattern, replacement in (QUANT_CONV | self.keys).items():
             ours = re.sub(pattern, replacement, ours)
         return ours
 
@@ -58,16 +62,13 @@ class Format:
         return {**theirs, **self.quantizers[config.quantizer]}
 
 
-# Their legacy quantizers apply beta to the codebook's term, and weight 1 to the encoder's. (The
-# scale of the codebook's term has no effect with Adam, as no other term moves the codes.)
-LEGACY_COMMITMENT_COST = 1.0
-FIXED = {"patch_size": 1, "mid_blocks": 2, "channels_per_group": 0}  # all of them
+# What all of them share.
+FIXED = {"patch_size": 1, "mid_blocks": 2, "channels_per_group": 0}
 QUANT_CONV = {r"^encoder\.quant_conv": "quant_conv", r"^decoder\.post": "post"}
 FORMATS = {
     # github.com/CompVis/taming-transformers, taming/modules/diffusionmodules/model.py
     "taming": Format(
         keys={
-            **QUANT_CONV,
             r"\.(down|up)\.(\d+)\.resample\.": r".\1.\2.\1sample.",
             r"\.mid\.0\.": ".mid.block_1.",
             r"\.mid\.1\.": ".mid.attn_1.",
@@ -77,15 +78,13 @@ FORMATS = {
         quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ, "ibq": VQ, "cosine": VQ},
         # Its EMAVQ cannot be built (in its quantizer two names are undefined): written as VQModel.
         writes=("gumbel", "vq", "ema"),
-        commitment_cost=LEGACY_COMMITMENT_COST,
-        required={**FIXED, "mid_attention": True},
+        required={"mid_attention": True},
         decoder_from_top=True,
         ignored=("loss.", "model_ema.", "quantize.used", "colorize"),
     ),
     # github.com/FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py
     "llamagen": Format(
         keys={
-            **QUANT_CONV,
             r"\.(down|up)\.(\d+)\.resample\.": r".\1.\2.\1sample.",
             r"\.(down|up)\.(\d+)\.block\.": r".\1.\2.res.",
             r"\.(down|up)\.(\d+)\.": r".conv_blocks.\2.",
@@ -93,8 +92,7 @@ FORMATS = {
         quantizers={"cosine": VQ},
         writes=("cosine",),
         commitment_cost=0.25,
-        required=FIXED
-        | {"mid_attention": True, "channels": 128, "num_res_blocks": 2, "in_channels": 3},
+        required={"mid_attention": True, "channels": 128, "num_res_blocks": 2, "in_channels": 3},
         ignored=("quantize.codebook_used",),
         buffers={"quantize.codebook_used": 65536},
         nest="model",
@@ -102,7 +100,6 @@ FORMATS = {
     # github.com/huggingface/diffusers, models/autoencoders/vq_model.py
     "diffusers": Format(
         keys={
-            **QUANT_CONV,
             r"\.(down|up)\.(\d+)\.resample\.": r".\1_blocks.\2.\1samplers.0.",
             r"\.(down|up)\.(\d+)\.block\.": r".\1_blocks.\2.resnets.",
             r"\.(down|up)\.(\d+)\.attn\.": r".\1_blocks.\2.attentions.",
@@ -117,8 +114,6 @@ FORMATS = {
         },
         quantizers={"vq": VQ, "ema": VQ | EMA},
         writes=("vq", "ema"),
-        commitment_cost=LEGACY_COMMITMENT_COST,
-        required=FIXED,
     ),
 }
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
@@ -234,7 +229,8 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     """
     layout, config = FORMATS[project], model.config
     last = len(config.channel_multipliers) - 1
-    allowed = {"quantizer": layout.writes} | {k: (x,) for k, x in layout.required.items()}
+    required = FIXED | layout.required
+    allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
     if project == "llamagen":
         allowed["attention_levels"] = ((last,),)
     for name, values in allowed.items():
