@@ -245,8 +245,10 @@ class Quantizer(nn.Module):
         return self.lookup(numbers)
 
     def count(self, indices: Tensor) -> Tensor:
-        """How often each code occurs in indices of any shape: (num_codes,), int64."""
-        return torch.bincount(indices.flatten(), minlength=self.options.codebook_size)
+        """How often each code occurs in indices (...), or (..., depth): (num_codes,), int64."""
+        size, depth = self.options.codebook_size, self.options.depth
+        shifted = indices + size * torch.arange(depth, device=indices.device)
+        return torch.bincount(shifted.flatten(), minlength=size * depth)
 
 
 def _to_vectors(z_e: Tensor) -> Tensor:

@@ -76,8 +76,3 @@ class ResidualQuantizer(Quantizer):
     def codes(self, numbers: Tensor) -> Tensor:
         # Those of the first depth come before those of the second, and so on.
         return torch.cat([layer.codebook for layer in self.layers])[numbers]
-
-    def count(self, indices: Tensor) -> Tensor:
-        size, depth = self.options.codebook_size, self.options.depth
-        shifted = indices + size * torch.arange(depth, device=indices.device)
-        return torch.bincount(shifted.flatten(), minlength=size * depth)
