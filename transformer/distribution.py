@@ -62,11 +62,11 @@ def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> 
     elif params.top_p < 1:
         ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     else:
-        distribution = _apply_min_p(logits.softmax(dim=-1), params.min_p)
-        return _apply_typical_p(distribution, params.typical_p)
-    ordered = _first(ordered.softmax(dim=-1), params.top_p)
-    ordered = _apply_min_p(ordered, params.min_p)
-    distribution = torch.zeros_like(logits).scatter(-1, order, ordered)
+        ordered, order = logits, None  # by index
+    distribution = _first(ordered.softmax(dim=-1), params.top_p)
+    distribution = _apply_min_p(distribution, params.min_p)
+    if order is not None:
+        distribution = torch.zeros_like(logits).scatter(-1, order, distribution)
     return _apply_typical_p(distribution, params.typical_p)
 
 

@@ -243,24 +243,20 @@ class GPT(nn.Module):
             maps[attention.out.weight] = maps[feed_forward.out.weight] = [self.config.dim]
         return maps
 
-    def grid_positions(
-        self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
-    ) -> GridPositions:
-        """Positions of a grid of `size`; a ValueError where this GPT has none."""
-        scale = self.config.position_scale
-        grid = GridPositions(size, self.grid.size, self.config.depth, extension, scale)
-        if size != grid.trained and self.config.condition_latent_dim is not None:
-            raise ValueError(f"with conditions, grids must be {grid.trained}, got {size}")
-        return grid
-
     def make_cache(
         self,
         batch_size: int,
         size: tuple[int, int] | None = None,
         extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
-        """An empty cache for grids of `size`, see `grid_positions`; default: the trained size."""
-        grid = self.grid_positions(size or self.grid.size, extension)
+        """An empty cache for grids of `size`; default: the trained size.
+
+        A ValueError where this GPT has no positions for such grids.
+        """
+        size, trained, config = size or self.grid.size, self.grid.size, self.config
+        if size != trained and config.condition_latent_dim is not None:
+            raise ValueError(f"with conditions, grids must be {trained}, got {size}")
+        grid = GridPositions(size, trained, config.depth, extension, config.position_scale)
         return KVCache(self.config, batch_size, grid, self.head.weight)
 
     def pretrained_config(self) -> dict[str, Any]:
@@ -328,8 +324,7 @@ class GPT(nn.Module):
                 prefix = torch.cat([prefix[:1], condition, prefix[1:]])
             prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        head_dim = config.dim // config.num_heads
-        cos, sin = rotary_cos_sin(coordinates, head_dim, config.rope_base)
+        cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
         if begins and config.blank_prefix:
             cos = F.pad(cos[..., 1:, :], (0, 0, 1, 0))
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])
