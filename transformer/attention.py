@@ -16,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformer.config import GPTConfig
-from transformer.rope import (
-    GridPositions,
-    rotary_cos_sin,
-    rotate,
-    visible_mask,
-    window_is_full,
-)
+from transformer.rope import GridPositions, rotary_cos_sin, rotate, visible_mask, window_is_full
 
 TILE_ROWS, TILE_COLUMNS = 8, 16  # latent positions: enough for efficient matrix products
 TOKENS_IN_ONE_TILE = 512  # below, a second call would cost more than the mask saves

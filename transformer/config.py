@@ -141,10 +141,7 @@ class GPTConfig:
     )
     dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
     class_dropout: float = option(
-        0.1,
-        "fraction of training images whose class is replaced by 'no class'",
-        min=0,
-        below=1,
+        0.1, "fraction of training images whose class is replaced by 'no class'", min=0, below=1
     )
     condition_dropout: float = option(
         0.1, "fraction of training images whose condition, if any, is dropped", min=0, below=1
