@@ -190,7 +190,7 @@ def test_sliding_rotates_the_prefix_as_for_a_crop(scale: tuple[float, float]) ->
     grid, window = (9, 13), 3
     model = make_model((4, 6), window=window, positions="rotary", position_scale=scale)
     prefix, indices = torch.arange(3), torch.randint(CODES, (3, *grid))
-    positions = model.make_cache(1, grid).grid
+    positions = model.grid_positions(grid)
     offsets = torch.cat([torch.zeros(1, 2), positions.offsets(positions.raster())])
     cos, sin = rotary_cos_sin(offsets, 8, model.config.rope_base)
     places = torch.arange(1 + 9 * 13)

@@ -243,20 +243,24 @@ class GPT(nn.Module):
             maps[attention.out.weight] = maps[feed_forward.out.weight] = [self.config.dim]
         return maps
 
+    def grid_positions(
+        self, size: tuple[int, int], extension: PositionExtension = PositionExtension.SLIDE
+    ) -> GridPositions:
+        """Positions of a grid of `size`; a ValueError where this GPT has none."""
+        scale = self.config.position_scale
+        grid = GridPositions(size, self.grid.size, self.config.depth, extension, scale)
+        if size != grid.trained and self.config.condition_latent_dim is not None:
+            raise ValueError(f"with conditions, grids must be {grid.trained}, got {size}")
+        return grid
+
     def make_cache(
         self,
         batch_size: int,
         size: tuple[int, int] | None = None,
         extension: PositionExtension = PositionExtension.SLIDE,
     ) -> KVCache:
-        """An empty cache for grids of `size`; default: the trained size.
-
-        A ValueError where this GPT has no positions for such grids.
-        """
-        size, trained, config = size or self.grid.size, self.grid.size, self.config
-        if size != trained and config.condition_latent_dim is not None:
-            raise ValueError(f"with conditions, grids must be {trained}, got {size}")
-        grid = GridPositions(size, trained, config.depth, extension, config.position_scale)
+        """An empty cache for grids of `size`, see `grid_positions`; default: the trained size."""
+        grid = self.grid_positions(size or self.grid.size, extension)
         return KVCache(self.config, batch_size, grid, self.head.weight)
 
     def pretrained_config(self) -> dict[str, Any]:
