@@ -229,7 +229,7 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     """
     layout, config = FORMATS[project], model.config
     last = len(config.channel_multipliers) - 1
-    required = FIXED | layout.required
+    required = {**FIXED, **layout.required}
     allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
     if project == "llamagen":
         allowed["attention_levels"] = ((last,),)
