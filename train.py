@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from transformer import GPT, FineTuningConfig, FlexAttention, GPTConfig, make_prefix
-from transformer.fine_tuning import config_from, start_from
 from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
@@ -113,6 +112,8 @@ def read_model_config(flags: cli.Flags, data: Vocabulary, start: Start) -> GPTCo
     """The config of the GPT to train; a UserError if flags contradict --init_from."""
     if start.gpt is None:
         return cli.read_flags(GPTConfig, flags, **data.model_values).resolve_defaults()
+    from transformer.fine_tuning import config_from
+
     names = {field.name for field in fields(GPTConfig)} & (flags.given | flags.stored)
     given = {name: getattr(flags, name) for name in names}
     inputs = start.gpt.model.config, given, data.model_values, start.tuning
@@ -140,6 +141,8 @@ def build_model(
         options["attend"] = FlexAttention(group.device, **shape)
     model = GPT(config, **options)
     if start.gpt is not None:
+        from transformer.fine_tuning import start_from
+
         cli.build_or_error(start_from, model, start.gpt.model, start.classes, start.tuning)
     if config.needs_codebook:
         if tokenizer is None:

@@ -355,3 +355,40 @@ class Guidance:
         if self.guidance_schedule == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         return 1 + (self.guidance_scale - 1) * progress
+
+
+@dataclass(frozen=True)
+class FineTuningConfig:
+    """What a training of a GPT starts from, and which weights it changes."""
+
+    init_from: str = option(
+        "",
+        "GPT to start from: its weights and shape, with a new optimiser; classes of the same name "
+        "keep their embeddings",
+    )
+    grid_positions: str = option(
+        "interpolate",
+        "positions of a grid of another size: interpolate compresses or stretches them to the "
+        "former range, extrapolate continues them",
+        choices=("interpolate", "extrapolate"),
+        needs="init_from",
+    )
+    reset_embeddings: bool = option(
+        False, "new embeddings and head, for indices of another tokenizer", needs="init_from"
+    )
+    freeze: str = option(
+        "",
+        "weights that are not trained, by the beginning of their names: blocks.0,blocks.1,head",
+        metavar="NAME,...",
+        needs="init_from",
+    )
+    lora_rank: int = option(
+        0,
+        "train only updates of this rank to the matrices of the blocks, and the embeddings of the "
+        "prefix (LoRA); saved models have them merged; 0: all weights",
+        min=0,
+        needs="init_from",
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)

@@ -1,13 +1,13 @@
 """Fine-tuning: a GPT that starts from the weights of another; frozen weights, low-rank updates."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from transformer.config import GPTConfig, check_fields, option
+from transformer.config import FineTuningConfig, GPTConfig
 from transformer.gpt import GPT
 from transformer.layers import LoRALinear
 from transformer.rope import GridPositions, PositionExtension, resize_embeddings
@@ -16,43 +16,6 @@ from transformer.rope import GridPositions, PositionExtension, resize_embeddings
 FREE = {"latent_dim", "dropout", "class_dropout", "condition_dropout", "label_smoothing"}
 FREE |= {"window_size", "order_anneal", "caption_dropout", "caption_length", "text_weight"}
 TOKENS = ("token_embedding", "head")  # what depends on the tokenizer
-
-
-@dataclass(frozen=True)
-class FineTuningConfig:
-    """What a training of a GPT starts from, and which weights it changes."""
-
-    init_from: str = option(
-        "",
-        "GPT to start from: its weights and shape, with a new optimiser; classes of the same name "
-        "keep their embeddings",
-    )
-    grid_positions: str = option(
-        "interpolate",
-        "positions of a grid of another size: interpolate compresses or stretches them to the "
-        "former range, extrapolate continues them",
-        choices=("interpolate", "extrapolate"),
-        needs="init_from",
-    )
-    reset_embeddings: bool = option(
-        False, "new embeddings and head, for indices of another tokenizer", needs="init_from"
-    )
-    freeze: str = option(
-        "",
-        "weights that are not trained, by the beginning of their names: blocks.0,blocks.1,head",
-        metavar="NAME,...",
-        needs="init_from",
-    )
-    lora_rank: int = option(
-        0,
-        "train only updates of this rank to the matrices of the blocks, and the embeddings of the "
-        "prefix (LoRA); saved models have them merged; 0: all weights",
-        min=0,
-        needs="init_from",
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def config_from(
