@@ -131,12 +131,8 @@ def read_images(
     data: DataConfig, config: VQVAEConfig, seed: int, group: Distributed
 ) -> tuple[ImageDataset, Tensor, Tensor]:
     """The images, and the rows of them to train on and to validate."""
-    dataset = ImageDataset(
-        data.path_to_data,
-        data,
-        **config.image_options,
-        random_crop=data.random_crop,
-    )
+    options = config.image_options | {"random_crop": data.random_crop}
+    dataset = ImageDataset(data.path_to_data, data, **options)
     rows = dataset.rows
     train_rows, val_rows = sources.split_rows(rows, val_fraction=data.val_fraction, seed=seed)
     return dataset, train_rows, sources.preview_first(rows, val_rows, PICTURES)

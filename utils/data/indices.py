@@ -69,11 +69,6 @@ class Indices(NamedTuple):
         """Rows and columns (h, w) of a grid."""
         return self.grids.shape[1], self.grids.shape[2]
 
-    @property
-    def depth(self) -> int:
-        """Indices per latent position."""
-        return self.meta.depth if self.meta is not None else 1
-
 
 # Writing.
 
