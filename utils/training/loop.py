@@ -227,9 +227,8 @@ def batches(
     batches.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
-    total, is_main = schedule.total_steps, group.is_main
-    options: dict[str, Any] = {"initial": progress.step, "disable": not is_main, "leave": False}
-    with ProgressBar(total=total, unit=" steps", **options) as bar:
+    start: dict[str, Any] = {"total": schedule.total_steps, "initial": progress.step}
+    with ProgressBar(**start, unit=" steps", leave=False, disable=not group.is_main) as bar:
         while progress.step < schedule.total_steps and not out_of_patience(state):
             order = epoch_order(rows, config.seed, progress.epoch)
             epoch = order.split(config.batch_size)[progress.offset : schedule.steps_per_epoch]
@@ -290,18 +289,20 @@ def optimizer_step(
     progress.step += 1
     numbers = torch.stack([x.to(group.device, torch.float32) for x in values.values()])
     if group.all_reduce_max(int(not numbers.isfinite().all())):
-        if state.loss_scale.back_off():
-            _undo_batch(state)
-            return False
-        odd = {
-            f"{name} {x}"
-            for process in group.all_gather(numbers)
-            for name, x in zip(values, process.tolist(), strict=True)
-            if not math.isfinite(x)
-        }
-        names = first_few([row_name(row) for row in rows.tolist()], limit=ROWS_SHOWN)
-        where = f"at learning rate {learning_rate:.2g}, in {names}"
-        _skip_batch(state, f"step {progress.step}: {', '.join(sorted(odd))} {where}")
+        if not state.loss_scale.back_off():
+            odd = {
+                f"{name} {x}"
+                for process in group.all_gather(numbers)
+                for name, x in zip(values, process.tolist(), strict=True)
+                if not math.isfinite(x)
+            }
+            names = first_few([row_name(row) for row in rows.tolist()], limit=ROWS_SHOWN)
+            where = f"at learning rate {learning_rate:.2g}, in {names}"
+            _count_skipped(state, f"step {progress.step}: {', '.join(sorted(odd))} {where}")
+        for optimizer in state.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        for module, before in zip(state.changed_by_forward, state.snapshot, strict=True):
+            module.load_state_dict(before)
         return False
     for optimizer in state.optimizers.values():
         update_weights(optimizer, learning_rate)
@@ -312,16 +313,8 @@ def optimizer_step(
     return True
 
 
-def _undo_batch(state: TrainState) -> None:
-    """Leave all as it was before a batch."""
-    for optimizer in state.optimizers.values():
-        optimizer.zero_grad(set_to_none=True)
-    for module, before in zip(state.changed_by_forward, state.snapshot, strict=True):
-        module.load_state_dict(before)
-
-
-def _skip_batch(state: TrainState, why: str) -> None:
-    """Undo what a batch has changed, or end the training."""
+def _count_skipped(state: TrainState, why: str) -> None:
+    """Count a batch that is left out, or end the training."""
     progress, limit = state.progress, state.config.nonfinite_limit
     advice = "lower --learning_rate or use --precision fp32, then --resume"
     if state.config.on_nonfinite != "skip":
@@ -330,7 +323,6 @@ def _skip_batch(state: TrainState, why: str) -> None:
     if progress.skipped > limit:
         raise UserError(f"{why}; {limit} batches were skipped before (--nonfinite_limit): {advice}")
     state.group.print(f"warning: {why}; skipped, {progress.skipped} of {limit}")
-    _undo_batch(state)
 
 
 def out_of_patience(state: TrainState) -> bool:
