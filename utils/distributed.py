@@ -126,11 +126,9 @@ class Distributed:
         empty = {id(x): nn.Parameter(x.detach().to("meta")) for x in model.parameters()}
         vars(model)[SKELETON] = copy.deepcopy(model, empty)
         mesh = init_device_mesh(self.device.type, (self.world_size,))
-        options: dict[str, Any] = {}
-        if dtype := DTYPES.get(precision):  # the states between blocks stay as they are
-            types = {"param_dtype": dtype, "reduce_dtype": torch.float32}
-            options["mp_policy"] = MixedPrecisionPolicy(**types, cast_forward_inputs=False)
-        shards = [fully_shard(block, mesh=mesh, **options) for block in blocks]
+        dtype = DTYPES.get(precision)  # the states between blocks stay as they are
+        policy = MixedPrecisionPolicy(dtype, dtype and torch.float32, cast_forward_inputs=False)
+        shards = [fully_shard(block, mesh=mesh, mp_policy=policy) for block in blocks]
         for shard in (*shards, fully_shard(model, mesh=mesh)):
             if self.device.type == "cpu":  # gloo sums, but takes no means
                 shard.set_force_sum_reduction_for_comms(True)
@@ -184,7 +182,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
-    """A whole tensor in the type and sharding of another of its shape."""
+    """A whole tensor in the type, memory format and sharding of another of its shape."""
+    if not hasattr(like, "full_tensor"):
+        return torch.empty_like(like).copy_(whole)
     from torch.distributed.tensor import distribute_tensor
 
     mesh, whole = like.device_mesh, whole.to(like.device, like.dtype)

@@ -255,26 +255,23 @@ class Checkpointer(AbstractContextManager):
             staging.replace(self._home / STATUS)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._is_main:
-            self._note_end(error)
-        if self._lock:
-            self._lock.release()
-
-    def _note_end(self, error: BaseException | None) -> None:
+        if not self._is_main:
+            return
         if error is None:
             self._write_status("FINISHED", exit_code=0)
-            return
-        if isinstance(error, Stopped):
+        elif isinstance(error, Stopped):
             self._write_status("KILLED", exit_code=error.exit_code)
         else:
             code = 2 if isinstance(error, UserError) else 1
             self._write_status("FAILED", exit_code=code, error=one_line(error, limit=500))
-        # Log all that a continuation on another machine needs, as this one may be gone soon.
-        with suppress(OSError):  # a full disk must not hide why the training ended
-            for path in (*checkpoints_in(self._home)[-1:], *self._home.glob(BEST)):
-                self._run.folder(path, f"{ARTIFACTS}/{path.relative_to(self._home)}")
-            for path in self._home.glob(METRICS):
-                self._run.file(path, ARTIFACTS)
+        if error is not None:  # log all that a continuation on another machine needs
+            with suppress(OSError):  # a full disk must not hide why the training ended
+                for path in (*checkpoints_in(self._home)[-1:], *self._home.glob(BEST)):
+                    self._run.folder(path, f"{ARTIFACTS}/{path.relative_to(self._home)}")
+                for path in self._home.glob(METRICS):
+                    self._run.file(path, ARTIFACTS)
+        if self._lock:
+            self._lock.release()
 
     def end_at_once(self, exit_code: int) -> None:
         """Record that the process ends now, after a second signal. MLflow learns of it later."""

@@ -116,7 +116,6 @@ class CheckpointState:
     ) -> None:
         """`settings`: plain values that a resumed training must share; parts by name, or None."""
         self.model, self.progress, self.group = model, progress, group
-        self._is_main = group.is_main
         self._parts = {name: part for name, part in parts.items() if part is not None}
         self._settings = settings | {
             "precision_of_matmul": torch.get_float32_matmul_precision(),
@@ -162,7 +161,7 @@ class CheckpointState:
             _load(self.model, read_tensors(folder / WEIGHTS))
             for name, part in self._parts.items():
                 if isinstance(part, Tensor):  # the main process takes the counts of all
-                    part.copy_(tensors[name] if self._is_main else torch.zeros_like(part))
+                    part.copy_(tensors[name] if self.group.is_main else torch.zeros_like(part))
                 elif isinstance(part, Optimizer):
                     _load_optimizer(part, _with_prefix(f"{name}.", tensors))
                 else:
@@ -196,7 +195,7 @@ class CheckpointState:
                 "flags it began with (--accumulate N saves memory at the same --batch_size), or "
                 "begin a new training from its weights by --init_from"
             )
-        if changes and self._is_main:
+        if changes and self.group.is_main:
             print(
                 "warning: resuming with changed settings; the result will differ from an "
                 f"uninterrupted run: {', '.join(changes.values())}",
@@ -209,18 +208,11 @@ def _with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix(prefix): x for key, x in tensors.items() if key.startswith(prefix)}
 
 
-def _like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """A whole tensor in the type, memory format and sharding of another of its shape."""
-    if hasattr(tensor, "full_tensor"):
-        return shard_like(whole, tensor)
-    return torch.empty_like(tensor).copy_(whole)
-
-
 def _load(part: Any, tensors: dict[str, Tensor]) -> None:
     """`part.load_state_dict` of whole tensors, where those of the part may be sharded."""
     own = part.state_dict()
     sharded = {name for name in own.keys() & tensors.keys() if hasattr(own[name], "full_tensor")}
-    part.load_state_dict(tensors | {name: _like(own[name], tensors[name]) for name in sharded})
+    part.load_state_dict(tensors | {name: shard_like(tensors[name], own[name]) for name in sharded})
 
 
 def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -232,7 +224,7 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         # Files hold row-major tensors, but a fused optimiser pairs numbers by their position in
         # memory: its state must have the memory format of its parameter (such as channels-last).
         if value.shape == parameter.shape:
-            value = _like(parameter, value)
+            value = shard_like(value, parameter)
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
