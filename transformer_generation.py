@@ -181,7 +181,7 @@ def sample(
     **options: Any,
 ) -> None:
     """Fill `out` with the grids that the flags ask for."""
-    settings = model, options.get("guide"), size, options["params"]
+    settings = model, options["guide"], size, options["params"]
     samples = len(prefix) * arguments.candidates
     chosen = arguments.batch_size or choose_batch_size(*settings)
     # All processes take the smallest that one of them has memory for, as they share the batches.
@@ -245,8 +245,7 @@ def main(arguments: argparse.Namespace) -> None:
     }
     gpt, guide, tokenizer, vocabulary = load_models(arguments, device)
     config = gpt.model.config
-    if guide is not None:
-        options["guide"] = guide.model
+    options["guide"] = guide.model if guide else None
 
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
@@ -332,51 +331,31 @@ def make_parser() -> argparse.ArgumentParser:
     text = "what the images show, in words; repeated, in turn, with each of the --labels; "
     text += "@FILE: the lines of a file"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    add(
-        "--class_frequencies",
-        action="store_true",
-        help="sample each class as often as it occurs in the training data",
-    )
-    add(
-        "--conditions",
-        metavar="INDICES",
-        help="indices folder whose conditions, or grids if it has none, condition the samples, in "
-        "turn (default: those of --complete, or none)",
-    )
+    text = "sample each class as often as it occurs in the training data"
+    add("--class_frequencies", action="store_true", help=text)
+    text = "indices folder whose conditions, or grids if it has none, condition the samples, in "
+    text += "turn (default: those of --complete, or none)"
+    add("--conditions", metavar="INDICES", help=text)
     add("--unconditional", action="store_true", help='sample images of "no class" in particular')
     cli.add_flags(parser, SamplingParams, "distribution and guidance")
     add("--guide_path", help="weaker GPT to guide by, such as early/ beside it (autoguidance)")
-    add(
-        "--latent_dim",
-        type=cli.height_and_width,
-        metavar="H,W",
-        help="size of the grids, larger than trained if need be (default: as trained)",
-    )
-    add(
-        "--position_extension",
-        choices=[*map(str, PositionExtension)],
-        default=str(PositionExtension.SLIDE),
-        help="positions in larger grids: slide a crop of the trained size along (default), go on "
-        "beyond the trained range, or compress into it",
-    )
+    text = "size of the grids, larger than trained if need be (default: as trained)"
+    add("--latent_dim", type=cli.height_and_width, metavar="H,W", help=text)
+    ways, default = [*map(str, PositionExtension)], str(PositionExtension.SLIDE)
+    text = "positions in larger grids: slide a crop of the trained size along (default), go on "
+    text += "beyond the trained range, or compress into it"
+    add("--position_extension", choices=ways, default=default, help=text)
     add("--complete", metavar="INDICES", help="indices whose first --num_images are completed")
-    add(
-        "--mask",
-        metavar="MASK",
-        help=f"known part of them: {', '.join(REGIONS)} and a fraction, a picture that is white or "
-        f"opaque there, or a folder with one for each image, by its name (default: {MASK})",
-    )
+    text = f"known part of them: {', '.join(REGIONS)} and a fraction, a picture that is white or "
+    text += f"opaque there, or a folder with one for each image, by its name (default: {MASK})"
+    add("--mask", metavar="MASK", help=text)
     text = "samples per image, of which the likeliest are kept: of each class, or with --complete "
     text += "of each image by its known indices (default: 1)"
     add("--candidates", type=cli.positive, default=1, help=text)
     add("--variations", type=cli.positive, default=1, help="completions of each image (default: 1)")
     add("--model_dir", help="tokenizer, for a picture of the completions")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="bf16: weights and cache in bfloat16; auto: on a GPU that has it (default: auto)",
-    )
+    text = "bf16: weights and cache in bfloat16; auto: on a GPU that has it (default: auto)"
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto", help=text)
     text = "compiled CUDA graphs, on a GPU; pays for many images"
     add("--compile", action="store_true", help=text)
     add("--seed", type=int, default=0, help="same seed, same images (default: 0)")
