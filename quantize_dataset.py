@@ -8,7 +8,6 @@ if __name__ == "__main__":
 
 import argparse
 import math
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -29,7 +28,7 @@ from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.files import check_unused
 from utils.model_folder import load_model
-from utils.progress import ProgressBar
+from utils.progress import ProgressBar, warn
 from utils.provenance import LoadedModel, Provenance
 from vqvae import VQVAE
 
@@ -158,8 +157,7 @@ def main(arguments: argparse.Namespace) -> None:
     )
     print(dataset)
     if arguments.flip and any(row.caption for row in dataset.rows):
-        line = "warning: --flip: captions of mirrored images are wrong where they name a side"
-        print(line, file=sys.stderr)
+        warn("--flip: captions of mirrored images are wrong where they name a side")
 
     with run:
         (indices,) = quantize(model, dataset, arguments.batch_size, group)

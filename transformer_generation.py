@@ -7,7 +7,6 @@ if __name__ == "__main__":
     refuse_missing_inputs()
 
 import argparse
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import choose_output_dir, sha256
 from utils.model_folder import load_model
-from utils.progress import ProgressBar
+from utils.progress import ProgressBar, warn
 from utils.provenance import LoadedModel, joined
 from vqvae import VQVAE
 
@@ -121,10 +120,9 @@ def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) 
         if null and dropout == 0 and drops:
             untrained.append(f"{name} (--{name}_dropout 0)")
     if untrained:
-        print(
-            f"warning: this GPT was hardly trained without a {' or '.join(untrained)}, which "
-            "--guidance_scale and --unconditional need; expect poor samples",
-            file=sys.stderr,
+        warn(
+            f"this GPT was hardly trained without a {' or '.join(untrained)}, which "
+            "--guidance_scale and --unconditional need; expect poor samples"
         )
 
 

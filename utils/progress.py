@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, else a line at least once a minute; profiles."""
+"""Warnings and progress: a bar on a terminal, else a line at least once a minute; profiles."""
 
 import os
 import sys
@@ -10,6 +10,11 @@ from typing import Any
 from tqdm import tqdm
 
 SECONDS = 50  # between two lines
+
+
+def warn(text: str) -> None:
+    """Print what the user should know or check, to stderr."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 class ProgressBar(tqdm):

@@ -3,7 +3,6 @@
 Every text has tokens, whatever its script: those of its bytes are always in the vocabulary.
 """
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from utils.cli import UserError, one_line
 from utils.data.vocabulary import TextMeta
+from utils.progress import warn
 
 VOCABULARY_SIZE = 8192  # at most; words that occur once are no tokens
 MAX_LENGTH = 64  # text tokens of a caption, where no length is given
@@ -66,7 +66,7 @@ def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
     cut = sum(len(tokens) > meta.length for tokens in ids)
     if cut:
         longer = f"{cut:,} of {len(ids):,} captions are longer than {meta.length} text tokens"
-        print(f"warning: {longer}, and are cut there", file=sys.stderr)
+        warn(f"{longer}, and are cut there")
     tokens = torch.full((len(ids), meta.length), meta.vocabulary_size)
     for row, values in enumerate(ids):
         tokens[row, : len(values)] = torch.tensor(values[: meta.length], dtype=torch.long)

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import math
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
@@ -26,7 +25,7 @@ from utils.data.sources import Row, epoch_order
 from utils.distributed import ALONE, Distributed
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 from utils.files import CACHE
-from utils.progress import ProgressBar
+from utils.progress import ProgressBar, warn
 
 NETWORKS = ("classifier", "inception", "dinov2")
 MAX_SIDE = 32  # pixels, of images that are classified, or compared pixel by pixel
@@ -229,11 +228,6 @@ def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estima
     right, known = found.logits.argmax(dim=1).cpu() == targets, targets != UNKNOWN
     sums = [weights.cpu().double() @ one.double() for one in (right, known)]
     return estimate(sums[0] / sums[1].clamp(min=1), SHARE)
-
-
-def warn(text: str) -> None:
-    """Print what to keep in mind when reading the metrics."""
-    print(f"warning: {text}", file=sys.stderr)
 
 
 def check_network(network: FeatureNetwork, real: Features, targets: Tensor | None) -> None:

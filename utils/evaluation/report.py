@@ -24,6 +24,7 @@ from utils.evaluation import distances, features, metrics
 from utils.evaluation.features import DecodedImages, ImageSet, Settings, extract_features
 from utils.evaluation.inputs import RealImages
 from utils.evaluation.metrics import POSITIVE, Estimate, ImageMetric
+from utils.progress import warn
 
 FOLDER = "evaluation"  # in an output folder, and in MLflow
 PAIRS = 32  # images that are shown beside another
@@ -259,7 +260,7 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
     if difference > MIX_TOLERANCE + chance:  # about 2.5 times the mean of chance
         largest = sorted(mix.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
         shown = [f"{label} {a:.0%} against {b:.0%}" for label, (a, b) in largest]
-        features.warn(
+        warn(
             f"samples and real images have other shares of classes ({first_few(shown, 3)}), which "
             "alone raises every distance; generate classes as often as they occur, or give real "
             "images of the same mix"

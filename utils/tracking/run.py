@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shlex
-import sys
 import threading
 import time
 from collections import Counter
@@ -24,6 +23,7 @@ from PIL.Image import Image
 from utils import addresses, provenance
 from utils.addresses import NOT_INSTALLED, how_to_connect, store_errors
 from utils.cli import Flags, Stopped, UserError, one_line
+from utils.progress import warn
 from utils.provenance import LINEAGE, Lineage, Stage
 from utils.tracking import sync
 from utils.tracking.sync import TABLES, Event, Sender
@@ -310,10 +310,9 @@ class Run(AbstractContextManager):
     def _warn_once(self, error: Exception) -> None:
         if self._warned.acquire(blocking=False):
             text = addresses.without_credentials(one_line(error))
-            print(
-                f"warning: MLflow does not accept what is logged ({text}); everything is in "
-                f"{self.output_dir}, and is sent again until the end",
-                file=sys.stderr,
+            warn(
+                f"MLflow does not accept what is logged ({text}); everything is in "
+                f"{self.output_dir}, and is sent again until the end"
             )
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -355,10 +354,9 @@ class Run(AbstractContextManager):
             sender.stop()
             missing += sender.refused + Counter(event.kind for event in sender.left())
         if missing:
-            print(
-                f"warning: not in MLflow: {sync.in_words(missing)}; python -m utils.tracking "
-                f"--replay {shlex.quote(str(self.output_dir))} sends what is missing",
-                file=sys.stderr,
+            warn(
+                f"not in MLflow: {sync.in_words(missing)}; python -m utils.tracking "
+                f"--replay {shlex.quote(str(self.output_dir))} sends what is missing"
             )
 
 

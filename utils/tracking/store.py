@@ -10,7 +10,6 @@ import os
 import re
 import shlex
 import shutil
-import sys
 import uuid
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from PIL import Image
 
 from utils.addresses import OUTPUT_TAG, find_run, tracking_uri, without_credentials
 from utils.cli import UserError, command_line
+from utils.progress import warn
 from utils.provenance import LINEAGE, Lineage, to_json
 from utils.tracking.sync import TABLES, Event, is_refusal
 
@@ -151,7 +151,7 @@ def reopen(client: Any, run_id: str, continued: bool, output_dir: Path) -> Any:
     except UserError as error:
         if not continued:
             raise
-        print(f"warning: {error}; a new run takes its place", file=sys.stderr)
+        warn(f"{error}; a new run takes its place")
         return None
     if continued:
         original, here = run.data.tags.get(OUTPUT_TAG, ""), str(output_dir.resolve())
@@ -168,11 +168,10 @@ def warn_if_moved(run: Any) -> None:
     address = urlsplit(run.info.artifact_uri)  # <project>/mlruns/<experiment>/<run>/artifacts
     project = Path(url2pathname(address.path), "..", "..", "..", "..").resolve()
     if address.scheme in ("", "file") and not project.exists():
-        print(
-            f"warning: {project}, which held this experiment's files, is gone (renamed?); MLflow "
+        warn(
+            f"{project}, which held this experiment's files, is gone (renamed?); MLflow "
             f"creates {run.info.artifact_uri} again; to avoid this, choose a new --experiment, or "
-            "give the folder its old name",
-            file=sys.stderr,
+            "give the folder its old name"
         )
 
 

@@ -5,7 +5,6 @@ and values by name. mlflow.jsonl, the event log, holds everything else, and whic
 """
 
 import json
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -20,6 +19,7 @@ from PIL import Image
 
 from utils.cli import UserError
 from utils.files import typed
+from utils.progress import warn
 from utils.provenance import Stage
 
 METRICS, EVENTS = "metrics.jsonl", "mlflow.jsonl"
@@ -112,7 +112,7 @@ def _read_lines(path: Path, parse: Callable[[Any], Event]) -> list[Event]:
         with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
             found.append(parse(json.loads(line)))
     if damaged := len(lines) - len(found):
-        print(f"warning: {path}: {damaged} damaged lines are skipped", file=sys.stderr)
+        warn(f"{path}: {damaged} damaged lines are skipped")
     return found
 
 

@@ -24,6 +24,7 @@ from utils.cli import Flags, Stopped, UserError, check_writable, one_line, unuse
 from utils.distributed import whole
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
 from utils.model_folder import model_files
+from utils.progress import warn
 from utils.provenance import Provenance
 from utils.training.state import RECORDS, SHARDS, TENSORS, CheckpointState
 
@@ -71,7 +72,7 @@ def find_checkpoint(resume: str, output_dir: str) -> Path | None:
     for folder in reversed(candidates):
         if is_intact(folder):
             return folder
-        print(f"warning: {folder} is damaged or missing", file=sys.stderr)
+        warn(f"{folder} is damaged or missing")
     raise UserError(
         f"--resume {resume}: no intact checkpoint in {', '.join(map(str, candidates))}; name "
         "another, or begin in another --output_dir"

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -23,6 +22,7 @@ from utils.data.sources import note
 from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
 from utils.model_folder import WEIGHTS
+from utils.progress import warn
 
 TENSORS, RECORDS = "training.safetensors", "training.json"
 SHARDS = "training-*.safetensors"  # rows of tensors that are sharded, of each process
@@ -196,10 +196,9 @@ class CheckpointState:
                 "begin a new training from its weights by --init_from"
             )
         if changes and self.group.is_main:
-            print(
-                "warning: resuming with changed settings; the result will differ from an "
-                f"uninterrupted run: {', '.join(changes.values())}",
-                file=sys.stderr,
+            warn(
+                "resuming with changed settings; the result will differ from an "
+                f"uninterrupted run: {', '.join(changes.values())}"
             )
         return changes
 
