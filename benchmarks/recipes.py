@@ -48,7 +48,7 @@ RECIPES: dict[str, str] = {
     "mnist": """
         train_vqvae --codebook_size 512 --learning_rate 4e-3 --max_epochs 6
         quantize_dataset
-        train --dim 128 --dropout 0 --learning_rate 8e-3 --max_epochs 2
+        train --dim 128 --dropout 0 --optimizer muon --learning_rate 4e-3 --max_epochs 4
         transformer_generation --num_images 10000 --guidance_scale 1.5
     """,
 }
