@@ -18,6 +18,7 @@ from typing import Self
 
 from utils.demo import PRELOADED
 
+OURS = ("tests", "utils", "vqvae", "transformer")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([*PRELOADED, "torch.distributed.run"])
 
@@ -41,6 +42,8 @@ def become(
     os.environ.update(env)
     os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name in [x for x in sys.modules if x.partition(".")[0] in OURS]:
+        del sys.modules[name]  # this file's imports, of a folder that may not be that of the words
     sys.argv, kind = words, words[0]
     if kind == "-c":
         sys.path.insert(0, "")

@@ -25,12 +25,15 @@ from utils.evaluation import features
 # Imports everything once, then forks the ranks, as torchrun would start them.
 FORK = """
 import importlib, json, os, sys
+from torch.distributed import TCPStore
 from utils import cli, distributed
 from utils.evaluation import features
 commands, children = json.loads(sys.argv[1]), []
 modules = {name: importlib.import_module(name) for name, *_ in commands}
 features.TRAINING_IMAGES = 200
 os.environ |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+# As torchrun's agent does, this process holds the stores, which outlive each rank.
+os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
 for rank in range(3):
     if not (child := os.fork()):
         os.environ["RANK"] = str(rank)
@@ -39,6 +42,9 @@ for rank in range(3):
             module = modules[sys.argv[0]]
             cli.run(module.main, module.make_parser(), distributed.is_first_to_fail)
     children.append(child)
+first = int(sys.argv[2])
+ports = range(first, first + len(commands))
+stores = [TCPStore("127.0.0.1", x, is_master=True, wait_for_workers=False) for x in ports]
 print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]))
 """
 FLAGS = ("--device", "cpu", "--batch_size", "2", "--num_workers", "0")

@@ -3,7 +3,6 @@
 import os
 import resource
 import signal
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from utils.cli import UserError, first_few, flag
-from utils.data import cache, decoding
+from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
 from utils.data.sources import read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
@@ -45,10 +44,6 @@ class ImageConfig:
     skip_bad_images: int = flag(0, "leave out up to this many files that cannot be read as images")
     num_workers: int = flag(-1, "processes that decode images; -1: one a core")
     stream: bool = flag(False, "decode images again in each epoch, not once into memory")
-    cache_dir: str = flag(
-        "outputs/cache",
-        "where decoded images are kept for the next run, in a tenth of the free disk; '': nowhere",
-    )
 
     def __post_init__(self) -> None:
         if self.max_pixels < 1 or self.skip_bad_images < 0:
@@ -138,19 +133,17 @@ class ImageDataset:
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
 
-        if max_memory is None:
-            max_memory = 0 if config.stream else available_memory() // (2 * processes)
-        start, limit, kept = time.monotonic(), config.max_pixels, None
-        given = size, channels, value_range, resampling
-        if max_memory and config.cache_dir:
-            options = column, random_crop, limit, given
-            kept = cache.folder_of(config.cache_dir, self.files, options)
-        pixels, meta = cache.read(kept, max_memory) or (None, self._inspect(limit, *given))
-        self.size: tuple[int, int] = tuple(meta["size"])
-        self.value_range: tuple[float, float] = tuple(meta["value_range"])
-        self.channels, self.resampling = meta["channels"], meta["resampling"]
+        limit = config.max_pixels
+        headers = list(self._read_all(partial(decoding.read_header, max_pixels=limit), "checking"))
+        self.size = size or self._common_size(headers)
+        self.channels = channels or _common_channels(headers)
         scale = 9 / 8 if random_crop else 1
         self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
+        chosen = self.files[:: -(-len(self) // SAMPLED_FILES)]
+        samples = [decoding.sample_values(file, max_pixels=limit) for file in chosen]
+        found = decoding.common_range([x for x in samples if not isinstance(x, str)])
+        self.value_range, self.resampling = value_range or found[0], resampling or found[1]
+
         self._decode = partial(
             decoding.read_image,
             channels=self.channels,
@@ -160,35 +153,15 @@ class ImageDataset:
             resampling=self.resampling,
         )
         self.pixels: Tensor | None = None
-        if pixels is not None:
-            self.pixels = torch.from_numpy(pixels)
-        elif self.size_in_memory <= max_memory:
+        if max_memory is None:
+            max_memory = 0 if config.stream else available_memory() // (2 * processes)
+        if self.size_in_memory <= max_memory:
             pixels = np.empty((len(self), self.channels, *self.resize_size), np.uint8)
             for row, image in enumerate(self._read_all(self._decode, "decoding")):
                 pixels[row] = image
             self.pixels = torch.from_numpy(pixels[: len(self)])
-            if not self.skipped and time.monotonic() - start > cache.MIN_SECONDS:
-                cache.write(kept, pixels, meta)
         elif config.skip_bad_images:
             deque(self._read_all(self._decode, "decoding"), maxlen=0)
-
-    def _inspect(
-        self,
-        max_pixels: int,
-        size: tuple[int, int] | None,
-        channels: int | None,
-        value_range: tuple[float, float] | None,
-        resampling: str,
-    ) -> dict[str, Any]:
-        """What all images share, as far as it is not given: from every header, and some values."""
-        read = partial(decoding.read_header, max_pixels=max_pixels)
-        headers = list(self._read_all(read, "checking"))
-        size, channels = size or self._common_size(headers), channels or _common_channels(headers)
-        chosen = self.files[:: -(-len(self) // SAMPLED_FILES)]
-        samples = [decoding.sample_values(file, max_pixels=max_pixels) for file in chosen]
-        found = decoding.common_range([x for x in samples if not isinstance(x, str)])
-        shared = {"value_range": value_range or found[0], "resampling": resampling or found[1]}
-        return {**shared, "size": size, "channels": channels}
 
     def __len__(self) -> int:
         return len(self.rows)

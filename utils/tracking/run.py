@@ -34,7 +34,6 @@ NOT_COMPARED = (  # flags of a training that do not make it another
     *("output_dir", "run_name", "experiment", "register", "resume", "debug", "profile", "device"),
     *("num_workers", "path_to_data", "model_dir", "checkpoint_every", "evaluate_every", "compile"),
     *("checkpoint_activations", "allow_outside_paths", "skip_bad_images", "lpips_weights"),
-    "cache_dir",
 )
 IN_NAME = ("quantizer", "codebook_size", "num_layers", "dim", "window_size", "init_from", "preset")
 MAX_NAME = 40  # characters of a run's name: a longer one moves the pictures in MLflow out of view

@@ -34,7 +34,7 @@ LONGER = {"max_steps", "max_epochs", "patience"}
 FREE = (
     *("output_dir", "run_name", "experiment", "device", "num_workers", "resume", "path_to_data"),
     *("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths"),
-    *("register", "max_minutes", "dry_run", "checkpoint_activations", "cache_dir"),
+    *("register", "max_minutes", "dry_run", "checkpoint_activations"),
 )
 
 
