@@ -192,7 +192,7 @@ def main(arguments: argparse.Namespace) -> None:
     perplexity = metrics.codebook_metrics(counts)["perplexity"]
     print(
         f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
-        f"{int((counts > 0).sum()):,} of {config.num_codes:,} codes in use, "
+        f"{int((counts > 0).sum()):,} of {len(counts):,} codes in use, "
         f"{math.log2(perplexity / config.depth):.3f} bits per token "
         f"(entropy of single indices){extra}"
     )

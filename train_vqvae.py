@@ -183,11 +183,7 @@ def about_run(state: TrainState, model: VQVAE, start: LoadedModel | None) -> dic
 
 
 def load_images(
-    dataset: ImageDataset,
-    data: DataConfig,
-    state: TrainState,
-    batches: list[Tensor],
-    epoch: int,
+    dataset: ImageDataset, data: DataConfig, state: TrainState, batches: list[Tensor], epoch: int
 ) -> Iterator[Tensor]:
     """Augmented training images (B, C, H, W) of each batch of rows."""
     seed = state.config.seed
@@ -297,7 +293,8 @@ def main(arguments: cli.Flags) -> None:
     adversary = build_adversary(configs.adversarial, dataset, schedule, group)
     reset, device = configs.start.reset_codebook_on_collapse, group.device
     monitor = CollapseMonitor(model.quantizer, reset=reset)
-    counts = torch.zeros(model.config.num_codes, device=device)  # of codes since the last log
+    # How often each code occurred since the last log.
+    counts = torch.zeros(model.quantizer.options.num_codes, device=device)
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
     settings["precision"] = precision

@@ -59,7 +59,7 @@ def train(
 @torch.inference_mode()
 def evaluate(model: VQVAE, dataset: ImageDataset, rows: Tensor) -> dict[str, float]:
     """MSE on [0, 1] of the given rows, health of the codebook, and bits that an image takes."""
-    error, counts = 0.0, torch.zeros(model.config.num_codes)
+    error, counts = 0.0, torch.zeros(model.quantizer.options.num_codes)
     for images in dataset.batches(rows.split(256), torch.device("cpu")):
         indices = model.encode(images)
         error += float(metrics.squared_error(images, model.decode(indices)).sum())

@@ -33,7 +33,7 @@ def test_codes_are_what_embed_adds_up(name: str) -> None:
 @EVERY
 def test_statistics_start_with_the_most_used_codes(name: str) -> None:
     model = make_model(name)
-    counts = torch.zeros(model.config.num_codes)
+    counts = torch.zeros(model.quantizer.options.num_codes)
     counts[[5, 9, 2]] = torch.tensor([1.0, 6.0, 3.0])
     usage, projection, decoded_codes = inspect_codebook(model, counts, 50, max_decoded=4)
     torch.testing.assert_close(usage[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))

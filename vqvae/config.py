@@ -159,11 +159,6 @@ class VQVAEConfig:
         """Codes per latent position."""
         return self.quantizer_options.depth
 
-    @property
-    def num_codes(self) -> int:
-        """Codes of all depths together."""
-        return self.quantizer_options.num_codes
-
 
 OPTIONS = {name: {x.name: x for x in fields(q.Options)} for name, q in QUANTIZERS.items()}
 OPTION_TYPES = {k: v for q in QUANTIZERS.values() for k, v in get_type_hints(q.Options).items()}

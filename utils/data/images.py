@@ -333,10 +333,7 @@ class _Files(Dataset):
 
 
 def load_files(
-    read: Callable[[str], Any],
-    files: Sequence[str],
-    batches: Sequence[Any],
-    num_workers: int,
+    read: Callable[[str], Any], files: Sequence[str], batches: Sequence[Any], num_workers: int
 ) -> Iterator[list[Any]]:
     """`[read(files[row]) for row in batch]` of each batch, in order, by `num_workers` processes.
 

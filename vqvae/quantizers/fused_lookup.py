@@ -7,8 +7,6 @@ from torch import Tensor
 
 ROWS, CODES, WARPS = 64, 128, 4  # vectors of one program, codes that it compares at once
 CHUNK = tl.constexpr(32)  # of the sums over dimensions
-TF32_BITS = -(1 << 13)  # of a float32, those that are left in TF32
-FAR = 1e38  # score of the codes that fill the last block
 
 
 @triton.jit
@@ -61,7 +59,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 
 def _split(values: Tensor) -> tuple[Tensor, Tensor]:
     """Float32 values as a sum of one that TF32 holds exactly, and the rest."""
-    high = (values.view(torch.int32) & TF32_BITS).view(torch.float32)
+    high = (values.view(torch.int32) & -(1 << 13)).view(torch.float32)  # without 13 bits
     return high, values - high
 
 
@@ -80,19 +78,10 @@ def fused_nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> T
     offset, rest = _split(offsets)
     torch.cat([high, high, low, offset[:, None]], dim=1, out=codes[:size, : 3 * dim + 1])
     codes[:size, 3 * dim + 1], codes[:size, 3 * dim + 2] = _split(rest)
-    codes[size:, 3 * dim] = FAR
+    codes[size:, 3 * dim] = 1e38  # what fills the last block is far from all vectors
     indices = torch.empty(count, dtype=torch.int64, device=vectors.device)
     with torch.cuda.device_of(vectors):
-        _kernel[triton.cdiv(count, ROWS), 1, 1](
-            vectors.contiguous(),
-            codes,
-            indices,
-            count,
-            size,
-            dim,
-            width=width,
-            row_block=ROWS,
-            code_block=CODES,
-            num_warps=WARPS,
-        )
+        blocks = {"row_block": ROWS, "code_block": CODES, "num_warps": WARPS}
+        inputs = vectors.contiguous(), codes, indices, count, size, dim
+        _kernel[triton.cdiv(count, ROWS), 1, 1](*inputs, width=width, **blocks)
     return indices

@@ -18,7 +18,6 @@ from utils.data.finding import SPLIT_NAMES
 from utils.data.sources import Row, check_rows, column_name
 
 IMAGES = re.compile("(large_)?binary|struct<bytes:")  # types of columns
-GROUP_BYTES = 512 << 20  # of a row group, which is read as a whole
 CACHE_BYTES = 128 << 20  # of the row groups that a process keeps
 _recent: OrderedDict[tuple[Path, int], Any] = OrderedDict()  # row groups, the latest last
 
@@ -77,21 +76,15 @@ def _open(path: Path) -> tuple[Any, Any, str, list[int]]:
             file = parquet.read_metadata(path)
             schema, groups = file.schema.to_arrow_schema(), range(file.num_row_groups)
             sizes = [file.row_group(group).num_rows for group in groups]
-            largest = max((file.row_group(group).total_byte_size for group in groups), default=0)
         else:
             is_file = pa.memory_map(str(path)).read(6) == b"ARROW1"
             open_arrow = pa.ipc.open_file if is_file else pa.ipc.open_stream
             file = open_arrow(pa.memory_map(str(path))).read_all()
-            schema, sizes, largest = file.schema, [len(file)], 0
+            schema, sizes = file.schema, [len(file)]
     except (pa.ArrowException, OSError) as error:
         text = f"cannot read {path} ({one_line(error)}); write or download it again"
         raise UserError(text) from error
     image = next((field.name for field in schema if IMAGES.match(str(field.type))), "")
-    if image and largest > GROUP_BYTES:
-        raise UserError(
-            f"{path} has row groups of {largest >> 20:,} MiB, too large to be read as a whole; "
-            "write it again by pyarrow.parquet.write_table(table, path, row_group_size=100)"
-        )
     return file, schema, image, [*accumulate(sizes, initial=0)]
 
 
