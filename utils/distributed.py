@@ -182,9 +182,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_like(whole: Tensor, like: Any) -> Tensor:
-    """A whole tensor in the type, memory format and sharding of another of its shape."""
-    if not hasattr(like, "full_tensor"):
-        return torch.empty_like(like).copy_(whole)
+    """A whole tensor in the type and sharding of another of its shape."""
     from torch.distributed.tensor import distribute_tensor
 
     mesh, whole = like.device_mesh, whole.to(like.device, like.dtype)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -22,7 +23,6 @@ from utils.data.sources import note
 from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
 from utils.model_folder import WEIGHTS
-from utils.progress import warn
 
 TENSORS, RECORDS = "training.safetensors", "training.json"
 SHARDS = "training-*.safetensors"  # rows of tensors that are sharded, of each process
@@ -195,10 +195,11 @@ class CheckpointState:
                 "flags it began with (--accumulate N saves memory at the same --batch_size), or "
                 "begin a new training from its weights by --init_from"
             )
-        if changes and self.group.is_main:
-            warn(
-                "resuming with changed settings; the result will differ from an "
-                f"uninterrupted run: {', '.join(changes.values())}"
+        if changes and self.group.rank == 0:
+            print(
+                "warning: resuming with changed settings; the result will differ from an "
+                f"uninterrupted run: {', '.join(changes.values())}",
+                file=sys.stderr,
             )
         return changes
 
@@ -223,7 +224,10 @@ def _load_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
         # Files hold row-major tensors, but a fused optimiser pairs numbers by their position in
         # memory: its state must have the memory format of its parameter (such as channels-last).
         if value.shape == parameter.shape:
-            value = shard_like(value, parameter)
+            if hasattr(parameter, "full_tensor"):
+                value = shard_like(value, parameter)
+            else:
+                value = torch.empty_like(parameter).copy_(value)
         state.setdefault(int(number), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

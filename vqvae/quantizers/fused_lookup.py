@@ -49,9 +49,8 @@ def _kernel(  # type: ignore[no-untyped-def]
                 x = _split_vectors(vectors, rows, column + chunk, num_vectors, dim)
                 score = tl.dot(x, tl.load(address + column), score, input_precision="tf32")
         # Every column keeps its own minimum, so that columns are compared only once, at the end.
-        closer = score < lowest
-        lowest = tl.where(closer, score, lowest)
-        number = tl.where(closer, numbers[None, :], number)
+        number = tl.where(score < lowest, numbers[None, :], number)
+        lowest = tl.minimum(score, lowest)
     nearest = tl.min(lowest, axis=1)
     ties = tl.where(lowest == nearest[:, None], number, num_codes)
     tl.store(indices + rows, tl.min(ties, axis=1).to(tl.int64), mask=rows < num_vectors)
@@ -74,8 +73,7 @@ def fused_nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor) -> T
     (count, dim), size = vectors.shape, len(codebook)
     width = triton.cdiv(3 * dim + 3, CHUNK.value) * CHUNK.value
     codes = codebook.new_zeros(triton.cdiv(size, CODES) * CODES, width)
-    high, low = _split(-codebook)
-    offset, rest = _split(offsets)
+    (high, low), (offset, rest) = _split(-codebook), _split(offsets)
     torch.cat([high, high, low, offset[:, None]], dim=1, out=codes[:size, : 3 * dim + 1])
     codes[:size, 3 * dim + 1], codes[:size, 3 * dim + 2] = _split(rest)
     codes[size:, 3 * dim] = 1e38  # what fills the last block is far from all vectors
