@@ -103,9 +103,11 @@ def test_a_file_without_rights_is_one_line(
 
 
 def test_a_closed_terminal_stops_a_training_as_sigterm_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     with StopSignals(lambda code: None) as stop:
         signal.raise_signal(signal.SIGHUP)
         assert stop.number == signal.SIGTERM
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_nohup_keeps_a_training_alive() -> None:
