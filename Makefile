@@ -22,8 +22,9 @@ test: .env/.installed-dev  ## all tests but that of the notebook
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 		--ignore tests/test_notebook.py
 
+# Passive: threads that spin while they wait would stop the training beside another process.
 notebook: .env/.installed-dev  ## run docs/quickstart.ipynb
-	$(BIN)/python -m pytest tests/test_notebook.py
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_notebook.py
 
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)
