@@ -3,9 +3,8 @@
     python -m benchmarks.gpu_recipe --data cifar10 --path_to_train data/cifar10/train.csv \\
         --path_to_test data/cifar10/test.csv
 
-On an H100 tokenizer and GPT train for one to two minutes each. Then 5,000 images are
-sampled and compared with the test images. Stages, folders and figures are those of
-`benchmarks.recipes`.
+After the two trainings, 5,000 images are sampled and compared with the test images. Stages, folders
+and figures are those of `benchmarks.recipes`.
 """
 
 from benchmarks import recipes

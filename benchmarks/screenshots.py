@@ -1,4 +1,4 @@
-"""The pictures of MLflow's pages and of report.html in the README, from the runs of `make demo`.
+"""The pictures of MLflow's pages in the README, from the runs of `make demo`.
 
 Needs Chromium with its driver, the output of `make demo`, and a second training:
 
@@ -126,9 +126,9 @@ def main(arguments: argparse.Namespace) -> None:
     import mlflow
 
     for folder in (FIRST, SECOND):
-        if not (folder / "report.html").exists():
+        if not (folder / "status.json").exists():
             raise cli.UserError(
-                f"no report.html in {folder}; run `make demo` and the training that --help shows"
+                f"no training in {folder}; run `make demo` and the training that --help shows"
             )
     client = mlflow.MlflowClient(STORE)
     experiment = client.get_experiment_by_name("demo").experiment_id

@@ -7,11 +7,9 @@ the order of the file. Ours read in the order of the file, and in the random ord
 
 import argparse
 import io
-import statistics
 import tarfile
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import record
+from benchmarks.gpt import medians
 from utils import cli
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import epoch_order
@@ -128,18 +127,6 @@ STOCK = {"folder": stock_folder, "csv": stock_folder, "tar": stock_tar}
 STOCK |= {"parquet": stock_table, "arrow": stock_table}
 
 
-def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, after a round that warms the file cache."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if number:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 def main(flags: argparse.Namespace) -> None:
     results = {}
     with tempfile.TemporaryDirectory() as place:
@@ -159,7 +146,7 @@ def main(flags: argparse.Namespace) -> None:
             }
             images = folder / "images" if name == "csv" else path
             ways["stock"] = partial(STOCK[name], images, flags.batch_size)
-            found = measure(ways, flags.rounds)
+            found = medians(ways, flags.rounds)
             speeds = {way: flags.count / seconds for way, seconds in found.items()}
             ratios = [speeds[way] / speeds["stock"] for way in ("in order", "random")]
             columns = [f"{speeds[way]:,.0f}" for way in ("stock", "in order", "random")]
