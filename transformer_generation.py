@@ -259,7 +259,7 @@ def main(arguments: argparse.Namespace) -> None:
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
     choose = partial(choose_output_dir, arguments.output_dir, gpt.home / "samples", META)
-    output_dir = Path(group.on_main(choose))
+    output_dir = group.on_main(choose)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
         output_dir.parent,

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from utils.cli import UserError
 
+T = TypeVar("T")
 Model = TypeVar("Model", bound=nn.Module)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of matrix products, by precision
 SKELETON = "_skeleton"  # attribute of a sharded model: the same without hooks and weights
@@ -52,10 +53,9 @@ class Distributed:
         if self.is_main:
             tqdm.write(str(line), file=sys.stdout)
 
-    def on_main(self, make: Callable[[], object]) -> str:
-        """What `make` returns in the main process, which alone calls it, as text for all."""
-        text = torch.tensor([*str(make()).encode()] if self.is_main else [], dtype=torch.uint8)
-        return bytes(self.join(text).tolist()).decode()
+    def on_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, which alone calls it, for all."""
+        return self.all_gather(make() if self.is_main else None)[0]
 
     def shard(self, rows: Tensor) -> Tensor:
         """This process's part of a batch of rows."""
@@ -83,15 +83,8 @@ class Distributed:
         return batch_size
 
     def join(self, rows: Tensor) -> Tensor:
-        """The rows of all processes in the order of their ranks, on the CPU, of any type."""
-        if self.world_size == 1:
-            return rows
-        counts = [int(x) for x in self.all_gather(torch.tensor([len(rows)]))]
-        # As bytes, because the backends lack some types.
-        padded = rows.new_zeros(max(counts), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        parts = self.all_gather(padded.view(torch.uint8))
-        return torch.cat([x.view(rows.dtype)[:n] for x, n in zip(parts, counts, strict=True)])
+        """The rows of all processes in the order of their ranks, on the CPU."""
+        return rows if self.world_size == 1 else torch.cat(self.all_gather(rows.cpu()))
 
     def merge(self, values: Tensor) -> None:
         """Fill in, in place, what other processes have set in `values`; each leaves the rest 0."""
@@ -147,14 +140,13 @@ class Distributed:
         dist.all_reduce(result, dist.ReduceOp.MAX)
         return int(result)
 
-    def all_gather(self, values: Tensor) -> list[Tensor]:
-        """The `values` of each process, all of one shape, on the CPU."""
+    def all_gather(self, value: Any) -> list[Any]:
+        """The value of each process, of any type; tensors are on the CPU."""
         if self.world_size == 1:
-            return [values]
-        values = values.to(self.device)
-        gathered = [torch.empty_like(values) for _ in range(self.world_size)]
-        dist.all_gather(gathered, values)
-        return [one.cpu() for one in gathered]
+            return [value]
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def shutdown(self) -> None:
         """Leave the process group at the end; after an error others may wait for this process."""

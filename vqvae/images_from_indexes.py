@@ -141,7 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
     decode = make_decoder(arguments, tokenizer.model, path)
     default = path.with_name(f"{path.stem}-images")
     choose = partial(choose_output_dir, arguments.output_dir, default, LIST)
-    output_dir = Path(group.on_main(choose))
+    output_dir = group.on_main(choose)
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from utils.cli import UserError
@@ -15,7 +14,6 @@ from utils.provenance import LoadedModel
 
 BATCH = 256
 REPLICATES = 10  # enough for the standard error beside a curve
-METRICS = ("fd_classifier", "fd_classifier_error", "label_agreement", "real_fd_classifier")
 
 
 class SampleEvaluator:
@@ -77,17 +75,19 @@ class SampleEvaluator:
 
         `sample` gives a grid for each of `rows`, (n, h, w); only the main process calls it.
         """
-        values = torch.zeros(len(METRICS), device=self._group.device)
-        if self._group.is_main:
-            images = DecodedImages(sample(), (), self._tokenizer)
-            found = self._features(ImageSet.whole(images))
-            distance, best = self._distance(found), self._best
-            right = self._agreement(found)
-            values += values.new_tensor([distance.value, distance.standard_error, right, best])
-            self._group.print(
-                f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
-                f"{WIDTH * distance.standard_error:.3f} (training images: {best:.3f}), "
-                f"{right:.1%} of the right class (real images: {self._accuracy:.1%})"
-            )
-        values = self._group.all_reduce_sum(values)
-        return dict(zip(METRICS, values.tolist(), strict=True))
+        return self._group.on_main(lambda: self._compare(sample()))
+
+    def _compare(self, grids: Tensor) -> dict[str, float]:
+        found = self._features(ImageSet.whole(DecodedImages(grids, (), self._tokenizer)))
+        distance, best, right = self._distance(found), self._best, self._agreement(found)
+        self._group.print(
+            f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
+            f"{WIDTH * distance.standard_error:.3f} (training images: {best:.3f}), "
+            f"{right:.1%} of the right class (real images: {self._accuracy:.1%})"
+        )
+        return {
+            "fd_classifier": distance.value,
+            "fd_classifier_error": distance.standard_error,
+            "label_agreement": right,
+            "real_fd_classifier": best,
+        }

@@ -292,8 +292,8 @@ def optimizer_step(
         if not state.loss_scale.back_off():
             odd = {
                 f"{name} {x}"
-                for process in group.all_gather(numbers)
-                for name, x in zip(values, process.tolist(), strict=True)
+                for process in group.all_gather(numbers.tolist())
+                for name, x in zip(values, process, strict=True)
                 if not math.isfinite(x)
             }
             names = first_few([row_name(row) for row in rows.tolist()], limit=ROWS_SHOWN)
