@@ -24,42 +24,33 @@ from utils.data.index_dataset import CROPS
 from utils.data.indices import META, IndicesMeta, allocate, write_indices
 from utils.data.sources import Row, split_rows
 from utils.data.vocabulary import GridMeta
-from utils.distributed import Distributed
 from utils.evaluation import metrics
+from utils.evaluation.features import ImageSet, Settings
 from utils.files import check_unused
 from utils.model_folder import load_model
-from utils.progress import ProgressBar, warn
+from utils.progress import warn
 from utils.provenance import LoadedModel, Provenance
 from vqvae import VQVAE
 
 
 @torch.inference_mode()
 def quantize(
-    model: VQVAE,
-    dataset: ImageDataset,
-    batch_size: int,
-    group: Distributed,
-    augmentation: Augmentation | None = None,
-    *,
-    flip: bool = False,
+    model: VQVAE, dataset: ImageDataset, settings: Settings, *crop: Augmentation, flip: bool = False
 ) -> list[Tensor]:
-    """All images of a data set as indices (N, h, w[, depth]), int32, on the CPU.
+    """All images of a data set, or a crop of each, as indices (N, h, w[, depth]), int32.
 
     With `flip`, their mirror images as well. Each process encodes a part of them.
     """
-    rows = torch.arange(len(dataset))[group.block(len(dataset), batch_size)]
-    grids: list[list[Tensor]] = [[] for _ in range(1 + flip)]
-    with ProgressBar(total=len(rows), unit=" images") as bar:
-        for images in dataset.batches(rows.split(batch_size), group.device, augmentation):
-            for view in range(1 + flip):
-                indices = model.encode(images.flip(3) if view else images)
-                grids[view].append(indices.to("cpu", torch.int32))
-            bar.update(len(images))
-    return [group.join(torch.cat(view)) for view in grids]
+
+    def encode(images: Tensor) -> dict[str, Tensor]:
+        views = {"": images} | ({"mirrored": images.flip(3)} if flip else {})
+        return {name: model.encode(view).int() for name, view in views.items()}
+
+    return [*ImageSet.whole(dataset).map(settings, "", encode, *crop).values()]
 
 
 def quantize_crops(
-    model: VQVAE, dataset: ImageDataset, group: Distributed, flags: argparse.Namespace
+    model: VQVAE, dataset: ImageDataset, settings: Settings, flags: argparse.Namespace
 ) -> Iterator[list[Tensor]]:
     """`quantize` the random crops of each number, with `--flip` with those of mirror images.
 
@@ -68,7 +59,7 @@ def quantize_crops(
     """
     for view in range(max(flags.crops, 1)):
         crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
-        yield quantize(model, dataset, flags.batch_size, group, crop, flip=flags.flip)
+        yield quantize(model, dataset, settings, crop, flip=flags.flip)
 
 
 def write_crops(
@@ -133,6 +124,7 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.stream |= group.world_size > 1  # each process decodes its own images only
     reading = cli.read_flags(ImageConfig, arguments)
     device, data = group.device, arguments.path_to_data
+    settings = Settings(device, arguments.batch_size, arguments.seed, group)
     tokenizer = load_model(arguments.model_dir, VQVAE, device)
     model, config, origin = tokenizer.model, tokenizer.model.config, tokenizer.provenance
     name = f"indices/{Path(data).stem}"
@@ -160,7 +152,7 @@ def main(arguments: argparse.Namespace) -> None:
         warn("--flip: captions of mirrored images are wrong where they name a side")
 
     with run:
-        (indices,) = quantize(model, dataset, arguments.batch_size, group)
+        (indices,) = quantize(model, dataset, settings)
         meta = IndicesMeta(
             **vars(grid_meta(tokenizer)),
             lineage=run.lineage,
@@ -169,7 +161,7 @@ def main(arguments: argparse.Namespace) -> None:
         extra, add = "", None
         crops: Iterator[list[Tensor]] = iter(())
         if second is not None:
-            (grids,) = quantize(second.model, images, arguments.batch_size, group)
+            (grids,) = quantize(second.model, images, settings)
             size = second.model.config.codebook_size
             add = partial(write_conditions, conditions=grids, codebook_size=size)
             extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
@@ -177,7 +169,7 @@ def main(arguments: argparse.Namespace) -> None:
             larger = dataset
             if arguments.crops:
                 larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
-            crops = quantize_crops(model, larger, group, arguments)
+            crops = quantize_crops(model, larger, settings, arguments)
             shape = len(larger), grids_per_image(arguments)
             add = partial(write_crops, crops=crops, shape=shape, meta=meta)
             extra = f"; and {grids_per_image(arguments)} more of each"

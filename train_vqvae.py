@@ -22,6 +22,7 @@ from utils.data import sources
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
 from utils.distributed import Distributed
 from utils.evaluation import metrics
+from utils.evaluation.features import ImageSet, Settings
 from utils.model_folder import load_model
 from utils.provenance import LoadedModel
 from utils.training import loop
@@ -34,7 +35,7 @@ from utils.training.state import RowDigests, StopSignals
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.config import all_options, training_only
-from vqvae.inspect import Reconstructions, inspect_codebook, reconstruct
+from vqvae.inspect import inspect_codebook
 from vqvae.losses import LossConfig, ReconstructionLoss
 from vqvae.quantizers.codebook import CollapseMonitor
 from vqvae.train_step import compile_model, forward_backward
@@ -56,24 +57,36 @@ class StartConfig:
     )
 
 
-def measure(images: Tensor, made: Tensor) -> dict[str, Tensor]:
-    return {name: one.mean() for name, one in metrics.image_metrics(images, made).items()}
+class Evaluated(NamedTuple):
+    """How often each code was used, and the first images (n, C, H, W) with reconstructions."""
+
+    counts: Tensor
+    originals: Tensor
+    reconstructions: Tensor
 
 
+@torch.no_grad()
 def evaluate(
     model: VQVAE, dataset: ImageDataset, rows: Tensor, batch_size: int, group: Distributed
-) -> tuple[dict[str, float], Reconstructions]:
+) -> tuple[dict[str, float], Evaluated]:
     """Metrics of the images of these rows, and what was made of the first."""
-    share = group.shard(rows)
-    counted = len(share) > 0  # a process without rows takes part in the sums, at no weight
-    batches = dataset.batches((share if counted else rows[:1]).split(batch_size), group.device)
-    seen = reconstruct(model, batches, measure, keep=PICTURES, weight=float(counted))
-    seen = seen._replace(counts=group.all_reduce_sum(seen.counts))
-    values = {
-        name: float(group.all_reduce_sum(value)) / len(rows) for name, value in seen.sums.items()
-    }
+
+    def measure(images: Tensor) -> dict[str, Tensor]:
+        made, quantized = model(images)
+        losses = {f"{name}_loss": x.expand(len(images)) for name, x in quantized.losses.items()}
+        errors = metrics.image_metrics(images, made.float().clamp(-1, 1))
+        return {"indices": quantized.indices, **errors, **losses}
+
+    part, training = ImageSet(dataset, rows), model.training
+    model.eval()
+    found = part.map(Settings(group.device, batch_size, 0, group), "evaluation", measure)
+    shown = part.load(torch.arange(min(PICTURES, len(rows))), group.device)
+    reconstructions = model.decode(model.encode(shown))
+    model.train(training)
+    counts = model.quantizer.count(found.pop("indices").to(group.device))
+    values = {name: float(x.double().mean()) for name, x in found.items()}
     values["psnr"] = metrics.psnr(values["mse"])
-    return values | metrics.codebook_metrics(seen.counts), seen
+    return values | metrics.codebook_metrics(counts), Evaluated(counts, shown, reconstructions)
 
 
 def in_words(values: dict[str, float]) -> str:
@@ -83,11 +96,11 @@ def in_words(values: dict[str, float]) -> str:
     )
 
 
-def log_pictures(run: tracking.Run, model: VQVAE, seen: Reconstructions, step: int) -> None:
+def log_pictures(run: tracking.Run, model: VQVAE, seen: Evaluated, step: int) -> None:
     """Images and errors; how often the codes are used, where they lie, what each looks like."""
     usage, projection, decoded_codes = inspect_codebook(model, seen.counts)
     for name, picture in {
-        "reconstructions": figures.comparison(seen.originals, seen.images),
+        "reconstructions": figures.comparison(seen.originals, seen.reconstructions),
         "code_usage": figures.bars(usage),
         "code_embedding": figures.points(projection, usage),
         "decoded_codes": figures.grid(decoded_codes),
@@ -233,7 +246,7 @@ def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, row
     best = load_model(folder, VQVAE, state.group.device).model
     alone = replace(state.group, world_size=1)
     values, seen = evaluate(best, dataset, rows, config.batch_size, alone)
-    pair = seen.originals, seen.images
+    pair = seen.originals, seen.reconstructions
     run.picture("pictures/best_reconstructions", figures.comparison(*pair), 0)
     names = [dataset.rows[row].image_path for row in rows[:PICTURES]]
     run.table("reconstructions", figures.comparison_table(names, *pair))

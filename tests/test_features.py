@@ -147,7 +147,7 @@ def test_classes_without_training_images_do_not_count(capsys: pytest.CaptureFixt
     assert "leaves out 1 of 4 images of samples.csv" in warning
     assert warning.strip().endswith("without training images: ?")
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
-    found = features.Features(logits, logits, logits)
+    found = features.Features(logits, logits, logits=logits)
     assert features.label_agreement(found, targets, resample(4, 0)).value == pytest.approx(2 / 3)
 
 

@@ -1,11 +1,16 @@
 """Reconstructions and codebook statistics of a tokenizer."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import train_vqvae
+from utils.distributed import ALONE
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
-from vqvae.inspect import inspect_codebook, principal_components, reconstruct
+from vqvae.inspect import inspect_codebook, principal_components
 
 EVERY = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -65,22 +70,17 @@ def test_principal_components_of_one_dimension() -> None:
     assert (principal_components(torch.randn(4, 1))[:, 1] == 0).all()
 
 
-def measure(images: torch.Tensor, made: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"mse": F.mse_loss(made, images)}
-
-
-def test_sums_count_every_image_once_in_batches_of_any_size() -> None:
+def test_metrics_count_every_image_once_in_batches_of_any_size() -> None:
     model = make_model("vq")
     images = torch.rand(7, 3, 8, 16) * 2 - 1
-    seen = reconstruct(model, images.split(3), measure, keep=4)
+    dataset: Any = SimpleNamespace(batches=lambda batches, _: (images[rows] for rows in batches))
+    values, seen = train_vqvae.evaluate(model, dataset, torch.arange(7), 3, ALONE)
     assert model.training
     model.eval()
     with torch.no_grad():
         made, quantized = model(images)
-    torch.testing.assert_close(seen.sums["mse"], 7 * F.mse_loss(made.clamp(-1, 1), images))
-    torch.testing.assert_close(seen.sums["commitment_loss"], 7 * quantized.losses["commitment"])
-    assert torch.equal(seen.counts, model.quantizer.count(quantized.indices).float())
-    assert torch.equal(seen.originals, images[:4])
-    assert seen.images.shape == (4, 3, 8, 16)
-    nothing = reconstruct(model, images.split(3), measure, keep=4, weight=0.0)
-    assert nothing.sums["mse"] == nothing.counts.sum() == 0
+    assert values["mse"] == pytest.approx(float(F.mse_loss(made.clamp(-1, 1), images)) / 4)
+    assert values["commitment_loss"] == pytest.approx(float(quantized.losses["commitment"]))
+    assert torch.equal(seen.counts, model.quantizer.count(quantized.indices))
+    assert torch.equal(seen.originals, images)
+    torch.testing.assert_close(seen.reconstructions, made.clamp(-1, 1))

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tests.reference_vqgan import reference_weights
 from utils import cli
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import split_rows
+from utils.distributed import ALONE
+from utils.evaluation import metrics
 from utils.files import read_tensors, write_folder
 from utils.model_folder import load_model, model_files
 from utils.provenance import Provenance
@@ -27,7 +31,6 @@ from utils.training.checkpoint import find_checkpoint
 from utils.training.state import TENSORS
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, convert
 from vqvae.adversarial import AdversarialLoss
-from vqvae.inspect import reconstruct
 from vqvae.quantizers.codebook import CollapseMonitor
 
 Train = Callable[..., list[dict]]
@@ -70,7 +73,9 @@ def test_pictures_of_every_quantizer(name: str) -> None:
     )
     pictures: dict[str, Image.Image] = {}
     run = argparse.Namespace(picture=lambda key, image, step: pictures.update({key: image}))
-    seen = reconstruct(model, torch.rand(5, 1, 8, 8).split(2), train_vqvae.measure, keep=4)
+    images = torch.rand(5, 1, 8, 8)
+    dataset: Any = SimpleNamespace(batches=lambda batches, _: (images[rows] for rows in batches))
+    seen = train_vqvae.evaluate(model, dataset, torch.arange(5), 2, ALONE)[1]
     train_vqvae.log_pictures(run, model, seen, step=0)
     names = ("reconstructions", "code_usage", "code_embedding", "decoded_codes")
     assert pictures.keys() == {f"pictures/{name}" for name in names}
@@ -109,11 +114,10 @@ def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
 
     dataset = ImageDataset(data, ImageConfig(num_workers=0), size=(24, 40))
     rows = split_rows(dataset.rows, val_fraction=0.1, seed=0)[1]
-    seen = reconstruct(
-        start, dataset.batches([rows], torch.device("cpu")), train_vqvae.measure, keep=1
-    )
-    expected = float(seen.sums["mse"]) / len(rows)
-    assert column(logged, "val/mse")[0] == pytest.approx(expected, rel=1e-4)
+    (images,) = dataset.batches([rows], torch.device("cpu"))
+    with torch.no_grad():
+        errors = metrics.squared_error(start.decode(start.encode(images)), images)
+    assert column(logged, "val/mse")[0] == pytest.approx(float(errors.mean()), rel=1e-4)
 
 
 def test_what_is_no_whole_tokenizer_is_no_start(

@@ -1,7 +1,4 @@
-"""Reconstructions of a tokenizer, and what its codebook learned."""
-
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+"""What the codebook of a tokenizer learned."""
 
 import torch
 import torch.nn.functional as F
@@ -10,53 +7,6 @@ from torch import Tensor
 from vqvae.model import VQVAE
 
 TILES = 5  # latent positions on a side of the grid from whose middle a code's picture is taken
-
-
-class Reconstructions(NamedTuple):
-    """Result of `reconstruct`."""
-
-    sums: dict[str, Tensor]  # over all images, of each measurement and loss of the quantizer
-    counts: Tensor  # how often each code was chosen, as `Quantizer.count` orders them
-    originals: Tensor  # the first images (n, C, H, W) in [-1, 1]
-    images: Tensor  # and their reconstructions
-
-
-@torch.no_grad()
-def reconstruct(
-    model: VQVAE,
-    batches: Iterable[Tensor],
-    measure: Callable[[Tensor, Tensor], dict[str, Tensor]],
-    *,
-    keep: int,
-    weight: float = 1.0,
-) -> Reconstructions:
-    """Encode and decode batches of images (B, C, H, W) in [-1, 1] with a tokenizer in eval mode.
-
-    Args:
-        model: its training mode is restored afterwards.
-        batches: at least one.
-        measure: (images, reconstructions) -> means over the batch, by name.
-        keep: number of images to return.
-        weight: of the batches in sums and counts; 0 ignores them.
-    """
-    training = model.training
-    model.eval()
-    sums: dict[str, Tensor] = {}
-    counts = torch.zeros(())
-    kept: list[tuple[Tensor, Tensor]] = []
-    for images in batches:
-        reconstructions, quantized = model(images)
-        reconstructions = reconstructions.float().clamp(-1, 1)
-        values = measure(images, reconstructions)
-        values |= {f"{name}_loss": value for name, value in quantized.losses.items()}
-        for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * (weight * len(images))
-        counts = counts + weight * model.quantizer.count(quantized.indices)
-        if sum(len(pair[0]) for pair in kept) < keep:
-            kept.append((images.cpu(), reconstructions.cpu()))
-    model.train(training)
-    originals, shown = (torch.cat(part)[:keep] for part in zip(*kept, strict=True))
-    return Reconstructions(sums, counts, originals, shown)
 
 
 @torch.no_grad()

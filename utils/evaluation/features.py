@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -114,19 +114,26 @@ class ImageSet(NamedTuple):
         return ImageSet(self.images, chosen), ImageSet(self.images, others)
 
     def map(
-        self, settings: Settings, what: str, function: Callable[[Tensor], Sequence[Tensor]]
-    ) -> list[Tensor]:
+        self,
+        settings: Settings,
+        what: str,
+        function: Callable[[Tensor], dict[str, Tensor]],
+        *augmentation: Any,
+    ) -> dict[str, Tensor]:
         """What a function makes of all images, of each batch (B, C, H, W) in [-1, 1], in order.
 
-        It returns tensors (B, ...), which are joined on the CPU; `what` labels a progress bar.
+        It returns tensors (B, ...) by name, which are joined on the CPU; `what` labels a progress
+        bar. Each process of the group takes a part of the images.
         """
         rows = self.row_numbers[settings.group.block(len(self.row_numbers), settings.batch_size)]
-        parts = []
-        with ProgressBar(total=len(rows), desc=what, unit=" images") as bar:
-            for images in self.images.batches(rows.split(settings.batch_size), settings.device):
-                parts.append([x.cpu() for x in function(images)])
+        batches = rows.split(settings.batch_size), settings.device
+        parts: dict[str, list[Tensor]] = defaultdict(list)
+        with ProgressBar(total=len(rows), desc=what, unit=" images", leave=None) as bar:
+            for images in self.images.batches(*batches, *augmentation):
+                for name, values in function(images).items():
+                    parts[name].append(values.cpu())
                 bar.update(len(images))
-        return [settings.group.join(torch.cat(column)) for column in zip(*parts, strict=True)]
+        return {name: settings.group.join(torch.cat(part)) for name, part in parts.items()}
 
     def load(self, positions: Tensor, device: torch.device) -> Tensor:
         """The images at some positions of the rows, (n, C, H, W) in [-1, 1]."""
@@ -137,8 +144,8 @@ class Features(NamedTuple):
     """A set of N images in a feature network."""
 
     features: Tensor  # (N, D), float32
-    logits: Tensor | None  # (N, classes), or None where the network has no classes
     pixels: Tensor  # (N, C * h * w), uint8, of the `thumbnails`
+    logits: Tensor | None = None  # (N, classes), or None where the network has no classes
 
 
 @dataclass(frozen=True)
@@ -177,13 +184,13 @@ def extract_features(
     # Distances are computed in float64, which only CUDA and the CPU have.
     home = "cuda" if settings.device.type == "cuda" else "cpu"
 
-    def columns(images: Tensor) -> list[Tensor]:
+    def columns(images: Tensor) -> dict[str, Tensor]:
         features, logits = network.network(images)
-        found = features.float(), thumbnails(images).flatten(1), logits
-        return [x for x in found if x is not None]
+        found = {"features": features.float(), "pixels": thumbnails(images).flatten(1)}
+        return found if logits is None else found | {"logits": logits}
 
-    features, pixels, *logits = (x.to(home) for x in part.map(settings, what, columns))
-    return Features(features, logits[0] if logits else None, pixels)
+    found = part.map(settings, what, columns)
+    return Features(**{name: values.to(home) for name, values in found.items()})
 
 
 def shrink(images: Tensor) -> Tensor:
@@ -292,8 +299,8 @@ def train_classifier(part: ImageSet, what: str, settings: Settings) -> FeatureNe
         few = f"classes with fewer than {FEW_IMAGES} training images"
         warn(f"{few}, for which label_agreement means little: {first_few(rare)}")
     part = part.split(TRAINING_IMAGES, settings.seed)[0]  # at most so many are used
-    (images,) = part.map(settings, "reading images", lambda x: [thumbnails(x)])
-    images = images.to(device)
+    read = part.map(settings, "reading images", lambda images: {"pixels": thumbnails(images)})
+    images = read["pixels"].to(device)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(settings.seed)
         model = Classifier(images.shape[1], len(names)).to(device)

@@ -128,13 +128,13 @@ def report_reconstructions(
     config = tokenizer.config
 
     @torch.inference_mode()
-    def measure(images: Tensor) -> list[Tensor]:
+    def measure(images: Tensor) -> dict[str, Tensor]:
         indices = tokenizer.encode(images)
         made = tokenizer.decode(indices)
-        return [indices.int(), *(compute(images, made) for compute in table.values())]
+        return {"indices": indices.int(), **{name: table[name](images, made) for name in table}}
 
-    grids, *parts = ImageSet.whole(dataset).map(settings, "reconstructions", measure)
-    errors = dict(zip(table, parts, strict=True))
+    errors = ImageSet.whole(dataset).map(settings, "reconstructions", measure)
+    grids = errors.pop("indices")
     weights = metrics.resample(len(dataset), settings.seed)
     found = metrics.mean_errors(errors, weights, table)
     tokens_per_pixel = math.prod(grids.shape[1:]) / math.prod(dataset.size)
@@ -271,7 +271,8 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
 @torch.inference_mode()
 def encode(tokenizer: Any, part: ImageSet, settings: Settings) -> Tensor:
     """The indices of real images, (N, h, w[, depth])."""
-    return part.map(settings, "encoding", lambda images: [tokenizer.encode(images)])[0]
+    found = part.map(settings, "encoding", lambda images: {"indices": tokenizer.encode(images)})
+    return found["indices"]
 
 
 @torch.inference_mode()
@@ -291,11 +292,11 @@ def report_likelihood(
     own = prefix[settings.group.block(len(prefix), settings.batch_size)]
     given = iter(own.split(settings.batch_size))
 
-    def measure(images: Tensor) -> list[Tensor]:
+    def measure(images: Tensor) -> dict[str, Tensor]:
         nats = nats_per_token(next(given).to(device), images)
-        return [nats.cpu().double().mean(dim=1) / math.log(2)]
+        return {"bits": nats.cpu().double().mean(dim=1) / math.log(2)}
 
-    (bits,) = ImageSet.whole(dataset).map(settings, "likelihood", measure)
+    bits = ImageSet.whole(dataset).map(settings, "likelihood", measure)["bits"]
     weights = metrics.resample(len(dataset), settings.seed)
     per_image = {"bits_per_token": bits, "bits_per_pixel": bits * tokens_per_pixel}
     found = {name: metrics.mean(part, weights, POSITIVE) for name, part in per_image.items()}
