@@ -29,7 +29,7 @@ from utils.evaluation.features import ImageSet, Settings
 from utils.evaluation.metrics import IMAGE_METRICS, ImageMetric
 from utils.evaluation.report import Record
 from utils.files import read_json
-from utils.model_folder import load_model
+from utils.provenance import load_model
 from vqvae import VQVAE
 from vqvae.losses import BACKBONES, PerceptualLoss
 

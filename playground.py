@@ -28,7 +28,7 @@ from utils.data.indices import IndicesMeta, write_indices
 from utils.data.masks import KnownPixels, covered_pixels, known_positions
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, read_vocabulary
-from utils.model_folder import load_model
+from utils.provenance import load_model
 from vqvae import VQVAE
 
 SIDE, SMALL = 384, 128  # pixels of one image, and of one of many

@@ -27,9 +27,8 @@ from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
 from utils.files import check_unused
-from utils.model_folder import load_model
 from utils.progress import warn
-from utils.provenance import LoadedModel, Provenance
+from utils.provenance import LoadedModel, Provenance, load_model
 from vqvae import VQVAE
 
 

@@ -21,8 +21,7 @@ from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
-from utils.model_folder import load_model
-from utils.provenance import LoadedModel, joined
+from utils.provenance import LoadedModel, joined, load_model
 from utils.training import loop
 from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig, sign_of

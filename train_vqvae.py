@@ -23,8 +23,7 @@ from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDatase
 from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
-from utils.model_folder import load_model
-from utils.provenance import LoadedModel
+from utils.provenance import LoadedModel, load_model
 from utils.training import loop
 from utils.training.checkpoint import continue_training
 from utils.training.config import TrainingConfig, sign_of

@@ -36,9 +36,8 @@ from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
 from utils.files import choose_output_dir, sha256
-from utils.model_folder import load_model
 from utils.progress import ProgressBar, warn
-from utils.provenance import LoadedModel, joined
+from utils.provenance import LoadedModel, joined, load_model
 from vqvae import VQVAE
 
 SHOWN = 48  # completions in the picture, at most

@@ -27,7 +27,7 @@ from utils.data.masks import region_mask
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
 from utils.evaluation.metrics import WIDTH, frechet_distance, resample
-from utils.model_folder import load_model
+from utils.provenance import load_model
 from vqvae import VQVAE
 
 REPLICATES = 10

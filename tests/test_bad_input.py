@@ -14,8 +14,7 @@ from utils.data.indices import IndicesMeta, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import write_folder
-from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, load_model, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]

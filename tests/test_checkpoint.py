@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from utils.cli import UserError
 from utils.files import read_json, read_tensors, write_folder
-from utils.model_folder import find_model_folder, load_model, model_files
-from utils.provenance import Provenance, Stage
+from utils.provenance import Provenance, Stage, find_model_folder, load_model, model_files
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from utils.data.sources import Row, read_rows
 from utils.data.vocabulary import FILE, GridMeta, Vocabulary, read_vocabulary
 from utils.evaluation.features import Settings
 from utils.files import sha256, write_folder
-from utils.model_folder import model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 CPU = ("--device", "cpu")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from tests.reference_vqgan import IMAGE, MULTIPLIERS, Reference, reference_weights
 from utils import cli
-from utils.model_folder import load_model
+from utils.provenance import load_model
 from vqvae import VQVAE, VQVAEConfig, convert
 from vqvae.convert import write_diffusers
 from vqvae.formats import (

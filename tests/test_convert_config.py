@@ -10,7 +10,7 @@ import torch
 from tests.reference_vqgan import reference_weights
 from tests.test_convert import TAMING_YAML, run, small_model
 from utils import cli
-from utils.model_folder import load_model
+from utils.provenance import load_model
 from vqvae import VQVAE, convert
 from vqvae.convert import write_diffusers
 from vqvae.formats import export_weights

@@ -15,7 +15,7 @@ from tests.test_kv_cache import step_by_step
 from transformer import GPT, convert
 from transformer.convert import from_llamagen
 from utils import cli
-from utils.model_folder import load_model
+from utils.provenance import load_model
 
 LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
 

@@ -22,8 +22,7 @@ from utils.data.sources import Row
 from utils.evaluation import features, metrics, report
 from utils.evaluation.inputs import PixelImages
 from utils.files import sha256, write_folder
-from utils.model_folder import model_files
-from utils.provenance import Provenance, Split, Stage
+from utils.provenance import Provenance, Split, Stage, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 Call = Callable[..., str]

@@ -14,8 +14,7 @@ from transformer import GPT, GPTConfig
 from utils import hub
 from utils.data.vocabulary import Vocabulary
 from utils.files import write_folder
-from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance, Stage
+from utils.provenance import Provenance, Stage, load_model, model_files
 
 
 @pytest.fixture

@@ -31,7 +31,6 @@ BOTTOM = (
     "files",
     "progress",
     "foreign",
-    "model_folder",
     "addresses",
     "distributed",
     "provenance",

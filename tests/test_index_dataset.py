@@ -17,8 +17,7 @@ from utils.data.index_dataset import IndexDataset, choose_crops, natural_order, 
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.files import CHECKSUMS, read_tensors, write_folder
-from utils.model_folder import model_files
-from utils.provenance import LoadedModel, Provenance
+from utils.provenance import LoadedModel, Provenance, model_files
 from utils.training import loop
 from utils.training.checkpoint import find_checkpoint
 from vqvae import VQVAE, VQVAEConfig

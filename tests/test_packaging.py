@@ -15,8 +15,7 @@ from benchmarks.reading import ROOT
 from tests.forks import run_forked
 from transformer import GPT, GPTConfig
 from utils.files import write_folder
-from utils.model_folder import model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

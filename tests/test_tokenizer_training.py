@@ -25,8 +25,7 @@ from utils.data.sources import split_rows
 from utils.distributed import ALONE
 from utils.evaluation import metrics
 from utils.files import read_tensors, write_folder
-from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, load_model, model_files
 from utils.training.checkpoint import find_checkpoint
 from utils.training.state import TENSORS
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig, convert

@@ -22,8 +22,7 @@ from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary
 from utils.files import sha256, write_folder
-from utils.model_folder import model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, model_files
 from vqvae import VQVAE, VQVAEConfig
 
 CODES, GRID = 16, (6, 10)

@@ -23,8 +23,7 @@ from transformer.gpt import GPT
 from transformer.sampling import generate
 from utils import cli, files, foreign
 from utils.data.vocabulary import FILE, Vocabulary
-from utils.model_folder import model_files
-from utils.provenance import Provenance, Stage
+from utils.provenance import Provenance, Stage, model_files
 
 # LlamaGen (arXiv 2406.06525): heads by width, where a head is not 64 wide.
 LLAMAGEN_HEADS = {3200: 32, 4096: 32}

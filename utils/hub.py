@@ -11,8 +11,7 @@ if not __package__:  # run by its path: the packages are one folder up
 from utils import cli
 from utils.addresses import store_errors
 from utils.files import check_unused, is_intact, read_json
-from utils.model_folder import find_model_folder, read_provenance
-from utils.provenance import CONFIG
+from utils.provenance import CONFIG, find_model_folder, read_provenance
 
 KINDS = {"VQVAE": "Image tokenizer (VQ-VAE)", "GPT": "GPT over the codebook indices of images"}
 SHOWN = (

@@ -1,4 +1,7 @@
-"""Provenance: the commands that produced a model, indices or an image, stored with each of them."""
+"""Provenance: the commands that produced a model, indices or an image, stored with each of them.
+
+Model folders (config.json, model.safetensors, provenance.json) are read here, from any address.
+"""
 
 import functools
 import json
@@ -14,13 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
-from utils.addresses import without_credentials
+from utils import files
+from utils.addresses import fetch, without_credentials
 from utils.cli import UserError, command_line, one_line
-from utils.files import typed
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
-CONFIG = "config.json"  # of a model folder
+CONFIG, WEIGHTS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
 LINEAGE = "lineage.json"  # in the output folder of a training and among its artifacts
 
 
@@ -108,7 +111,7 @@ def to_json(lineage: Lineage, indent: int | None = None) -> str:
 def from_json(text: str, where: str) -> Lineage:
     """The lineage in a text that `to_json` wrote, or a UserError that names its place, `where`."""
     try:
-        return tuple(typed(Stage, value) for value in json.loads(text))
+        return tuple(files.typed(Stage, value) for value in json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(f"the lineage of {where} is damaged: {one_line(error)}") from error
 
@@ -153,6 +156,53 @@ class LoadedModel(NamedTuple):
         return Path("outputs") / (self.provenance.run_id or self.folder.name)
 
 
+def model_files(model: Any, provenance: Provenance) -> files.Files:
+    """The files of a model folder, for `write_folder`."""
+    config, weights = model.pretrained_config(), model.pretrained_state()
+    return {CONFIG: config, WEIGHTS: weights, PROVENANCE: asdict(provenance)}
+
+
+def find_model_folder(path: Path) -> Path:
+    """`path` itself, or `best` in it if it is the output folder of a training."""
+    for folder in (path, files.intact_folder(path / "best")):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    if not path.exists():
+        raise UserError(
+            f"no such model folder: {path}; give an output folder of a training, or "
+            "runs:/<run id>/checkpoints"
+        )
+    raise UserError(f"{path} is not a model folder: it has no {CONFIG} and {WEIGHTS}")
+
+
+def load_model(
+    address: str | Path, model_class: Any, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """The model at an address, in eval mode: a model folder, or the `best` of an output folder.
+
+    A UserError for no model folder, another kind of model, or damaged files.
+    """
+    folder = find_model_folder(fetch(str(address)))
+    files.check_links(folder)
+    files.check_size(folder / CONFIG, files.JSON_BYTES)
+    for name in (CONFIG, WEIGHTS, PROVENANCE):
+        files.verify(folder / name)
+    try:
+        model = model_class.from_pretrained(folder, device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {folder}: {one_line(error, limit=400)}") from error
+    return LoadedModel(model, files.sha256(folder / WEIGHTS), folder, read_provenance(folder))
+
+
+def read_provenance(folder: Path) -> Provenance:
+    """Where the model of a model folder comes from, as far as it is recorded."""
+    path = folder / PROVENANCE
+    try:
+        return files.typed(Provenance, files.read_json(path) if path.is_file() else {})
+    except UserError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
 def png_info(lineage: Lineage, split: Split) -> PngInfo:
     """The texts of a PNG file that state its origin: the lineage (compressed) and the split."""
     info = PngInfo()
@@ -172,7 +222,7 @@ def of_picture(path: Path) -> tuple[Lineage, Split | None]:
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path} is not a readable PNG file: {one_line(error)}") from error
     try:
-        split = typed(Split, json.loads(texts[SPLIT_KEY])) if SPLIT_KEY in texts else None
+        split = files.typed(Split, json.loads(texts[SPLIT_KEY])) if SPLIT_KEY in texts else None
     except (ValueError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"the split of the data in {path} is damaged: {error}") from error
     return from_json(texts.get(PNG_KEY, "[]"), str(path)), split

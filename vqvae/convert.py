@@ -21,8 +21,7 @@ import torch
 from torch import Tensor
 
 from utils import cli, files, foreign
-from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance, Stage
+from utils.provenance import Provenance, Stage, load_model, model_files
 from vqvae import VQVAE, VQVAEConfig, formats
 from vqvae.formats import FIRST_KEY, FORMATS
 

@@ -29,8 +29,8 @@ from utils.data.masks import KnownPixels
 from utils.data.sources.csv import write_table
 from utils.distributed import Distributed
 from utils.files import choose_output_dir
-from utils.model_folder import load_model
 from utils.progress import ProgressBar
+from utils.provenance import load_model
 from vqvae import VQVAE
 
 SHOWN = 100  # images in the grid, at most

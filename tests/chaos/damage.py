@@ -24,8 +24,7 @@ from utils.data.sources import Row
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
 from utils.distributed import Distributed
 from utils.files import read_tensors, write_folder
-from utils.model_folder import load_model, model_files
-from utils.provenance import LINEAGE, Provenance, Stage
+from utils.provenance import LINEAGE, Provenance, Stage, load_model, model_files
 from utils.tracking import sync
 from utils.training.checkpoint import find_checkpoint
 from utils.training.state import CheckpointState, Progress

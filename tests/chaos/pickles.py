@@ -22,8 +22,7 @@ from transformer import GPT, GPTConfig
 from utils import cli, distributed, foreign
 from utils.data import images, indices, sources, vocabulary
 from utils.files import CHECKSUMS, read_tensors, write_folder
-from utils.model_folder import load_model, model_files
-from utils.provenance import Provenance
+from utils.provenance import Provenance, load_model, model_files
 from utils.training.state import CheckpointState, Progress
 from vqvae import VQVAE, VQVAEConfig, losses
 

@@ -7,13 +7,12 @@ import argparse
 import re
 from pathlib import Path
 
-from utils import cli
+from utils import cli, provenance
 from utils.addresses import MLFLOW, fetch, find_run
 from utils.cli import UserError
 from utils.data import indices
 from utils.files import sha256
-from utils.model_folder import WEIGHTS, find_model_folder, read_provenance
-from utils.provenance import LINEAGE, Lineage, describe, finished, from_json, of_picture
+from utils.provenance import LINEAGE, WEIGHTS, Lineage
 
 
 def find(what: str) -> Lineage:
@@ -24,15 +23,16 @@ def find(what: str) -> Lineage:
     if what.startswith(MLFLOW) or Path(what).exists():
         path = fetch(what)
         if path.is_file() or (path / "grid.png").is_file():
-            lineage = of_picture(path if path.is_file() else path / "grid.png")[0]
+            lineage = provenance.of_picture(path if path.is_file() else path / "grid.png")[0]
         elif (path / indices.META).is_file():
             lineage = indices.lineage_of(path)
         else:
-            folder = find_model_folder(path)
-            lineage = finished(read_provenance(folder).lineage, sha256(folder / WEIGHTS))
+            folder = provenance.find_model_folder(path)
+            origin = provenance.read_provenance(folder)
+            lineage = provenance.finished(origin.lineage, sha256(folder / WEIGHTS))
     elif re.fullmatch("[0-9a-f]{32}", what):
         find_run(what)
-        lineage = from_json(fetch(f"runs:/{what}/{LINEAGE}").read_text(), what)
+        lineage = provenance.from_json(fetch(f"runs:/{what}/{LINEAGE}").read_text(), what)
     else:
         raise UserError(f"{what} is no file, no folder, and no id of an MLflow run")
     if not lineage:
@@ -41,7 +41,7 @@ def find(what: str) -> Lineage:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    print(describe(find(arguments.what)))
+    print(provenance.describe(find(arguments.what)))
 
 
 def make_parser() -> argparse.ArgumentParser:

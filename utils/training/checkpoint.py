@@ -23,9 +23,8 @@ from utils.addresses import fetch, open_client, output_dir_of, store_errors
 from utils.cli import Flags, Stopped, UserError, check_writable, one_line, unused
 from utils.distributed import whole
 from utils.files import TEMPORARY, Files, discard, flush, is_intact, read_json, write_folder
-from utils.model_folder import model_files
 from utils.progress import warn
-from utils.provenance import Provenance
+from utils.provenance import Provenance, model_files
 from utils.training.state import RECORDS, SHARDS, TENSORS, CheckpointState
 
 FOLDER, BEST, STATUS = "checkpoints", "best", "status.json"  # in an output folder

@@ -22,7 +22,7 @@ from utils.cli import UserError, one_line
 from utils.data.sources import note
 from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
-from utils.model_folder import WEIGHTS
+from utils.provenance import WEIGHTS
 
 TENSORS, RECORDS = "training.safetensors", "training.json"
 SHARDS = "training-*.safetensors"  # rows of tensors that are sharded, of each process
