@@ -2,12 +2,12 @@
 
 from vqvae.quantizers.base import Quantized, Quantizer, QuantizerOptions
 from vqvae.quantizers.gumbel import GumbelQuantizer
-from vqvae.quantizers.residual import ResidualQuantizer
 from vqvae.quantizers.scalar import FiniteScalarQuantizer, LookupFreeQuantizer
 from vqvae.quantizers.vector import (
     CosineQuantizer,
     EMAQuantizer,
     IndexBackpropagationQuantizer,
+    ResidualQuantizer,
     VectorQuantizer,
 )
 
