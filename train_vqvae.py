@@ -303,10 +303,9 @@ def main(arguments: cli.Flags) -> None:
     cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
     adversary = build_adversary(configs.adversarial, dataset, schedule, group)
-    reset, device = configs.start.reset_codebook_on_collapse, group.device
-    monitor = CollapseMonitor(model.quantizer, reset=reset)
+    monitor = CollapseMonitor(reset=configs.start.reset_codebook_on_collapse)
     # How often each code occurred since the last log.
-    counts = torch.zeros(model.quantizer.options.num_codes, device=device)
+    counts = torch.zeros(model.quantizer.options.num_codes, device=group.device)
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
     settings["precision"] = precision
@@ -357,7 +356,8 @@ def main(arguments: cli.Flags) -> None:
                 # The pixel error does not tell which model with an adversary is best: the last.
                 adversarial = adversary is not None and adversary.schedule.strength > 0
                 loop.keep_best(state, checkpoints, score, always=adversarial)
-                for line in monitor.check(used, final=step == schedule.total_steps):
+                final = step == schedule.total_steps
+                for line in monitor.check(model.quantizer, used, final=final):
                     group.print(line)
             if loop.end_step(state, checkpoints, stop, evaluated=evaluates):
                 break

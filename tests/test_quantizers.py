@@ -362,18 +362,19 @@ def test_invalid_settings_are_refused(settings: dict, complaint: str) -> None:
 def test_a_collapse_is_reported_and_the_codes_are_reset_at_most_three_times(name: str) -> None:
     quantizer = make(name)
     resets = quantizer.supports_reset
-    monitor = CollapseMonitor(quantizer, reset=resets)
+    monitor = CollapseMonitor(reset=resets)
     counts = torch.zeros(quantizer.options.num_codes)
     counts[0] = 3 * len(counts)
-    assert monitor.check(counts, final=False) == []  # fewer indices than suffice
-    assert len(monitor.check(counts * 2, final=True)) == 1  # a reset would leave no trained codes
+    assert monitor.check(quantizer, counts, final=False) == []  # fewer indices than suffice
+    # A reset at the end would leave no trained codes.
+    assert len(monitor.check(quantizer, counts * 2, final=True)) == 1
     for number in range(5):
-        lines = monitor.check(counts * 2, final=False)
+        lines = monitor.check(quantizer, counts * 2, final=False)
         assert quantizer.usage_hint in lines[0]
         assert len(lines) == 1 + (resets and number < 3)
         if hasattr(quantizer, "initialised"):
             assert not quantizer.initialised
-    assert monitor.check(4.0 + 0 * counts, final=False) == []  # all codes are in use
-    again = CollapseMonitor(quantizer, reset=resets)
+    assert monitor.check(quantizer, 4.0 + 0 * counts, final=False) == []  # all codes are in use
+    again = CollapseMonitor(reset=resets)
     again.load_state_dict(monitor.state_dict())
     assert again.num_resets == (3 if resets else 0)

@@ -196,38 +196,33 @@ class CodebookQuantizer(Quantizer):
         self.usage_ema.fill_(1 / self.options.codebook_size)
 
 
-class CollapseMonitor:
+class CollapseMonitor(nn.Module):
     """Warns of evaluations that find few codes in use, and may reset the codebook."""
 
     LOW_USAGE = 20.0  # percent
     INDICES_PER_CODE = 4  # fewer do not suffice to measure the usage
     MAX_RESETS = 3
+    num_resets: Tensor
 
-    def __init__(self, quantizer: Quantizer, *, reset: bool) -> None:
-        self.quantizer, self.reset, self.num_resets = quantizer, reset, 0
+    def __init__(self, *, reset: bool) -> None:
+        super().__init__()
+        self.reset = reset
+        self.register_buffer("num_resets", torch.tensor(0))
 
-    def check(self, counts: Tensor, *, final: bool) -> list[str]:
+    def check(self, quantizer: Quantizer, counts: Tensor, *, final: bool) -> list[str]:
         """Lines to print, given how often each code was used; `final`: the training ends here."""
         usage = 100 * float((counts > 0).float().mean())
         if usage >= self.LOW_USAGE or counts.sum() < self.INDICES_PER_CODE * len(counts):
             return []
         lines = [
             f"warning: only {usage:.1f} % of the codes are in use, so the images will lack detail; "
-            f"{self.quantizer.usage_hint}"
+            f"{quantizer.usage_hint}"
         ]
         if self.reset and not final and self.num_resets < self.MAX_RESETS:
-            self.quantizer.reset_codebook()
+            quantizer.reset_codebook()
             self.num_resets += 1
             lines.append(
                 f"codebook reset {self.num_resets} of {self.MAX_RESETS}: all codes are "
                 "reinitialised from the next batch"
             )
         return lines
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The number of resets."""
-        return {"num_resets": torch.tensor(self.num_resets)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state_dict` returned."""
-        self.num_resets = int(state["num_resets"])
