@@ -1,7 +1,6 @@
 """Device, precision, and the processes that torchrun starts."""
 
 import copy
-import inspect
 import os
 import random
 import sys
@@ -157,12 +156,9 @@ class Distributed:
         """The model with gradients averaged over all processes."""
         if self.world_size == 1 or SKELETON in vars(model):
             return model
-        parallel = nn.parallel.DistributedDataParallel
-        # Codebook statistics are reduced by the quantizers. PyTorch renamed the argument.
-        is_new = "forward_sync_buffers" in inspect.signature(parallel).parameters
-        name = "forward_sync_buffers" if is_new else "broadcast_buffers"
-        options: dict[str, Any] = {name: False}
-        return parallel(model, **options)
+        parallel = nn.parallel.DistributedDataParallel(model)
+        parallel.broadcast_buffers = False  # codebook statistics are reduced by the quantizers
+        return parallel
 
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
