@@ -1,10 +1,9 @@
 """Evaluate reconstructions of a tokenizer, samples of a GPT, or the likelihood of images."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import argparse
 import math

@@ -1,10 +1,9 @@
 """Generate, fill and edit images in the browser, with a GPT and its tokenizer."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import math
 from argparse import ArgumentParser, Namespace

@@ -1,10 +1,9 @@
 """Stage 2: turn every image of a data set into a grid of codebook indices."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import argparse
 import math

@@ -1,10 +1,9 @@
 """Stage 3: fit a GPT to the codebook indices of a data set."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,10 +1,9 @@
 """Stage 1: fit the image tokenizer (encoder, codebook, decoder) to the images of a CSV."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import typing
 from collections.abc import Iterator

@@ -1,10 +1,9 @@
 """Stage 4: sample new grids of codebook indices from a GPT, or complete grids."""
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import argparse
 from collections.abc import Mapping

@@ -232,7 +232,7 @@ def add_diagnostic_flags(parser: argparse.ArgumentParser, **defaults: object) ->
 
 
 def configure_process() -> None:
-    """Set defaults of libraries in the environment; scripts call this before they import torch."""
+    """Set defaults of libraries in the environment, before torch is imported."""
     # OpenMP's threads spin while they wait for each other. Beside another busy process the one
     # waited for has no core, and a training takes several times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -287,14 +287,14 @@ def run_with(
         sys.exit(2)
 
 
-def refuse_missing_inputs() -> None:
-    """Exit if an input on the command line does not exist; called before torch is imported.
+def start_script() -> None:
+    """Configure the process and refuse missing inputs; scripts call this before they import torch.
 
     Addresses such as runs:/..., patterns and a folder that is being replaced (.old) pass.
     """
-    words = sys.argv[1:]
-    given = dict(itertools.pairwise(words))
-    given |= dict(word.split("=", 1) for word in words if word.startswith("--") and "=" in word)
+    configure_process()
+    given = dict(itertools.pairwise(sys.argv))
+    given |= dict(word.split("=", 1) for word in sys.argv if word.startswith("--") and "=" in word)
     for name in INPUTS:
         value = given.get(f"--{name}") or "."
         if not {*value} & {*":*?[{,"} and not any(map(os.path.exists, (value, f"{value}.old"))):

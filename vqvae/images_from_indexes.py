@@ -9,11 +9,10 @@ from pathlib import Path
 if not __package__:  # run by its path: the packages are one folder up
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from utils.cli import configure_process, refuse_missing_inputs
+from utils.cli import start_script
 
 if __name__ == "__main__":
-    configure_process()
-    refuse_missing_inputs()
+    start_script()
 
 import numpy as np
 import torch
