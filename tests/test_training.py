@@ -282,7 +282,6 @@ def test_where_it_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     assert find_output_dir("", None, "mine") == Path("outputs/mine")
     assert find_output_dir("", None, "mine") == Path("outputs/mine-2")
-    assert find_output_dir("", None, "mine", is_main=False) == Path("outputs/mine")
     assert find_output_dir("here", None, "mine") == Path("here")
     resumed = Path("there/checkpoints/step-00000003")
     assert find_output_dir("", resumed, "mine") == Path("there")

@@ -132,19 +132,15 @@ def continue_training(flags: Flags) -> Path | None:
     return resumed
 
 
-def find_output_dir(
-    output_dir: str, resumed: Path | None, default_name: str, *, is_main: bool = True
-) -> Path:
+def find_output_dir(output_dir: str, resumed: Path | None, default_name: str) -> Path:
     """The folder of the resumed checkpoint, `--output_dir`, or a new outputs/<default name>.
 
-    Only the main process creates a new one, and only it writes.
     A UserError if `--output_dir` holds a training already.
     """
     if resumed is not None:
         return resumed.parents[1]
     if not output_dir:
-        default = Path("outputs") / default_name
-        return unused(default) if is_main else default
+        return unused(Path("outputs") / default_name)
     if checkpoints_in(Path(output_dir)):
         raise UserError(
             f"{output_dir} holds a training already; choose another --output_dir, or continue it "

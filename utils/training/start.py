@@ -6,6 +6,7 @@ And how much of it evaluations may take.
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ def open_run(
     continues its run. `files` belong into every model folder.
     """
     config, progress, group = state.config, state.progress, state.group
-    output_dir = find_output_dir(config.output_dir, resumed, name, is_main=group.is_main)
+    output_dir = group.on_main(partial(find_output_dir, config.output_dir, resumed, name))
     name = name if config.output_dir else output_dir.name
     lock = lock_folder(output_dir) if group.is_main else None
     run = make_run(
