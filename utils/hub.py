@@ -1,12 +1,8 @@
 """Share model folders on the Hugging Face Hub: push one with a model card, pull one."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
-
-if not __package__:  # run by its path: the packages are one folder up
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils import cli
 from utils.addresses import store_errors
