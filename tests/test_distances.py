@@ -140,7 +140,7 @@ def test_intervals_of_distances_contain_a_second_sample() -> None:
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few images are cut into several blocks, the last not full."""
     monkeypatch.setattr(distances, "QUERIES", 64)
-    monkeypatch.setattr(distances, "REFERENCES", 48)
+    monkeypatch.setattr(distances, "BLOCK", 48 * 300)
 
 
 def normals(count: int, seed: int, scale: float = 1.0, width: int = 5) -> torch.Tensor:

@@ -15,7 +15,7 @@ from utils.evaluation.features import Features, label_agreement
 from utils.evaluation.metrics import POSITIVE, Estimate, Weights, estimate, frechet_distance, mean
 
 CHUNK = 2048  # rows of a kernel matrix at a time
-QUERIES, REFERENCES = 2048, 8192  # rows of a block of distances
+QUERIES, BLOCK = 2048, 1 << 26  # rows of a block of distances, and its numbers
 PRECISION_K, DENSITY_K = 3, 5  # neighbours, of the papers
 NEIGHBOURS = 10
 COPY = 0.01  # share of new images that count as copies
@@ -74,22 +74,14 @@ def nearest(queries: Tensor, references: Tensor, k: int = 1) -> tuple[Tensor, Te
     products select the neighbours; their distances are then computed again without cancellation,
     so that a copy has a distance of exactly 0.
     """
-    centre = references.mean(dim=0, dtype=torch.float)
-    found_distances, found_rows = [], []
-    for part in queries.split(QUERIES):
-        values, rows = [], []
-        for start in range(0, len(references), REFERENCES):
-            distances = _distances(part, references[start : start + REFERENCES], centre)
-            best = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
-            values.append(best.values)
-            rows.append(best.indices + start)
-        chosen = torch.cat(values, dim=1).topk(k, dim=1, largest=False).indices
-        chosen = torch.cat(rows, dim=1).gather(1, chosen)
+    centre, found = references.mean(dim=0, dtype=torch.float), []
+    for part in queries.split(max(1, min(QUERIES, BLOCK // len(references)))):
+        chosen = _distances(part, references, centre).topk(k, dim=1, largest=False).indices
         exact = [(part.float() - references[row].float()).norm(dim=1) for row in chosen.T]
         distances, order = torch.stack(exact, dim=1).sort(dim=1)
-        found_distances.append(distances)
-        found_rows.append(chosen.gather(1, order))
-    return torch.cat(found_distances), torch.cat(found_rows)
+        found.append((distances, chosen.gather(1, order)))
+    distances, rows = (torch.cat(column) for column in zip(*found, strict=True))
+    return distances, rows
 
 
 def manifold_metrics(real: Tensor, samples: Tensor, weights: Weights) -> dict[str, Estimate]:
