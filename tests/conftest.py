@@ -12,8 +12,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -87,6 +89,11 @@ def write_images(
         lines.append(f"{number}.png,{labels[number % len(labels)]}")
     (folder / "data.csv").write_text("\n".join(lines) + "\n")
     return folder / "data.csv"
+
+
+def parsed(**flags: object) -> Any:
+    """A parser of flags that are parsed already, for `cli.run`."""
+    return SimpleNamespace(parse_args=lambda: Namespace(**flags))
 
 
 def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:

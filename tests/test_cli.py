@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, parsed
 from utils import cli
 
 
@@ -175,7 +175,7 @@ def outcome(
             raise error
 
     try:
-        cli.run_with(main, argparse.Namespace(debug=debug))
+        cli.run(main, parsed(debug=debug))
     except SystemExit as stop:
         return stop.code, capsys.readouterr().err
     return 0, capsys.readouterr().err
@@ -199,7 +199,7 @@ def test_a_profile_is_a_trace_and_ten_operations(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     trace = tmp_path / "trace.json"
-    cli.run_with(lambda _: torch.ones(3) + 1, argparse.Namespace(profile=str(trace)))
+    cli.run(lambda _: torch.ones(3) + 1, parsed(profile=str(trace)))
     assert "aten::add" in trace.read_text()
     said = capsys.readouterr().out
     assert "aten::add" in said

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tests.conftest import TINY_TOKENIZER, write_images
+from tests.conftest import TINY_TOKENIZER, parsed, write_images
 from utils import cli
 from utils.data import images
 from utils.training.checkpoint import checkpoints_in, step_of
@@ -65,14 +65,14 @@ def test_out_of_memory_is_one_line_with_the_flags_that_help(
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        cli.run_with(main, Namespace(debug=False, batch_size=64, accumulate=1))
+        cli.run(main, parsed(debug=False, batch_size=64, accumulate=1))
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: out of memory: ")
     assert "--batch_size, or --accumulate N" in line
     assert "--image_size" not in line
     with pytest.raises(type(error)):
-        cli.run_with(main, Namespace(debug=True))
+        cli.run(main, parsed(debug=True))
 
 
 def test_real_memory_that_is_not_there(error_of: Call, streamed: Path) -> None:
@@ -82,7 +82,7 @@ def test_real_memory_that_is_not_there(error_of: Call, streamed: Path) -> None:
 
 def test_other_errors_are_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.run_with(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), Namespace(debug=False))
+        cli.run(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), parsed(debug=False))
 
 
 def test_what_an_error_quotes_stays_in_its_line(capsys: pytest.CaptureFixture) -> None:
@@ -92,5 +92,5 @@ def test_what_an_error_quotes_stays_in_its_line(capsys: pytest.CaptureFixture) -
         raise cli.UserError("unknown label \x1b[2Ja\nerror: b ü \ud800")
 
     with pytest.raises(SystemExit):
-        cli.run_with(main, Namespace(debug=False))
+        cli.run(main, parsed(debug=False))
     assert capsys.readouterr().err == "error: unknown label \\x1b[2Ja\\nerror: b ü \\ud800\n"

@@ -253,15 +253,6 @@ def run(
     """
     with silent_unless_main():
         arguments = parser.parse_args()
-    run_with(main, arguments, is_first)
-
-
-def run_with(
-    main: Callable[[typing.Any], None],
-    arguments: argparse.Namespace,
-    is_first: Callable[[], bool] = lambda: True,
-) -> None:
-    """`run` with flags that are parsed already."""
     configure_process()
     try:
         if getattr(arguments, "output_dir", None) and os.environ.get("RANK", "0") == "0":

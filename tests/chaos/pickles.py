@@ -1,6 +1,5 @@
 """Pickles that run code, in place of every file that is ever read: none may run."""
 
-import argparse
 import contextlib
 import io
 import os
@@ -18,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.chaos.harness import Result
+from tests.conftest import parsed
 from transformer import GPT, GPTConfig
 from utils import cli, distributed, foreign
 from utils.data import images, indices, sources, vocabulary
@@ -172,7 +172,7 @@ def _attempt(read: Callable[[], Any]) -> str:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            cli.run_with(lambda _: read(), argparse.Namespace(debug=False))
+            cli.run(lambda _: read(), parsed(debug=False))
     except SystemExit as stop:
         lines = said.getvalue().splitlines()
         return "refused" if stop.code == 2 and len(lines) == 1 else f"said {lines!r:.200}"

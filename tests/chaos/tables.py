@@ -1,6 +1,5 @@
 """CSV files and text files of indices that hypothesis makes up: exit code 0 or 2, no traceback."""
 
-import argparse
 import contextlib
 import io
 import subprocess
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.chaos.harness import ROOT, Result
+from tests.conftest import parsed
 from utils import cli
 from utils.data.indices import read_indices
 from utils.data.sources import read_rows, split_rows
@@ -110,7 +110,7 @@ def _try_all(
         said = io.StringIO()
         try:
             with contextlib.redirect_stderr(said):
-                cli.run_with(lambda _: use(path), argparse.Namespace(debug=False))
+                cli.run(lambda _: use(path), parsed(debug=False))
             codes[0] += 1
         except SystemExit as stop:
             one_line = said.getvalue().count("\n") == 1 and said.getvalue().startswith("error: ")
