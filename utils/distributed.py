@@ -2,7 +2,6 @@
 
 import copy
 import os
-import random
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -205,7 +203,7 @@ def whole(model: Model) -> Iterator[Model]:
 
 
 def init_distributed(device: str, seed: int) -> Distributed:
-    """Join the other processes of torchrun, if there are any; seed all libraries by seed + rank.
+    """Join the other processes of torchrun, if there are any; seed PyTorch by seed + rank.
 
     Parameters are made before `Distributed.wrap`, which copies those of the main process.
     """
@@ -216,8 +214,6 @@ def init_distributed(device: str, seed: int) -> Distributed:
             torch.cuda.set_device(picked)
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
         rank = dist.get_rank()
-    random.seed(seed + rank)
-    np.random.seed((seed + rank) % 2**32)
     torch.manual_seed(seed + rank)
     return Distributed(rank, world_size, picked)
 
