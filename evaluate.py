@@ -315,9 +315,8 @@ def make_parser() -> argparse.ArgumentParser:
     compare = "compare two evaluations: folders, JSON files or run ids"
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
     commands = parser.add_subparsers(metavar=" | ".join(KINDS), dest="kind")
-    options: dict[str, Any] = {"allow_abbrev": False}
 
-    one = commands.add_parser(KINDS[0], help="errors of a tokenizer on a CSV", **options)
+    one = commands.add_parser(KINDS[0], help="errors of a tokenizer on a CSV")
     one.set_defaults(evaluate=evaluate_reconstructions)
     add_common_flags(one)
     trains = "trains the classifier (default: --path_to_data)"
@@ -328,7 +327,7 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--lpips_weights", default="", metavar="PATH", help=weights)
     add_feature_flags(one, None)
 
-    two = commands.add_parser(KINDS[1], help="samples beside real images", **options)
+    two = commands.add_parser(KINDS[1], help="samples beside real images")
     two.set_defaults(evaluate=evaluate_samples)
     add_common_flags(two, "tokenizer, whose reconstructions are compared, too")
     test = "images that no training has used (default: validation images of --path_to_data)"
@@ -339,7 +338,7 @@ def make_parser() -> argparse.ArgumentParser:
     two.add_argument("--image_size", type=cli.height_and_width, metavar="H,W", help=size)
     add_feature_flags(two, "classifier")
 
-    three = commands.add_parser(KINDS[2], help="rank images by likelihood", **options)
+    three = commands.add_parser(KINDS[2], help="rank images by likelihood")
     three.set_defaults(evaluate=evaluate_likelihood)
     add_common_flags(three)
     condition = "tokenizer of the pictures in the column condition_path"

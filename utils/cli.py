@@ -192,7 +192,7 @@ class Parser(argparse.ArgumentParser):
     presets: Mapping[typing.Any, Mapping[str, object]] = types.MappingProxyType({})
 
     def __init__(self, **options: typing.Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter} | options)
+        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
 
     def add_presets(self, presets: Mapping[typing.Any, Mapping[str, object]]) -> None:
         """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
@@ -217,7 +217,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description: str | None, prog: str | None = None) -> Parser:
     """The parser that all scripts start from; `prog` is how one that `python -m` runs is called."""
-    parser = Parser(description=description, prog=prog, allow_abbrev=False)
+    parser = Parser(description=description, prog=prog)
     add_diagnostic_flags(parser, debug=False, profile="")
     return parser
 
