@@ -19,6 +19,7 @@ from PIL import Image
 from benchmarks import record
 from utils import cli
 from utils.data import download
+from utils.data.sources import Row
 
 PARTS = ("mnist", "panorama")
 OUTPUT = Path("outputs/showcase")
@@ -90,7 +91,7 @@ def photographs() -> Iterator[download.Item]:
                 if not held_out - PATCH < left < held_out:
                     split = "val" if left == held_out else "train"
                     patch = image.crop((left, top, left + PATCH, top + PATCH))
-                    yield f"{label}-{top:03}-{left:03}.png", label, split, patch
+                    yield Row(f"{label}-{top:03}-{left:03}.png", label, split), patch
 
 
 def call(output_dir: str, command: str, **values: object) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import gzip
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from utils.cli import UserError
 from utils.data import download
 from utils.data.images import ImageConfig, ImageDataset
-from utils.data.sources import read_rows, split_rows
+from utils.data.sources import Row, read_rows, split_rows
 
 
 def test_digits(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -69,6 +71,43 @@ def test_mnist_from_files_that_are_there(tmp_path: Path) -> None:
     assert torch.equal(dataset.pixels[:, 0].long(), torch.from_numpy(pixels))
 
 
+def test_emoji_of_an_npm_package(tmp_path: Path) -> None:
+    tones = {"1F3FB": {"image": "b.png"}, "1F3FB-1F3FF": {"image": "c.png"}}
+    described = [
+        {"name": "RED APPLE", "category": "Food", "image": "a.png"},
+        {"name": "HANDSHAKE", "category": "People", "image": "d.png", "skin_variations": tones},
+    ]
+    with tarfile.open(tmp_path / f"{download.EMOJI}.tgz", "w:gz") as archive:
+        for name in "abcd":
+            Image.new("RGBA", (2, 2), name_colour(name)).save(tmp_path / f"{name}.png")
+            archive.add(tmp_path / f"{name}.png", f"package/img/google/64/{name}.png")
+        (tmp_path / "emoji.json").write_text(json.dumps(described))
+        archive.add(tmp_path / "emoji.json", "package/emoji.json")
+    download.main(argparse.Namespace(name="emoji", output_dir=str(tmp_path)))
+    train = [(row.label, row.caption) for row in read_rows(tmp_path / "train.csv")]
+    assert train == [
+        ("People", "handshake, light skin tone"),
+        ("People", "handshake, light and dark skin tone"),
+        ("People", "handshake"),
+    ]
+    (row,) = read_rows(tmp_path / "test.csv")
+    assert (row.label, row.caption) == ("Food", "red apple")
+    with Image.open(tmp_path / row.image_path) as image:
+        assert image.getpixel((0, 0)) == name_colour("a")
+
+
+def name_colour(name: str) -> tuple[int, int, int, int]:
+    return (ord(name), 0, 0, 255)
+
+
+def test_no_emoji_package_is_one_line(tmp_path: Path) -> None:
+    for content in (None, b"", b"no archive"):
+        if content is not None:
+            (tmp_path / f"{download.EMOJI}.tgz").write_bytes(content)
+        with pytest.raises(UserError, match=r"cannot read .*google-16\.0\.0\.tgz .*npm pack"):
+            download.main(argparse.Namespace(name="emoji", output_dir=str(tmp_path)))
+
+
 def test_no_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchvision.datasets import CIFAR10
 
@@ -83,7 +122,7 @@ def test_no_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_write_images(tmp_path: Path) -> None:
     items = [
-        (f"{value}.png", label, "", Image.new("L", (4, 4), value))
+        (Row(f"{value}.png", label, ""), Image.new("L", (4, 4), value))
         for value, label in ((3, "a,b"), (9, "0001"))
     ]
     download.write_images(tmp_path, "train", items)

@@ -1,6 +1,9 @@
 """Public data sets as PNG files and a CSV, for `python -m utils.data.download`."""
 
 import argparse
+import io
+import json
+import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -19,20 +22,23 @@ DOWNLOADS = {  # the class in torchvision.datasets, and the address that it down
 }
 OFFLINE = ("digits", "pairs")
 DIGITS_HELD_OUT = 5  # every fifth digit is for validation
+EMOJI_HELD_OUT = 10  # every tenth emoji is in test.csv
+EMOJI = "emoji-datasource-google-16.0.0"  # an npm package of the images of Noto Emoji
+SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # from U+1F3FB on
 
-# The path and the label of an image, its split where the data set has one, and the image.
-Item = tuple[str, str, str, Image.Image]
+Item = tuple[Row, Image.Image]  # with the name that the file of the image gets
 
 
 def write_images(folder: Path, name: str, items: Iterable[Item], total: int | None = None) -> None:
     """Write images as folder/name/*.png, and folder/name.csv."""
     (folder / name).mkdir(parents=True, exist_ok=True)
-    rows = []
-    for path, label, split, image in ProgressBar(items, name, total, unit=" images"):
-        image.save(folder / name / path)
-        rows.append((f"{name}/{path}", label, split))
-    columns = Row._fields[:3] if rows[0][2] else Row._fields[:2]
-    write_table(folder / f"{name}.csv", columns, (row[: len(columns)] for row in rows))
+    rows: list[Row] = []
+    for row, image in ProgressBar(items, name, total, unit=" images"):
+        image.save(folder / name / row.image_path)
+        rows.append(row._replace(image_path=f"{name}/{row.image_path}"))
+    columns = [column for column in Row._fields if getattr(rows[0], column)]
+    values = ([getattr(row, column) for column in columns] for row in rows)
+    write_table(folder / f"{name}.csv", columns, values)
 
 
 def write_download(name: str, folder: Path) -> None:
@@ -50,7 +56,7 @@ def write_download(name: str, folder: Path) -> None:
                 f"files into {cache}"
             ) from error
         items = (
-            (f"{number:05}.png", dataset.classes[label].split(" - ")[0], "", image)
+            (Row(f"{number:05}.png", dataset.classes[label].split(" - ")[0], ""), image)
             for number, (image, label) in enumerate(dataset)
         )
         write_images(folder, split, items, len(dataset))
@@ -64,15 +70,48 @@ def digits() -> Iterator[Item]:
     for number, (pixels, label) in enumerate(zip(found.images, found.target, strict=True)):
         split = "val" if number % DIGITS_HELD_OUT == 0 else "train"
         image = Image.fromarray(np.rint(pixels * 255 / 16).astype(np.uint8))
-        yield f"{number:04}.png", str(label), split, image
+        yield Row(f"{number:04}.png", str(label), split), image
+
+
+def emoji(package: Path) -> list[Item]:
+    """The 3,786 emoji of 64x64 pixels of an npm package, with 10 classes and captions.
+
+    A UserError for another file.
+    """
+    try:
+        with tarfile.open(package) as archive:
+            names = ("package/emoji.json", "package/img/google/64/")
+            files = {
+                Path(member.name).name: file.read()
+                for member in archive
+                if member.name.startswith(names) and (file := archive.extractfile(member))
+            }
+        described = json.loads(files.pop("emoji.json"))
+    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError) as error:
+        raise cli.UserError(
+            f"cannot read {package} ({cli.one_line(error)}); download it there by npm pack "
+            "emoji-datasource-google@16.0.0"
+        ) from error
+    rows = []
+    for one in described:
+        name, label = one["name"].lower(), one["category"]
+        rows.append(Row(one["image"], label, "", caption=name))
+        for tones, variation in one.get("skin_variations", {}).items():
+            points = [int(x, 16) for x in dict.fromkeys(tones.split("-"))]
+            tone = " and ".join(SKIN_TONES[x - 0x1F3FB] for x in points)
+            rows.append(Row(variation["image"], label, "", caption=f"{name}, {tone} skin tone"))
+    return [(row, Image.open(io.BytesIO(files[row.image_path]))) for row in sorted(rows)]
 
 
 def write_pairs(folder: Path) -> None:
     """Write the digits and each of them shrunk to 4x4 pixels: pairs.csv of both, low.csv."""
     items = list(digits())
     write_images(folder, "digits", items)
-    write_images(folder, "low", ((a, b, c, image.reduce(2)) for a, b, c, image in items))
-    pairs = [(f"digits/{name}", label, split, f"low/{name}") for name, label, split, _ in items]
+    write_images(folder, "low", ((row, image.reduce(2)) for row, image in items))
+    pairs = [
+        (f"digits/{row.image_path}", row.label, row.split, f"low/{row.image_path}")
+        for row, _ in items
+    ]
     write_table(folder / "pairs.csv", Row._fields[:4], pairs)
 
 
@@ -82,6 +121,11 @@ def main(arguments: argparse.Namespace) -> None:
         write_pairs(folder)
     elif name in OFFLINE:
         write_images(folder, name, digits())
+    elif name == "emoji":
+        items = emoji(folder / f"{EMOJI}.tgz")
+        write_images(folder, "test", items[::EMOJI_HELD_OUT])
+        del items[::EMOJI_HELD_OUT]
+        write_images(folder, "train", items)
     else:
         write_download(name, folder)
     written = [f"{name}.csv"] if name in OFFLINE else ["train.csv", "test.csv"]
@@ -92,7 +136,7 @@ def main(arguments: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m utils.data.download")
     offline = ", ".join(OFFLINE) + " come with scikit-learn, offline"
-    parser.add_argument("name", choices=(*OFFLINE, *DOWNLOADS), help=offline)
+    parser.add_argument("name", choices=(*OFFLINE, *DOWNLOADS, "emoji"), help=offline)
     parser.add_argument("--output_dir", required=True, help="folder for the CSV and the images")
     return parser
 
