@@ -77,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--work_dir", default="outputs/shapes", help="data, models and samples")
     add("--images", type=cli.positive, default=17_660, help="of the training")
-    add("--tokenizer_epochs", type=cli.positive, default=6, help="of the tokenizer")
-    add("--gpt_epochs", type=cli.positive, default=20, help="of the GPT")
+    add("--tokenizer_epochs", type=cli.positive, default=5, help="of the tokenizer")
+    add("--gpt_epochs", type=cli.positive, default=9, help="of the GPT")
     add("--samples", type=cli.positive, default=1000, help="at each scale")
     add("--scales", type=float, nargs="+", default=[1.0, 1.5, 2.0, 3.0], help="of guidance")
     add("--seed", type=int, default=0, help="of data and samples")
