@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reference_vqgan import reference_weights
-from tests.test_convert import TAMING_YAML, run, small_model
+from tests.published import make_weights, read_records
+from tests.test_convert import RECORDS, TAMING_YAML, run, small_model
 from utils import cli
 from utils.provenance import load_model
 from vqvae import VQVAE, convert
@@ -17,17 +17,31 @@ from vqvae.formats import export_weights
 
 
 def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
-    torch.save({"state_dict": reference_weights("taming")}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": make_weights("taming VQModel")}, tmp_path / "last.ckpt")
     (tmp_path / "project.yaml").write_text(TAMING_YAML)
     config_file = str(tmp_path / "project.yaml")
     run("source", "taming", tmp_path / "last.ckpt", tmp_path / "own", config=config_file)
     config = load_model(tmp_path / "own", VQVAE).model.config
     assert (config.image_size, config.dropout) == ((64, 64), 0.1)
-    torch.save({"state_dict": reference_weights("gumbel")}, tmp_path / "gumbel.ckpt")
-    gumbel = TAMING_YAML.replace("n_embed: 40", "n_embed: 40\n    kl_weight: 1.0e-08")
-    (tmp_path / "project.yaml").write_text(gumbel)
+    gumbel = read_records()["taming GumbelVQ"]["config"]
+    gumbel["model"]["params"]["kl_weight"] = 1e-8
+    torch.save({"state_dict": make_weights("taming GumbelVQ")}, tmp_path / "gumbel.ckpt")
+    (tmp_path / "project.yaml").write_text(json.dumps(gumbel))
     run("source", "taming", tmp_path / "gumbel.ckpt", tmp_path / "g", config=config_file)
     assert load_model(tmp_path / "g", VQVAE).model.config.quantizer_options.entropy_weight == 1e-8
+
+
+@pytest.mark.parametrize("name", [name for name in RECORDS if not name.startswith("LlamaGen")])
+def test_the_tokenizer_in_the_config_of_a_gpt_is_read(name: str, tmp_path: Path) -> None:
+    """The class was taken to be that of the GPT: an IBQ was read as plain VQ."""
+    target, params = RECORDS[name]["config"]["model"].values()
+    first_stage = {"target": target, "params": params}
+    gpt = {"target": "Net2NetTransformer", "params": {"first_stage_config": first_stage}}
+    for kind, content in (("own", RECORDS[name]["config"]), ("gpt", {"model": gpt})):
+        (tmp_path / kind).write_text(json.dumps(content))
+    found = convert.read_config("taming", tmp_path / "gpt")
+    assert found == convert.read_config("taming", tmp_path / "own")
+    assert (found[1].get("quantizer") == "ibq") == ("IBQ" in name)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +58,7 @@ def test_a_config_adds_what_weights_do_not_tell(tmp_path: Path) -> None:
 def test_a_config_of_another_checkpoint_is_refused(
     wrong: str, complaint: str, tmp_path: Path
 ) -> None:
-    torch.save({"state_dict": reference_weights("taming")}, tmp_path / "last.ckpt")
+    torch.save({"state_dict": make_weights("taming VQModel")}, tmp_path / "last.ckpt")
     name = wrong.split(":")[0]
     name = {"resolutions": "resolution", "kl_weight": "embed_dim"}.get(name, name)
     text = re.sub(rf"\b{name}: (\[\d+\]|\w+)", wrong, TAMING_YAML)

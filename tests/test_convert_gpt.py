@@ -1,4 +1,4 @@
-"""LlamaGen's checkpoints: the same logits as its forward pass, written down here on its own."""
+"""LlamaGen's GPTs, against outputs of its own code (tests/published.json)."""
 
 import argparse
 from dataclasses import replace
@@ -6,119 +6,45 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from tests.conftest import ROOT
 from tests.forks import run_forked
+from tests.published import GUIDANCE, assert_recorded, gpt_inputs, make_weights, read_records
 from tests.test_kv_cache import step_by_step
-from transformer import GPT, convert
+from transformer import GPT, SamplingParams, convert
 from transformer.convert import from_llamagen
+from transformer.sampling import generate
 from utils import cli
 from utils.provenance import load_model
 
-LAYERS, DIM, HIDDEN, HEADS, CODES, CLASSES = 2, 32, 48, 4, 13, 5
+RECORDS = {name: record for name, record in read_records().items() if "GPT" in name}
+CONFIG = RECORDS["LlamaGen GPT"]["config"]
+LAYERS, DIM, HEADS = CONFIG["n_layer"], CONFIG["dim"], CONFIG["n_head"]
+CODES, CLASSES = CONFIG["vocab_size"], CONFIG["num_classes"]
+WEIGHTS = make_weights("LlamaGen GPT")
 
 
-def make_weights(kv_heads: int = HEADS) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return 0.3 * torch.randn(*shape, generator=generator)
-
-    weights = {
-        "cls_embedding.embedding_table.weight": random(CLASSES + 1, DIM),
-        "tok_embeddings.weight": random(CODES, DIM),
-        "norm.weight": 1 + random(DIM),
-        "output.weight": random(CODES, DIM),
-    }
-    for number in range(LAYERS):
-        weights |= {
-            f"layers.{number}.attention.wqkv.weight": random(
-                (HEADS + 2 * kv_heads) * DIM // HEADS, DIM
-            ),
-            f"layers.{number}.attention.wo.weight": random(DIM, DIM),
-            f"layers.{number}.feed_forward.w1.weight": random(HIDDEN, DIM),
-            f"layers.{number}.feed_forward.w3.weight": random(HIDDEN, DIM),
-            f"layers.{number}.feed_forward.w2.weight": random(DIM, HIDDEN),
-            f"layers.{number}.attention_norm.weight": 1 + random(DIM),
-            f"layers.{number}.ffn_norm.weight": 1 + random(DIM),
-        }
-    return weights
-
-
-def turning(grid: tuple[int, int], head_dim: int) -> Tensor:
-    """exp(i * angle) of every position, (1 + h*w, head_dim / 2); 0 at the class."""
-    quarter = head_dim // 4
-    speed = 10000.0 ** (-2.0 * torch.arange(quarter) / (head_dim / 2))
-    lines = [torch.zeros(head_dim // 2, dtype=torch.complex64)]
-    for row in range(grid[0]):
-        for column in range(grid[1]):
-            angle = torch.cat([row * speed, column * speed])
-            lines.append(torch.polar(torch.ones_like(angle), angle))
-    return torch.stack(lines)
-
-
-def norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(dim=-1, keepdim=True) + 1e-5).sqrt() * weight
-
-
-def reference(weights: dict[str, Tensor], classes: Tensor, indices: Tensor, kv: int) -> Tensor:
-    """Logits of all positions, (B, h*w, CODES): neighbouring pairs turned as complex numbers."""
-    head_dim = DIM // HEADS
-    turns = turning(indices.shape[1:], head_dim)[:-1]
-    x = torch.cat(
-        [
-            weights["cls_embedding.embedding_table.weight"][classes][:, None],
-            weights["tok_embeddings.weight"][indices.flatten(1)[:, :-1]],
-        ],
-        dim=1,
-    )
-    length = x.shape[1]
-    future = torch.ones(length, length).triu(1).bool()
-    for number in range(LAYERS):
-        part = {k: v for k, v in weights.items() if k.startswith(f"layers.{number}.")}
-        w = {k.removeprefix(f"layers.{number}.").removesuffix(".weight"): part[k] for k in part}
-        qkv = norm(x, w["attention_norm"]) @ w["attention.wqkv"].T
-        q, k, v = qkv.split([DIM, kv * head_dim, kv * head_dim], dim=-1)
-        heads = []
-        for head in range(HEADS):
-            shared = head * kv // HEADS
-
-            def turned(y: Tensor, which: int) -> Tensor:
-                y = y[..., which * head_dim : (which + 1) * head_dim]
-                pairs = torch.complex(y[..., 0::2], y[..., 1::2]) * turns
-                return torch.view_as_real(pairs).flatten(-2)
-
-            scores = turned(q, head) @ turned(k, shared).transpose(1, 2) / head_dim**0.5
-            scores = scores.masked_fill(future, float("-inf")).softmax(dim=-1)
-            heads.append(scores @ v[..., shared * head_dim : (shared + 1) * head_dim])
-        x = x + torch.cat(heads, dim=-1) @ w["attention.wo"].T
-        y = norm(x, w["ffn_norm"])
-        y = F.silu(y @ w["feed_forward.w1"].T) * (y @ w["feed_forward.w3"].T)
-        x = x + y @ w["feed_forward.w2"].T
-    return norm(x, weights["norm.weight"]) @ weights["output.weight"].T
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("window", [0, 9])  # more than the grid is none
-@pytest.mark.parametrize("kv_heads", [HEADS, 2])
-@pytest.mark.parametrize("grid", [(4, 4), (2, 8), (8, 2)], ids=["square", "wide", "tall"])
-def test_llamagen_logits_are_the_same(
-    grid: tuple[int, int], kv_heads: int, window: int, dtype: torch.dtype
-) -> None:
-    weights = {name: weight.to(dtype) for name, weight in make_weights(kv_heads).items()}
-    published = from_llamagen(weights, grid, HEADS)
-    model = GPT(replace(published.config, window_size=window)).to(dtype).eval()
+@pytest.mark.parametrize("name", RECORDS)
+def test_llamagen_logits_are_the_same(name: str, window: int) -> None:
+    published = from_llamagen(make_weights(name), (4, 4), HEADS)
+    model = GPT(replace(published.config, window_size=window)).eval()
     model.load_state_dict(published.state_dict())
-    indices = torch.randint(CODES, (3, *grid), generator=torch.Generator().manual_seed(1))
-    classes = torch.tensor([0, 3, CLASSES])
+    classes, indices = gpt_inputs(CONFIG)
     with torch.no_grad():
-        logits = model.logits(classes, indices)
+        assert_recorded(model.logits(classes, indices), RECORDS[name]["logits"])
     steps = step_by_step(model, classes, indices, model.make_cache(3))
-    expected = reference(weights, classes, indices, kv_heads)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(steps, expected, rtol=1e-4, atol=1e-5)
+    assert_recorded(steps, RECORDS[name]["logits"])
+
+
+def test_llamagen_generates_the_same() -> None:
+    """The most likely tokens of each class with guidance, from its cache and from ours."""
+    model = from_llamagen(WEIGHTS, (4, 4), HEADS)
+    params = SamplingParams(temperature=0, guidance_scale=GUIDANCE)
+    found = generate(model, torch.arange(CLASSES), params=params)
+    assert found.flatten(1).tolist() == RECORDS["LlamaGen GPT"]["generated"]
+    assert len(found.unique()) > 8
 
 
 def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
@@ -135,18 +61,18 @@ def test_llamagen_weights_that_do_not_fit_are_refused() -> None:
         ),
         ({"layers.0.feed_forward.w1.weight": None}, "has no 'layers.0.feed_forward.w1"),
         ({"layers.x.what": torch.zeros(1)}, r"unknown weights: layers\.x\.what"),
-        ({"layers.9999.what": torch.zeros(1)}, "has no .layers.2"),
+        ({"layers.9999.what": torch.zeros(1)}, "has no .layers.3"),
         ({"output.weight": torch.zeros(7, DIM)}, "output.weight must be"),
     ):
-        weights = {k: v for k, v in (make_weights() | change).items() if v is not None}
+        weights = {k: v for k, v in (WEIGHTS | change).items() if v is not None}
         with pytest.raises(ValueError, match=message):
             from_llamagen(weights, (4, 4), HEADS)
-    layerless = {k: v for k, v in make_weights().items() if not k.startswith("layers.")}
+    layerless = {k: v for k, v in WEIGHTS.items() if not k.startswith("layers.")}
     with pytest.raises(ValueError, match=r"has no 'layers\.0"):
         from_llamagen(layerless, (4, 4), HEADS)
     for heads in (-2, 5):
         with pytest.raises(ValueError, match=f"has no {heads} heads"):
-            from_llamagen(make_weights(), (4, 4), heads)
+            from_llamagen(WEIGHTS, (4, 4), heads)
 
 
 @pytest.mark.parametrize(
@@ -164,13 +90,13 @@ def test_other_models_are_named(key: str, name: str) -> None:
 
 @pytest.mark.parametrize("wrapper", ["module.", "model._orig_mod.", "ema.", "state_dict.gpt."])
 def test_a_gpt_in_a_wrapper_is_read(wrapper: str, tmp_path: Path) -> None:
-    weights = {wrapper + name: weight for name, weight in make_weights().items()}
+    weights = {wrapper + name: weight for name, weight in WEIGHTS.items()}
     torch.save(weights | {"args": argparse.Namespace(lr=1)}, tmp_path / "c2i.pt")
     words = ("--from", "llamagen", "--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4")
     words = (*words, "--num_heads", HEADS, "--output_dir", tmp_path / "gpt")
     convert.main(convert.make_parser().parse_args([*map(str, words)]))
     found = load_model(tmp_path / "gpt", GPT).model.state_dict()
-    torch.testing.assert_close(found, from_llamagen(make_weights(), (4, 4), HEADS).state_dict())
+    torch.testing.assert_close(found, from_llamagen(WEIGHTS, (4, 4), HEADS).state_dict())
 
 
 def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -> None:
@@ -184,7 +110,7 @@ def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -
 
 
 def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
-    torch.save({"model": make_weights(), "steps": 7}, tmp_path / "c2i.pt")
+    torch.save({"model": WEIGHTS, "steps": 7}, tmp_path / "c2i.pt")
     done = run_forked(
         *(ROOT / "transformer/convert.py", "--from", "llamagen"),
         *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", HEADS),
@@ -194,7 +120,7 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     assert "transformer_generation.py --model_path" in done.stdout
     model = load_model(tmp_path / "gpt", GPT).model
     torch.testing.assert_close(
-        model.state_dict(), from_llamagen(make_weights(), (4, 4), HEADS).state_dict()
+        model.state_dict(), from_llamagen(WEIGHTS, (4, 4), HEADS).state_dict()
     )
 
 
@@ -216,7 +142,7 @@ def to_llamagen(model: GPT) -> dict[str, Tensor]:
 def test_a_wrong_reading_shows_in_the_samples() -> None:
     """With another number of heads or another grid it is read without an error."""
     torch.manual_seed(0)
-    model = from_llamagen(make_weights(), (4, 4), HEADS).train()
+    model = from_llamagen(WEIGHTS, (4, 4), HEADS).train()
     classes = torch.arange(CLASSES)
     grids = torch.randint(CODES, (CLASSES, 4, 4))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)

@@ -18,7 +18,7 @@ from PIL import Image
 
 import train_vqvae
 from tests.conftest import TINY_TOKENIZER, write_images
-from tests.reference_vqgan import reference_weights
+from tests.published import make_weights
 from utils import cli
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import split_rows
@@ -95,7 +95,7 @@ def test_pictures_are_there_from_the_first_step(train: Train) -> None:
 
 def test_a_converted_tokenizer_is_fine_tuned(train: Train, data: Path) -> None:
     """Lenient on the loss's keys, strict on the model's; its settings count."""
-    state = reference_weights("taming") | {"loss.discriminator.main.0.bias": torch.zeros(4)}
+    state = make_weights("taming VQModel") | {"loss.discriminator.main.0.bias": torch.zeros(4)}
     torch.save({"state_dict": state}, "last.ckpt")
     flags = ("--from", "taming", "--checkpoint", "last.ckpt", "--image_size", 256)
     flags = (*flags, "--output_dir", "own")

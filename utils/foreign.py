@@ -70,11 +70,9 @@ def _flatten(content: Any, name: str = "") -> dict[str, Any]:
 class _Placeholder:
     """Stands for every object of a checkpoint that is not a tensor; nothing of it is run."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, *_: Any) -> None: ...
 
-    def __setstate__(self, _: Any) -> None:
-        pass
+    __setstate__ = __init__
 
 
 def _read(path: Path) -> dict[str, Any]:

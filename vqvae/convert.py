@@ -33,6 +33,7 @@ GUMBEL_TEMPERATURE = {
 }
 CONFIG_BYTES = 1 << 18
 DEFAULT_SAMPLE_SIZE = 32
+LIGHTNING = {"class_path": "target", "init_args": "params"}  # names in SEED-Voken's configs
 NOT_COMPARED = ("lossconfig", "temperature_scheduler_config", "sample_size")
 
 
@@ -64,19 +65,22 @@ def write_taming(config: VQVAEConfig) -> dict[str, Any]:
 
 def read_taming(content: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The parameters of a tokenizer, or of the one in a GPT's config; and what weights lack."""
-    params = content["model"]["params"]
-    params = params.get("first_stage_config", {}).get("params", params)
-    network = params["ddconfig"]
+    model = {LIGHTNING.get(name, name): value for name, value in content["model"].items()}
+    model = model["params"].get("first_stage_config", model)
+    params = model["params"]
+    network, loss = params["ddconfig"], params.get("lossconfig", {}).get("params", {})
     side, levels = network["resolution"], range(len(network["ch_mult"]))
     occurring = [side >> i for i in levels if side >> i in network["attn_resolutions"]]
     settings = {"image_size": (side, side), "dropout": float(network.get("dropout", 0.0))}
-    kind = str(content["model"].get("target", ""))
     if "kl_weight" in params:
         settings |= {"quantizer": "gumbel", "entropy_weight": float(params["kl_weight"])}
-    elif params.get("l2_normalize") or params.get("cosine_similarity"):
-        settings["quantizer"] = "cosine"
-    elif kind.endswith(".IBQ"):
+    elif str(model.get("target")).endswith(".IBQ"):  # l2_normalize has no effect there
         settings["quantizer"] = "ibq"
+        if "entropy_loss_weight" in loss:
+            used = params.get("use_entropy_loss", False)
+            settings["entropy_weight"] = float(used and loss["entropy_loss_weight"])
+    elif params.get("l2_normalize"):
+        raise cli.UserError("l2_normalize is not supported: codes are decoded with their lengths")
     return params | {"ddconfig": network | {"attn_resolutions": occurring}}, settings
 
 
@@ -161,8 +165,7 @@ def read_weights(path: Path, project: str) -> tuple[dict[str, Tensor], list[str]
     if project == "diffusers":
         for old, name in OLD_DIFFUSERS_KEYS.items():
             tensors = {key.replace(f".{old}.", f".{name}."): x for key, x in tensors.items()}
-    others = cli.first_few(found.others) or "nothing"
-    print(f"read: {found.wrapper or 'all'}; not read: {others}")
+    print(f"read: {found.wrapper or 'all'}; not read: {cli.first_few(found.others) or 'nothing'}")
     return tensors, found.ignored
 
 
@@ -178,8 +181,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
             f"the size of the images does not follow from {path}; add --image_size H,W: 256 for "
             "most published models, or that of your images"
         )
-    if arguments.quantizer:
-        settings["quantizer"] = arguments.quantizer
+    settings |= {"quantizer": arguments.quantizer} if arguments.quantizer else {}
     try:
         model, ignored = formats.import_weights(project, state, size, settings)
         if content and (line := contradiction(WRITERS[project](model.config), content)):
@@ -209,7 +211,7 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
         if distance > 1:
             print(
                 "warning: its codes do not fit its encodings: it may have been trained with "
-                "another lookup (--quantizer vq, ibq: inner product, cosine: angle)"
+                "another lookup (--quantizer vq: distance, ibq: inner product)"
             )
     print(
         f"{folder}: {parameters:,} parameters, f{config.downsampling}, "
@@ -241,8 +243,7 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
                 import yaml  # comes with MLflow
 
                 name = "GumbelVQ" if config.quantizer == "gumbel" else "VQModel"
-                target = f"taming.models.vqgan.{name}"
-                model = {"target": target, "params": write_taming(config)}
+                model = {"target": f"taming.models.vqgan.{name}", "params": write_taming(config)}
                 text = yaml.safe_dump({"model": model}, sort_keys=False)
                 (staging / "config.yaml").write_text(text, encoding="utf-8")
     print(f"written: {folder}")
@@ -274,7 +275,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--config", metavar="PATH", help=config)
     add("--output_dir", required=True, help="new folder to write")
     kind = "--from taming: lookup, where --config does not tell; ibq is SEED-Voken's"
-    add("--quantizer", choices=("vq", "ibq", "cosine"), help=kind)
+    add("--quantizer", choices=("vq", "ibq"), help=kind)
     size = "--from: size of the data (default: that of --config)"
     add("--image_size", type=cli.height_and_width, help=size)
     return parser

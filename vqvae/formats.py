@@ -62,6 +62,7 @@ class Format:
         return {**theirs, **self.quantizers[config.quantizer]}
 
 
+IBQ = {"similarity": "inner_product", "softmax_temperature": 1.0}
 # What all of them share.
 FIXED = {"patch_size": 1, "mid_blocks": 2, "channels_per_group": 0}
 QUANT_CONV = {r"^encoder\.quant_conv": "quant_conv", r"^decoder\.post": "post"}
@@ -74,8 +75,8 @@ FORMATS = {
             r"\.mid\.1\.": ".mid.attn_1.",
             r"\.mid\.2\.": ".mid.block_2.",
         },
-        # The last two are those of github.com/TencentARC/SEED-Voken (cosine: l2_normalize).
-        quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ, "ibq": VQ, "cosine": VQ},
+        # The last is that of github.com/TencentARC/SEED-Voken.
+        quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ, "ibq": VQ},
         # Its EMAVQ cannot be built (in its quantizer two names are undefined): written as VQModel.
         writes=("gumbel", "vq", "ema"),
         required={"mid_attention": True},
@@ -119,7 +120,7 @@ FORMATS = {
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
 MAX_LEVELS = 32
 # Settings that do not show in the weights.
-NOT_IN_WEIGHTS = ("dropout", "entropy_weight", "similarity")
+NOT_IN_WEIGHTS = ("dropout", "entropy_weight")
 # Networks that `VQVAE` does not cover, by a part of a key that only they have.
 OTHERS = {
     "VAR (residual grids of several sizes)": r"quantize\.quant_resi\.",
@@ -179,8 +180,7 @@ def import_weights(
         if [n for n in weight.shape if n != 1] != [n for n in shape if n != 1]:
             raise ValueError(f"{theirs} must be {tuple(shape)}, got {tuple(weight.shape)}")
         own[ours] = weight.reshape(shape)  # without or with the 1x1 of a convolution
-    if "quantizer.initialised" in own:
-        own["quantizer.initialised"] = torch.tensor(True)
+    own["quantizer.initialised"] = torch.tensor(True)
     model.load_state_dict(own)
     return model.eval(), ignored
 
@@ -218,7 +218,7 @@ def infer_settings(
         "codebook_size": len(codes),
         "codebook_dim": codes.shape[1],
         **({} if quantizer == "gumbel" else {"commitment_cost": beta}),
-        **({"similarity": "inner_product"} if quantizer == "ibq" else {}),
+        **(IBQ if quantizer == "ibq" else {}),
     }
 
 
@@ -228,17 +228,18 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     A ValueError if the other project has no such network.
     """
     layout, config = FORMATS[project], model.config
-    last = len(config.channel_multipliers) - 1
     required = {**FIXED, **layout.required}
     allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
     if project == "llamagen":
-        allowed["attention_levels"] = ((last,),)
+        allowed["attention_levels"] = ((len(config.channel_multipliers) - 1,),)
     for name, values in allowed.items():
         if (found := getattr(config, name)) not in values:
             only = ", ".join(map(str, values))
             raise ValueError(f"{project} has no tokenizer with {name} {found}, only {only}")
     for what, wrong in {
         "without quant_conv (z_channels 0)": config.z_channels == 0,
+        "with gumbel and z_channels other than codebook_dim": config.quantizer == "gumbel"
+        and config.z_channels != config.codebook_dim,
         "with channels in other than 32 groups": config.channels % 32 != 0,
         "with a wider first level": project == "diffusers" and config.channel_multipliers[0] != 1,
     }.items():
