@@ -34,7 +34,7 @@ GUMBEL_TEMPERATURE = {
 CONFIG_BYTES = 1 << 18
 DEFAULT_SAMPLE_SIZE = 32
 LIGHTNING = {"class_path": "target", "init_args": "params"}  # names in SEED-Voken's configs
-NOT_COMPARED = ("lossconfig", "temperature_scheduler_config", "sample_size")
+NOT_COMPARED = ("kl_weight", "lossconfig", "temperature_scheduler_config", "sample_size")
 
 
 def write_taming(config: VQVAEConfig) -> dict[str, Any]:
