@@ -21,7 +21,7 @@ from utils.data.conditioning import write_conditions
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
 from utils.data.index_dataset import CROPS
 from utils.data.indices import META, IndicesMeta, allocate, write_indices
-from utils.data.sources import Row, split_rows
+from utils.data.sources import Rows, split_rows
 from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
@@ -104,7 +104,7 @@ def grid_meta(tokenizer: LoadedModel) -> GridMeta:
     return GridMeta(config.codebook_size, config.latent_dim, *origin, config.depth)
 
 
-def with_splits(rows: list[Row], origin: Provenance) -> list[Row]:
+def with_splits(rows: Rows, origin: Provenance) -> Rows:
     """The rows, each with its split.
 
     Without a split column they are split as they were for the tokenizer, whose validation images
@@ -113,7 +113,7 @@ def with_splits(rows: list[Row], origin: Provenance) -> list[Row]:
     splits = ["train"] * len(rows)
     for row in split_rows(rows, val_fraction=origin.val_fraction, seed=origin.seed)[1].tolist():
         splits[row] = "val"
-    return [row._replace(split=split) for row, split in zip(rows, splits, strict=True)]
+    return Rows({**rows.columns, "split": splits})
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from utils.cli import UserError
 from utils.data import sources
 from utils.data.images import ImageDataset
-from utils.data.sources import Row, epoch_order, preview_first, read_rows, split_rows
+from utils.data.sources import Row, Rows, epoch_order, preview_first, read_rows, split_rows
 
 
 def write(folder: Path, content: str, *, files: str = "a.png b.png") -> Path:
@@ -84,9 +84,9 @@ def test_no_csv(tmp_path: Path) -> None:
 def test_missing_files_are_counted_and_the_first_five_named(tmp_path: Path) -> None:
     lines = "".join(f"{number}.png\n" for number in range(8))
     with pytest.raises(UserError) as caught:
-        read_rows(write(tmp_path, f"image_path\na.png\n{lines}"))
+        read_rows(write(tmp_path, f"image_path\na.png\na.png\n{lines}{lines}"))
     text = str(caught.value)
-    assert "8 of 9 files" in text
+    assert "8 of 9 files" in text  # each file once
     assert "0.png, 1.png, 2.png, 3.png, 4.png and 3 more" in text
     assert "5.png" not in text
 
@@ -146,6 +146,25 @@ def test_seeded_split_is_stable_and_follows_the_seed() -> None:
     assert chosen == {
         turned[row].image_path for row in split_rows(turned, val_fraction=0.1, seed=3)[1].tolist()
     }
+
+
+def test_a_split_is_the_same_in_every_version() -> None:
+    """A resumed training, or a GPT, must not train on images that were held out before."""
+    files = [f"{number}.png" for number in range(30)]
+    for rows in (Rows({"image_path": files}), rows_of(30), rows_of(30) + rows_of(20)):
+        val = split_rows(rows, val_fraction=0.2, seed=3)[1].tolist()
+        assert [row for row in val if row < 30] == [4, 11, 13, 18, 28, 29]
+
+
+def test_rows_are_a_sequence() -> None:
+    rows = Rows({"label": ["x", "y", "z"], "image_path": ["a.png", "b.png", "c.png"]})
+    expected = [Row("a.png", "x", ""), Row("b.png", "y", ""), Row("c.png", "z", "", "", "")]
+    assert rows == expected
+    assert [rows[0], rows[-2], rows[-1]] == list(rows) == rows[:5] == expected
+    assert rows[1:] == expected[1:] != rows
+    assert (len(rows), expected[1] in rows) == (3, True)
+    with pytest.raises(IndexError):
+        rows[3]
 
 
 def test_rows_of_one_file_are_on_one_side() -> None:

@@ -16,12 +16,12 @@ import numpy as np
 import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
-from utils.data.sources import read_rows, root_of, seeded_generator
+from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.progress import ProgressBar
 
@@ -124,14 +124,14 @@ class ImageDataset:
         self.path, config = Path(path), config or ImageConfig()
         self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
         self._column, self._skippable = column, config.skip_bad_images
-        if not all(getattr(row, column) for row in self.rows):
+        if not all(column_of(self.rows, column)):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.num_workers = config.num_workers
         if self.num_workers < 0:
             self.num_workers = min(16, max(1, _available_cores() // processes))
         self.skipped: list[tuple[int, str, str]] = []
-        self._numbers = list(range(1, len(self.rows) + 1))  # of the rows in the source
+        self._numbers: Sequence[int] = range(1, len(self.rows) + 1)  # of the rows in the source
 
         limit = config.max_pixels
         headers = list(self._read_all(partial(decoding.read_header, max_pixels=limit), "checking"))
@@ -186,7 +186,7 @@ class ImageDataset:
     def files(self) -> list[str]:
         """The path of each row's file."""
         root = root_of(self.path)
-        return [os.path.join(root, getattr(row, self._column)) for row in self.rows]
+        return [os.path.join(root, name) for name in column_of(self.rows, self._column)]
 
     def name(self, row: int) -> str:
         """The name of a row in messages: its number in the source, and its file."""
@@ -261,7 +261,8 @@ class ImageDataset:
             self.skipped.append((self._numbers[row], path, complaint))
         kept = [row for row in range(len(self)) if row not in bad]
         self._numbers = [self._numbers[row] for row in kept]
-        self.rows = [self.rows[row] for row in kept]
+        columns = self.rows.columns.items()
+        self.rows = Rows({name: [values[row] for row in kept] for name, values in columns})
 
     def _refusal(self, bad: dict[int, str]) -> UserError:
         """The error for bad files, by row."""
@@ -286,8 +287,8 @@ class ImageDataset:
     def _common_size(self, headers: Sequence[Header]) -> tuple[int, int]:
         """The size of all images."""
         sizes: dict[tuple[int, int], str] = {}
-        for header, row in zip(headers, self.rows, strict=True):
-            sizes.setdefault(header.size, getattr(row, self._column))
+        for header, name in zip(headers, column_of(self.rows, self._column), strict=True):
+            sizes.setdefault(header.size, name)
         if len(sizes) > 1:
             found = [f"{height}x{width} ({path})" for (height, width), path in sizes.items()]
             raise UserError(
@@ -321,17 +322,6 @@ def available_memory() -> int:
     return max(0, min(limits))
 
 
-@dataclass(frozen=True)
-class _Files(Dataset):
-    """read(file) by row number."""
-
-    read: Callable[[str], Any]
-    files: Sequence[str]
-
-    def __getitem__(self, row: int) -> Any:
-        return self.read(self.files[row])
-
-
 def load_files(
     read: Callable[[str], Any], files: Sequence[str], batches: Sequence[Any], num_workers: int
 ) -> Iterator[list[Any]]:
@@ -339,10 +329,10 @@ def load_files(
 
     Errors of `read`, such as MemoryError, are raised here. A UserError if a worker died.
     """
-    loader = DataLoader(
-        _Files(read, files),
+    loader: DataLoader = DataLoader(
+        files,  # type: ignore[arg-type]  # a list is what a Dataset has to be
         batch_sampler=batches,
-        collate_fn=list,
+        collate_fn=partial(_read_each, read),
         num_workers=num_workers,
         worker_init_fn=_ignore_signals,
         generator=torch.Generator(),  # it would take a number from PyTorch's global one
@@ -364,6 +354,10 @@ def load_files(
     finally:
         for worker in getattr(iterator, "_workers", ()):
             worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
+
+
+def _read_each(read: Callable[[str], Any], files: list[str]) -> list[Any]:
+    return [read(file) for file in files]
 
 
 def _ignore_signals(_: int) -> None:

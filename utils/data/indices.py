@@ -16,7 +16,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from utils import files
 from utils.cli import UserError, one_line
-from utils.data.sources import Row
+from utils.data.sources import Row, column_of
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
 from utils.provenance import Lineage, finished
 
@@ -85,9 +84,9 @@ def new_folder(
 
     with files.new_folder(folder) as staging:
         yield staging
-        used = [name for name in Row._fields[3:] if any(getattr(row, name) for row in rows)]
-        columns = *Row._fields[:3], *used
-        write_table(staging / MANIFEST, columns, map(attrgetter(*columns), rows))
+        used = [name for name in Row._fields[3:] if any(column_of(rows, name))]
+        columns = {name: column_of(rows, name) for name in (*Row._fields[:3], *used)}
+        write_table(staging / MANIFEST, [*columns], zip(*columns.values(), strict=True))
         if text:
             with (staging / "indices.txt").open("w") as file:
                 for path in sorted(staging.glob("indices*.npy")):

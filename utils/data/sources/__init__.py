@@ -2,15 +2,14 @@
 
 A source file defines two functions; adding the file here is all that a new form needs:
 
-    accepts(path: Path) -> bool          whether it reads what is at the path
-    read_rows(path: Path) -> list[Row]   its rows, with file paths relative to `root_of(path)`
+    accepts(path: Path) -> bool              whether it reads what is at the path
+    read_rows(path: Path) -> Sequence[Row]   its rows, with file paths relative to `root_of(path)`
 
 and a third where the images are inside of the file. Row a.png of x.tar has the path x.tar/a.png:
 
     read_file(path: Path, name: str) -> bytes   the content of one of them
 """
 
-import gc
 import hashlib
 import importlib
 import io
@@ -18,13 +17,12 @@ import json
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
-from operator import itemgetter
+from itertools import compress
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -32,7 +30,6 @@ from torch import Tensor
 
 from utils.cli import UserError, first_few
 from utils.files import sha256
-from utils.progress import ProgressBar
 
 SPLITS = ("train", "val")
 FILE_COLUMNS = ("image_path", "condition_path")
@@ -48,20 +45,37 @@ class Row(NamedTuple):
     caption: str = ""
 
 
-@contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """A million rows hold no cycles, but looking for some takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+class Rows(Sequence[Row]):
+    """The rows of a data set as columns of text, in half the memory of a list of `Row`.
+
+    A `Row` is made where one is read.
+    """
+
+    def __init__(self, columns: Mapping[str, Sequence[str]]) -> None:
+        """`columns` by name; the values of those that are missing are ""."""
+        empty = [""] * len(columns["image_path"])
+        self.columns = {name: columns.get(name, empty) for name in Row._fields}
+
+    def __len__(self) -> int:
+        return len(self.columns["image_path"])
+
+    def __getitem__(self, chosen: Any) -> Any:
+        found = [values[chosen] for values in self.columns.values()]
+        return [*map(Row, *found)] if isinstance(chosen, slice) else Row(*found)
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(Row, *self.columns.values())
+
+    def __eq__(self, other: object) -> bool:
+        return [*self] == other
 
 
-@_without_garbage_collection()
-def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Row]:
+def column_of(rows: Sequence[Row], name: str) -> Sequence[str]:
+    """The values of a column."""
+    return rows.columns[name] if isinstance(rows, Rows) else [getattr(row, name) for row in rows]
+
+
+def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> Rows:
     """The rows of a data set, with all files checked to exist.
 
     A UserError for nothing readable at the path, no rows, files that are missing or outside the
@@ -74,49 +88,47 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> list[Ro
     left_out = [str(part) for part, split in parts.items() if has_split and not split]
     if left_out:
         note(f"{path}: {len(left_out):,} other files are left out: {first_few(left_out)}")
-    rows = []
+    columns: dict[str, list[str]] = {name: [] for name in Row._fields}
     for part, split in parts.items():
         if split or not has_split:
             found = _read_part(part, root_of(path), allow_outside_paths)
-            rows += (
-                [row._replace(split=row.split or split) for row in found] if has_split else found
-            )
+            found["split"] = [own or (split if has_split else "") for own in found["split"]]
+            for name, values in columns.items():
+                values += found[name]
+    rows = Rows(columns)
     if not rows:
         raise UserError(f"{path} lists no images; add at least one")
-    if len({row.split == "" for row in rows}) > 1:
+    if "" in columns["split"] and any(columns["split"]):
         raise UserError(f"{path}: some rows have a split; give one to all of them, or to none")
-    first: dict[str, Row] = {}
-    for row in rows if rows[0].split else ():
-        other = first.setdefault(_normal(row.image_path), row)
-        if other.split != row.split:
+    if rows[0].split:
+        names = [*map(_normal, columns["image_path"])]
+        train, val = ({*compress(names, map(x.__eq__, columns["split"]))} for x in SPLITS)
+        for name in sorted(train & val)[:1]:
+            same = {row.split: row.image_path for row in rows if _normal(row.image_path) == name}
             raise UserError(
-                f"{path}: {other.image_path} ({other.split}) and {row.image_path} ({row.split}) "
-                "are the same file; put it on one side of the split"
+                f"{path}: {same['train']} (train) and {same['val']} (val) are the same file; put "
+                "it on one side of the split"
             )
     return rows
 
 
-def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> list[Row]:
-    """The rows of one source, with all files checked to exist, and paths relative to `root`."""
+def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> dict[str, list[str]]:
+    """The columns of one source, with all files checked to exist, and paths relative to `root`."""
     from utils.data.finding import find_files
 
     source = _source_of(path)
     rows = source.read_rows(path)
+    columns = {name: [*column_of(rows, name)] for name in Row._fields}
     inside = f"{path.name}/" if hasattr(source, "read_file") else "\0"
     folder = os.path.relpath(root_of(path), root)
-    for column in FILE_COLUMNS:
-        number = Row._fields.index(column)
-        names = dict.fromkeys(filter(None, map(itemgetter(number), rows)))
-        files = {name: None for name in names if not name.startswith(inside)}
-        respelled = find_files(path, root_of(path), files, allow_outside_paths)
+    for name in FILE_COLUMNS:
+        files = [file for file in columns[name] if file and not file.startswith(inside)]
+        if respelled := find_files(path, root_of(path), files, allow_outside_paths):
+            columns[name] = [respelled.get(file, file) for file in columns[name]]
         if folder != ".":
-            join = {x: os.path.join(folder, respelled.get(x, x)) for x in names}
-            respelled = {name: os.path.normpath(place) for name, place in join.items()}
-        if respelled:
-            rows = [
-                row._replace(**{column: respelled.get(row[number], row[number])}) for row in rows
-            ]
-    return rows
+            places = (file and os.path.join(folder, file) for file in columns[name])
+            columns[name] = [place and os.path.normpath(place) for place in places]
+    return columns
 
 
 def column_name(name: str) -> str:
@@ -128,7 +140,7 @@ def column_name(name: str) -> str:
 def check_rows(path: Path, columns: Collection[str], rows: Sequence[Row]) -> None:
     """A UserError for an empty value in a column that must have one, or an unknown split."""
     for name in {"split", *FILE_COLUMNS}.intersection(columns):
-        for number, value in enumerate(map(itemgetter(Row._fields.index(name)), rows), 1):
+        for number, value in enumerate(column_of(rows, name), 1):
             if not value:
                 raise UserError(f"{path} row {number}: {name} is empty; fill it in")
             if name == "split" and value not in SPLITS:
@@ -200,19 +212,14 @@ def split_rows(rows: Sequence[Row], *, val_fraction: float, seed: int) -> tuple[
     one, are chosen by a hash of seed and path, so that all rows of one file are on the same side.
     """
     if rows[0].split:
-        is_val = torch.tensor([row.split == "val" for row in rows])
+        is_val = torch.tensor([split == "val" for split in column_of(rows, "split")])
     else:
-        names = [_normal(row.image_path) for row in rows]
-        files = list(dict.fromkeys(names))
-        hashes: list[bytes] = []
-        starts = range(0, len(files), 1000)
-        for start in ProgressBar(starts, "splitting", unit="k files", leave=False, delay=1):
-            block = files[start : start + 1000]
-            hashes += [hashlib.sha256(f"{seed}/{name}".encode()).digest() for name in block]
+        names = column_of(rows, "image_path")
+        digests = (hashlib.sha256(f"{seed}/{_normal(name)}".encode()).digest() for name in names)
+        hashes = np.fromiter(digests, "S8", len(names)).view(">u8").astype(np.uint64)
+        files, ranks = np.unique(hashes, return_inverse=True)
         count = round(val_fraction * len(files)) or (val_fraction > 0 and len(files) > 1)
-        lowest = np.frombuffer(b"".join(hashes), ">u8")[::4].argsort()[:count]
-        chosen = set(map(files.__getitem__, lowest.tolist()))
-        is_val = torch.from_numpy(np.fromiter(map(chosen.__contains__, names), bool))
+        is_val = torch.from_numpy(ranks < count)
     return (~is_val).nonzero()[:, 0], is_val.nonzero()[:, 0]
 
 
@@ -224,10 +231,10 @@ def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor
     if len(candidates) <= count:
         return candidates
     seen: Counter[str] = Counter()
-    ranks = {}
+    ranks, labels = {}, column_of(rows, "label")
     for row in epoch_order(candidates, 0, 0).tolist():
-        ranks[row] = seen[rows[row].label]  # so many of its class come before
-        seen[rows[row].label] += 1
+        ranks[row] = seen[labels[row]]  # so many of its class come before
+        seen[labels[row]] += 1
     chosen = sorted(ranks, key=ranks.__getitem__)[:count]
     return torch.tensor(list(dict.fromkeys([*chosen, *ranks])))
 

@@ -9,13 +9,13 @@ import re
 from bisect import bisect_right
 from collections import OrderedDict
 from functools import cache, partial
-from itertools import accumulate, repeat
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from utils.cli import UserError, one_line
 from utils.data.finding import SPLIT_NAMES
-from utils.data.sources import Row, check_rows, column_name
+from utils.data.sources import Row, Rows, check_rows, column_name
 
 IMAGES = re.compile("(large_)?binary|struct<bytes:")  # types of columns
 CACHE_BYTES = 128 << 20  # of the row groups that a process keeps
@@ -26,7 +26,7 @@ def accepts(path: Path) -> bool:
     return path.suffix in (".parquet", ".arrow")
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> Rows:
     """The rows of a table, without its images; a UserError as of a CSV."""
     _, schema, image, starts = _open(path)
     names = {column_name(name): name for name in reversed(schema.names) if name != image}
@@ -36,12 +36,12 @@ def read_rows(path: Path) -> list[Row]:
         raise UserError(f"{path} has no column image_path, and none of bytes: {found:.200}")
     known = [name for name in Row._fields if name in names]
     columns = _read(path, [names[name] for name in known])
-    fields: dict[str, Any] = {name: _texts(path, columns, names[name]) for name in known}
+    fields = {name: _texts(path, columns, names[name]) for name in known}
     if image:
         fields["image_path"] = [f"{path.name}/{row}" for row in range(starts[-1])]
     if "split" in fields:
         fields["split"] = [SPLIT_NAMES.get(value, value) for value in fields["split"]]
-    rows = list(map(Row, *(fields.get(name, repeat("")) for name in Row._fields)))
+    rows = Rows(fields)
     check_rows(path, known, rows)
     return rows
 
