@@ -192,7 +192,8 @@ class Parser(argparse.ArgumentParser):
     presets: Mapping[typing.Any, Mapping[str, object]] = types.MappingProxyType({})
 
     def __init__(self, **options: typing.Any) -> None:
-        super().__init__(**{"formatter_class": HelpFormatter, "allow_abbrev": False} | options)
+        own: dict[str, typing.Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(**own | options)
 
     def add_presets(self, presets: Mapping[typing.Any, Mapping[str, object]]) -> None:
         """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
