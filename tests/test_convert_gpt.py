@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import ROOT
-from tests.forks import run_forked
+from tests.conftest import run_script
 from tests.published import GUIDANCE, assert_recorded, gpt_inputs, make_weights, read_records
 from tests.test_kv_cache import step_by_step
 from transformer import GPT, SamplingParams, convert
@@ -111,11 +110,10 @@ def test_nothing_is_written_over_nor_read_before_that_is_clear(tmp_path: Path) -
 
 def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.save({"model": WEIGHTS, "steps": 7}, tmp_path / "c2i.pt")
-    done = run_forked(
-        *(ROOT / "transformer/convert.py", "--from", "llamagen"),
+    done = run_script(
+        *("transformer/convert.py", "--from", "llamagen"),
         *("--checkpoint", tmp_path / "c2i.pt", "--latent_dim", "4", "--num_heads", HEADS),
         *("--output_dir", tmp_path / "gpt"),
-        check=True,
     )
     assert "transformer_generation.py --model_path" in done.stdout
     model = load_model(tmp_path / "gpt", GPT).model

@@ -3,11 +3,7 @@
 import argparse
 import math
 import re
-import sys
 from pathlib import Path
-
-if not __package__:  # run by its path: the packages are one folder up
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.cli import configure_process
 

@@ -2,12 +2,8 @@
 
 import argparse
 import io
-import sys
 from pathlib import Path
 from typing import Any
-
-if not __package__:  # run by its path: the packages are one folder up
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from utils.cli import configure_process
 
