@@ -21,6 +21,7 @@ from utils import addresses, cli, distributed, tracking
 from utils.cli import UserError
 from utils.data import sources
 from utils.data.captions import encode
+from utils.data.conditioning import choose_embeddings
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.vocabulary import Vocabulary, read_vocabulary
 from utils.evaluation import features, inputs, metrics, report
@@ -167,8 +168,9 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     labels = ["" if flags.unconditional else row.label for row in dataset.rows]
     conditions = encode_conditions(flags, vocabulary, settings)
     captions = ["" if flags.unconditional else row.caption for row in dataset.rows]
-    texts = encode(captions, vocabulary.captions)
-    prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions, texts)
+    texts, count = encode(captions, vocabulary.captions), len(dataset)
+    vectors = choose_embeddings(flags, vocabulary, count, rows=count)
+    prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions, vectors, texts)
     tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
 
     def nats_per_token(given: Tensor, images: Tensor) -> Tensor:
@@ -345,6 +347,7 @@ def make_parser() -> argparse.ArgumentParser:
     labels = "evaluate the GPT without the images' labels"
     three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     three.add_argument("--condition_model_dir", help=condition)
+    three.add_argument("--embeddings", default="", metavar="FILE", help="their vectors, .npy")
     three.add_argument("--unconditional", action="store_true", help=labels)
     return parser
 

@@ -21,7 +21,7 @@ from transformer import GPT, SamplingParams, make_prefix, sampling
 from utils import cli, distributed, figures
 from utils.cli import UserError
 from utils.data.captions import encode
-from utils.data.conditioning import choose_texts
+from utils.data.conditioning import choose_embeddings, choose_texts
 from utils.data.decoding import read_image
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.masks import KnownPixels, covered_pixels, known_positions
@@ -49,8 +49,9 @@ class Images(NamedTuple):
 def read_fields(labels: Sequence[str], prompt: str, *numbers: float) -> Namespace:
     """The fields of the page as flags of transformer_generation.py; @ names no file here."""
     prompts = [f" {prompt}" if prompt.startswith("@") else prompt] if prompt else []
-    flags = {"unconditional": False, "class_frequencies": False, "prompt": prompts}
-    return Namespace(labels=labels, **flags, **dict(zip(NUMBERS, numbers, strict=True)))
+    flags = {"unconditional": False, "class_frequencies": False, "embeddings": ""}
+    values = dict(zip(NUMBERS, numbers, strict=True))
+    return Namespace(labels=labels, prompt=prompts, **flags, **values)
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,8 @@ class Playground:
     def prefix(self, labels: Sequence[str], captions: Sequence[str]) -> Tensor:
         """The prefix (N, P) of labels and captions, "" where there are none."""
         texts = encode(captions, self.vocabulary.captions)
-        return make_prefix(torch.tensor(self.vocabulary.tokens(labels)), texts)
+        vectors = choose_embeddings(Namespace(embeddings=""), self.vocabulary, len(labels))
+        return make_prefix(torch.tensor(self.vocabulary.tokens(labels)), vectors, texts)
 
     @torch.inference_mode()
     def decode(self, grids: Tensor, rows: Sequence[Row]) -> Images:

@@ -70,11 +70,6 @@ def write_crops(
             grids[:, view + mirrored * shape[1] // 2] = part
 
 
-def grids_per_image(flags: argparse.Namespace) -> int:
-    """The grids of each image in crops.npy, with `--flip` also of mirror images."""
-    return 2 * max(flags.crops, 1) if flags.flip else flags.crops
-
-
 def check_flags(arguments: argparse.Namespace) -> None:
     """A UserError for flags that would separate an image from its condition."""
     for name in ("skip_bad_images", "crops", "flip"):
@@ -157,20 +152,21 @@ def main(arguments: argparse.Namespace) -> None:
             condition=second and grid_meta(second),
         )
         extra, add = "", None
+        more = 2 * max(arguments.crops, 1) if arguments.flip else arguments.crops
         crops: Iterator[list[Tensor]] = iter(())
         if second is not None:
             (grids,) = quantize(second.model, images, settings)
             size = second.model.config.codebook_size
             add = partial(write_conditions, conditions=grids, codebook_size=size)
             extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
-        elif grids_per_image(arguments):
+        elif more:
             larger = dataset
             if arguments.crops:
                 larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
             crops = quantize_crops(model, larger, settings, arguments)
-            shape = len(larger), grids_per_image(arguments)
+            shape = len(larger), more
             add = partial(write_crops, crops=crops, shape=shape, meta=meta)
-            extra = f"; and {grids_per_image(arguments)} more of each"
+            extra = f"; and {more} more of each"
         rows = with_splits(dataset.rows, origin)
         if group.is_main:
             write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)

@@ -310,9 +310,9 @@ def main(arguments: cli.Flags) -> None:
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="bf16")
 
     tokenizer = load_tokenizer(source.model_dir, group.device)
-    split: Any = {"val_fraction": source.val_fraction, "ignore_labels": source.ignore_labels}
-    split |= {"latent_dim": arguments.latent_dim, "caption_length": arguments.caption_length}
-    data = IndexDataset(addresses.fetch(source.path_to_data), tokenizer, seed=config.seed, **split)
+    names = "latent_dim", "val_fraction", "seed", "ignore_labels", "embeddings", "caption_length"
+    options: Any = {name: getattr(arguments, name) for name in names}
+    data = IndexDataset(addresses.fetch(source.path_to_data), tokenizer, **options)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     start = read_start(arguments, data)
     validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
@@ -373,11 +373,11 @@ def main(arguments: cli.Flags) -> None:
             report_best(state, run, validation)
     if group.is_main:
         best = run.output_dir / "best"
-        words = ["transformer_generation.py", "--model_path", best]
-        words += ["--vocabulary_path", best / FILE, "--run_id", run.run_id]
+        words = ["--model_path", best, "--vocabulary_path", best / FILE, "--run_id", run.run_id]
         words += [] if data.conditions is None else ["--conditions", data.path]
+        words += [] if data.embeddings is None else ["--embeddings", source.embeddings]
         words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
-        print(cli.next_command(*words))
+        print(cli.next_command("transformer_generation.py", *words))
     group.shutdown()
 
 

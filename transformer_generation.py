@@ -19,18 +19,9 @@ from torch import Tensor
 
 from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, make_prefix, sampling
 from utils import addresses, cli, distributed, figures, tracking
+from utils.data import conditioning, indices
 from utils.data.captions import encode
-from utils.data.conditioning import choose_conditions, choose_texts, write_conditions
 from utils.data.images import available_memory
-from utils.data.indices import (
-    META,
-    IndicesMeta,
-    allocate,
-    digest,
-    lineage_of,
-    new_folder,
-    read_indices,
-)
 from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
@@ -57,66 +48,63 @@ class Known(NamedTuple):
 def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
     """The first grids of --complete, each --variations times, with the known mask of --mask."""
     path, text = addresses.fetch(arguments.complete), arguments.mask or MASK
-    indices = read_indices(
+    found = indices.read_indices(
         path,
         latent_dim=None if path.is_dir() else vocabulary.latent_dim,  # a folder holds its own
         codebook_size=vocabulary.codebook_size,
         depth=vocabulary.depth,
     )
-    if indices.meta is not None:
-        vocabulary.check_tokenizer(indices.meta.tokenizer_sha256, path)
+    if found.meta is not None:
+        vocabulary.check_tokenizer(found.meta.tokenizer_sha256, path)
     count, times = arguments.num_images, arguments.variations
-    rows = [row for row in indices.rows[:count] for _ in range(times)]
+    rows = [row for row in found.rows[:count] for _ in range(times)]
     paths = [row.image_path or f"{number:05}.png" for number, row in enumerate(rows)]
-    pixels = read_masks(text, paths, indices.latent_dim)
-    masks = known_positions(pixels, indices.latent_dim).expand(len(rows), -1, -1)
+    pixels = read_masks(text, paths, found.latent_dim)
+    masks = known_positions(pixels, found.latent_dim).expand(len(rows), -1, -1)
     if arguments.candidates > 1 and not sampling.later_known_mask(masks).any():
         raise cli.UserError(
             f"--candidates are ranked by known indices behind sampled ones, but --mask {text} "
             "leaves none there; omit --candidates"
         )
-    grids = indices.grids[:count].long().repeat_interleave(times, dim=0)
+    grids = found.grids[:count].long().repeat_interleave(times, dim=0)
     return Known(grids, masks, rows, KnownPixels(pixels, paths))
 
 
-def check_flags(arguments: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
+def check_flags(flags: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> None:
     """Refuse flags that would have no effect; warn of embeddings that were never trained."""
-    guided, completes = arguments.guidance_scale != 1, bool(arguments.complete)
-    error = ""
-    if arguments.compile and not on_gpu:
+    guided, gpt, error = flags.guidance_scale != 1, f"the GPT in {flags.model_path}", ""
+    told = [f"--{name}" for name in ("labels", "prompt", "embeddings") if getattr(flags, name)]
+    if flags.compile and not on_gpu:
         error = "--compile needs a CUDA device; omit it"
-    elif completes and arguments.latent_dim:
+    elif flags.complete and flags.latent_dim:
         error = "--complete has grids of its own size; omit --latent_dim"
-    elif arguments.variations > 1 and not completes:
+    elif flags.variations > 1 and not flags.complete:
         error = "--variations needs --complete; add it"
-    elif arguments.mask and not completes:
+    elif flags.mask and not flags.complete:
         error = "--mask needs --complete; add it"
-    elif arguments.class_frequencies and (
-        arguments.labels or arguments.unconditional or completes or arguments.conditions
+    elif flags.class_frequencies and (
+        flags.labels or flags.unconditional or flags.complete or flags.conditions
     ):
-        error = (
-            "--class_frequencies cannot be combined with --labels, --unconditional, --complete or "
-            "--conditions; omit it"
-        )
-    elif (arguments.labels or arguments.prompt) and arguments.unconditional:
-        given = "--labels" if arguments.labels else "--prompt"
-        error = f"{given} cannot be combined with --unconditional; omit one of them"
-    elif arguments.prompt and not config.caption_length:
-        error = f"the GPT in {arguments.model_path} was trained without captions; omit --prompt"
-    elif arguments.guide_path and not guided:
+        error = "--class_frequencies cannot be combined with --labels, --unconditional, "
+        error += "--complete or --conditions; omit it"
+    elif told and flags.unconditional:
+        error = f"{told[0]} cannot be combined with --unconditional; omit one of them"
+    elif flags.prompt and not config.caption_length:
+        error = f"{gpt} was trained without captions; omit --prompt"
+    elif flags.guidance_parts and (flags.guide_path or not guided):
+        error = "--guidance_parts needs --guidance_scale without --guide_path; omit it"
+    elif flags.guide_path and not guided:
         error = "--guide_path has no effect without --guidance_scale; add it, as 2"
-    elif guided and not arguments.guide_path and config.prefix_length == 1 > config.num_classes:
-        error = (
-            f"the GPT in {arguments.model_path} has neither classes nor conditions, so "
-            "--guidance_scale needs a weaker GPT by --guide_path; add it, or omit the scale"
-        )
+    elif guided and not flags.guide_path and config.prefix_length == 1 > config.num_classes:
+        error = f"{gpt} has neither classes nor conditions, so --guidance_scale needs a weaker GPT "
+        error += "by --guide_path; add it, or omit the scale"
     if error:
         raise cli.UserError(error)
-    untrained, guided = [], guided and not arguments.guide_path
-    for name, _, null, dropout in config.prefix_parts:
-        drops = guided or (arguments.unconditional and name != "condition")
-        if null and dropout == 0 and drops:
-            untrained.append(f"{name} (--{name}_dropout 0)")
+    untrained, guided = [], guided and not flags.guide_path
+    for part in config.prefix_parts:
+        drops = guided or (flags.unconditional and part.name != "condition")
+        if part.null and part.dropout == 0 and drops:
+            untrained.append(f"{part.name} (--{part.name}_dropout 0)")
     if untrained:
         warn(
             f"this GPT was hardly trained without a {' or '.join(untrained)}, which "
@@ -157,12 +145,10 @@ def read_inputs(
     if arguments.vocabulary_path:
         file = find_vocabulary(addresses.fetch(arguments.vocabulary_path))
         gpt = models[arguments.model_path]
-        if gpt and file.resolve().parent == gpt.folder.resolve():  # a part of the model
-            inputs[arguments.vocabulary_path] = gpt.sha256
-        else:
-            inputs[str(file)] = sha256(file)
-    for address in filter(None, (arguments.complete, arguments.conditions)):
-        inputs[address] = digest(addresses.fetch(address))
+        is_part = file.resolve().parent == gpt.folder.resolve()
+        inputs[arguments.vocabulary_path] = gpt.sha256 if is_part else sha256(file)
+    for address in filter(None, (arguments.complete, arguments.conditions, arguments.embeddings)):
+        inputs[address] = indices.digest(addresses.fetch(address))
     return inputs
 
 
@@ -246,17 +232,21 @@ def main(arguments: argparse.Namespace) -> None:
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
     required = config.condition_dropout == 0
-    condition = choose_conditions(arguments, vocabulary, count, required=required)
-    labels, captions = choose_texts(arguments, vocabulary, (known or condition).rows, count)
+    condition = conditioning.choose_conditions(arguments, vocabulary, count, required=required)
+    rows = (known or condition).rows
+    labels, captions = conditioning.choose_texts(arguments, vocabulary, rows, count)
     size = choose_size(arguments, known, gpt.model, options["params"])
     given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)
     texts = encode(given[1], vocabulary.captions)
-    prefix = make_prefix(torch.tensor(vocabulary.tokens(given[0])), condition.grids, texts)
+    vectors = conditioning.choose_embeddings(arguments, vocabulary, count, arguments.variations)
+    classes = torch.tensor(vocabulary.tokens(given[0]))
+    prefix = make_prefix(classes, condition.grids, vectors, texts)
+    cli.build_or_error(config.null_prefix, prefix[:1], arguments.guidance_parts)
 
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
-    choose = partial(choose_output_dir, arguments.output_dir, gpt.home / "samples", META)
+    choose = partial(choose_output_dir, arguments.output_dir, gpt.home / "samples", indices.META)
     output_dir = group.on_main(choose)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
@@ -266,48 +256,39 @@ def main(arguments: argparse.Namespace) -> None:
         stage="samples",
         part=output_dir.name,
         inputs=read_inputs(arguments, models),
-        upstream=joined(gpt.lineage, *map(lineage_of, folders)),
+        upstream=joined(gpt.lineage, *map(indices.lineage_of, folders)),
         enabled=group.is_main,
     )
-    meta = IndicesMeta(
-        codebook_size=vocabulary.codebook_size,
-        latent_dim=size,
-        tokenizer_sha256=vocabulary.tokenizer_sha256,
-        tokenizer_run_id=vocabulary.tokenizer_run_id,
-        gpt_run_id=gpt.provenance.run_id,
-        lineage=run.lineage,
-        depth=vocabulary.depth,
-        condition=vocabulary.condition if condition.rows else None,
-    )
+    names = "codebook_size", "depth", "tokenizer_sha256", "tokenizer_run_id"
+    values: Any = {name: getattr(vocabulary, name) for name in names} | {"latent_dim": size}
+    values["condition"] = vocabulary.condition if condition.rows else None
+    meta = indices.IndicesMeta(**values, gpt_run_id=gpt.provenance.run_id, lineage=run.lineage)
     paths = [row.condition_path or row.image_path for row in condition.rows] or [""] * count
     files = (f"{number:05}.png" for number in range(count))
     rows = [*map(Row, files, labels, [""] * count, paths, captions)]
 
     with run, ProgressBar(total=samples // group.world_size, unit=" images") as bar:
-        target: Any = new_folder(output_dir, rows, meta, text=arguments.text)
+        target: Any = indices.new_folder(output_dir, rows, meta, text=arguments.text)
         with target if group.is_main else TemporaryDirectory() as name:  # others' is discarded
             folder = Path(name)
-            indices = torch.from_numpy(
-                allocate(folder / "indices.npy", (count, *meta.shape), vocabulary.codebook_size)
+            array = indices.allocate(
+                folder / "indices.npy", (count, *meta.shape), meta.codebook_size
             )
+            grids = torch.from_numpy(array)
             options["progress"] = bar.update
-            sample(arguments, group, gpt.model, prefix, known, size, indices, **options)
+            sample(arguments, group, gpt.model, prefix, known, size, grids, **options)
             if known is not None:
                 known.pixels.save(folder)
             if known is not None and tokenizer is not None:
-                picture_of(known, indices, tokenizer.model).save(folder / PICTURE)
+                picture_of(known, grids, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
-                write_conditions(folder, condition.grids, vocabulary.condition.codebook_size)
+                conditioning.write_conditions(folder, condition.grids, meta.condition.codebook_size)
         run.folder(output_dir, f"generated/{output_dir.name}")
 
     if known is not None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
         print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
-    can_guide = (config.num_classes and config.class_dropout) or config.caption_length
-    guides = can_guide and not arguments.unconditional and arguments.guidance_scale == 1
-    if guides and known is None:
-        print("hint: samples follow class and prompt better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
     logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
     words = "--indexes_path", output_dir, "--model_dir", arguments.model_dir or logged
@@ -327,6 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "what the images show, in words; repeated, in turn, with each of the --labels; "
     text += "@FILE: the lines of a file"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
+    add("--embeddings", default="", metavar="FILE", help="vectors (.npy) to follow, in turn")
     text = "sample each class as often as it occurs in the training data"
     add("--class_frequencies", action="store_true", help=text)
     text = "indices folder whose conditions, or grids if it has none, condition the samples, in "

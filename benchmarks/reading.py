@@ -37,6 +37,7 @@ ENTRY_POINTS = (
     "vqvae/convert.py",
     "transformer/convert.py",
     "utils/demo.py",
+    "utils/embeddings.py",
     "utils/hub.py",
     "utils/plan.py",
     "utils/data/download.py",

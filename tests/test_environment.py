@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT, environment
 
 SCRIPTS = ("train_vqvae", "train", "quantize_dataset", "transformer_generation", "evaluate")
-SCRIPTS += ("vqvae/images_from_indexes", "vqvae/convert", "transformer/convert")
+SCRIPTS += ("vqvae/images_from_indexes",)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

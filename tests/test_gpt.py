@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_kv_cache import CODES, CONDITIONS, make_model, some_input
 from tests.test_sampling import log_likelihood
-from transformer import GPT, GPTConfig, SamplingParams, drop_conditioning, make_prefix, null_prefix
+from transformer import GPT, GPTConfig, SamplingParams, make_prefix
 from transformer.rope import GridPositions, rotary_cos_sin, rotate
 from transformer.sampling import complete, generate, later_known_mask
 from utils.data.masks import region_mask
@@ -181,12 +181,12 @@ def test_a_prefix_is_the_class_and_the_cells_of_the_condition() -> None:
     ]
     model = make_model(prefix=5)
     assert (
-        null_prefix(torch.ones(2, 5, dtype=torch.long), model.config).tolist()
+        model.config.null_prefix(torch.ones(2, 5, dtype=torch.long)).tolist()
         == [[3, 7, 7, 7, 7]] * 2
     )
     of_a_class = make_model().config
-    assert null_prefix(torch.ones(2, dtype=torch.long), of_a_class).tolist() == [3, 3]
-    with pytest.raises(ValueError, match="must have 5 tokens, got 1"):
+    assert of_a_class.null_prefix(torch.ones(2, dtype=torch.long)).tolist() == [3, 3]
+    with pytest.raises(ValueError, match="must have P = 5, got 1"):
         model.logits(torch.tensor([0]), torch.zeros(1, 4, 4, dtype=torch.long))
 
 
@@ -227,7 +227,7 @@ def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) 
     config = replace(config, class_dropout=shares[0], condition_dropout=shares[1])
     prefix = torch.ones(40_000, 5, dtype=torch.long)
     torch.manual_seed(0)
-    hidden = drop_conditioning(prefix, config) != 1
+    hidden = config.drop_conditioning(prefix) != 1
     no_class, no_condition = hidden[:, 0], hidden[:, 1:]
     assert torch.equal(no_condition.any(dim=1), no_condition.all(dim=1))
     for share, expected in (
@@ -241,7 +241,7 @@ def test_shares_of_what_is_hidden(shares: tuple[float, float], together: float) 
 def test_guidance_of_0_is_the_model_that_was_told_nothing() -> None:
     model = make_model(prefix=5)
     prefix, _ = some_input(model)
-    nothing = generate(model, null_prefix(prefix, model.config))
+    nothing = generate(model, model.config.null_prefix(prefix))
     assert torch.equal(generate(model, prefix, params=SamplingParams(guidance_scale=0.0)), nothing)
     assert not torch.equal(generate(model, prefix), nothing)
 
@@ -263,13 +263,13 @@ def test_it_learns_what_the_condition_tells() -> None:
     for _ in range(150):
         indices = torch.randint(codes, (64, *grid))
         prefix = make_prefix(torch.zeros(64, dtype=torch.long), codes - 1 - indices)
-        loss = model.loss(drop_conditioning(prefix, model.config), indices).mean()
+        loss = model.loss(model.config.drop_conditioning(prefix), indices).mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
     told = model.loss(prefix, indices).mean()
-    not_told = model.loss(null_prefix(prefix, model.config), indices).mean()
+    not_told = model.loss(model.config.null_prefix(prefix), indices).mean()
     assert told.item() < 0.7 * math.log(codes)
     assert not_told.item() == pytest.approx(math.log(codes), rel=0.15)
 

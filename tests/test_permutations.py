@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from tests.test_kv_cache import CODES, make_model, some_input, step_by_step
-from transformer import GPTConfig, SamplingParams, random_order_probability, sample_permutations
+from transformer import GPTConfig, SamplingParams
+from transformer.rope import random_order_probability, sample_permutations
 from transformer.sampling import generate
 
 

@@ -17,7 +17,7 @@ from tests import shapes
 from tests.conftest import TINY_GPT, write_images
 from tests.test_conditions import make_tokenizer
 from tests.test_transformer_generation import call, write_gpt
-from transformer import GPT, GPTConfig, SamplingParams, drop_conditioning, null_prefix
+from transformer import GPT, GPTConfig, SamplingParams
 from transformer.sampling import generate
 from utils.data import captions
 from utils.data.conditioning import choose_texts
@@ -70,15 +70,15 @@ def test_cached_sampling_with_all_parts_is_the_uncached_model(window: int) -> No
     scores = torch.zeros(2)
     sampled = generate(model, prefix, scores=scores)
     torch.testing.assert_close(scores, -model.loss(prefix, sampled).sum(dim=1))
-    nothing = generate(model, null_prefix(prefix, model.config))
+    nothing = generate(model, model.config.null_prefix(prefix))
     assert torch.equal(generate(model, prefix, params=SamplingParams(guidance_scale=0.0)), nothing)
-    assert null_prefix(prefix, model.config).tolist() == [[2, 3, 3, *[TOKENS] * LENGTH]] * 2
+    assert model.config.null_prefix(prefix).tolist() == [[2, 3, 3, *[TOKENS] * LENGTH]] * 2
 
 
 def test_every_part_is_dropped_alone_and_all_together() -> None:
     config = replace(make_model().config, class_dropout=0.2, caption_dropout=0.3)
     prefix = torch.zeros(40_000, 7, dtype=torch.long)
-    dropped = drop_conditioning(prefix, config) != 0
+    dropped = config.drop_conditioning(prefix) != 0
     for columns in (dropped[:, 1:3], dropped[:, 3:]):
         assert torch.equal(columns.any(dim=1), columns.all(dim=1))
     patterns = (dropped[:, [0, 1, 3]].long() @ torch.tensor([1, 2, 4])).bincount(minlength=8)

@@ -1,8 +1,9 @@
-"""Configuration of a GPT: its flags and named sizes; its prefix, and guidance by it.
+"""Configuration of a GPT: its flags and named sizes; its prefix.
 
 The prefix is (B,) where a model takes only a class, else (B, P): the class, the indices of another
-grid, the condition, in raster order (arXiv 2012.09841, section 3.2), and the text tokens of a
-caption (arXiv 2102.12092). Each of these parts has one more token, for "not given".
+grid, the condition, in raster order (arXiv 2012.09841, section 3.2), the vectors of another model,
+the embeddings (arXiv 2406.06525), and the text tokens of a caption (arXiv 2102.12092). Each of
+these parts has a value for "not given": one more token, and infinity for vectors.
 """
 
 import math
@@ -69,17 +70,24 @@ def check_fields(config: Any) -> None:
 
 
 class PrefixPart(NamedTuple):
-    """What an image is generated from: `length` tokens, each at most `null`, "not given"."""
+    """What an image is generated from: `length` tokens or vectors; of `null` alone: "not given"."""
 
     name: str
     length: int
-    null: int
+    null: Any  # the highest token, or infinity
     dropout: float  # fraction of training images without it
+    dim: int = 0  # numbers of a vector; 0: tokens
 
     @property
-    def embedding(self) -> str:
-        """The name of its embeddings in a GPT."""
-        return "prefix_embedding" if self.name == "class" else f"{self.name}_embedding"
+    def layer(self) -> str:
+        """The name of its embeddings, or of the projection of its vectors, in a GPT."""
+        names = {"class": "prefix_embedding", "embeddings": "embeddings_projection"}
+        return names.get(self.name, f"{self.name}_embedding")
+
+    @property
+    def width(self) -> int:
+        """How many of the P numbers of a prefix are its tokens or vectors."""
+        return self.length * max(self.dim, 1)
 
 
 @dataclass(frozen=True)
@@ -87,13 +95,11 @@ class GPTConfig:
     """Everything that a `GPT` is built from; each field with help is a flag."""
 
     codebook_size: int = field(metadata={"min": 2})  # number of codebook indices K
-    # Indices per latent position (residual quantization).
-    depth: int = field(default=1, metadata={"min": 1})
-    # Its embeddings have one more: the token num_classes is "no class".
-    num_classes: int = field(default=0, metadata={"min": 0})
-    # Of a conditioning grid before the image's; 0: none. This index is "not given".
-    condition_codebook_size: int = 0
+    depth: int = field(default=1, metadata={"min": 1})  # indices per latent position
+    num_classes: int = field(default=0, metadata={"min": 0})  # this token is "no class"
+    condition_codebook_size: int = 0  # of the grid before the image's; this index is "not given"
     condition_latent_dim: tuple[int, int] | None = None  # its rows and columns
+    embeddings_shape: tuple[int, int] | None = None  # vectors of an image, and numbers of each
     caption_vocabulary_size: int = 0  # text tokens; the one after them pads, and is "not given"
     latent_dim: tuple[int, int] | None = option(
         None, "side or H,W of the latent grid; default: that of the indices", min=1
@@ -145,6 +151,9 @@ class GPTConfig:
     )
     condition_dropout: float = option(
         0.1, "fraction of training images whose condition, if any, is dropped", min=0, below=1
+    )
+    embeddings_dropout: float = option(
+        0.1, "fraction of training images whose embeddings, if any, are dropped", min=0, below=1
     )
     caption_dropout: float = option(
         0.1, "fraction of training images whose caption, if any, is dropped", min=0, below=1
@@ -225,11 +234,13 @@ class GPTConfig:
 
     @property
     def prefix_parts(self) -> list[PrefixPart]:
-        """The class, then the condition and the caption where the GPT takes one."""
+        """The class, then condition, embeddings and caption where the GPT takes them."""
         condition, caption = math.prod(self.condition_latent_dim or (0,)), self.caption_length or 0
-        parts = (
+        length, dim = self.embeddings_shape or (0, 0)
+        parts: tuple[tuple[Any, ...], ...] = (
             ("class", 1, self.num_classes, self.class_dropout),
             ("condition", condition, self.condition_codebook_size, self.condition_dropout),
+            ("embeddings", length, math.inf, self.embeddings_dropout, dim),
             ("caption", caption, self.caption_vocabulary_size, self.caption_dropout),
         )
         return [PrefixPart(*part) for part in parts if part[1]]
@@ -241,8 +252,44 @@ class GPTConfig:
 
     @property
     def prefix_length(self) -> int:
-        """P, tokens before the grid."""
+        """Elements of a sequence before the grid, one for each token or vector of the prefix."""
         return sum(part.length for part in self.prefix_parts)
+
+    def split_prefix(self, prefix: Tensor) -> list[tuple[PrefixPart, Tensor]]:
+        """The parts of a prefix (B, P), each with its tokens or vectors (B, width)."""
+        prefix, parts = prefix.reshape(len(prefix), -1), self.prefix_parts
+        widths = [part.width for part in parts]
+        if prefix.shape[1] != sum(widths):
+            raise ValueError(f"the prefix must have P = {sum(widths)}, got {prefix.shape[1]}")
+        return [*zip(parts, prefix.split(widths, dim=1), strict=True)]
+
+    def null_prefix(self, prefix: Tensor, names: str = "") -> Tensor:
+        """A prefix with the parts of these names, as class,caption, "not given"; default: all."""
+        known = [part.name for part in self.prefix_parts]
+        chosen = names.split(",") if names else known
+        if unknown := {*chosen} - {*known}:
+            raise ValueError(f"the prefix has {', '.join(known)}, but no part {min(unknown)}")
+        parts = [
+            torch.full_like(x, part.null) if part.name in chosen else x
+            for part, x in self.split_prefix(prefix)
+        ]
+        return torch.cat(parts, dim=1).view_as(prefix)
+
+    def drop_conditioning(self, prefix: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Drop each part of the prefix of some images, for guidance.
+
+        Each part is dropped from its `dropout` of the images: all parts together in half of the
+        smallest fraction, and each alone in the rest, all of it often enough to be learned. Where
+        the fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
+        """
+        chance = torch.rand(len(prefix), 1, generator=generator).to(prefix.device)
+        start = together = min(part.dropout for part in self.prefix_parts) / 2
+        parts = []
+        for part, x in self.split_prefix(prefix):
+            alone = (chance - start) % 1 < part.dropout - together
+            parts.append(x.masked_fill((chance < together) | alone, part.null))
+            start += part.dropout - together
+        return torch.cat(parts, dim=1).view_as(prefix)
 
     @property
     def head_dim(self) -> int:
@@ -252,8 +299,8 @@ class GPTConfig:
     def check_guide(self, other: "GPTConfig") -> None:
         """A ValueError for a GPT of other indices or another prefix, which cannot guide this."""
         names = ("codebook_size", "depth", "latent_dim", "num_classes", "condition_codebook_size")
-        others = ("condition_latent_dim", "caption_vocabulary_size", "caption_length", "any_order")
-        for name in names + others:
+        others = ("condition_latent_dim", "embeddings_shape", "caption_vocabulary_size")
+        for name in (*names, *others, "caption_length", "any_order"):
             own, theirs = getattr(self, name), getattr(other, name)
             if own != theirs:
                 raise ValueError(f"the guide has {name} {theirs}, but the model has {name} {own}")
@@ -268,93 +315,14 @@ class GPTConfig:
 
 
 def make_prefix(classes: Tensor, *parts: Tensor | None) -> Tensor:
-    """Classes (B,), conditions (B, hc, wc), captions (B, L), any integer type -> the prefix, int64.
+    """Classes (B,), conditions (B, hc, wc), embeddings (B, L, D), captions (B, L) -> the prefix.
 
-    A part that the model does not take is None, or omitted.
+    It is int64, or float32 with embeddings: exact for tokens up to 2^24. A part that the model does
+    not take is None, or omitted.
     """
-    given = [part.flatten(1).to(classes) for part in parts if part is not None]
+    given = [part.flatten(1) for part in parts if part is not None]
+    given = [part.float() if part.is_floating_point() else part.to(classes) for part in given]
     return torch.cat([classes[:, None], *given], dim=1) if given else classes
-
-
-def null_prefix(prefix: Tensor, config: GPTConfig) -> Tensor:
-    """A prefix of the same shape in which nothing is given."""
-    null = [token for part in config.prefix_parts for token in [part.null] * part.length]
-    return torch.tensor(null).to(prefix).repeat(len(prefix), 1).view_as(prefix)
-
-
-def drop_conditioning(
-    prefix: Tensor, config: GPTConfig, generator: torch.Generator | None = None
-) -> Tensor:
-    """Drop the class of some images, the condition of some and the caption of some, for guidance.
-
-    Each part is dropped from its `dropout` of the images: all parts together in half of the
-    smallest fraction, and each alone in the rest, all of it often enough to be learned. Where the
-    fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
-    """
-    first, *others = config.prefix_parts
-    chance = torch.rand(len(prefix), generator=generator).to(prefix.device)
-    together, start = min(part.dropout for part in config.prefix_parts) / 2, first.dropout
-    all_parts = (chance - start + together) % 1 < together
-    dropped = [(chance < start)[:, None]]
-    for part in others:
-        alone = (chance - start) % 1 < part.dropout - together
-        dropped.append((all_parts | alone)[:, None].expand(-1, part.length))
-        start += part.dropout - together
-    is_null = torch.cat(dropped, dim=1).view_as(prefix)
-    return torch.where(is_null, null_prefix(prefix, config), prefix)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Guidance:
-    """Classifier-free guidance (arXiv 2207.12598): logits = u + scale * (c - u).
-
-    c are the logits with class and condition, u those without; or, in autoguidance (arXiv
-    2406.02507), those of a weaker model with them.
-    """
-
-    guidance_scale: float = option(
-        1.0,
-        "guidance: above 1, samples follow class and condition closely; 1: none",
-        min=0,
-        below=math.inf,
-    )
-    guidance_schedule: str = option(
-        "constant",
-        "how the scale rises from 1 to its value at the last token; constant: no rise",
-        choices=("constant", "linear", "cosine"),
-    )
-    guidance_power: float = option(
-        1.0,
-        "exponent of the progress: above 1, the scale rises later; with cosine this is "
-        "RAR's power-cosine",
-        above=0,
-        below=math.inf,
-    )
-    guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0),
-        "part of the tokens that is guided, as 0.2,0.8; outside of it the scale is 1",
-        metavar="START,END",
-        min=0,
-        max=1,
-    )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def scale_at(self, token: int, tokens: int) -> float:
-        """The scale for token number `token` of `tokens`.
-
-        Power-cosine (arXiv 2411.00776): (1 - cos(pi * progress^power)) / 2 of the way from 1. The
-        interval is that of arXiv 2404.07724, over tokens instead of noise levels.
-        """
-        progress = token / max(1, tokens - 1)
-        start, end = self.guidance_interval
-        if not start <= progress <= end:
-            return 1.0
-        progress = 1.0 if self.guidance_schedule == "constant" else progress**self.guidance_power
-        if self.guidance_schedule == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return 1 + (self.guidance_scale - 1) * progress
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,6 @@ import math
 import re
 from pathlib import Path
 
-from utils.cli import configure_process
-
-if __name__ == "__main__":
-    configure_process()
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -144,8 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
             "--num_heads is wrong"
         )
     print(f"{config.num_layers} layers of {config.dim}, {config.num_heads} heads: {folder}")
-    words = ("transformer_generation.py", "--model_path", folder, "--num_images", "8")
-    print(cli.next_command(*words))
+    print(cli.next_command("transformer_generation.py", "--model_path", folder))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -7,10 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.config import Guidance, option
+from transformer.config import check_fields, option
 
-# To divide by less than this is to divide by zero, in float32.
-SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny
+SMALLEST_TEMPERATURE = torch.finfo(torch.float32).tiny  # by less, one would divide by zero
 # SplitMix64: 2^64 over the golden ratio, the shifts, and the factors, as signed numbers.
 GOLDEN_RATIO = 0x9E3779B97F4A7C15 - (1 << 64)
 SHIFTS = (30, 27, 31)
@@ -18,11 +17,13 @@ FACTORS = (0xBF58476D1CE4E5B9 - (1 << 64), 0x94D049BB133111EB - (1 << 64), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingParams(Guidance):
-    """Guidance, and how the distribution is filtered before sampling, in this order.
+class SamplingParams:
+    """Classifier-free guidance (arXiv 2207.12598), then the filters of the distribution, in order.
 
-    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082, typical_p is locally
-    typical sampling (arXiv 2202.00666). All but the last always keep the most likely index.
+    Guided logits are u + scale * (c - u): c are those with the prefix, u those without it, or
+    without `guidance_parts`; in autoguidance (arXiv 2406.02507), u are a weaker model's with it.
+    top_p is nucleus sampling (arXiv 1904.09751), min_p is arXiv 2407.01082, typical_p is arXiv
+    2202.00666. All but the last always keep the most likely index.
     """
 
     temperature: float = option(
@@ -48,6 +49,50 @@ class SamplingParams(Guidance):
     steps: int = option(
         0, "parallel decoding: sample all tokens in so many steps, 2 or more; 0: one a step", min=0
     )
+    guidance_scale: float = option(
+        1.0,
+        "guidance: above 1, samples follow class and condition closely; 1: none",
+        min=0,
+        below=math.inf,
+    )
+    guidance_schedule: str = option(
+        "constant",
+        "how the scale rises from 1 to its value at the last token; constant: no rise",
+        choices=("constant", "linear", "cosine"),
+    )
+    guidance_power: float = option(
+        1.0,
+        "exponent of the progress: above 1, the scale rises later; with cosine this is "
+        "RAR's power-cosine",
+        above=0,
+        below=math.inf,
+    )
+    guidance_interval: tuple[float, float] = option(
+        (0.0, 1.0),
+        "part of the tokens that is guided, as 0.2,0.8; outside of it the scale is 1",
+        metavar="START,END",
+        min=0,
+        max=1,
+    )
+    guidance_parts: str = option("", "what it strengthens of the prefix, as class; default: all")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def scale_at(self, token: int, tokens: int) -> float:
+        """The scale for token number `token` of `tokens`.
+
+        Power-cosine (arXiv 2411.00776): (1 - cos(pi * progress^power)) / 2 of the way from 1. The
+        interval is that of arXiv 2404.07724, over tokens instead of noise levels.
+        """
+        progress = token / max(1, tokens - 1)
+        start, end = self.guidance_interval
+        if not start <= progress <= end:
+            return 1.0
+        progress = 1.0 if self.guidance_schedule == "constant" else progress**self.guidance_power
+        if self.guidance_schedule == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return 1 + (self.guidance_scale - 1) * progress
 
 
 def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> Tensor:
@@ -64,7 +109,10 @@ def probabilities(logits: Tensor, params: SamplingParams = SamplingParams()) -> 
     else:
         ordered, order = logits, None  # by index
     distribution = _first(ordered.softmax(dim=-1), params.top_p)
-    distribution = _apply_min_p(distribution, params.min_p)
+    if params.min_p > 0:
+        limit = params.min_p * distribution.amax(dim=-1, keepdim=True)
+        distribution = distribution.masked_fill(distribution < limit, 0.0)
+        distribution = distribution / distribution.sum(dim=-1, keepdim=True)
     if order is not None:
         distribution = torch.zeros_like(logits).scatter(-1, order, distribution)
     return _apply_typical_p(distribution, params.typical_p)
@@ -87,14 +135,6 @@ def _apply_typical_p(distribution: Tensor, mass: float) -> Tensor:
     order = (information - entropy).abs().argsort(dim=-1, stable=True)
     kept = _first(distribution.gather(-1, order), mass)
     return torch.zeros_like(distribution).scatter(-1, order, kept)
-
-
-def _apply_min_p(distribution: Tensor, min_p: float) -> Tensor:
-    if min_p == 0:
-        return distribution
-    bar = distribution.amax(dim=-1, keepdim=True) * min_p
-    kept = distribution.masked_fill(distribution < bar, 0.0)
-    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def sample_from_probs(distribution: Tensor, uniform: Tensor) -> Tensor:

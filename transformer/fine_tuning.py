@@ -13,8 +13,8 @@ from transformer.layers import LoRALinear
 from transformer.rope import GridPositions, PositionExtension, resize_embeddings
 
 # What may differ from the GPT that a training starts from, beside the classes and the grid.
-FREE = {"latent_dim", "dropout", "class_dropout", "condition_dropout", "label_smoothing"}
-FREE |= {"window_size", "order_anneal", "caption_dropout", "caption_length", "text_weight"}
+FREE = {"latent_dim", "dropout", "label_smoothing", "window_size", "order_anneal"}
+FREE |= {"caption_length", "text_weight"}
 TOKENS = ("token_embedding", "head")  # what depends on the tokenizer
 
 
@@ -30,17 +30,15 @@ def config_from(
         settings["order_anneal"] = (0.0, 0.0)  # raster order, in which its training ended
     free = FREE | ({"start_from_codebook"} if tuning.reset_embeddings else set())
     for name in sorted(given.keys() - free):
-        if given[name] != settings[name]:
+        if given[name] != settings[name] and not name.endswith("_dropout"):
             raise ValueError(
                 f"{name} {given[name]} contradicts {tuning.init_from}, where it is "
                 f"{settings[name]}; leave it out"
             )
     config = GPTConfig(**settings | dict(given) | dict(data))
-    if config.latent_dim == source.latent_dim:
-        return config
     if tuning.grid_positions == "interpolate":
         sizes = zip(source.position_scale, source.latent_dim, config.latent_dim, strict=True)
-        scale = tuple(scale * before / now for scale, before, now in sizes)
+        scale = tuple(scale * (before / now) for scale, before, now in sizes)
         config = GPTConfig(**asdict(config) | {"position_scale": scale})
     return config
 
@@ -91,14 +89,10 @@ def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:
 
     These are the embeddings of the prefix, whose classes may be new, and of a new tokenizer.
     """
-    trained = (
-        "prefix_embedding",
-        "condition_embedding",
-        "caption_embedding",
-        *(TOKENS if tuning.reset_embeddings else ()),
-    )
+    trained = [part.layer for part in model.config.prefix_parts]
+    trained += TOKENS if tuning.reset_embeddings else ()
     for key, parameter in model.named_parameters():
-        parameter.requires_grad_(key.startswith(trained))
+        parameter.requires_grad_(key.startswith(tuple(trained)))
     for block in model.blocks:
         for layer in (block.attention, block.feed_forward):
             for name, linear in [*layer.named_children()]:

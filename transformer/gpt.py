@@ -1,8 +1,8 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices.
 
-One forward serves training, prefill and decoding. A sequence is the prefix, P tokens (see
-`make_prefix`), and then the grid, `depth` tokens per latent position. Each part of the prefix has
-embeddings of its own, with one more for "not given".
+One forward serves training, prefill and decoding. A sequence is the prefix (see `make_prefix`),
+and then the grid, `depth` tokens per latent position. Each part of the prefix has embeddings, or a
+projection, of its own, with one more for "not given".
 """
 
 import json
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from transformer.attention import KVCache, attend
-from transformer.config import FORMAT_VERSION, GPTConfig, drop_conditioning
-from transformer.layers import Block, Head, LoRALinear, RMSNorm, Rotary
+from transformer.config import FORMAT_VERSION, GPTConfig
+from transformer.layers import Block, Head, LoRALinear, RMSNorm, Rotary, VectorProjection
 from transformer.rope import (
     GridPositions,
     PositionExtension,
@@ -50,7 +50,9 @@ class GPT(nn.Module):
         self.grid = GridPositions(size, size, config.depth, scale=scale)
         positions = math.prod(config.latent_dim)
         for part in config.prefix_parts:
-            self.add_module(part.embedding, nn.Embedding(part.null + 1, config.dim))
+            layer: Any = VectorProjection if part.dim else nn.Embedding
+            shape = (part.length, part.dim) if part.dim else (part.null + 1,)
+            self.add_module(part.layer, layer(*shape, config.dim))
         rows = config.depth * config.codebook_size
         self.token_embedding = nn.Embedding(rows, config.dim)
         if config.positions != "rotary":
@@ -204,7 +206,7 @@ class GPT(nn.Module):
         tokens, positions = self.flatten(indices, order)
         hidden, text = (forward or self)(tokens, positions, prefix=prefix), self._predicted_text()
         nats = self.head(hidden[:, text:-1], tokens)
-        return nats + self._text_loss(hidden[:, :text], prefix[:, -text:]) if text else nats
+        return nats + self._text_loss(hidden[:, :text], prefix[:, -text:].long()) if text else nats
 
     def _predicted_text(self) -> int:
         """The number of text tokens that the loss is on, too: in training with `text_weight`."""
@@ -227,7 +229,7 @@ class GPT(nn.Module):
         Random numbers are those of the default generator, whose state checkpoints hold.
         """
         generator = torch.default_generator
-        inputs = [drop_conditioning(prefix, self.config, generator), grids]
+        inputs = [self.config.drop_conditioning(prefix, generator), grids]
         if self.config.order_anneal is not None:
             probability = random_order_probability(self.config.order_anneal, progress)
             inputs.append(sample_permutations(grids, probability, generator))
@@ -304,24 +306,21 @@ class GPT(nn.Module):
         return model.eval().to(device)
 
     def _embed_prefix(self, prefix: Tensor) -> Tensor:
-        """The prefix (B,) or (B, P) -> (B, P, dim)."""
-        prefix, length = prefix.reshape(len(prefix), -1), self.prefix_length
-        if prefix.shape[1] != length:
-            raise ValueError(f"the prefix must have {length} tokens, got {prefix.shape[1]}")
-        parts = self.config.prefix_parts
-        tokens = prefix.split([part.length for part in parts], dim=1)
-        pairs = zip(parts, tokens, strict=True)
-        return torch.cat([getattr(self, part.embedding)(x) for part, x in pairs], dim=1)
+        """The prefix (B,) or (B, P) -> (B, prefix_length, dim)."""
+        parts = self.config.split_prefix(prefix)
+        parts = [(part, x if part.dim else x.long()) for part, x in parts]
+        return torch.cat([getattr(self, part.layer)(x) for part, x in parts], dim=1)
 
     def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
         """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.
 
-        The class is at (0, 0), not rotated; the condition is laid over the grid; the caption is a
-        line above it, at (0, 1), (0, 2), ...
+        The class is at (0, 0), not rotated; the condition is laid over the grid; embeddings and
+        caption are a line above it, at (0, 1), (0, 2), ...
         """
         config, coordinates = self.config, grid.coordinates(positions)
         if begins:
-            line = torch.arange(1 + config.caption_length, device=positions.device)[:, None]
+            length = self.prefix_length - math.prod(config.condition_latent_dim or (0,))
+            line = torch.arange(length, device=positions.device)[:, None]
             prefix = F.pad(line.to(coordinates), (1, 0))
             if config.condition_latent_dim is not None:
                 condition = grid.aligned_positions(config.condition_latent_dim, positions.device)

@@ -149,6 +149,22 @@ class SwiGLU(nn.Module):
         return self.out(F.silu(gate) * value)
 
 
+class VectorProjection(nn.Module):
+    """Vectors of another model to states, by an MLP as in LlamaGen (arXiv 2406.06525)."""
+
+    def __init__(self, length: int, vector_dim: int, dim: int) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.randn(length, vector_dim) * vector_dim**-0.5)
+        self.hidden = nn.Linear(vector_dim, dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Vectors (B, length * vector_dim) -> (B, length, dim); `null` replaces infinite ones."""
+        x = x.unflatten(1, self.null.shape).to(self.null)
+        x = torch.where(x.isinf(), self.null, x)
+        return self.out(F.gelu(self.hidden(x), approximate="tanh"))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then the feed-forward layer, each added to x."""
 

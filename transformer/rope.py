@@ -116,11 +116,10 @@ class GridPositions:
 
     def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
         """Rotary coordinates (its h * w, 2), float32, of another grid laid over this one."""
-        rows, columns = (
-            (torch.arange(count, device=device) + 0.5) * (own / count * scale) + 0.5
-            for count, own, scale in zip(size, self.size, self.scale, strict=True)
-        )
-        return torch.cartesian_prod(rows, columns)
+        sizes = zip(self.size, size, self.scale, strict=True)
+        scale: Any = tuple(own / count * scale for own, count, scale in sizes)
+        other = GridPositions(size, size, scale=scale)
+        return other.coordinates(other.raster(device))
 
     def trained_positions(self, positions: Tensor) -> Tensor:
         """Rows and columns (..., 2) in the trained grid that positions (..., 2 or 3) stand for.

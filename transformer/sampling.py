@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from transformer.attention import CUDAGraphCapture, Function, KVCache, Outputs
-from transformer.config import GPTConfig, null_prefix
+from transformer.config import GPTConfig
 from transformer.distribution import (
     SamplingParams,
     probabilities,
@@ -75,7 +75,8 @@ class DecodeStep:
         """Begin a batch and sample the first token after the known ones, see `extend`."""
         self._keys.copy_(keys)
         if self.copies == 2:
-            prefix = torch.cat([prefix, null_prefix(prefix, self.model.config)])
+            names = self.params.guidance_parts
+            prefix = torch.cat([prefix, self.model.config.null_prefix(prefix, names)])
         for _, cache in self.passes:
             cache.reset()
         return self.extend(known, order, known.shape[1], 1, prefix)
@@ -342,14 +343,18 @@ def likeliest(scores: Tensor, groups: Tensor, candidates: int) -> Tensor:
     return chosen
 
 
-def generate_likeliest(model: GPT, prefix: Tensor, *, candidates: int, **options: Any) -> Tensor:
-    """Sample `candidates` times as many grids as prefixes; keep the most likely of each prefix.
+def generate_likeliest(
+    model: GPT, prefix: Tensor, *, candidates: int, groups: Tensor | None = None, **options: Any
+) -> Tensor:
+    """Sample `candidates` times as many grids as prefixes; keep the most likely ones of each group.
 
-    For the arguments see `generate`; the likelihood is without guidance and filters.
+    The `groups` (N,) are by default those of the same prefix. For the other arguments see
+    `generate`; the likelihood is without guidance and filters.
     """
-    prefixes = prefix.repeat_interleave(candidates, dim=0)
-    scores, groups = torch.zeros(len(prefixes)), prefix.unique(dim=0, return_inverse=True)[1]
-    sampled = generate(model, prefixes, scores=scores, **options)
+    groups = prefix.unique(dim=0, return_inverse=True)[1] if groups is None else groups
+    prefix = prefix.repeat_interleave(candidates, dim=0)
+    scores = torch.zeros(len(prefix))
+    sampled = generate(model, prefix, scores=scores, **options)
     return sampled[likeliest(scores, groups, candidates)]
 
 
@@ -377,10 +382,7 @@ def complete(
     known positions, and the most likely candidate is kept. For the arguments see `generate`.
     """
     candidates = candidates if later_known_mask(known_mask).any() else 1
-    size = known.shape[1], known.shape[2]
-    tensors = prefix, known, known_mask.expand(len(known), *size)
-    prefixes, grids, masks = (x.repeat_interleave(candidates, dim=0) for x in tensors)
-    scores = torch.zeros(len(prefixes))
-    options |= {"known": grids, "known_mask": masks, "scores": scores}
-    sampled = generate(model, prefixes, size=size, **options)
-    return sampled[likeliest(scores, torch.arange(len(prefix)), candidates)]
+    tensors = {"known": known, "known_mask": known_mask.expand(known.shape[:3])}
+    options |= {name: x.repeat_interleave(candidates, dim=0) for name, x in tensors.items()}
+    options |= {"candidates": candidates, "size": (known.shape[1], known.shape[2])}
+    return generate_likeliest(model, prefix, groups=torch.arange(len(prefix)), **options)

@@ -38,7 +38,7 @@ LESS_MEMORY = {
 
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
-    *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from"),
+    *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from", "embeddings"),
 )
 
 

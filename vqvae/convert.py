@@ -2,16 +2,9 @@
 
 import argparse
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-from utils.cli import configure_process
-
-if __name__ == "__main__":
-    configure_process()
-
-# Not earlier: dataclasses import inspect, and vqvae/ has a file of that name.
-from dataclasses import replace
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""What samples are conditioned on: conditions of other indices, prompts, classes by frequency."""
+"""What samples are conditioned on: conditions, embeddings, prompts, classes by frequency."""
 
 import argparse
 import itertools
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from utils import addresses
 from utils.cli import UserError, one_line
-from utils.data.index_dataset import CONDITION, read_conditions
-from utils.data.indices import read_indices, smallest_type
+from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
+from utils.data.indices import open_array, read_indices, smallest_type
 from utils.data.sources import Row
 from utils.data.vocabulary import GridMeta, Vocabulary
 
@@ -79,6 +79,26 @@ def choose_conditions(
     return Conditions(torch.full((count, *grid.latent_dim), grid.codebook_size), [])  # none
 
 
+def choose_embeddings(
+    flags: argparse.Namespace, vocabulary: Vocabulary, count: int, repeats: int = 1, rows: int = 0
+) -> Tensor | None:
+    """Vectors (count, L, D) of --embeddings in turn, each `repeats` times; without, "not given".
+
+    None for a GPT without embeddings. A UserError if the file has another number than `rows`.
+    """
+    shape = vocabulary.embeddings
+    if shape is None:
+        if flags.embeddings:
+            raise UserError(f"the GPT in {flags.model_path} takes no embeddings; omit --embeddings")
+        return None
+    if not flags.embeddings or flags.unconditional:
+        return torch.full((count, *shape), math.inf)
+    vectors = open_array(addresses.fetch(flags.embeddings), (rows or "N", *shape), VECTORS)
+    vectors = np.array(vectors[np.arange(count) // repeats % len(vectors)])
+    check_finite(vectors, flags.embeddings)
+    return torch.from_numpy(vectors)
+
+
 def read_prompts(given: Sequence[str]) -> list[str]:
     """Prompts, of which one as @FILE stands for the lines of a text file that are not empty."""
     prompts = []
@@ -103,11 +123,11 @@ def choose_texts(
     """Labels and captions of `count` images: the given ones in turn, or else those of `rows`.
 
     Of several labels and prompts, each label comes with each prompt. Without any of these they have
-    no caption, and all classes in turn; with prompts no class.
+    no caption, and all classes in turn; with prompts or --embeddings no class.
     """
     prompts = read_prompts(flags.prompt)
     captions = prompts or [row.caption for row in rows] or [""]
-    labels = flags.labels or ([""] if prompts else [row.label for row in rows])
+    labels = flags.labels or ([""] if prompts or flags.embeddings else [row.label for row in rows])
     if flags.class_frequencies:
         labels = in_proportion(vocabulary, count)
     if not labels:

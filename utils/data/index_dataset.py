@@ -1,4 +1,4 @@
-"""Indices as training data: batches of grids, with condition, caption or crops of each image.
+"""Indices as training data: grids, with condition, embeddings, caption or crops of each image.
 
 condition.npy  (N, hc, wc): the grid of an image that comes with each image, such as its
                segmentation or a low resolution (arXiv 2012.09841, section 4.1)
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import flag
-from utils.data.indices import Indices, open_grids, read_indices
+from utils import addresses
+from utils.cli import UserError, check_limits, flag
+from utils.data.indices import Indices, open_array, open_grids, read_indices
 from utils.data.sources import preview_first, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 
 PREVIEW = 64  # validation rows whose conditions and classes are shown
 CONDITION, CROPS = "condition.npy", "crops.npy"
+VECTORS = "float16", "float32", "float64"
 
 
 @dataclass(frozen=True)
@@ -31,16 +33,14 @@ class IndicesConfig:
     """The data of a training on indices."""
 
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
+    embeddings: str = flag("", "vectors to condition on: .npy file (N, L, D), N as the images")
     model_dir: str = flag("", "tokenizer that decodes the samples generated in training")
-    val_fraction: float = flag(0.1, "share of a text file's lines for validation")
+    val_fraction: float = flag(0.1, "share of a text file's lines for validation", above=0, below=1)
     ignore_labels: bool = flag(False, "train without classes, whatever labels the data have")
-    fd_samples: int = flag(0, "samples that an evaluation generates for FD (classifier); 0: none")
+    fd_samples: int = flag(0, "samples for the FD (classifier) of an evaluation; 0: none", min=0)
 
     def __post_init__(self) -> None:
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
-        if self.fd_samples < 0:
-            raise ValueError(f"fd_samples must not be negative, got {self.fd_samples}")
+        check_limits(self)
 
 
 class IndexDataset:
@@ -53,6 +53,7 @@ class IndexDataset:
         grids: (N, h, w[, depth]) of any integer type.
         classes: (N,), the prefix token of each grid's label.
         conditions: (N, hc, wc) of any integer type, or None.
+        embeddings: (N, L, D) of any floating-point type, memory-mapped, or None.
         captions: (N, L), their text tokens, or None.
         train_rows, val_rows: row numbers.
     """
@@ -66,6 +67,7 @@ class IndexDataset:
         val_fraction: float,
         seed: int,
         ignore_labels: bool = False,
+        embeddings: str = "",
         caption_length: int | None = None,
     ) -> None:
         """Read all indices, and split them by their manifest, or else by `seed`.
@@ -86,15 +88,20 @@ class IndexDataset:
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
-        self.conditions = read_conditions(path, indices)
+        self.conditions, self.embeddings = read_conditions(path, indices), None
+        if embeddings:
+            shape = len(self.rows), "L", "D"
+            self.embeddings = open_array(addresses.fetch(embeddings), shape, VECTORS)
+            check_finite(self.embeddings, embeddings)
+            self.vocabulary = replace(self.vocabulary, embeddings=self.embeddings.shape[1:])
         self.read_captions(caption_length)
         self._crops = read_crops(path, indices)
         self.train_rows, val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
         self.val_rows = preview_first(self.rows, val_rows, PREVIEW)
 
     def __str__(self) -> str:
-        more = "" if self.conditions is None else f"conditions of {_by(self.conditions[0].shape)}, "
-        more += "" if self.captions is None else f"captions of {self.captions.shape[1]} tokens, "
+        parts = {name: getattr(self, name) for name in ("conditions", "embeddings", "captions")}
+        more = "".join(f"{name} {_by(x[0].shape)}, " for name, x in parts.items() if x is not None)
         return (
             f"{self.path}: {len(self.grids):,} grids of {_by(self.grids[0].shape)}, "
             f"{self.vocabulary.codebook_size} codes, {len(self.vocabulary.class_names)} classes, "
@@ -121,8 +128,9 @@ class IndexDataset:
 
     @property
     def arrays(self) -> list[np.ndarray]:
-        """All indices that a training reads."""
-        arrays = self.grids, self.conditions, self._crops, self.captions
+        """All indices that a training reads, and some of the embeddings."""
+        some = None if self.embeddings is None else self.embeddings[:: len(self.rows) // 1000 + 1]
+        arrays = self.grids, self.conditions, self._crops, self.captions, some
         return [np.asarray(x) for x in arrays if x is not None]
 
     @property
@@ -136,9 +144,9 @@ class IndexDataset:
         }
 
     def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Classes (B,) and, where there are any, conditions (B, hc, wc) and captions (B, L)."""
-        parts = self.classes, self.conditions, self.captions
-        return tuple(part[rows] for part in parts if part is not None)
+        """Classes (B,) and, where there are any, the other `make_prefix` arguments, in order."""
+        parts = self.classes, self.conditions, self.embeddings, self.captions
+        return tuple(torch.as_tensor(part[rows.numpy()]) for part in parts if part is not None)
 
     def batches(
         self, batches_of_rows: Sequence[Tensor], epoch: int | None = None
@@ -166,7 +174,7 @@ def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
     """crops.npy of an indices folder, memory-mapped; None where it has none."""
     if not (folder / CROPS).is_file():
         return None
-    shape = len(indices.rows), None, *indices.meta.shape
+    shape: Any = len(indices.rows), "N", *indices.meta.shape
     return open_grids(folder / CROPS, shape, indices.meta.codebook_size)
 
 
@@ -177,6 +185,15 @@ def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
         return None
     shape = len(indices.rows), *meta.latent_dim
     return torch.from_numpy(np.array(open_grids(folder / CONDITION, shape, meta.codebook_size)))
+
+
+def check_finite(vectors: np.ndarray, address: str) -> None:
+    """A UserError if vectors (N, L, D) hold NaN, or infinity, which stands for "not given"."""
+    for start in range(0, len(vectors), PREVIEW):
+        finite = np.isfinite(vectors[start : start + PREVIEW]).all(axis=(1, 2))
+        if not finite.all():
+            row = start + finite.argmin() + 1
+            raise UserError(f"{address} has NaN or infinity in row {row}; make it again")
 
 
 def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -179,7 +179,7 @@ def read_indices(
             )
     files.check_links(path)
     shards = [
-        open_grids(file, (None, *meta.shape), meta.codebook_size)
+        open_grids(file, ("N", *meta.shape), meta.codebook_size)
         for file in sorted(path.glob("indices*.npy"))
     ]
     files.verify(path / MANIFEST)
@@ -202,24 +202,27 @@ def _read_meta(folder: Path) -> IndicesMeta:
         raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
 
 
-def open_grids(path: Path, shape: tuple[int | None, ...], codebook_size: int) -> np.ndarray:
-    """The grids of an .npy file by memory map; None in the shape stands for any number from 1.
+def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be") -> np.ndarray:
+    """An .npy file by memory map, never of pickled objects; names in the shape are any sizes.
 
-    A UserError if the file is missing or damaged, or does not fit the shape or the codebook.
+    A UserError for a missing or damaged file, another shape or type, which cites the `demand`.
     """
     files.verify(path)
     try:
-        grids = np.lib.format.open_memmap(path, mode="r")
+        array = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # numpy raises nearly every type on a damaged header
         raise UserError(f"{path} is damaged: {one_line(error)}; make it again") from error
-    dtype = smallest_type(codebook_size)
-    fits = grids.dtype == dtype and grids.ndim == len(shape) and grids.size > 0
-    if not fits or any(n not in (None, m) for n, m in zip(shape, grids.shape, strict=True)):
-        sizes = ", ".join("N" if n is None else str(n) for n in shape)
-        raise UserError(
-            f"{path} holds {grids.dtype} {grids.shape}, but {META} says {dtype} ({sizes}) for "
-            f"{codebook_size} codes; make it again"
-        )
+    fits = array.dtype in dtypes and array.ndim == len(shape) and array.size > 0
+    if not fits or any(n not in (m, str(n)) for n, m in zip(shape, array.shape, strict=True)):
+        wanted = f"{' or '.join(map(str, dtypes))} ({', '.join(map(str, shape))})"
+        found = f"{array.dtype} {array.shape}"
+        raise UserError(f"{path} holds {found}, but {demand} {wanted}; make it again")
+    return array
+
+
+def open_grids(path: Path, shape: tuple[int | str, ...], codebook_size: int) -> np.ndarray:
+    """`open_array` of grids, whose indices must be below the size of the codebook."""
+    grids = open_array(path, shape, [smallest_type(codebook_size)], f"{META} says")
     if grids.max() >= codebook_size:
         raise UserError(
             f"{path} holds the index {grids.max()}, but its codebook has only {codebook_size} "

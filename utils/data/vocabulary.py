@@ -84,12 +84,14 @@ class Vocabulary(GridMeta):
         class_names: the labels in the order of their prefix tokens 0, 1, ...
         class_counts: images of each class in the data; () if not known.
         condition: of the conditioning grid before the image's, None without one.
+        embeddings: (L, D), vectors before the image and numbers of each, None without them.
         captions: of the captions before it, None without them.
     """
 
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
     condition: GridMeta | None = None
+    embeddings: tuple[int, int] | None = None
     captions: TextMeta | None = None
 
     def __post_init__(self) -> None:
@@ -118,6 +120,7 @@ class Vocabulary(GridMeta):
             "latent_dim": self.latent_dim,
             "condition_codebook_size": condition.codebook_size if condition else 0,
             "condition_latent_dim": condition.latent_dim if condition else None,
+            "embeddings_shape": self.embeddings,
             "caption_vocabulary_size": captions.vocabulary_size if captions else 0,
             "caption_length": captions.length if captions else 0,
         }
@@ -156,14 +159,11 @@ class Vocabulary(GridMeta):
 
     def check_codes(self, data: "Vocabulary", path: Path, folder: Path) -> None:
         """A UserError if the indices of `data` are not of the tokenizers of the GPT in a folder."""
-        pairs: list[tuple[GridMeta, GridMeta | None]] = [(self, data)]
-        if self.condition is not None:
-            pairs.append((self.condition, data.condition))
-        for before, now in pairs:
-            same_size = now and replace(now, latent_dim=before.latent_dim)
-            sha256 = now.tokenizer_sha256 if now else ""
+        pairs: Any = (self, data), (self.condition, data.condition)
+        for before, now in (pair for pair in pairs if None not in pair):
+            same_size = replace(now, latent_dim=before.latent_dim)
             try:
-                before.check_tokenizer(sha256, path, same_size, folder)
+                before.check_tokenizer(now.tokenizer_sha256, path, same_size, folder)
             except UserError as error:
                 raise UserError(f"{error}, or add --reset_embeddings") from error
 
