@@ -4,7 +4,6 @@ python -m utils.tracking --replay OUTPUT_DIR
 """
 
 import argparse
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,19 +23,16 @@ def replay(client: Any, home: Path) -> Counter[str]:
     events, lines = sync.read_events(home), sync.read_metrics(home)
     if not events:
         raise cli.UserError(f"{home} has no {sync.EVENTS}; give the output folder of a run")
-
-    def send(events: list[sync.Event]) -> None:
-        (event,) = events
-        store.send(client, home, event)
-        sync.append(home / sync.EVENTS, sync.sent(event))
-        sent[event.kind] += 1
-
     for run_id in dict.fromkeys(one.run_id for one in (*events, *lines)):
         addresses.find_run(run_id, client)
-        sender = sync.Sender(send, errors.append)
-        sender.put(*(one for one in sync.unsent(events, run_id) if is_inside(home, one)))
-        sender.close()
-        sender.wait(math.inf)
+        for event in (one for one in sync.unsent(events, run_id) if is_inside(home, one)):
+            try:
+                store.send(client, home, event)
+            except Exception as error:  # of the server or its stores; the others may arrive
+                errors.append(error)
+                continue
+            sync.append(home / sync.EVENTS, sync.sent(event))
+            sent[event.kind] += 1
         own, there = [x for x in lines if x.run_id == run_id], store.logged_metrics(client, run_id)
         sent["metric"] += store.log_metrics(client, client.get_run(run_id), own, there)
     if errors:
