@@ -17,9 +17,9 @@ def test_threads_wait_passively_unless_the_user_decides(own_folder: Path, script
     """Beside one busy process a training took six times as long: OpenMP's threads were spinning."""
     Path("torch.py").write_text("import os\nprint(os.environ['OMP_WAIT_POLICY'])\nraise SystemExit")
     for policy in ("", "ACTIVE"):
-        given = environment(PYTHONPATH=f"{own_folder}:{ROOT}", OMP_WAIT_POLICY=policy)
+        given = environment(PYTHONPATH=str(own_folder), OMP_WAIT_POLICY=policy)
         if not policy:
             del given["OMP_WAIT_POLICY"]
-        command = [sys.executable, "-m", script.replace("/", ".")]
+        command = [sys.executable, ROOT / f"{script}.py"]
         done = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
         assert done.stdout == f"{policy or 'PASSIVE'}\n", done.stderr

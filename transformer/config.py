@@ -286,7 +286,7 @@ class GPTConfig:
         start = together = min(part.dropout for part in self.prefix_parts) / 2
         parts = []
         for part, x in self.split_prefix(prefix):
-            alone = (chance - start) % 1 < part.dropout - together
+            alone = (chance - start) % (1 - together) < part.dropout - together
             parts.append(x.masked_fill((chance < together) | alone, part.null))
             start += part.dropout - together
         return torch.cat(parts, dim=1).view_as(prefix)
