@@ -250,9 +250,7 @@ def main(arguments: argparse.Namespace) -> None:
     output_dir = group.on_main(choose)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
-        output_dir.parent,
-        arguments.run_id,
-        gpt.provenance.run_id,
+        *(output_dir.parent, arguments.run_id, gpt.provenance.run_id),
         stage="samples",
         part=output_dir.name,
         inputs=read_inputs(arguments, models),
@@ -271,9 +269,8 @@ def main(arguments: argparse.Namespace) -> None:
         target: Any = indices.new_folder(output_dir, rows, meta, text=arguments.text)
         with target if group.is_main else TemporaryDirectory() as name:  # others' is discarded
             folder = Path(name)
-            array = indices.allocate(
-                folder / "indices.npy", (count, *meta.shape), meta.codebook_size
-            )
+            shape = (count, *meta.shape)
+            array = indices.allocate(folder / "indices.npy", shape, meta.codebook_size)
             grids = torch.from_numpy(array)
             options["progress"] = bar.update
             sample(arguments, group, gpt.model, prefix, known, size, grids, **options)
@@ -289,6 +286,10 @@ def main(arguments: argparse.Namespace) -> None:
         there = f"in {output_dir / PICTURE}" if tokenizer else "with --model_dir TOKENIZER"
         print(f"known, completed and original images: {there}")
     print(f"{count:,} grids in {output_dir}")
+    can_guide = (config.num_classes and config.class_dropout) or config.caption_length
+    guides = can_guide and not arguments.unconditional and arguments.guidance_scale == 1
+    if guides and known is None:
+        print("hint: samples follow class and prompt better with guidance: --guidance_scale 1.5")
     run_id = vocabulary.tokenizer_run_id
     logged = f"runs:/{run_id}/checkpoints" if addresses.has_run(run_id) else "TOKENIZER"
     words = "--indexes_path", output_dir, "--model_dir", arguments.model_dir or logged
