@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
-from utils.distributed import Distributed
+from utils.distributed import ALONE, Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
 from utils.provenance import LoadedModel, load_model
@@ -77,7 +77,8 @@ def evaluate(
 
     part, training = ImageSet(dataset, rows), model.training
     model.eval()
-    found = part.map(Settings(group.device, batch_size, 0, group), "evaluation", measure)
+    shared = group if len(rows) >= group.world_size else ALONE  # else each evaluates them all
+    found = part.map(Settings(group.device, batch_size, 0, shared), "evaluation", measure)
     shown = part.load(torch.arange(min(PICTURES, len(rows))), group.device)
     reconstructions = model.decode(model.encode(shown))
     model.train(training)
