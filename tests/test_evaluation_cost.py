@@ -16,6 +16,7 @@ from utils.data.images import ImageDataset
 from utils.data.index_dataset import IndexDataset
 from utils.data.indices import IndicesMeta, write_indices
 from utils.data.sources import Row
+from utils.evaluation.features import ImageSet
 from utils.training.config import TrainingConfig
 from utils.training.loop import Schedule
 from utils.training.start import evaluation_rows, pictures_are_due
@@ -75,7 +76,13 @@ def record(own_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Record:
         found: list[list[int]] = []
         steps = ("--batch_size", 8, "--evaluate_every", EVERY, "--device", "cpu")
         words = [f"{module.__name__}.py", *flags, *steps, "--output_dir", "out"]
+        read = ImageDataset.batches
+
+        def load(part: ImageSet, positions: torch.Tensor, device: torch.device) -> torch.Tensor:
+            return next(iter(read(part.images, [part.row_numbers[positions]], device)))
+
         with monkeypatch.context() as patch:
+            patch.setattr(ImageSet, "load", load)  # of pictures, which are not recorded
             for kind in (ImageDataset, IndexDataset):
                 patch.setattr(kind, "batches", recorded(kind.batches, found))
             patch.setattr(sys, "argv", [*map(str, words)])
