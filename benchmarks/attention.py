@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import record
-from transformer.attention import FlexAttention, attend
-from transformer.rope import visible_mask
+from transformer.attention import FlexAttention, attend, visible_mask
 from utils import cli
 
 HEAD_DIM = 64

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from tests.test_kv_cache import make_model, some_input
 from transformer import GPT, FlexAttention, attention
-from transformer.attention import attend, block_mask
-from transformer.rope import visible_mask
+from transformer.attention import attend, block_mask, visible_mask
 
 # grid and tokens per position
 GRIDS = {

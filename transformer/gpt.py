@@ -342,7 +342,7 @@ class GPT(nn.Module):
             numbers = grid.numbers(positions)
             if positions.dim() == 3:  # in any order
                 numbers = cache.numbers(positions.shape[1])
-            return partial(cache.attend, tokens=numbers, mask=cache.mask(numbers))
+            return cache.attention(numbers)
         if grid.slides and positions.shape[-2]:
             raise ValueError("larger grids with sliding positions are sampled token by token")
         count, width = positions.shape[-2] // grid.depth, grid.size[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from transformer.config import GPTConfig
-from transformer.rope import rotate
+from transformer.rope import eager_on_cpu, rotate
 
 EPSILON = 1e-5  # of all norms, as in LlamaGen
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
@@ -45,9 +45,9 @@ class RMSNormOnCPU(torch.autograd.Function):
 
 def rms_norm(x: Tensor, epsilon: float) -> Tensor:
     """x over its root mean square, along the last dimension (RMSNorm, arXiv 1910.07467)."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return F.rms_norm(x, x.shape[-1:], eps=epsilon)
-    return RMSNormOnCPU.apply(x, epsilon)
+    if torch.is_grad_enabled() and eager_on_cpu(x):  # without, it would slow sampling
+        return RMSNormOnCPU.apply(x, epsilon)
+    return F.rms_norm(x, x.shape[-1:], eps=epsilon)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -101,14 +101,14 @@ class SelfAttention(nn.Module):
         """States (B, T, dim) -> (B, T, dim)."""
         queries, keys, values = self.heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        qk, v = qkv.split([queries + keys, values], dim=1)  # (B, heads + kv_heads, T, d), ...
+        qk, v = qkv.split_with_sizes([queries + keys, values], 1)  # (B, heads + kv_heads, T, d)
         if self.gain is not None:
             of_queries, of_keys = self.gain.flatten(1)
             gain = [of_queries.expand(queries, 1, -1), of_keys.expand(keys, 1, -1)]
             qk = rms_norm(qk, EPSILON) * torch.cat(gain)
         if rotary is not None:
             qk = rotate(qk, *rotary)
-        q, k = qk.split([queries, keys], dim=1)
+        q, k = qk.split_with_sizes([queries, keys], dim=1)
         return self.out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
 
 
@@ -143,7 +143,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """States (..., dim) -> (..., dim)."""
         x = self.gate_and_value(x)
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled() and eager_on_cpu(x):
             return self.out(GateOnCPU.apply(x))
         gate, value = x.chunk(2, dim=-1)
         return self.out(F.silu(gate) * value)

@@ -1,4 +1,4 @@
-"""Positions in the latent grid: rotary embeddings, larger grids, windows, orders."""
+"""Positions in the latent grid: rotary embeddings, larger grids, orders."""
 
 from enum import StrEnum
 from typing import Any
@@ -31,6 +31,11 @@ def rotary_cos_sin(
     return angles.cos(), angles.sin()
 
 
+def eager_on_cpu(x: Tensor) -> bool:
+    """Whether what is written for PyTorch's kernels on a CPU pays; a compiler makes its own."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 class RotateOnCPU(torch.autograd.Function):
     """`rotate`, whose halves are written where they belong."""
 
@@ -54,7 +59,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos and sin are (T, head_dim / 2), or of a shape that broadcasts to half of x.
     """
-    if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling():
+    if eager_on_cpu(x) and x.dtype == cos.dtype:
         return RotateOnCPU.apply(x, cos, sin)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -111,7 +116,7 @@ class GridPositions:
         for axis, (size, trained) in enumerate(zip(self.size, self.trained, strict=True)):
             compress = self.extension == PositionExtension.INTERPOLATE and size > trained
             scale = self.scale[axis] * (trained / size if compress else 1.0)
-            centres.append((positions[..., axis] + 0.5) * scale + 0.5)
+            centres.append(positions[..., axis] * scale + (scale / 2 + 0.5))
         return torch.stack(centres, dim=-1)
 
     def aligned_positions(self, size: tuple[int, int], device: torch.device) -> Tensor:
@@ -160,30 +165,6 @@ class GridPositions:
         """
         distances = positions[..., :2] - self.trained_positions(positions)
         return distances * torch.tensor(self.scale, device=positions.device)
-
-
-def window_is_full(window: int, grid: tuple[int, int]) -> bool:
-    """Whether the window includes every earlier position of a grid (h, w)."""
-    return window == 0 or window >= max(grid)
-
-
-def visible_mask(
-    queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
-) -> Tensor:
-    """The 2-D window as a mask: True at [q, k] where token queries[q] attends to keys[k].
-
-    See `transformer.attention`. Queries (Q,) and keys (S,) are places in a sequence, which begins
-    with the prefix; the grid has `width` columns. Returns (Q, S), bool.
-    """
-    q, k = queries[:, None], keys[None, :]
-    causal = k <= q
-    if window == 0:
-        return causal
-    latent_q, latent_k = (q - prefix) // depth, (k - prefix) // depth
-    row_q, column_q = latent_q // width, latent_q % width
-    row_k, column_k = latent_k // width, latent_k % width
-    near = (row_q - row_k < window) & ((column_q - column_k).abs() < window)
-    return causal & (near | (k < prefix))
 
 
 def random_order_probability(anneal: tuple[float, float], progress: float) -> float:

@@ -136,7 +136,8 @@ class ImageDataset:
         limit = config.max_pixels
         headers = list(self._read_all(partial(decoding.read_header, max_pixels=limit), "checking"))
         self.size = size or self._common_size(headers)
-        self.channels = channels or _common_channels(headers)
+        colours = 1 if all(header.grey for header in headers) else 3
+        self.channels = channels or (4 if all(header.alpha for header in headers) else colours)
         scale = 9 / 8 if random_crop else 1
         self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
         chosen = self.files[:: -(-len(self) // SAMPLED_FILES)]
@@ -296,12 +297,6 @@ class ImageDataset:
                 "--image_size H,W resizes and crops them to one"
             )
         return next(iter(sizes))
-
-
-def _common_channels(headers: Sequence[Header]) -> int:
-    if all(header.alpha for header in headers):
-        return 4
-    return 1 if all(header.grey for header in headers) else 3
 
 
 def _available_cores() -> int:
