@@ -245,15 +245,14 @@ def about_run(
 ) -> dict[str, Any]:
     """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
     settings = state.settings
-    params = {name: settings[name] for name in ("window_size", "batch_size", "learning_rate")}
+    params = {name: settings[name] for name in ("window_size", "learning_rate")}
     params["shape"] = f"{settings['num_layers']} x {settings['dim']}"
-    params["parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
     inputs, lineage = {settings["path_to_data"]: digest(data.path)}, lineage_of(data.path)
     for name, model in (("model_dir", tokenizer), ("init_from", start)):
         if model is not None:
             inputs[settings[name]] = model.sha256
             lineage = joined(lineage, model.lineage)
-    about = {"stage": "gpt", "params": data.params | params, "inputs": inputs, "upstream": lineage}
+    about = {"stage": "gpt", "params": params, "inputs": inputs, "upstream": lineage}
     return {**about, "tags": {"tokenizer_run_id": data.vocabulary.tokenizer_run_id}}
 
 

@@ -9,7 +9,6 @@ import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -182,10 +181,8 @@ def build_adversary(
 def about_run(state: TrainState, model: VQVAE, start: LoadedModel | None) -> dict[str, Any]:
     """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
     settings, data = state.settings, state.settings["path_to_data"]
-    shown = ("image_size", "quantizer", "codebook_size", "codebook_dim", "batch_size")
-    params = {name: settings[name] for name in (*shown, "learning_rate")}
-    params |= {"data": Path(data).name, "latent_dim": model.config.latent_dim}
-    params["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    params = {name: settings[name] for name in ("quantizer", "codebook_size", "learning_rate")}
+    params["latent_dim"] = model.config.latent_dim
     about: dict[str, Any] = {"stage": "tokenizer", "params": params}
     about["inputs"] = {data: sources.digest(data)}
     if start is not None:

@@ -37,6 +37,12 @@ SEARCH = "css selector", "input[placeholder='Search metric charts']"
 TYPE = """const value = Object.getOwnPropertyDescriptor(HTMLInputElement.prototype, 'value');
 value.set.call(arguments[0], arguments[1]);
 arguments[0].dispatchEvent(new Event('input', {bubbles: true}));"""
+ENLARGE = "document.querySelector('[data-component-id=fullscreen_button_chartcard]').click()"
+# Whether a picture is seen whole in an enlarged card, which ends above the slider.
+ENLARGED = """return [...document.querySelectorAll('[role=dialog] img')].some(image => {
+    const place = image.getBoundingClientRect();
+    return place.height > 64 && place.top > 0 && place.bottom < 0.85 * window.innerHeight;
+})"""
 SOME = "pictures|evaluation|generated|/mse|bits_per_token"  # to draw all charts takes minutes
 # What the stages and an evaluation log to the run of a training.
 LOGGED = {
@@ -136,6 +142,11 @@ def test_curves_and_pictures_of_the_runs_of_all_stages(
     for name in names:
         assert name[:12] in text  # longer ones are cut off
     assert "No image" not in text
+    browser.set_window_size(1500, 1000)
+    browser.execute_script(ENLARGE)
+    wait_for(lambda: browser.execute_script(ENLARGED))
+    screenshot(browser, f"enlarged-{number}")
+    browser.set_window_size(1500, 2600)
 
 
 def test_three_runs_side_by_side(browser: Any, server: str, finished: Path) -> None:

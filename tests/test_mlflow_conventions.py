@@ -117,8 +117,8 @@ def test_names_say_what_differs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_runs_have_the_same_parameters_whatever_was_given(store: Any) -> None:
     keys = []
     for given in ({}, {"dropout": 0.5}, {"dropout": 0.1, "patience": 3}):
-        flags = Flags(**given)
-        flags.given = frozenset(given)
+        flags = Flags(**given, batch_size=4)
+        flags.given = frozenset([*given, "batch_size"])
         with open_run(params={"batch_size": 4}, flags=flags) as run:
             pass
         params = store.get_run(run.run_id).data.params

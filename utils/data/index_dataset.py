@@ -133,16 +133,6 @@ class IndexDataset:
         arrays = self.grids, self.conditions, self._crops, self.captions, some
         return [np.asarray(x) for x in arrays if x is not None]
 
-    @property
-    def params(self) -> dict[str, object]:
-        """The parameters of the data that a list of runs shows."""
-        return {
-            "data": self.path.name,
-            "latent_dim": self.vocabulary.latent_dim,
-            "codebook_size": self.vocabulary.codebook_size,
-            "classes": len(self.vocabulary.class_names),
-        }
-
     def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Classes (B,) and, where there are any, the other `make_prefix` arguments, in order."""
         parts = self.classes, self.conditions, self.embeddings, self.captions

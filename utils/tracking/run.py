@@ -37,7 +37,8 @@ NOT_COMPARED = (  # flags of a training that do not make it another
 )
 IN_NAME = ("quantizer", "codebook_size", "num_layers", "dim", "window_size", "init_from", "preset")
 MAX_NAME = 40  # characters of a run's name: a longer one moves the pictures in MLflow out of view
-MAX_PARAMS, MAX_PARAM = 10, 250  # MLflow prints all of them on every image; characters of one
+MAX_PARAMS = 5  # MLflow prints all of them above each picture, and shows as much less of it
+MAX_PARAM = 250  # characters of one
 SYSTEM_SECONDS = 10  # between samples of the machine
 END_SECONDS = 20  # that a server may be silent while a run ends
 SILENT_SECONDS = 5  # until a line states that uploads are awaited
@@ -145,7 +146,7 @@ class Run(AbstractContextManager):
             part: the folder in `output_dir` that the stage writes, if that is not all of it.
             experiment, run_name, tags: of a new run; the experiment is by default that of its data.
             config: all settings, for config.json.
-            params: at most 10 settings to compare runs by; the given `flags` are one of them.
+            params: at most 5 settings to compare runs by; the other given `flags` are one of them.
             inputs: the SHA-256 of what the stage reads, by path as given; its data first.
             upstream: the lineage of what the stage reads.
             continued: an existing run goes on training. If it is gone, a new one takes its place.
@@ -164,7 +165,8 @@ class Run(AbstractContextManager):
         self._warned = threading.Lock()  # taken by the first failure
         inputs, params = inputs or {}, params or {}
         if flags is not None:
-            words = [f"{key}={value}" for key, value in given_settings(flags).items()]
+            given = given_settings(flags)
+            words = [f"{key}={value}" for key, value in given.items() if key not in params]
             params["flags"] = " ".join(words)[:MAX_PARAM] or "none"
         if len(params) > MAX_PARAMS:
             raise ValueError(f"at most {MAX_PARAMS} params, got {len(params)}: see config.json")
