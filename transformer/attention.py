@@ -47,8 +47,8 @@ def visible_mask(
 ) -> Tensor:
     """The 2-D window as a mask: True at [q, k] where token queries[q] attends to keys[k].
 
-    Queries (Q,) and keys (S,) are places in a sequence, which begins
-    with the prefix; the grid has `width` columns. Returns (Q, S), bool.
+    Queries (Q,) and keys (S,) are places in a sequence, which begins with the prefix; the grid has
+    `width` columns. Returns (Q, S), bool.
     """
     q, k = queries[:, None], keys[None, :]
     causal = k <= q
