@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .env/bin
 
-.PHONY: demo test notebook chaos lint lock bench showcase clean
+.PHONY: demo test notebook team mlflow-server chaos lint lock bench showcase clean
 
 # The virtual environment; brought up to date when what it needs changes.
 .env/.installed: requirements.txt
@@ -18,13 +18,19 @@ demo: .env/.installed  ## the whole pipeline on scikit-learn's digits
 	$(BIN)/python -m utils.demo
 
 # Two processes of one thread are faster than one process of two on small tensors.
-test: .env/.installed-dev  ## all tests but that of the notebook
+test: .env/.installed-dev  ## all tests but those of the notebook and of a team's server
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-		--ignore tests/test_notebook.py
+		--ignore tests/test_notebook.py --ignore tests/test_team_server.py
 
 # Passive: threads that spin while they wait would stop the training beside another process.
 notebook: .env/.installed-dev  ## run docs/quickstart.ipynb
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/test_notebook.py
+
+team: .env/.installed-dev  ## all stages against MLflow on PostgreSQL and S3, with a password
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_team_server.py
+
+mlflow-server: .env/.installed-dev  ## run that server until Ctrl-C; it keeps nothing
+	$(BIN)/python -m tests.team_server
 
 chaos: .env/.installed-dev  ## kills, signals, damage, full disks; ARGS=--quick: a few of each
 	$(BIN)/python -m tests.chaos $(ARGS)
