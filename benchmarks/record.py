@@ -74,9 +74,10 @@ def machine() -> dict[str, object]:
 
 
 def _command() -> str:
-    """As one types it in the repository, whatever its path on this machine."""
+    """As one types it in the repository, whatever its path on this machine and that of its data."""
     parts = [part for part in Path(sys.argv[0]).with_suffix("").parts if part != "__main__"]
-    return shlex.join(["python", "-m", ".".join(parts[-2:]), *sys.argv[1:]])
+    words = [str(Path(*Path(x).parts[-2:])) if Path(x).is_absolute() else x for x in sys.argv[1:]]
+    return shlex.join(["python", "-m", ".".join(parts[-2:]), *words])
 
 
 def _commit() -> str:

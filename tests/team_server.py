@@ -25,6 +25,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.screenshots import answers
 from utils import cli
 
 HOST, BUCKET, ADMIN, USER = "127.0.0.1", "artifacts", "admin", "alice"
@@ -51,7 +52,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def wait_for(process: subprocess.Popen, log: Path, condition: Callable[[], Any]) -> None:
+def wait_for_server(process: subprocess.Popen, log: Path, condition: Callable[[], Any]) -> None:
     """Wait until a server answers; a UserError with the end of its log if it ends or hangs."""
     deadline = time.monotonic() + PATIENCE
     while not condition():
@@ -59,14 +60,6 @@ def wait_for(process: subprocess.Popen, log: Path, condition: Callable[[], Any])
             rest = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
             raise cli.UserError(f"{log.stem} does not start:\n{rest}")
         time.sleep(0.1)
-
-
-def answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(address, timeout=5).close()
-    except OSError:
-        return False
-    return True
 
 
 @dataclass
@@ -152,7 +145,7 @@ class TeamServer:
 
         # SIGINT ends the connections; SIGTERM would wait for MLflow to close them.
         with self._process("postgresql", *server, stop=signal.SIGINT, cwd=home, **own) as started:
-            wait_for(*started, lambda: (connection := connect()) and not connection.close())
+            wait_for_server(*started, lambda: (connection := connect()) and not connection.close())
             connection = connect()
             connection.autocommit = True
             for name in ("mlflow", "users"):
@@ -182,7 +175,7 @@ class TeamServer:
         options = ("--host", HOST, "--port", self.port, "--workers", 1)
         env = {"cwd": self.folder, "env": kept | secret}
         with self._process("mlflow", *command, *options, stop=signal.SIGKILL, **env) as started:
-            wait_for(*started, lambda: answers(f"{self.address}/health"))
+            wait_for_server(*started, lambda: answers(f"{self.address}/health"))
             yield
 
     def stop_mlflow(self) -> None:
@@ -208,7 +201,7 @@ class TeamServer:
             raise cli.UserError("no PostgreSQL in /usr/lib/postgresql; install Debian's postgresql")
         store = (sys.executable, "-m", "moto.server", "-H", HOST, "-p", self._store)
         with self._process("moto", *store) as started, self._postgresql(programs):
-            wait_for(*started, lambda: answers(f"{self.s3.meta.endpoint_url}/moto-api/"))
+            wait_for_server(*started, lambda: answers(f"{self.s3.meta.endpoint_url}/moto-api/"))
             self.s3.create_bucket(Bucket=BUCKET)
             with self._mlflow:
                 self.start_mlflow()
