@@ -51,6 +51,20 @@ RECIPES: dict[str, str] = {
         train --dim 128 --dropout 0 --optimizer muon --learning_rate 4e-3 --max_epochs 4
         transformer_generation --num_images 10000 --guidance_scale 1.5
     """,
+    "cifar10": """
+        train_vqvae --codebook_size 512 --learning_rate 4e-3 --horizontal_flip --max_epochs 5
+        quantize_dataset --flip
+        train --dim 128 --dropout 0 --optimizer muon --learning_rate 4e-3 --max_epochs 4
+        transformer_generation --num_images 10000 --guidance_scale 1.5
+    """,
+    "emoji": """
+        train_vqvae --patch_size 4 --codebook_size 512 --learning_rate 4e-3 --max_epochs 80 \
+            --evaluate_every 530
+        quantize_dataset
+        train --dim 128 --dropout 0.2 --caption_dropout 0.5 --optimizer muon \
+            --learning_rate 4e-3 --max_epochs 40 --evaluate_every 240
+        transformer_generation --num_images 4000 --class_frequencies --guidance_scale 1.5
+    """,
 }
 LAST = {"gpt": ("gpt",), "quality": ("reconstructions", "quality")}  # stages, by --until
 COLUMNS = (
