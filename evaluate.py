@@ -317,7 +317,6 @@ def make_parser() -> argparse.ArgumentParser:
     compare = "compare two evaluations: folders, JSON files or run ids"
     parser.add_argument("--compare", nargs=2, metavar=("RUN_A", "RUN_B"), help=compare)
     commands = parser.add_subparsers(metavar=" | ".join(KINDS), dest="kind")
-
     one = commands.add_parser(KINDS[0], help="errors of a tokenizer on a CSV")
     one.set_defaults(evaluate=evaluate_reconstructions)
     add_common_flags(one)
@@ -328,7 +327,6 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument("--lpips", choices=tuple(BACKBONES), help=network)
     one.add_argument("--lpips_weights", default="", metavar="PATH", help=weights)
     add_feature_flags(one, None)
-
     two = commands.add_parser(KINDS[1], help="samples beside real images")
     two.set_defaults(evaluate=evaluate_samples)
     add_common_flags(two, "tokenizer, whose reconstructions are compared, too")
@@ -339,7 +337,6 @@ def make_parser() -> argparse.ArgumentParser:
     two.add_argument("--path_to_test", metavar="CSV", help=test)
     two.add_argument("--image_size", type=cli.height_and_width, metavar="H,W", help=size)
     add_feature_flags(two, "classifier")
-
     three = commands.add_parser(KINDS[2], help="rank images by likelihood")
     three.set_defaults(evaluate=evaluate_likelihood)
     add_common_flags(three)

@@ -143,7 +143,6 @@ def main(arguments: argparse.Namespace) -> None:
     print(dataset)
     if arguments.flip and any(row.caption for row in dataset.rows):
         warn("--flip: captions of mirrored images are wrong where they name a side")
-
     with run:
         (indices,) = quantize(model, dataset, settings)
         meta = IndicesMeta(
@@ -173,7 +172,6 @@ def main(arguments: argparse.Namespace) -> None:
             dataset.write_skipped(output_dir)
             run.folder(output_dir, name)
         deque(crops, maxlen=0)  # made by all processes; the main one has written them by now
-
     counts = model.quantizer.count(indices)
     perplexity = metrics.codebook_metrics(counts)["perplexity"]
     print(

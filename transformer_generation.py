@@ -228,7 +228,6 @@ def main(arguments: argparse.Namespace) -> None:
     gpt, guide, tokenizer, vocabulary = load_models(arguments, device)
     config = gpt.model.config
     options["guide"] = guide.model if guide else None
-
     known = read_known(arguments, vocabulary) if arguments.complete else None
     count = arguments.num_images if known is None else len(known.grids)
     required = config.condition_dropout == 0
@@ -242,7 +241,6 @@ def main(arguments: argparse.Namespace) -> None:
     classes = torch.tensor(vocabulary.tokens(given[0]))
     prefix = make_prefix(classes, condition.grids, vectors, texts)
     cli.build_or_error(config.null_prefix, prefix[:1], arguments.guidance_parts)
-
     addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
     models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import cache
 
 import psutil
 import torch
@@ -36,13 +37,16 @@ def measure(way: str, side: int, flags: argparse.Namespace) -> dict[str, float]:
         x = [x[:, :, : 1 + side * side] for x in (q, k, v)]
         if way in ("window", "flex"):
             shape = {"grid": (side, side), "window": flags.window, "prefix": 1, "depth": 1}
-            windowed = attend if way == "window" else FlexAttention(device, **shape)
-            y = windowed(*x, **shape)
+            y = (attend if way == "window" else flex(side))(*x, **shape)
         else:
             y = F.scaled_dot_product_attention(*x, attn_mask=mask, is_causal=mask is None)
         y.backward(weights[:, :, : y.shape[2]])
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    @cache  # a training makes its mask once, too
+    def flex(side: int) -> FlexAttention:
+        return FlexAttention(device, grid=(side, side), window=flags.window)
 
     def make_mask(side: int) -> torch.Tensor | None:
         return dense_mask(side, flags.window, device) if way == "dense mask" else None

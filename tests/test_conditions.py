@@ -16,7 +16,7 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_transformer_generation import call
 from transformer import GPT, GPTConfig
 from utils.cli import UserError
-from utils.data.conditioning import load_conditions, write_conditions
+from utils.data.conditioning import choose_conditions, load_conditions, write_conditions
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import IndicesMeta, read_indices, write_indices
 from utils.data.sources import Row, read_rows
@@ -194,7 +194,9 @@ def test_damaged_conditions(own_folder: Path) -> None:
     assert indices.meta == meta
     assert read_conditions(path, indices).dtype == torch.uint16
     assert read_conditions(path, indices).long().equal(conditions)
-    taken = load_conditions(path, GridMeta(300, (1, 3)), allow_images=False).cycle(6, repeats=2)
+    flags = Namespace(conditions="indices", complete="", variations=2)
+    own = Vocabulary(16, (2, 2), condition=GridMeta(300, (1, 3)))
+    taken = choose_conditions(flags, own, 6, required=True)
     assert taken.grids.long().equal(conditions[[0, 0, 1, 1, 0, 0]])
     with pytest.raises(UserError, match=r"\(3, 1\), but indices has latent_dim \(1, 3\)"):
         load_conditions(path, GridMeta(300, (3, 1)), allow_images=False)

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import TINY_GPT, write_images
 from tests.test_conditions import make_tokenizer
+from tests.test_tables import write
 from tests.test_transformer_generation import call
 from transformer import GPT, FineTuningConfig, GPTConfig, SamplingParams, make_prefix
 from transformer.fine_tuning import start_from
@@ -241,7 +243,8 @@ def test_vectors_are_read_by_memory_map_and_change_the_fingerprint(own_folder: P
         (np.zeros((47, 3, 5)), r"float64 \(47, 3, 5\), but it must be .*float64 \(48, L, D\)"),
         (np.zeros((48, 3, 5), int), "int64 .* must be float16 or float32 or float64"),
         (np.zeros((48, 3, 5), ">f4"), ">f4 .* must be float16"),
-        (np.zeros((48, 5)), r"float64 \(48, 5\), but it must be .* \(48, L, D\)"),
+        (np.zeros((47, 5)), r"float64 \(47, 1, 5\), but it must be .* \(48, L, D\)"),
+        (np.zeros((48, 1, 3, 5)), r"float64 \(48, 1, 3, 5\), but it must be .* \(48, L, D\)"),
         (np.zeros((0, 3, 5)), "bad.npy"),
         (np.array([{"a": 1}] * 48), "bad.npy is damaged: .*Python objects"),
         (np.full((48, 3, 5), np.nan), "bad.npy has NaN or infinity in row 1"),
@@ -258,6 +261,51 @@ def test_bad_embeddings_are_one_line(
         np.save("bad.npy", array, allow_pickle=True)
     with pytest.raises(UserError, match=message):
         check_finite(open_array(Path("bad.npy"), (48, "L", "D"), VECTORS), "bad.npy")
+
+
+COLUMNS = {
+    "one vector": ([[1.0, 2.0], [3.0, 4.0]], [[[1, 2]], [[3, 4]]]),
+    "lists": ([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0]]], [[[1, 2], [3, 4]], [[5, 6], [0, 0]]]),
+    "fixed size": (pa.FixedSizeListArray.from_arrays([1.0, 2, 3, 4], 2), [[[1, 2]], [[3, 4]]]),
+}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+@pytest.mark.parametrize("column", COLUMNS.values(), ids=COLUMNS.keys())
+def test_vectors_of_a_table(own_folder: Path, column: Any, suffix: str) -> None:
+    """A column `embedding` beside the images, a vector or a list of vectors in each row."""
+    values, expected = column
+    file = write(own_folder / f"t{suffix}", image_path=["a", "b"], embedding=values)
+    vectors = open_array(file, (2, "L", "D"), VECTORS)
+    np.testing.assert_array_equal(vectors, np.array(expected, np.float32))
+
+
+def test_one_vector_for_each_image(own_folder: Path) -> None:
+    vectors = np.random.default_rng(0).normal(size=(48, 5))
+    np.save("flat.npy", vectors)
+    found = open_array(Path("flat.npy"), (48, "L", "D"), VECTORS)
+    np.testing.assert_array_equal(found, vectors[:, None])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, 't.parquet is damaged: .*"embedding" does not exist'),
+        ([[1.0], [1.0, 2.0]], "t.parquet is damaged: "),
+        (["a", "b"], "t.parquet is damaged: could not convert string to float"),
+        ([None, [1.0]], "t.parquet is damaged: "),
+        (
+            [[1.0], [2.0], [3.0]],
+            r"t.parquet holds float32 \(3, 1, 1\), but it must be .*\(2, L, D\)",
+        ),
+    ],
+)
+def test_bad_columns_are_one_line(own_folder: Path, values: Any, message: str) -> None:
+    file = write(
+        own_folder / "t.parquet", **({"x": [1]} if values is None else {"embedding": values})
+    )
+    with pytest.raises(UserError, match=message):
+        open_array(file, (2, "L", "D"), VECTORS)
 
 
 def test_one_row_that_is_not_finite_is_named(own_folder: Path) -> None:

@@ -23,7 +23,6 @@ TILE_ROWS, TILE_COLUMNS = 8, 16  # latent positions: enough for efficient matrix
 TOKENS_IN_ONE_TILE = 512  # below, a second call would cost more than the mask saves
 TOKENS_PER_CALL = 4096  # limits the memory of what is copied for a call
 WARM_UP = 3  # runs before a capture, in which kernels are chosen and compiled
-
 Outputs = tuple[Tensor, ...]
 Function = Callable[[], Outputs]
 

@@ -15,7 +15,6 @@ from transformer.rope import eager_on_cpu, rotate
 EPSILON = 1e-5  # of all norms, as in LlamaGen
 MAX_LOGITS = 1 << 26  # beyond, the loss computes them in chunks
 NEIGHBOURS = 8  # of a code, for label smoothing
-
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (T, head_dim / 2) or (B, 1, T, head_dim / 2)
 # Attention of one layer: q (B, heads, T, head_dim), k, v (B, kv_heads, T, head_dim) -> like q.
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -35,7 +35,6 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
     "stream": "--stream (images are not kept in memory)",
 }
-
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
     *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from", "embeddings"),

@@ -39,7 +39,11 @@ def read_state_dict(path: str | Path, marker: str) -> StateDict:
     if not any(isinstance(value, Tensor) for value in items.values()):
         raise UserError(f"{path} holds no state dict; give the file of the trained model")
     found = (name for name in items if f".{name}".endswith(f".{marker}"))
-    wrapper, *others = sorted((name.removesuffix(marker) for name in found), key=_rank) or [""]
+    ranked = sorted(
+        (name.removesuffix(marker) for name in found),
+        key=lambda x: (*(name not in x for name in PREFERRED), len(x), x),
+    )
+    wrapper, *others = ranked or [""]
     apart = tuple(x for x in others if x and not wrapper.startswith(x))
     tensors = {
         name.removeprefix(wrapper): value
@@ -52,10 +56,6 @@ def read_state_dict(path: str | Path, marker: str) -> StateDict:
     read = {wrapper + name for name in tensors}
     ignored = [name for name in items if name not in read and not name.startswith(apart)]
     return StateDict(tensors, wrapper, others, ignored)
-
-
-def _rank(wrapper: str) -> tuple[Any, ...]:
-    return (*(name not in wrapper for name in PREFERRED), len(wrapper), wrapper)
 
 
 def _flatten(content: Any, name: str = "") -> dict[str, Any]:

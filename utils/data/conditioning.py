@@ -25,11 +25,6 @@ class Conditions(NamedTuple):
     grids: Tensor | None
     rows: Sequence[Row]
 
-    def cycle(self, count: int, repeats: int) -> "Conditions":
-        """`count` of them, each `repeats` times in a row, starting over after the last."""
-        chosen = (torch.arange(count // repeats) % len(self.rows)).repeat_interleave(repeats)
-        return Conditions(self.grids[chosen], [self.rows[row] for row in chosen.tolist()])
-
 
 def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
     """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
@@ -69,7 +64,8 @@ def choose_conditions(
     if flags.conditions or flags.complete:
         path = addresses.fetch(flags.conditions or flags.complete)
         found = load_conditions(path, vocabulary.condition, allow_images=bool(flags.conditions))
-        return found.cycle(count, repeats=flags.variations)
+        chosen = torch.arange(count) // flags.variations % len(found.rows)
+        return Conditions(found.grids[chosen], [found.rows[row] for row in chosen.tolist()])
     if required:
         raise UserError(
             "this GPT needs a condition (--condition_dropout 0); pass an indices folder with "
@@ -144,13 +140,9 @@ def in_proportion(vocabulary: Vocabulary, number: int) -> list[str]:
             "this GPT's vocabulary does not hold how often each class occurs; omit "
             "--class_frequencies and give --labels, or train the GPT again"
         )
-    shares = np.array(vocabulary.class_counts) / sum(vocabulary.class_counts)
-    # The k-th image of a class is due after (k + 1/2) / share images.
-    due = [
-        ((np.arange(math.ceil(share * number) + 1) + 0.5) / share, index)
-        for index, share in enumerate(shares)
-        if share > 0
-    ]
-    classes = np.concatenate([np.full(len(times), index) for times, index in due])
-    order = np.concatenate([times for times, _ in due]).argsort(kind="stable")
-    return [vocabulary.class_names[index] for index in classes[order[:number]]]
+    shares = np.array(vocabulary.class_counts).clip(1e-9) / sum(vocabulary.class_counts)
+    counts = np.ceil(shares * number).astype(int) + 1
+    classes = np.repeat(np.arange(len(counts)), counts)
+    k = np.arange(len(classes)) - np.repeat(counts.cumsum() - counts, counts)
+    due = (k + 0.5) / shares[classes]  # the k-th image of a class: after so many of all
+    return [vocabulary.class_names[index] for index in classes[due.argsort(kind="stable")[:number]]]

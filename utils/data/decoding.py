@@ -229,7 +229,6 @@ ISO_BRANDS = {
     b"avis": "an AVIF image",
     **dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "a HEIC image"),
 }
-
 # (offset, first bytes there): what the file is, and what to do
 SIGNATURES = {
     (0, b"\x89PNG"): ("a PNG file", "save it again as PNG"),

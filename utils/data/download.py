@@ -25,7 +25,6 @@ DIGITS_HELD_OUT = 5  # every fifth digit is for validation
 EMOJI_HELD_OUT = 10  # every tenth emoji is in test.csv
 EMOJI = "emoji-datasource-google-16.0.0"  # an npm package of the images of Noto Emoji
 SKIN_TONES = ("light", "medium-light", "medium", "medium-dark", "dark")  # from U+1F3FB on
-
 Item = tuple[Row, Image.Image]  # with the name that the file of the image gets
 
 

@@ -205,11 +205,16 @@ def _read_meta(folder: Path) -> IndicesMeta:
 def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be") -> np.ndarray:
     """An .npy file by memory map, never of pickled objects; names in the shape are any sizes.
 
-    A UserError for a missing or damaged file, another shape or type, which cites the `demand`.
+    Or the vectors of a table. (N, D) is (N, 1, D) for a shape of three. A UserError for a missing
+    or damaged file, another shape or type, which cites the `demand`.
     """
+    from utils.data.sources import tables  # only where arrays are read
+
     files.verify(path)
     try:
-        array = np.lib.format.open_memmap(path, mode="r")
+        is_table = tables.accepts(path)
+        array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="r")
+        array = array[:, None] if array.ndim == 2 and len(shape) == 3 else array
     except Exception as error:  # numpy raises nearly every type on a damaged header
         raise UserError(f"{path} is damaged: {one_line(error)}; make it again") from error
     fits = array.dtype in dtypes and array.ndim == len(shape) and array.size > 0

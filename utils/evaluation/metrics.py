@@ -16,7 +16,6 @@ MAX_TOKENS = 1 << 25  # more would not change a baseline
 REPLICATES, FRECHET_REPLICATES = 100, 50  # bootstrap resamples
 WIDTH = 1.96  # standard errors on each side: 95 % of a normal distribution
 SSIM_WINDOW, SSIM_DEVIATION = 11, 1.5  # pixels
-
 Bounds = tuple[float, float]
 Weights = tuple[Tensor, Tensor]  # of `resample`, one for each of two sets
 ANY, POSITIVE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)

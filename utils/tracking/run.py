@@ -318,7 +318,13 @@ class Run(AbstractContextManager):
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         stopped = isinstance(error, Stopped | KeyboardInterrupt | SystemExit)
-        self.close("FINISHED" if error is None else "KILLED" if stopped else "FAILED")
+        status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
+        if status == "FAILED" and self.run_id and not self._is_open:
+            with suppress(Exception):  # this process speaks for the main one, which may be killed
+                client = addresses.open_client()
+                if client.get_run(self.run_id).info.status == "RUNNING":
+                    client.set_terminated(self.run_id, status)
+        self.close(status)
 
     def note_status(self, status: str) -> None:
         self._log("status", status)

@@ -32,7 +32,6 @@ MAX_DIGEST = 36  # characters of a data set's digest that MLflow accepts
 THUMBNAIL = 256  # pixels of the longer side of the images in MLflow's lists
 GENERAL_NAMES = ("data", "train", "images", "index", "indices", "list", "metadata")  # of a CSV
 OF_TRAINING = ("train/", "val/", "system/")  # prefixes of the metrics that a training logs
-
 Point = tuple[str, int, int]  # name, milliseconds and step of a value of a metric
 
 

@@ -54,7 +54,8 @@ def open_run(
         config=state.settings | {"run_name": name},
         **options,
     )
-    progress.run_id, settings = run.run_id, state.settings
+    run.run_id = progress.run_id = group.on_main(lambda: run.run_id)
+    settings = state.settings
     origin = Provenance(run.run_id, config.seed, settings["val_fraction"], run.lineage)
     plan = f"{state.schedule} on {group.device} in {settings['precision']}"
     group.print(f"{plan}; writing to {output_dir}")

@@ -36,8 +36,6 @@ FREE = (
     *("model_dir", "checkpoint_every", "on_nonfinite", "nonfinite_limit", "allow_outside_paths"),
     *("register", "max_minutes", "dry_run", "checkpoint_activations"),
 )
-
-
 FORWARD_SECONDS = 5  # in which torchrun passes on a signal
 
 

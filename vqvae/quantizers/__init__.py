@@ -12,7 +12,6 @@ from vqvae.quantizers.vector import (
 )
 
 __all__ = ["QUANTIZERS", "Quantized", "Quantizer", "QuantizerOptions"]
-
 # A new quantizer is a class, with its options, and a line here; all tests run over this table.
 QUANTIZERS: dict[str, type[Quantizer]] = {
     "vq": VectorQuantizer,

@@ -13,6 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from utils.cli import UserError, one_line
 from utils.data.finding import SPLIT_NAMES
 from utils.data.sources import Row, Rows, check_rows, column_name
@@ -59,6 +61,19 @@ def read_file(path: Path, name: str) -> bytes:
     if content is None:
         raise ValueError(f"column {image} has no bytes in this row")
     return content
+
+
+def read_vectors(path: Path) -> np.ndarray:
+    """The vectors (N, L, D), float32, in the column `embedding`: of each row one, or a list.
+
+    Shorter lists end in zeros.
+    """
+    column = _read(path, ["embedding"])["embedding"].to_numpy()
+    rows = [np.atleast_2d(np.array([*value], np.float32)) for value in column]
+    vectors = np.zeros((len(rows), max(map(len, rows)), rows[0].shape[1]), np.float32)
+    for vector, row in zip(vectors, rows, strict=True):
+        vector[: len(row)] = row
+    return vectors
 
 
 @cache
