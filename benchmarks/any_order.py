@@ -79,13 +79,13 @@ class Bench:
 
 
 def inpaint(bench: Bench, models: dict[str, GPT], candidates: Sequence[int]) -> dict[str, Any]:
-    """The share of changed labels, by the model and the candidates of raster order."""
+    """The share of changed labels, by the model and the number of candidates."""
     known = bench.data.grids[bench.rows].long()
     results: dict[str, Any] = {"decoded originals": {"changed": bench.changed(known)}}
     mask = region_mask("border:0.5", (known.shape[1], known.shape[2]))
     for labelled in (False, True):
         for name, model in models.items():
-            for count in candidates if name == "row order" else (1,):
+            for count in candidates:
                 start = time.perf_counter()
                 options: dict[str, Any] = {"candidates": count, "seed": bench.settings.seed}
                 prefix = bench.prefix(model, labelled)
@@ -138,7 +138,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="tokenizer of the indices")
     add("--parts", nargs="+", default=["inpainting", "steps"], choices=("inpainting", "steps"))
     add("--count", type=cli.positive, default=5000, help="validation images (default: 5000)")
-    add("--candidates", type=int, nargs="+", default=[1, 8], help="of raster order")
+    add("--candidates", type=int, nargs="+", default=[1, 8], help="of inpainting")
     add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
     add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
     add("--seed", type=int, default=0, help="of the samples and the classifier (default: 0)")

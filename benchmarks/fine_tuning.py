@@ -3,6 +3,9 @@
 Tokenizer and GPT are trained without the digit. Each row of the table is a GPT that is trained on a
 few images of it: bits per token of further ones, and the share of its samples that a classifier of
 all digits gives that label. Also for grids of another size, with `--grid_positions`.
+
+`--part emoji` tunes a GPT of CIFAR-10 (`--model_path`, with its tokenizer `--model_dir`) to the
+classes of the emoji (`--data`, of `utils.data.download emoji`).
 """
 
 import argparse
@@ -38,6 +41,16 @@ GRIDS = {
     for name in ("interpolate", "extrapolate")
 }
 SAMPLES, LARGE = 500, 42
+EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon --patience 0 "
+EMOJI += "--learning_rate 4e-3"
+EMOJI_SHORT, EMOJI_LONG = 150, 1500  # steps
+EMOJI_SHAPE = "--dim 128 --dropout 0.1"
+EMOJI_ROWS = {
+    "from scratch": f"{EMOJI_SHAPE} --max_steps {EMOJI_SHORT}",
+    "from scratch, ten times the steps": f"{EMOJI_SHAPE} --max_steps {EMOJI_LONG} "
+    f"--evaluate_every {EMOJI_SHORT}",
+    "fine-tuned": f"--init_from {{model_path}} --dropout 0.1 --max_steps {EMOJI_SHORT}",
+}
 
 
 def write_csv(rows: list[dict[str, str]], data: Path, path: Path, *, shots: int = 0) -> None:
@@ -82,29 +95,50 @@ def bits_of(folder: Path) -> float:
     return min(x["val/bits_per_token"] for x in lines if "val/bits_per_token" in x)
 
 
-def train_row(number: int, command: str, data: str, work: Path) -> dict[str, float]:
-    """Train a GPT: its bits per token and seconds."""
+def train_row(name: str, command: str, **values: object) -> dict[str, float]:
+    """Train a GPT in a folder of this name: its bits per token and seconds."""
     start = time.perf_counter()
-    call(f"{{work}}/gpt{number}", f"{TRAIN} {command}", work=work, data=data)
+    call(f"{{work}}/{name}", command, **values)
     seconds = time.perf_counter() - start
-    return {"bits_per_token": bits_of(work / f"gpt{number}"), "seconds": seconds}
+    return {"bits_per_token": bits_of(Path(f"{values['work']}/{name}")), "seconds": seconds}
 
 
-def label_agreement(number: int, work: Path) -> float:
-    """Of its samples, in percent."""
-    gpt, samples, images = (f"{{work}}/{name}{number}" for name in ("gpt", "samples", "images"))
-    call(samples, f"transformer_generation.py --model_path {gpt} --num_images {SAMPLES}", work=work)
-    decode = f"vqvae/images_from_indexes.py --indexes_path {samples} --model_dir {{work}}/tokenizer"
-    call(images, decode, work=work)
-    evaluate = f"evaluate.py samples --images {images} --path_to_data {{work}}/train.csv"
-    call(f"{{work}}/e{number}", f"{evaluate} --path_to_test {{work}}/test.csv", work=work)
-    found = json.loads((work / f"e{number}" / "samples.json").read_text(encoding="utf-8"))
+def label_agreement(name: str, tokenizer: object, sets: str, work: Path, evaluated: str) -> float:
+    """Of the samples of a GPT, in percent; `sets` holds its CSVs, `evaluated` further flags."""
+    samples, images = f"{work}/{name}-samples", f"{work}/{name}-images"
+    sample = f"transformer_generation.py --model_path {work}/{name} --num_images {SAMPLES}"
+    call(samples, f"{sample} --guidance_scale 1.5")
+    decode = f"vqvae/images_from_indexes.py --indexes_path {samples} --model_dir {tokenizer}"
+    call(images, decode)
+    evaluate = f"evaluate.py samples --images {images} --path_to_data {sets}/train.csv {evaluated}"
+    call(f"{work}/{name}-quality", f"{evaluate} --path_to_test {sets}/test.csv")
+    found = json.loads(Path(f"{work}/{name}-quality/samples.json").read_text(encoding="utf-8"))
     return 100 * found["metrics"]["label_agreement"]["value"]
 
 
-def main(flags: argparse.Namespace) -> None:
-    work = Path(flags.work_dir)
-    shutil.rmtree(work, ignore_errors=True)
+def show(title: str, agreement: str, results: dict[str, dict[str, float]]) -> None:
+    print(f"\n| {title} | bits per token | {agreement}, % | s |\n|---|---|---|---|")
+    for name, x in results.items():
+        bits, share = x["bits_per_token"], x["label_agreement"]
+        print(f"| {name} | {bits:.3f} | {share:.1f} | {x['seconds']:.0f} |")
+
+
+def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """A GPT of CIFAR-10, tuned to the emoji by the tokenizer of CIFAR-10."""
+    quantize = "quantize_dataset.py --model_dir {model_dir} --path_to_data {data}/train.csv"
+    call("{work}/emoji", quantize, **(vars(flags) | {"work": work}))
+    results: dict[str, dict[str, float]] = {}
+    for number, (name, command) in enumerate(EMOJI_ROWS.items()):
+        folder, values = f"gpt{number}", {"work": work, "model_path": flags.model_path}
+        results[name] = train_row(folder, f"{EMOJI} {command}", **values)
+        agreement = label_agreement(folder, flags.model_dir, flags.data, work, "--image_size 32")
+        results[name]["label_agreement"] = agreement
+    show("emoji", "classified as their class", results)
+    return results
+
+
+def tune_to_digit(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
+    """A GPT of MNIST without a digit, tuned to it, and to larger grids."""
     write_data(Path(flags.data), work)
     quantize = "quantize_dataset.py --model_dir {work}/{tokenizer} --path_to_data {work}/{data}.csv"
     tokenizer = "train_vqvae.py --path_to_data {work}/base.csv --max_steps 1200 --batch_size 64"
@@ -117,28 +151,43 @@ def main(flags: argparse.Namespace) -> None:
     call("{work}/gpt", f"{base} --learning_rate 4e-3", work=work, data="base")
     results: dict[str, dict[str, float]] = {}
     for number, (name, command) in enumerate(ROWS.items()):
-        results[name] = train_row(number, command, "digit", work)
-        results[name]["label_agreement"] = label_agreement(number, work)
-    print(f"\n| {SHOTS} images of {DIGIT} | bits per token | classified as {DIGIT}, % | s |")
-    print("|---|---|---|---|")
-    for name, x in results.items():
-        bits, agreement = x["bits_per_token"], x["label_agreement"]
-        print(f"| {name} | {bits:.3f} | {agreement:.1f} | {x['seconds']:.0f} |")
+        folder = f"gpt{number}"
+        results[name] = train_row(folder, f"{TRAIN} {command}", work=work, data="digit")
+        agreement = label_agreement(folder, work / "tokenizer", str(work), work, "")
+        results[name]["label_agreement"] = agreement
+    show(f"{SHOTS} images of {DIGIT}", f"classified as {DIGIT}", results)
     enlarge(work / "tokenizer", work / "large")
     call("{work}/digit-large", quantize, work=work, data="digit", tokenizer="large")
     print(f"\n| the same at {LARGE} pixels | bits per token |\n|---|---|")
     for number, (name, command) in enumerate(GRIDS.items(), len(ROWS)):
-        results[f"{LARGE} pixels, {name}"] = x = train_row(number, command, "digit-large", work)
+        values = {"work": work, "data": "digit-large"}
+        results[f"{LARGE} pixels, {name}"] = x = train_row(
+            f"gpt{number}", f"{TRAIN} {command}", **values
+        )
         print(f"| {name} | {x['bits_per_token']:.3f} |")
+    return results
+
+
+PARTS = {"digit": tune_to_digit, "emoji": tune_to_emoji}
+
+
+def main(flags: argparse.Namespace) -> None:
+    work = Path(flags.work_dir)
+    shutil.rmtree(work, ignore_errors=True)
+    results = PARTS[flags.part](flags, work)
     used = os.times()
     print(f"\n{used.children_user + used.children_system:.0f} s of CPU time")
-    print(f"written: {record.write('fine_tuning', results)}")
+    print(f"written: {record.merge('fine_tuning', {flags.part: results})}")
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--data", default="data/mnist", help="folder of train.csv and test.csv")
-    parser.add_argument("--work_dir", default="outputs/fine-tuning", help="where to work")
+    add = parser.add_argument
+    add("--part", default="digit", choices=tuple(PARTS), help="what is tuned (default: digit)")
+    add("--data", default="data/mnist", help="folder of train.csv and test.csv")
+    add("--model_path", default="", help="GPT of CIFAR-10, for the emoji")
+    add("--model_dir", default="", help="its tokenizer")
+    add("--work_dir", default="outputs/fine-tuning", help="where to work")
     return parser
 
 
