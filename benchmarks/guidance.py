@@ -30,7 +30,9 @@ SETTINGS = (
     *("min_p=0.1", "typical_p=0.9", "guidance_scale=1.25", "guidance_scale=1.5"),
     *("guidance_scale=2", "guidance_scale=4", "guidance_scale=2 guidance_schedule=linear"),
     "guidance_scale=2 guidance_schedule=cosine",
-    "guidance_scale=2 guidance_interval=0.2,0.8",
+    "guidance_scale=2 guidance_interval=0,0.5",
+    "guidance_scale=2 guidance_interval=0.5,1",
+    "guidance_scale=1.25 temperature=0.95",
     "guide_path=early guidance_scale=1.5",
     "candidates=4",
 )
