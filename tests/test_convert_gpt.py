@@ -11,10 +11,14 @@ from torch import Tensor
 from tests.conftest import run_script
 from tests.published import GUIDANCE, assert_recorded, gpt_inputs, make_weights, read_records
 from tests.test_kv_cache import step_by_step
+from tests.test_transformer_generation import call
 from transformer import GPT, SamplingParams, convert
 from transformer.convert import from_llamagen
 from transformer.sampling import generate
 from utils import cli
+from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.sources import Row
+from utils.data.vocabulary import read_vocabulary
 from utils.provenance import load_model
 
 RECORDS = {name: record for name, record in read_records().items() if "GPT" in name}
@@ -120,6 +124,28 @@ def test_a_checkpoint_becomes_a_model_folder(tmp_path: Path) -> None:
     torch.testing.assert_close(
         model.state_dict(), from_llamagen(WEIGHTS, (4, 4), HEADS).state_dict()
     )
+
+
+def test_a_converted_gpt_learns_new_classes(own_folder: Path) -> None:
+    """Three of them, each of which is one grid, from eight images each."""
+    torch.save({"model": WEIGHTS}, "c2i.pt")
+    flags = ("--checkpoint", "c2i.pt", "--latent_dim", "4", "--num_heads", str(HEADS))
+    words = ("--from", "llamagen", *flags, "--output_dir", "gpt")
+    convert.main(convert.make_parser().parse_args(words))
+    names = ("apple", "bell", "cup")
+    patterns = torch.randint(CODES, (3, 4, 4), generator=torch.Generator().manual_seed(1))
+    rows = [Row("", names[n % 3], "val" if n >= 24 else "train") for n in range(30)]
+    grids = patterns[torch.arange(30) % 3]
+    write_indices("indices", grids, rows, IndicesMeta(CODES, (4, 4)))
+    tuning = ("--init_from", "gpt", "--max_steps", 60, "--learning_rate", 1e-2, "--dropout", 0)
+    call("train", "--path_to_data", "indices", *tuning, "--batch_size", 12, "--device", "cpu",
+         "--output_dir", "tuned")  # fmt: skip
+    assert read_vocabulary("tuned").class_names == names
+    call("transformer_generation", "--model_path", "tuned", "--num_images", 6, "--temperature", 0,
+         "--guidance_scale", 1.5, "--device", "cpu", "--output_dir", "new")  # fmt: skip
+    found = read_indices("new")
+    assert [row.label for row in found.rows] == [*names, *names]
+    assert found.grids.long().equal(patterns.repeat(2, 1, 1))
 
 
 def to_llamagen(model: GPT) -> dict[str, Tensor]:
