@@ -83,8 +83,9 @@ def test_tokens_of_one_step_are_each_predicted_from_the_steps_before(guidance: f
     params = SamplingParams(temperature=0, steps=5, guidance_scale=guidance)
     prefix, _ = some_input()
     sampled, done = generate(model, prefix, params=params), 0
-    order = known_first_orders(random_keys(0, torch.arange(4)), torch.zeros(4, 3, 4).bool())
-    for count in step_sizes(12, 5):
+    nothing, counts = torch.zeros(4, 3, 4).bool(), step_sizes(12, 5)
+    order = known_first_orders(random_keys(0, torch.arange(4)), nothing, counts)
+    for count in counts:
         for number in range(done, done + count):
             others = [*range(done, number), *range(number + 1, 12)]
             swapped = order[:, [*range(done), number, *others]]
@@ -96,6 +97,26 @@ def test_tokens_of_one_step_are_each_predicted_from_the_steps_before(guidance: f
             assert torch.equal(best, sampled.flatten(1).gather(1, swapped[:, done, None])[:, 0])
         done += count
     assert done == 12
+
+
+@pytest.mark.parametrize("known_columns", [0, 3])
+def test_tokens_of_one_step_are_apart(known_columns: int) -> None:
+    """Random orders put neighbours into one step, which are then sampled independently."""
+    masks = torch.zeros(200, 8, 8, dtype=torch.bool)
+    masks[:, :, :known_columns] = True
+    keys, known = random_keys(0, torch.arange(200)), 8 * known_columns
+    counts = step_sizes(64 - known, 12)
+    nearest = []
+    for order in (known_first_orders(keys, masks, counts), known_first_orders(keys, masks)):
+        assert order.sort(dim=1).values.equal(torch.arange(64).expand(200, -1))
+        assert masks.flatten(1).gather(1, order[:, :known]).all()
+        assert len(order.unique(dim=0)) == 200
+        steps = [x for x in order[:, known:].split(counts, dim=1) if x.shape[1] > 1]
+        places = [torch.stack([x // 8, x % 8], dim=2).double() for x in steps]
+        distances = [torch.cdist(x, x) + torch.eye(x.shape[1]) * 99 for x in places]
+        found = torch.cat([x.amin(dim=2).flatten() for x in distances])
+        nearest.append(float((found == 1).double().mean()))  # have a neighbour in their step
+    assert nearest[0] < 0.5 * nearest[1]
 
 
 def test_steps_begin_with_one_token_and_sample_ever_more() -> None:

@@ -134,10 +134,7 @@ class GPTConfig:
         False, "token embeddings start as projections of the tokenizer's codes"
     )
     label_smoothing: float = option(
-        0.0,
-        "part of the loss that is spread over the nearest codes; needs a tokenizer",
-        min=0,
-        below=1,
+        0.0, "part of the loss spread over the nearest codes; needs a tokenizer", min=0, below=1
     )
     window_size: int = option(
         0,
@@ -146,18 +143,10 @@ class GPTConfig:
         min=0,
     )
     dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
-    class_dropout: float = option(
-        0.1, "fraction of training images whose class is replaced by 'no class'", min=0, below=1
-    )
-    condition_dropout: float = option(
-        0.1, "fraction of training images whose condition, if any, is dropped", min=0, below=1
-    )
-    embeddings_dropout: float = option(
-        0.1, "fraction of training images whose embeddings, if any, are dropped", min=0, below=1
-    )
-    caption_dropout: float = option(
-        0.1, "fraction of training images whose caption, if any, is dropped", min=0, below=1
-    )
+    class_dropout: float = option(0.1, "fraction of images without class", min=0, below=1)
+    condition_dropout: float = option(0.1, "fraction of images without condition", min=0, below=1)
+    embeddings_dropout: float = option(0.1, "fraction of images without embeddings", min=0, below=1)
+    caption_dropout: float = option(0.1, "fraction of images without caption", min=0, below=1)
     caption_length: int | None = option(
         None,
         "text tokens of a caption, longer ones are cut; 0: ignore captions; default: those of the "
@@ -166,11 +155,7 @@ class GPTConfig:
         min=0,
     )
     text_weight: float = option(
-        0.0,
-        "weight of a loss on the text tokens of captions",
-        min=0,
-        below=math.inf,
-        needs="caption_length",
+        0.0, "weight of a loss on the text tokens", min=0, below=math.inf, needs="caption_length"
     )
     order_anneal: tuple[float, float] | None = option(
         None,

@@ -31,10 +31,7 @@ class SamplingParams:
     )
     top_k: int = option(0, "sample from the k most likely indices; 0: from all", min=0)
     top_p: float = option(
-        1.0,
-        "nucleus sampling: the most likely indices whose probabilities sum to p",
-        above=0,
-        max=1,
+        1.0, "nucleus sampling: the likeliest indices whose probabilities sum to p", above=0, max=1
     )
     min_p: float = option(
         0.0, "sample from indices with this fraction of the highest probability", min=0, max=1
@@ -50,10 +47,7 @@ class SamplingParams:
         0, "parallel decoding: sample all tokens in so many steps, 2 or more; 0: one a step", min=0
     )
     guidance_scale: float = option(
-        1.0,
-        "guidance: above 1, samples follow class and condition closely; 1: none",
-        min=0,
-        below=math.inf,
+        1.0, "above 1, samples follow class and condition closely; 1: none", min=0, below=math.inf
     )
     guidance_schedule: str = option(
         "constant",

@@ -1,5 +1,6 @@
 """Positions in the latent grid: rotary embeddings, larger grids, orders."""
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
 
@@ -8,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from transformer.distribution import uniform
+
+REPULSION, VARIETY = 12.0, 1.5  # of positions in one step, and of orders, beside nearness
 
 
 class PositionExtension(StrEnum):
@@ -188,9 +191,27 @@ def sample_permutations(
     return torch.where(is_random, shuffled, torch.arange(positions)).to(indices.device)
 
 
-def known_first_orders(keys: Tensor, known_mask: Tensor) -> Tensor:
-    """Orders (B, h * w) of latent positions, first the known ones (B, h, w), for `random_keys`."""
-    known = known_mask.flatten(1)
-    numbers = -2 - torch.arange(known.shape[1], device=keys.device)  # no numbers of tokens
-    noise = uniform(keys[:, None], numbers)
-    return torch.where(known, noise, noise + 1).argsort(dim=1, stable=True)
+def known_first_orders(keys: Tensor, known_mask: Tensor, counts: Sequence[int] = ()) -> Tensor:
+    """Orders (B, h * w) of latent positions, first the known ones (B, h, w), for `random_keys`.
+
+    They are random; or for steps of so many at once, which are sampled independently, far from each
+    other and near those of earlier steps (LPD, arXiv 2507.01957, section 3.2).
+    """
+    known, height, width = known_mask.flatten(1), *known_mask.shape[1:]
+    numbers = torch.arange(height * width, device=keys.device)
+    noise = uniform(keys[:, None], -2 - numbers)  # no numbers of tokens
+    order = torch.where(known, noise, noise + 1).argsort(dim=1, stable=True)
+    if len(counts) == sum(counts):
+        return order
+    places = torch.stack([numbers // width, numbers % width], dim=1).float()
+    nearness = (-torch.cdist(places, places)).exp()
+    score = (known.float() @ nearness).add_(noise, alpha=VARIETY).masked_fill_(known, -torch.inf)
+    chosen = [order[:, : len(numbers) - sum(counts)]]
+    for count in counts:
+        apart = score.clone()
+        for _ in range(count):
+            chosen.append(apart.argmax(dim=1, keepdim=True))
+            near = nearness[chosen[-1][:, 0]]
+            apart.sub_(near, alpha=REPULSION).scatter_(1, chosen[-1], -torch.inf)
+            score.add_(near).scatter_(1, chosen[-1], -torch.inf)
+    return torch.cat(chosen, dim=1)

@@ -222,12 +222,13 @@ def generate_in_order(
     Each image has as many known positions (B, h, w).
     """
     grid, config = step.cache.grid, step.model.config
-    order = grid.with_depths(known_first_orders(keys, known_mask))
     first = int(known_mask[0].sum()) * config.depth
+    counts = step_sizes(grid.num_tokens - first, step.params.steps)
+    order = grid.with_depths(known_first_orders(keys, known_mask, counts))
     tokens = order.new_empty(len(order), 0)
     if known is not None:
         tokens = known.flatten(1).long().gather(1, order[:, :first])
-    for count in step_sizes(order.shape[1] - first, step.params.steps):
+    for count in counts:
         if tokens.shape[1] == first:
             logits, sampled = step.begin(prefix, keys, tokens, order)
         else:

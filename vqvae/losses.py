@@ -24,9 +24,7 @@ class LossConfig:
         "vgg", "LPIPS backbone", choices=tuple(BACKBONES), needs="perceptual_weight"
     )
     lpips_weights: str = option(
-        "",
-        "file of torchvision's weights for lpips_network; default: download",
-        needs="perceptual_weight",
+        "", "torchvision's weights for lpips_network; default: download", needs="perceptual_weight"
     )
 
     def __post_init__(self) -> None:

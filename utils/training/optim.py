@@ -21,9 +21,7 @@ class OptimizerConfig:
     """Which optimiser trains a transformer, and what its processes share."""
 
     optimizer: str = flag(
-        "adamw",
-        "muon: Muon for the matrices of the blocks, AdamW for all else",
-        choices=("adamw", "muon"),
+        "adamw", "muon: Muon for matrices of blocks, AdamW for the rest", choices=("adamw", "muon")
     )
     parallel: str = flag(
         "ddp",
