@@ -43,7 +43,7 @@ GRIDS = {
 SAMPLES, LARGE = 500, 42
 EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon --patience 0 "
 EMOJI += "--learning_rate 4e-3"
-EMOJI_SHORT, EMOJI_LONG = 150, 1500  # steps
+EMOJI_SHORT, EMOJI_LONG = 100, 1000  # steps
 EMOJI_SHAPE = "--dim 128 --dropout 0.1"
 EMOJI_ROWS = {
     "from scratch": f"{EMOJI_SHAPE} --max_steps {EMOJI_SHORT}",

@@ -37,6 +37,7 @@ SETTINGS = (
     "candidates=4",
 )
 SHOWN, TEXT, SIDE = 16, 330, 40  # images of a row, pixels of its title and of an image
+COLOURS = 64  # of the picture
 
 
 def parse(words: str) -> tuple[SamplingParams, dict[str, str]]:
@@ -97,7 +98,7 @@ def main(flags: argparse.Namespace) -> None:
         picture = Image.new("RGB", (rows[0].width, SIDE * len(rows)))
         for number, row in enumerate(rows):
             picture.paste(row, (0, number * SIDE))
-        picture.save(flags.picture, optimize=True)
+        picture.quantize(COLOURS).save(flags.picture, optimize=True)
     print(record.merge("guidance", {Path(flags.path_to_data).name: results}))
 
 
