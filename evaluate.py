@@ -344,7 +344,7 @@ def make_parser() -> argparse.ArgumentParser:
     labels = "evaluate the GPT without the images' labels"
     three.add_argument("--model_path", required=True, help="GPT: a folder, or runs:/...")
     three.add_argument("--condition_model_dir", help=condition)
-    three.add_argument("--embeddings", default="", metavar="FILE", help="their vectors, .npy")
+    three.add_argument("--embeddings", default="", metavar="FILE", help="vectors: .npy, Parquet")
     three.add_argument("--unconditional", action="store_true", help=labels)
     return parser
 

@@ -307,7 +307,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "what the images show, in words; repeated, in turn, with each of the --labels; "
     text += "@FILE: the lines of a file"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    add("--embeddings", default="", metavar="FILE", help="vectors (.npy) to follow, in turn")
+    add("--embeddings", default="", metavar="FILE", help="vectors (.npy, Parquet) to follow")
     text = "sample each class as often as it occurs in the training data"
     add("--class_frequencies", action="store_true", help=text)
     text = "indices folder whose conditions, or grids if it has none, condition the samples, in "

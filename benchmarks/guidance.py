@@ -24,7 +24,7 @@ from utils import cli, figures
 from utils.data.vocabulary import read_vocabulary
 from utils.provenance import load_model
 
-# A name of the settings, and flags of transformer_generation.py without the dashes.
+# Each is flags of transformer_generation.py without the dashes.
 SETTINGS = (
     *("", "temperature=0.5", "temperature=0.9", "temperature=1.2", "top_k=10", "top_p=0.9"),
     *("min_p=0.1", "typical_p=0.9", "guidance_scale=1.25", "guidance_scale=1.5"),

@@ -143,10 +143,10 @@ class GPTConfig:
         min=0,
     )
     dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
-    class_dropout: float = option(0.1, "fraction of images without class", min=0, below=1)
-    condition_dropout: float = option(0.1, "fraction of images without condition", min=0, below=1)
-    embeddings_dropout: float = option(0.1, "fraction of images without embeddings", min=0, below=1)
-    caption_dropout: float = option(0.1, "fraction of images without caption", min=0, below=1)
+    class_dropout: float = option(0.1, "how often the class is dropped", min=0, below=1)
+    condition_dropout: float = option(0.1, "how often the condition is dropped", min=0, below=1)
+    embeddings_dropout: float = option(0.1, "how often the embeddings are dropped", min=0, below=1)
+    caption_dropout: float = option(0.1, "how often the caption is dropped", min=0, below=1)
     caption_length: int | None = option(
         None,
         "text tokens of a caption, longer ones are cut; 0: ignore captions; default: those of the "

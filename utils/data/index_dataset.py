@@ -33,9 +33,7 @@ class IndicesConfig:
     """The data of a training on indices."""
 
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
-    embeddings: str = flag(
-        "", "vectors to condition on: .npy (N, L, D) or Parquet, N as the images"
-    )
+    embeddings: str = flag("", "vectors to condition on: .npy (N, L, D) or Parquet, N as images")
     model_dir: str = flag("", "tokenizer that decodes the samples generated in training")
     val_fraction: float = flag(0.1, "share of a text file's lines for validation", above=0, below=1)
     ignore_labels: bool = flag(False, "train without classes, whatever labels the data have")

@@ -151,7 +151,7 @@ class Run(AbstractContextManager):
             upstream: the lineage of what the stage reads.
             continued: an existing run goes on training. If it is gone, a new one takes its place.
                 What it logs again of the steps after its checkpoint is left out.
-            enabled: False in all processes but the first, where nothing is written.
+            enabled: False in all processes but the first: they only log that a training failed.
         """
         self.output_dir, self.run_id, self.ui_hint = output_dir, run_id or "", NOT_LOGGED
         self._is_training, self._is_open = continued or run_id is None, enabled
@@ -321,9 +321,9 @@ class Run(AbstractContextManager):
         status = "FINISHED" if error is None else "KILLED" if stopped else "FAILED"
         if status == "FAILED" and self.run_id and not self._is_open:
             with suppress(Exception):  # this process speaks for the main one, which may be killed
-                client = addresses.open_client()
-                if client.get_run(self.run_id).info.status == "RUNNING":
-                    client.set_terminated(self.run_id, status)
+                from utils.tracking import store
+
+                store.fail_if_running(addresses.open_client(), self.run_id)
         self.close(status)
 
     def note_status(self, status: str) -> None:

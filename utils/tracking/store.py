@@ -57,6 +57,12 @@ def send(client: Any, home: Path, event: Event) -> None:
             client.set_terminated(run_id, event.name, event.milliseconds)
 
 
+def fail_if_running(client: Any, run_id: str) -> None:
+    """Set the status of a run to FAILED, unless it has ended."""
+    if client.get_run(run_id).info.status == "RUNNING":
+        client.set_terminated(run_id, "FAILED")
+
+
 def find_experiment(client: Any, name: str, fallback: str) -> str:
     """The id of an experiment, which is created if it does not exist.
 

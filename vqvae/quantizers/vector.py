@@ -114,7 +114,7 @@ class IBQOptions(CodebookOptions):
     commitment_cost: float = base.commitment_cost()
     entropy_weight: float = base.entropy_weight(None)
     similarity: str = option(
-        "distance", "the paper compares by inner_product", choices=("distance", "inner_product")
+        "distance", "of codes; the paper has inner_product", choices=("distance", "inner_product")
     )
     softmax_temperature: float = option(
         0.2, "of the softmax that passes gradients to all codes", min=1e-3, training_only=True
