@@ -4,8 +4,8 @@ Tokenizer and GPT are trained without the digit. Each row of the table is a GPT 
 few images of it: bits per token of further ones, and the share of its samples that a classifier of
 all digits gives that label. Also for grids of another size, with `--grid_positions`.
 
-`--part emoji` tunes a GPT of CIFAR-10 (`--model_path`, with its tokenizer `--model_dir`) to the
-classes of the emoji (`--data`, of `utils.data.download emoji`).
+`--part emoji` tunes a GPT of CIFAR-10 (`--model_path`, with its tokenizer `--model_dir`) to a few
+emoji and their classes (`--data`, of `utils.data.download emoji`).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from utils import cli
 
 DIGIT, SHOTS = "7", 300
 COUNTS = {"base": 8000, "digit": SHOTS + 700, "train": 6000, "test": 2000}  # images of each CSV
+COUNTS["emoji"] = SHOTS + 1000
 SHAPE = "--dim 96 --num_layers 3 --num_heads 4 --weight_decay 0.05 --patience 0"
 TRAIN = "train.py --path_to_data {work}/{data} --batch_size 50"
 SHORT, LONG = 60, 600  # steps
@@ -67,12 +68,18 @@ def write_csv(rows: list[dict[str, str]], data: Path, path: Path, *, shots: int 
             writer.writerow([row["image_path"], row["label"], *split])
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV in a random order."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    random.Random(0).shuffle(rows)
+    return rows
+
+
 def write_data(data: Path, work: Path) -> None:
     """base.csv without the digit, digit.csv with it alone, train.csv and test.csv with all."""
     for name in ("train", "test"):
-        with (data / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        random.Random(0).shuffle(rows)
+        rows = read_rows(data / f"{name}.csv")
         write_csv(rows[: COUNTS[name]], data, work / f"{name}.csv")
         if name == "train":
             others = [row for row in rows if row["label"] != DIGIT]
@@ -125,15 +132,17 @@ def show(title: str, agreement: str, results: dict[str, dict[str, float]]) -> No
 
 def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """A GPT of CIFAR-10, tuned to the emoji by the tokenizer of CIFAR-10."""
-    quantize = "quantize_dataset.py --model_dir {model_dir} --path_to_data {data}/train.csv"
-    call("{work}/emoji", quantize, **(vars(flags) | {"work": work}))
+    rows = read_rows(Path(flags.data) / "train.csv")[: COUNTS["emoji"]]
+    write_csv(rows, Path(flags.data), work / "emoji.csv", shots=SHOTS)
+    quantize = "quantize_dataset.py --model_dir {model_dir} --path_to_data {work}/emoji.csv"
+    call("{work}/emoji", quantize, work=work, model_dir=flags.model_dir)
     results: dict[str, dict[str, float]] = {}
     for number, (name, command) in enumerate(EMOJI_ROWS.items()):
         folder, values = f"gpt{number}", {"work": work, "model_path": flags.model_path}
         results[name] = train_row(folder, f"{EMOJI} {command}", **values)
         agreement = label_agreement(folder, flags.model_dir, flags.data, work, "--image_size 32")
         results[name]["label_agreement"] = agreement
-    show("emoji", "classified as their class", results)
+    show(f"{SHOTS} emoji", "classified as their class", results)
     return results
 
 

@@ -28,6 +28,32 @@ def test_orders_are_permutations_of_which_a_share_is_random() -> None:
     assert first.min() > 850
 
 
+def test_a_share_of_the_orders_ends_with_a_region() -> None:
+    """A rectangle or all but one comes last, both parts in raster order; any cell can be in it."""
+    torch.manual_seed(0)
+    orders, width = sample_permutations(torch.zeros(4000, 3, 4), 1.0, 1.0), 4
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(12).expand(4000, -1))
+    lasts, rectangles = torch.zeros(12), set()
+    for order in orders.tolist():
+        falls = [i for i in range(1, 12) if order[i] < order[i - 1]]
+        assert len(falls) <= 1
+        for part in (order[: (falls or [0])[0]], order[(falls or [0])[0] :]):
+            rows, columns = ({x // width for x in part}, {x % width for x in part})
+            is_solid = max(rows, default=0) - min(rows, default=1) < len(rows)
+            is_solid &= max(columns, default=0) - min(columns, default=1) < len(columns)
+            if len(part) == len(rows) * len(columns) and is_solid:
+                rectangles.add(tuple(part))
+        if falls:
+            lasts[order[falls[0] :]] += 1
+    assert lasts.min() > 0.2 * 4000
+    assert lasts.max() < 0.7 * 4000
+    # Each rectangle of a 3x4 grid, with none and with all cells in order.
+    assert len(rectangles) >= 6 * 10
+    mixed = sample_permutations(torch.zeros(4000, 3, 4), 1.0, 0.3)
+    falls_of = (mixed.diff(dim=1) < 0).sum(dim=1)
+    assert float((falls_of > 1).float().mean()) == pytest.approx(0.7, abs=0.04)
+
+
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_permuted_likelihood_is_a_proper_factorisation(depth: int, positions: str) -> None:

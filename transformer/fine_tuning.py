@@ -26,7 +26,7 @@ def config_from(
     `given` are fields that the user sets, `data` those that follow from the data.
     """
     settings = asdict(source) | {"label_smoothing": 0.0, "start_from_codebook": False}
-    if source.order_anneal is not None:
+    if source.order_anneal and not source.any_order:
         settings["order_anneal"] = (0.0, 0.0)  # raster order, in which its training ended
     free = FREE | ({"start_from_codebook"} if tuning.reset_embeddings else set())
     for name in sorted(given.keys() - free):

@@ -228,11 +228,10 @@ class GPT(nn.Module):
 
         Random numbers are those of the default generator, whose state checkpoints hold.
         """
-        generator = torch.default_generator
-        inputs = [self.config.drop_conditioning(prefix, generator), grids]
+        inputs = [self.config.drop_conditioning(prefix), grids]
         if self.config.order_anneal is not None:
             probability = random_order_probability(self.config.order_anneal, progress)
-            inputs.append(sample_permutations(grids, probability, generator))
+            inputs.append(sample_permutations(grids, probability, self.config.any_order / 2))
         return inputs
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:
