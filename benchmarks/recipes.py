@@ -58,11 +58,11 @@ RECIPES: dict[str, str] = {
         transformer_generation --num_images 10000 --guidance_scale 1.5
     """,
     "emoji": """
-        train_vqvae --patch_size 4 --codebook_size 512 --learning_rate 4e-3 --max_epochs 24 \
-            --evaluate_every 376
+        train_vqvae --channel_multipliers 1,1 --codebook_size 512 --learning_rate 4e-3 \
+            --max_epochs 20 --evaluate_every 470
         quantize_dataset
         train --dim 128 --dropout 0.2 --caption_dropout 0.5 --optimizer muon \
-            --learning_rate 4e-3 --max_epochs 20 --evaluate_every 240
+            --learning_rate 4e-3 --max_epochs 15 --evaluate_every 235
         transformer_generation --num_images 4000 --class_frequencies --guidance_scale 1.5
     """,
 }

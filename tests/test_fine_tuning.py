@@ -150,6 +150,13 @@ def test_positions_of_another_grid() -> None:
     assert extended.position_scale == (1, 1)
 
 
+@pytest.mark.parametrize(("before", "now"), [((1, 1), (1, 1)), ((0.5, 0.75), (0, 0))])
+def test_the_orders_in_which_a_training_ended_go_on(before: Any, now: Any) -> None:
+    source = make_model((4, 4), order_anneal=before)
+    data = {"latent_dim": (4, 4), "num_classes": 3}
+    assert config_from(source.config, {}, data, FineTuningConfig()).order_anneal == now
+
+
 @pytest.mark.parametrize("how", ["interpolate", "extrapolate"])
 @pytest.mark.parametrize("options", [{}, {"order_anneal": (0.5, 0.8)}], ids=["raster", "random"])
 def test_embeddings_of_positions_fit_another_grid(how: str, options: dict[str, Any]) -> None:

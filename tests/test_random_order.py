@@ -160,6 +160,14 @@ def test_a_gpt_of_any_order_generates_in_raster_order_which_it_learned_as_well()
     assert torch.equal(sampled, generate(raster, prefix, seed=2))
 
 
+@pytest.mark.parametrize("is_known", [True, False])
+def test_all_or_nothing_can_be_known(is_known: bool) -> None:
+    model = make_model((3, 4), order_anneal=(1, 1))
+    (prefix, given), mask = some_input(), torch.full((3, 4), is_known)
+    sampled = complete(model, prefix, given, mask, seed=2)
+    assert torch.equal(sampled, given if is_known else generate(model, prefix, seed=2))
+
+
 def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
     (prefix, given), masks, params = some_input(), some_masks(), SamplingParams(steps=4)
     for model in (make_model((3, 4)), make_model((3, 4), order_anneal=(0.5, 0.75))):
@@ -171,7 +179,7 @@ def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
         complete(able, prefix, given, masks, **options)
 
 
-def test_all_evaluations_count_where_all_orders_are_random_to_the_end(
+def test_all_evaluations_of_a_training_for_any_order_count(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "evaluate", lambda *_: torch.full((2, 2), 1.0))

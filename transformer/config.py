@@ -160,7 +160,7 @@ class GPTConfig:
     order_anneal: tuple[float, float] | None = option(
         None,
         "fractions of the training, as 0.5,0.75: random orders up to the first, a falling "
-        "mix up to the second, then raster order (RAR); 1,1: always, for any order; default: never",
+        "mix up to the second, then raster order (RAR); 1,1: for sampling in any order",
         metavar="START,END",
         min=0,
         max=1,

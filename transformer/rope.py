@@ -190,7 +190,8 @@ def sample_permutations(indices: Tensor, probability: float, region_share: float
     count, (height, width) = len(indices), indices.shape[1:3]
     x = torch.arange(height * width)
     places = torch.stack([(x // width + 0.5) / height, (x % width + 0.5) / width])
-    start, end = torch.rand(2, count, 2, 1).sort(dim=0).values
+    # Edges beyond the grid, too: some regions begin or end with it, or have all rows or columns.
+    start, end = (torch.rand(2, count, 2, 1) * 1.5 - 0.25).sort(dim=0).values
     keys, (is_outside, is_region, is_random) = torch.rand(count, len(x)), torch.rand(3, count, 1)
     last = ((start <= places) & (places < end)).all(dim=1) ^ (is_outside < 0.5)
     keys = torch.where(is_region < region_share, last.float(), keys) * (is_random < probability)
@@ -200,8 +201,8 @@ def sample_permutations(indices: Tensor, probability: float, region_share: float
 def known_first_orders(keys: Tensor, known_mask: Tensor, counts: Sequence[int] = ()) -> Tensor:
     """Orders (B, h * w) of latent positions, first the known ones (B, h, w), for `random_keys`.
 
-    Both parts are in raster order; for steps of so many at once, which are sampled independently,
-    far from each other and near those of earlier steps (LPD, arXiv 2507.01957, section 3.2).
+    Both parts are in raster order. With `counts`, the tokens of each step, positions of one step,
+    which are sampled independently, are far apart (LPD, arXiv 2507.01957, section 3.2).
     """
     known, height, width = known_mask.flatten(1), *known_mask.shape[1:]
     order = (~known).int().argsort(dim=1, stable=True)

@@ -217,9 +217,9 @@ def generate_in_order(
     known_mask: Tensor,
     scores: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Like `generate_rows`, but after all known positions, several tokens a step, all rows at last.
+    """Sample after all known positions, one or several tokens a step; the rows come at the end.
 
-    Each image has as many known positions (B, h, w).
+    All images have the same number of known positions (B, h, w); see `generate_rows`.
     """
     grid, config = step.cache.grid, step.model.config
     first = int(known_mask[0].sum()) * config.depth
@@ -240,8 +240,8 @@ def generate_in_order(
     yield from grids.view(-1, *config.grid_shape(grid.size)).unbind(dim=1)
 
 
-def has_any_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
-    """Whether `generate` need not sample in raster order; a ValueError where `steps` cannot be."""
+def can_sample_any_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
+    """Whether a GPT samples grids of `size` in any order; a ValueError if it must, for `steps`."""
     able = config.any_order and size == config.latent_dim
     if params.steps and not (able and config.depth == 1):
         needs = "a GPT that was trained for any order (order_anneal 1,1), with depth 1, and grids"
@@ -275,7 +275,7 @@ def generate(
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
         known: (N, h, w[, depth]), kept where `known_mask`, (h, w) or (N, h, w), is True. A GPT of
-            any order samples the others after all of them.
+            any order samples the others of the trained size after all of them.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
@@ -289,7 +289,7 @@ def generate(
     size = size or model.config.latent_dim
     if out is None:
         out = torch.zeros(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
-    in_order = has_any_order(model.config, size, params)
+    in_order = can_sample_any_order(model.config, size, params)
     if known is None or known_mask is None:
         known, known_mask, in_order = None, torch.zeros(size, dtype=torch.bool), params.steps > 0
     known_mask = known_mask.expand(len(prefix), *size)
