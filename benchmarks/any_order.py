@@ -5,17 +5,19 @@ Both are trained by train.py on the same indices for as many steps, one with --o
     python -m benchmarks.any_order --any_order GPT --row_order GPT --path_to_data INDICES \\
         --model_dir TOKENIZER
 
-Inpainting: the middle of validation images is sampled without their labels; a classifier of decoded
-training images says how many no longer have the label of their image. Steps: the Fréchet distance
-of samples, in the features of that classifier, to as many decoded validation images.
+Inpainting: the middle of validation images is sampled, with and without their labels; a classifier
+of decoded training images says how many no longer have the label of their image. Steps: the Fréchet
+distance of samples, in the features of that classifier, to as many decoded validation images.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks import record
@@ -23,7 +25,6 @@ from transformer import GPT, SamplingParams, make_prefix
 from transformer.sampling import complete, generate
 from utils import addresses, cli, distributed
 from utils.data.index_dataset import IndexDataset
-from utils.data.masks import region_mask
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
 from utils.evaluation.metrics import WIDTH, frechet_distance, resample
@@ -78,22 +79,36 @@ class Bench:
         return estimate.value, WIDTH * estimate.standard_error
 
 
-def inpaint(bench: Bench, models: dict[str, GPT], candidates: Sequence[int]) -> dict[str, Any]:
-    """The share of changed labels, by the model and the number of candidates."""
+def middle_mask(name: str, size: tuple[int, int]) -> Tensor:
+    """What is known of a grid, (h, w), bool; the name is as columns:0.4, a middle part of them.
+
+    Of a block, that part of the rows and of the columns is not known.
+    """
+    what, share = name.split(":")
+    unknown = []
+    for axis, count in zip(("rows", "columns"), size, strict=True):
+        part = round(float(share) * count) if what in (axis, "block") else count
+        numbers = torch.arange(count)
+        first = (count - part) // 2
+        unknown.append((numbers >= first) & (numbers < first + part))
+    return ~(unknown[0][:, None] & unknown[1])
+
+
+def inpaint(bench: Bench, models: dict[str, GPT], flags: argparse.Namespace) -> dict[str, Any]:
+    """The share of changed labels, by the mask, the model and the number of candidates."""
     known = bench.data.grids[bench.rows].long()
     results: dict[str, Any] = {"decoded originals": {"changed": bench.changed(known)}}
-    mask = region_mask("border:0.5", (known.shape[1], known.shape[2]))
-    for labelled in (False, True):
-        for name, model in models.items():
-            for count in candidates:
-                start = time.perf_counter()
-                options: dict[str, Any] = {"candidates": count, "seed": bench.settings.seed}
-                prefix = bench.prefix(model, labelled)
-                grids = complete(model, prefix, known, mask, batch_size=250, **options)
-                title = f"{name}, {count} candidates, {'' if labelled else 'no '}labels"
-                seconds = time.perf_counter() - start
-                results[title] = {"changed": bench.changed(grids), "seconds": seconds}
-                print(f"{title}: {results[title]['changed']:.1%} changed, {seconds:.0f} s")
+    ways = itertools.product(flags.masks, (False, True), models, flags.candidates)
+    for mask, labelled, name, count in ways:
+        start = time.perf_counter()
+        options: dict[str, Any] = {"candidates": count, "seed": flags.seed, "batch_size": 250}
+        options["known_mask"] = middle_mask(mask, (known.shape[1], known.shape[2]))
+        prefix = bench.prefix(models[name], labelled)
+        grids = complete(models[name], prefix, known, **options)
+        title = f"{mask}, {name}, {count} candidates, {'' if labelled else 'no '}labels"
+        seconds = time.perf_counter() - start
+        results[title] = {"changed": bench.changed(grids), "seconds": seconds}
+        print(f"{title}: {results[title]['changed']:.1%} changed, {seconds:.0f} s", flush=True)
     return results
 
 
@@ -123,7 +138,7 @@ def main(flags: argparse.Namespace) -> None:
     models = {name: load_model(path, GPT, device).model for name, path in names.items() if path}
     results = {}
     if "inpainting" in flags.parts:
-        results["inpainting"] = inpaint(bench, models, flags.candidates)
+        results["inpainting"] = inpaint(bench, models, flags)
     if "steps" in flags.parts:
         results["steps"] = count_steps(bench, models, flags.steps, flags.guidance_scale)
     print(record.merge("any_order", {Path(flags.path_to_data).name: results}))
@@ -138,8 +153,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="tokenizer of the indices")
     add("--parts", nargs="+", default=["inpainting", "steps"], choices=("inpainting", "steps"))
     add("--count", type=cli.positive, default=5000, help="validation images (default: 5000)")
+    masks = ["block:0.5", "block:0.4", "columns:0.4", "rows:0.4"]
+    add("--masks", nargs="+", default=masks, help="what is filled in, as rows:0.4, of the middle")
     add("--candidates", type=int, nargs="+", default=[1, 8], help="of inpainting")
-    add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
+    add("--steps", type=int, nargs="+", default=[24, 16, 12, 8], help="of parallel decoding")
     add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
     add("--seed", type=int, default=0, help="of the samples and the classifier (default: 0)")
     add("--device", default="auto", help="where to compute")

@@ -43,13 +43,12 @@ GRIDS = {
 }
 SAMPLES, LARGE = 500, 42
 EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon --patience 0 "
-EMOJI += "--learning_rate 4e-3"
-EMOJI_SHORT, EMOJI_LONG = 100, 1000  # steps
+EMOJI += "--learning_rate 4e-3 --evaluate_every 30"
+EMOJI_SHORT, EMOJI_LONG = 60, 600  # steps
 EMOJI_SHAPE = "--dim 128 --dropout 0.1"
 EMOJI_ROWS = {
     "from scratch": f"{EMOJI_SHAPE} --max_steps {EMOJI_SHORT}",
-    "from scratch, ten times the steps": f"{EMOJI_SHAPE} --max_steps {EMOJI_LONG} "
-    f"--evaluate_every {EMOJI_SHORT}",
+    "from scratch, ten times the steps": f"{EMOJI_SHAPE} --max_steps {EMOJI_LONG}",
     "fine-tuned": f"--init_from {{model_path}} --dropout 0.1 --max_steps {EMOJI_SHORT}",
 }
 
