@@ -120,7 +120,7 @@ def choose_size(
     if known is not None:
         size = known.masks.shape[1], known.masks.shape[2]
     cli.build_or_error(model.grid_positions, size, PositionExtension(arguments.position_extension))
-    cli.build_or_error(sampling.can_sample_any_order, model.config, size, params)
+    cli.build_or_error(sampling.samples_in_order, model.config, size, params)
     return size
 
 

@@ -156,7 +156,7 @@ def make_parser() -> argparse.ArgumentParser:
     masks = ["block:0.5", "block:0.4", "columns:0.4", "rows:0.4"]
     add("--masks", nargs="+", default=masks, help="what is filled in, as rows:0.4, of the middle")
     add("--candidates", type=int, nargs="+", default=[1, 8], help="of inpainting")
-    add("--steps", type=int, nargs="+", default=[24, 16, 12, 8], help="of parallel decoding")
+    add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
     add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
     add("--seed", type=int, default=0, help="of the samples and the classifier (default: 0)")
     add("--device", default="auto", help="where to compute")

@@ -1,7 +1,5 @@
 """Permuted sequences: a proper factorisation of the likelihood, for training in random orders."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,50 +26,6 @@ def test_orders_are_permutations_of_which_a_share_is_random() -> None:
     assert torch.equal(sample_permutations(torch.zeros(5, 3, 3, 2), 0.0), raster.expand(5, -1))
     first = torch.bincount(sample_permutations(torch.zeros(9000, 3, 3), 1.0)[:, 0], minlength=9)
     assert first.min() > 850
-
-
-def rectangle(part: list[int], width: int) -> tuple[int, ...] | None:
-    """The numbers of a part in a grid, if they are those of all positions of a rectangle."""
-    if not part:
-        return ()
-    rows, columns = ({x // width for x in part}, {x % width for x in part})
-    whole = [y * width + x for y in range(min(rows), max(rows) + 1) for x in sorted(columns)]
-    solid = max(columns) - min(columns) < len(columns)
-    return tuple(part) if part == whole and solid else None
-
-
-def test_a_share_of_the_orders_ends_with_a_region() -> None:
-    """A rectangle, or all but one, comes last; both parts are in raster order."""
-    torch.manual_seed(0)
-    orders = sample_permutations(torch.zeros(6000, 3, 4), 1.0, 1.0)
-    assert torch.equal(orders.sort(dim=1).values, torch.arange(12).expand(6000, -1))
-    last, found = torch.zeros(12), {True: set(), False: set()}
-    for order in orders.tolist():
-        falls = [i for i in range(1, 12) if order[i] < order[i - 1]] or [0]
-        assert len(falls) == 1
-        parts = order[falls[0] :], order[: falls[0]]
-        shapes = [rectangle(part, 4) for part in parts]
-        assert shapes != [None, None]
-        if falls != [0]:
-            last[parts[0]] += 1
-        for is_last, shape in zip((True, False), shapes, strict=True):
-            found[is_last].add(shape)
-    # Any position can be in the region, and nearly any of the 6 * 10 rectangles can be it; those
-    # from the first position on, or the first rows, are known before the others in raster order.
-    assert 0.2 * 6000 < last.min() < last.max() < 0.6 * 6000
-    assert all(len(shapes - {None, ()}) > 40 for shapes in found.values())
-    mixed = sample_permutations(torch.zeros(4000, 3, 4), 1.0, 0.3)
-    falls_of = (mixed.diff(dim=1) < 0).sum(dim=1)
-    assert float((falls_of > 1).float().mean()) == pytest.approx(0.7, abs=0.04)
-
-
-@pytest.mark.parametrize(("anneal", "share"), [((1, 1), 0.5), ((0.5, 0.75), 1.0)])
-def test_half_of_the_orders_for_any_order_are_random(anneal: Any, share: float) -> None:
-    model = make_model((4, 4), order_anneal=anneal)
-    torch.manual_seed(0)
-    inputs = model.training_inputs(torch.zeros(4000).long(), torch.zeros(4000, 4, 4).long(), 0.1)
-    falls = (inputs[2].diff(dim=1) < 0).sum(dim=1)
-    assert float((falls > 1).float().mean()) == pytest.approx(share, abs=0.03)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])

@@ -13,7 +13,7 @@ from tests.test_kv_cache import make_model
 from tests.test_transformer_generation import call
 from transformer import GPT, SamplingParams
 from transformer.distribution import random_keys
-from transformer.rope import known_first_orders, sample_permutations
+from transformer.rope import known_first_orders
 from transformer.sampling import complete, generate, step_sizes
 
 GREEDY = SamplingParams(temperature=0)
@@ -73,8 +73,7 @@ def test_completed_tokens_are_those_of_one_forward_in_the_same_order(depth, posi
         first = int(mask.sum()) * depth
         assert torch.equal(best[image, first:], tokens[image, first:])
         assert mask.flatten()[order[image, : first // depth]].all()
-        for part in order[image].split([first // depth, 12 - first // depth]):
-            assert (part.diff() > 0).all()  # in raster order
+    assert len(order.unique(dim=0)) == 4
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
@@ -108,9 +107,7 @@ def test_tokens_of_one_step_are_apart(known_columns: int) -> None:
     keys, known = random_keys(0, torch.arange(200)), 8 * known_columns
     counts = step_sizes(64 - known, 12)
     nearest = []
-    shuffled = sample_permutations(masks.float(), 1.0)
-    keep = masks.flatten(1).gather(1, shuffled).int().argsort(dim=1, descending=True, stable=True)
-    for order in (known_first_orders(keys, masks, counts), shuffled.gather(1, keep)):
+    for order in (known_first_orders(keys, masks, counts), known_first_orders(keys, masks)):
         assert order.sort(dim=1).values.equal(torch.arange(64).expand(200, -1))
         assert masks.flatten(1).gather(1, order[:, :known]).all()
         assert len(order.unique(dim=0)) == 200
@@ -151,27 +148,20 @@ def test_any_batch_size_samples_the_same_with_a_mask_for_each_image(anneal, step
     assert torch.equal(generate(model, prefix, **options).long(), one)
 
 
-def test_a_gpt_of_any_order_generates_in_raster_order_which_it_learned_as_well() -> None:
+def test_a_gpt_of_any_order_samples_in_random_orders() -> None:
+    """It hardly saw raster order, which is one of many."""
     prefix, _ = some_input()
     model = make_model((3, 4), order_anneal=(1, 1))
     sampled = generate(model, prefix, seed=2)
     assert torch.equal(sampled, generate(model, prefix, seed=2, params=SamplingParams(steps=12)))
     raster = make_model((3, 4), order_anneal=(0.5, 1))  # of the same weights
-    assert torch.equal(sampled, generate(raster, prefix, seed=2))
-
-
-@pytest.mark.parametrize("is_known", [True, False])
-def test_all_or_nothing_can_be_known(is_known: bool) -> None:
-    model = make_model((3, 4), order_anneal=(1, 1))
-    (prefix, given), mask = some_input(), torch.full((3, 4), is_known)
-    sampled = complete(model, prefix, given, mask, seed=2)
-    assert torch.equal(sampled, given if is_known else generate(model, prefix, seed=2))
+    assert not torch.equal(sampled, generate(raster, prefix, seed=2))
 
 
 def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
     (prefix, given), masks, params = some_input(), some_masks(), SamplingParams(steps=4)
     for model in (make_model((3, 4)), make_model((3, 4), order_anneal=(0.5, 0.75))):
-        with pytest.raises(ValueError, match="needs a GPT that was trained for any order"):
+        with pytest.raises(ValueError, match="needs a GPT that was trained in random orders"):
             generate(model, prefix, params=params)
     able: GPT = make_model((3, 4), order_anneal=(1, 1))
     options = {"guide": make_model((3, 4)), "params": SamplingParams(guidance_scale=2)}
@@ -179,7 +169,7 @@ def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
         complete(able, prefix, given, masks, **options)
 
 
-def test_all_evaluations_of_a_training_for_any_order_count(
+def test_all_evaluations_count_where_all_orders_are_random_to_the_end(
     store: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "evaluate", lambda *_: torch.full((2, 2), 1.0))

@@ -160,7 +160,7 @@ class GPTConfig:
     order_anneal: tuple[float, float] | None = option(
         None,
         "fractions of the training, as 0.5,0.75: random orders up to the first, a falling "
-        "mix up to the second, then raster order (RAR); 1,1: for sampling in any order",
+        "mix up to the second, then raster order (RAR); 1,1: always, for any order; default: never",
         metavar="START,END",
         min=0,
         max=1,
@@ -232,7 +232,7 @@ class GPTConfig:
 
     @property
     def any_order(self) -> bool:
-        """Whether its whole training prepares for any order, see `sample_permutations`."""
+        """Whether all of the training is in random orders, so that any order can be sampled."""
         return self.order_anneal == (1, 1)
 
     @property
@@ -260,14 +260,14 @@ class GPTConfig:
         ]
         return torch.cat(parts, dim=1).view_as(prefix)
 
-    def drop_conditioning(self, prefix: Tensor) -> Tensor:
+    def drop_conditioning(self, prefix: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Drop each part of the prefix of some images, for guidance.
 
         Each part is dropped from its `dropout` of the images: all parts together in half of the
         smallest fraction, and each alone in the rest, all of it often enough to be learned. Where
-        the fractions sum to more than 1, those alone overlap.
+        the fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
         """
-        chance = torch.rand(len(prefix), 1).to(prefix.device)
+        chance = torch.rand(len(prefix), 1, generator=generator).to(prefix.device)
         start = together = min(part.dropout for part in self.prefix_parts) / 2
         parts = []
         for part, x in self.split_prefix(prefix):

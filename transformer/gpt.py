@@ -228,10 +228,11 @@ class GPT(nn.Module):
 
         Random numbers are those of the default generator, whose state checkpoints hold.
         """
-        inputs = [self.config.drop_conditioning(prefix), grids]
+        generator = torch.default_generator
+        inputs = [self.config.drop_conditioning(prefix, generator), grids]
         if self.config.order_anneal is not None:
             probability = random_order_probability(self.config.order_anneal, progress)
-            inputs.append(sample_permutations(grids, probability, self.config.any_order / 2))
+            inputs.append(sample_permutations(grids, probability, generator))
         return inputs
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:

@@ -181,35 +181,28 @@ def random_order_probability(anneal: tuple[float, float], progress: float) -> fl
     return 0.0 if progress >= end else (end - progress) / (end - start)
 
 
-def sample_permutations(indices: Tensor, probability: float, region_share: float = 0.0) -> Tensor:
-    """Orders of latent positions (B, h * w) for grids (B, h, w[, depth]), random or raster.
-
-    In a share of the random ones a random rectangle, or all but it, comes last, both parts in
-    raster order: what a completion samples (in one dimension FIM, arXiv 2207.14255).
-    """
-    count, (height, width) = len(indices), indices.shape[1:3]
-    x = torch.arange(height * width)
-    places = torch.stack([(x // width + 0.5) / height, (x % width + 0.5) / width])
-    # Edges beyond the grid, too: some regions begin or end with it, or have all rows or columns.
-    start, end = (torch.rand(2, count, 2, 1) * 1.5 - 0.25).sort(dim=0).values
-    keys, (is_outside, is_region, is_random) = torch.rand(count, len(x)), torch.rand(3, count, 1)
-    last = ((start <= places) & (places < end)).all(dim=1) ^ (is_outside < 0.5)
-    keys = torch.where(is_region < region_share, last.float(), keys) * (is_random < probability)
-    return keys.argsort(dim=1, stable=True).to(indices.device)
+def sample_permutations(
+    indices: Tensor, probability: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """Orders of latent positions (B, h * w) for grids (B, h, w[, depth]), random or raster."""
+    count, positions = len(indices), indices.shape[1] * indices.shape[2]
+    shuffled = torch.rand(count, positions, generator=generator).argsort(dim=1)
+    is_random = torch.rand(count, 1, generator=generator) < probability
+    return torch.where(is_random, shuffled, torch.arange(positions)).to(indices.device)
 
 
 def known_first_orders(keys: Tensor, known_mask: Tensor, counts: Sequence[int] = ()) -> Tensor:
     """Orders (B, h * w) of latent positions, first the known ones (B, h, w), for `random_keys`.
 
-    Both parts are in raster order. With `counts`, the tokens of each step, positions of one step,
-    which are sampled independently, are far apart (LPD, arXiv 2507.01957, section 3.2).
+    They are random; or for steps of so many at once, which are sampled independently, far from each
+    other and near those of earlier steps (LPD, arXiv 2507.01957, section 3.2).
     """
     known, height, width = known_mask.flatten(1), *known_mask.shape[1:]
-    order = (~known).int().argsort(dim=1, stable=True)
-    if len(counts) == sum(counts):
-        return order
     numbers = torch.arange(height * width, device=keys.device)
     noise = uniform(keys[:, None], -2 - numbers)  # no numbers of tokens
+    order = torch.where(known, noise, noise + 1).argsort(dim=1, stable=True)
+    if len(counts) == sum(counts):
+        return order
     places = torch.stack([numbers // width, numbers % width], dim=1).float()
     nearness = (-torch.cdist(places, places)).exp()
     score = (known.float() @ nearness).add_(noise, alpha=VARIETY).masked_fill_(known, -torch.inf)

@@ -217,9 +217,9 @@ def generate_in_order(
     known_mask: Tensor,
     scores: Tensor | None = None,
 ) -> Iterator[Tensor]:
-    """Sample after all known positions, one or several tokens a step; the rows come at the end.
+    """Like `generate_rows`, but in random orders, after the known positions, and all rows at last.
 
-    All images have the same number of known positions (B, h, w); see `generate_rows`.
+    Each image has as many known positions (B, h, w).
     """
     grid, config = step.cache.grid, step.model.config
     first = int(known_mask[0].sum()) * config.depth
@@ -240,12 +240,17 @@ def generate_in_order(
     yield from grids.view(-1, *config.grid_shape(grid.size)).unbind(dim=1)
 
 
-def can_sample_any_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
-    """Whether a GPT samples grids of `size` in any order; a ValueError if it must, for `steps`."""
+def samples_in_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
+    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be.
+
+    A GPT of any order does, as raster order is one of many that it was trained in.
+    """
     able = config.any_order and size == config.latent_dim
     if params.steps and not (able and config.depth == 1):
-        needs = "a GPT that was trained for any order (order_anneal 1,1), with depth 1, and grids"
-        raise ValueError(f"steps needs {needs} of its size; omit it")
+        needs = (
+            "a GPT that was trained in random orders to the end (order_anneal 1,1), with depth 1"
+        )
+        raise ValueError(f"steps needs {needs}, and grids of its size; omit it")
     return able
 
 
@@ -275,7 +280,7 @@ def generate(
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
         known: (N, h, w[, depth]), kept where `known_mask`, (h, w) or (N, h, w), is True. A GPT of
-            any order samples the others of the trained size after all of them.
+            any order samples the others after them, in a random order.
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
@@ -289,10 +294,10 @@ def generate(
     size = size or model.config.latent_dim
     if out is None:
         out = torch.zeros(len(prefix), *model.config.grid_shape(size), dtype=torch.long)
-    in_order = can_sample_any_order(model.config, size, params)
     if known is None or known_mask is None:
-        known, known_mask, in_order = None, torch.zeros(size, dtype=torch.bool), params.steps > 0
+        known, known_mask = None, torch.zeros(size, dtype=torch.bool)
     known_mask = known_mask.expand(len(prefix), *size)
+    in_order = samples_in_order(model.config, size, params)
     sample_rows = generate_in_order if in_order else generate_rows
     keys = random_keys(seed, torch.arange(len(prefix), device=device))
     step: DecodeStep | None = None
