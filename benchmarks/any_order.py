@@ -25,6 +25,7 @@ from transformer import GPT, SamplingParams, make_prefix
 from transformer.sampling import complete, generate
 from utils import addresses, cli, distributed
 from utils.data.index_dataset import IndexDataset
+from utils.data.masks import region_mask
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
 from utils.evaluation.metrics import WIDTH, frechet_distance, resample
@@ -79,21 +80,6 @@ class Bench:
         return estimate.value, WIDTH * estimate.standard_error
 
 
-def middle_mask(name: str, size: tuple[int, int]) -> Tensor:
-    """What is known of a grid, (h, w), bool; the name is as columns:0.4, a middle part of them.
-
-    Of a block, that part of the rows and of the columns is not known.
-    """
-    what, share = name.split(":")
-    unknown = []
-    for axis, count in zip(("rows", "columns"), size, strict=True):
-        part = round(float(share) * count) if what in (axis, "block") else count
-        numbers = torch.arange(count)
-        first = (count - part) // 2
-        unknown.append((numbers >= first) & (numbers < first + part))
-    return ~(unknown[0][:, None] & unknown[1])
-
-
 def inpaint(bench: Bench, models: dict[str, GPT], flags: argparse.Namespace) -> dict[str, Any]:
     """The share of changed labels, by the mask, the model and the number of candidates."""
     known = bench.data.grids[bench.rows].long()
@@ -102,7 +88,9 @@ def inpaint(bench: Bench, models: dict[str, GPT], flags: argparse.Namespace) -> 
     for mask, labelled, name, count in ways:
         start = time.perf_counter()
         options: dict[str, Any] = {"candidates": count, "seed": flags.seed, "batch_size": 250}
-        options["known_mask"] = middle_mask(mask, (known.shape[1], known.shape[2]))
+        size = known.shape[1], known.shape[2]
+        parts = [region_mask(part, size) for part in mask.split("+")]
+        options["known_mask"] = torch.stack(parts).any(dim=0)
         prefix = bench.prefix(models[name], labelled)
         grids = complete(models[name], prefix, known, **options)
         title = f"{mask}, {name}, {count} candidates, {'' if labelled else 'no '}labels"
@@ -153,8 +141,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model_dir", required=True, help="tokenizer of the indices")
     add("--parts", nargs="+", default=["inpainting", "steps"], choices=("inpainting", "steps"))
     add("--count", type=cli.positive, default=5000, help="validation images (default: 5000)")
-    masks = ["block:0.5", "block:0.4", "columns:0.4", "rows:0.4"]
-    add("--masks", nargs="+", default=masks, help="what is filled in, as rows:0.4, of the middle")
+    masks = ["border:0.5", "border:0.6", "left:0.3+right:0.3", "top:0.3+bottom:0.3"]
+    add("--masks", nargs="+", default=masks, help="known parts, joined by +, in inpainting")
     add("--candidates", type=int, nargs="+", default=[1, 8], help="of inpainting")
     add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
     add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
