@@ -35,7 +35,7 @@ def test_bfloat16_is_computed_in_float32() -> None:
 
 def test_rotation_and_its_gradient() -> None:
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, requires_grad=True).transpose(1, 2)
-    cos, sin = rotary_cos_sin(torch.rand(3, 2, dtype=torch.float64), 8)
+    cos, sin = rotary_cos_sin(torch.rand(3, 2, dtype=torch.float64), 8, 100.0)
     a, b = x.chunk(2, dim=-1)
     expected = torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
     torch.testing.assert_close(rotate(x, cos, sin), expected)

@@ -88,14 +88,13 @@ def test_rotary_scores_depend_on_the_distance_alone() -> None:
     q, k = torch.randn(2, 16)
 
     def score(a: tuple[int, int], b: tuple[int, int]) -> float:
-        cos, sin = rotary_cos_sin(
-            GridPositions((6, 8), (6, 8)).coordinates(torch.tensor([a, b])), 16
-        )
+        coordinates = GridPositions((6, 8), (6, 8)).coordinates(torch.tensor([a, b]))
+        cos, sin = rotary_cos_sin(coordinates, 16, 100.0)
         return float(rotate(q, cos[0], sin[0]) @ rotate(k, cos[1], sin[1]))
 
     assert score((1, 2), (3, 5)) == pytest.approx(score((2, 4), (4, 7)), abs=1e-4)
     assert score((1, 2), (3, 5)) != pytest.approx(score((1, 2), (5, 3)), abs=1e-2)
-    cos, sin = rotary_cos_sin(torch.zeros(1, 2), 16)  # of the class
+    cos, sin = rotary_cos_sin(torch.zeros(1, 2), 16, 100.0)  # of the class
     assert rotate(q, cos[0], sin[0]).equal(q)
 
 

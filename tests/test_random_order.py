@@ -11,10 +11,10 @@ import train
 from tests.conftest import TINY_GPT
 from tests.test_kv_cache import make_model
 from tests.test_transformer_generation import call
-from transformer import GPT, SamplingParams
+from transformer import GPT, SamplingParams, make_prefix
 from transformer.distribution import random_keys
-from transformer.rope import known_first_orders
-from transformer.sampling import complete, generate, step_sizes
+from transformer.rope import known_first_orders, step_sizes
+from transformer.sampling import DecodeStep, complete, generate, sample_classes
 
 GREEDY = SamplingParams(temperature=0)
 
@@ -148,6 +148,68 @@ def test_any_batch_size_samples_the_same_with_a_mask_for_each_image(anneal, step
     assert torch.equal(generate(model, prefix, **options).long(), one)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_class_is_sampled_by_its_probability_given_the_known_tokens(depth: int) -> None:
+    """Beside Bayes' rule on the likelihoods of whole grids, whose other tokens come later."""
+    count, model = 3000, make_model((3, 4), depth=depth, order_anneal=(1, 1))
+    given, mask = (
+        some_input(depth)[1][:1].expand(count, *model.config.grid_shape((3, 4))),
+        some_masks()[1],
+    )
+    keys, none = random_keys(0, torch.arange(count)), torch.full((count,), 3)
+    order = known_first_orders(keys, mask.expand(count, 3, 4))[:1].expand(count, -1)
+    known = 3 * depth
+    nats = [
+        model.loss(torch.full((1,), c), given[:1], order[:1])[:, :known].sum() for c in range(3)
+    ]
+    posterior = (-torch.stack(nats)).softmax(dim=0)
+    tokens = model.flatten(given, order)[0][:, :known]
+    order = model.grid.with_depths(order)[:, :known]
+    step = DecodeStep(model, count, size=(3, 4))
+    with torch.no_grad():
+        prefix, log_chances = sample_classes(step, none, keys, tokens, order)
+    assert torch.allclose(log_chances.exp(), posterior[prefix].float(), atol=1e-5)
+    shares = torch.bincount(prefix, minlength=3) / count
+    assert (shares - posterior).abs().max() < 4 * (0.25 / count) ** 0.5
+    assert 0.05 < posterior.max() < 0.95  # or the test would see nothing
+    assert torch.equal(none, torch.full((count,), 3))  # not changed
+
+
+@pytest.mark.parametrize(("length", "guidance"), [(1, 1.0), (1, 2.0), (5, 2.0)])
+def test_completions_without_a_class_are_those_of_the_sampled_class(length, guidance) -> None:
+    model = make_model((3, 4), prefix=length, order_anneal=(1, 1))
+    (_, given), masks = some_input(), some_masks()
+    condition = torch.arange(16).view(4, 2, 2) % 5 if length > 1 else None
+    options = {"known": given, "known_mask": masks, "batch_size": 3}
+    options |= {"params": SamplingParams(guidance_scale=guidance), "seed": 7}
+    scores, others = torch.zeros(4), torch.zeros(3, 4)
+    sampled = generate(
+        model, make_prefix(torch.tensor([3, 3, 1, 3]), condition), scores=scores, **options
+    )
+    by_class = [
+        generate(
+            model,
+            make_prefix(torch.full((4,), number), condition),
+            scores=others[number],
+            **options,
+        )
+        for number in range(3)
+    ]
+    assert torch.equal(sampled[2], by_class[1][2])
+    assert scores[2] == pytest.approx(others[1, 2])
+    for image in (0, 1, 3):
+        same = [c for c in range(3) if torch.equal(sampled[image], by_class[c][image])]
+        # The score of a sampled class includes its own log-probability.
+        assert any(scores[image] < others[c, image] for c in same)
+
+
+def test_with_nothing_known_no_class_is_sampled() -> None:
+    model = make_model((3, 4), order_anneal=(1, 1))
+    nothing = {"known": some_input()[1], "known_mask": torch.zeros(3, 4, dtype=torch.bool)}
+    none = torch.full((4,), 3)
+    assert torch.equal(generate(model, none, **nothing), generate(model, none))
+
+
 def test_a_gpt_of_any_order_samples_in_random_orders() -> None:
     """It hardly saw raster order, which is one of many."""
     prefix, _ = some_input()
@@ -161,7 +223,7 @@ def test_a_gpt_of_any_order_samples_in_random_orders() -> None:
 def test_only_a_gpt_of_any_order_decodes_in_parallel() -> None:
     (prefix, given), masks, params = some_input(), some_masks(), SamplingParams(steps=4)
     for model in (make_model((3, 4)), make_model((3, 4), order_anneal=(0.5, 0.75))):
-        with pytest.raises(ValueError, match="needs a GPT that was trained in random orders"):
+        with pytest.raises(ValueError, match="needs a GPT trained in random orders"):
             generate(model, prefix, params=params)
     able: GPT = make_model((3, 4), order_anneal=(1, 1))
     options = {"guide": make_model((3, 4)), "params": SamplingParams(guidance_scale=2)}

@@ -213,7 +213,7 @@ def test_a_hint_where_classes_are_sampled_without_guidance(
         (("--complete", "given", "--mask", "top:1.5"), "as top:0.5"),
         (("--complete", "given", "--mask", "top:1"), "nothing to sample"),
         (("--complete", "given", "--mask", "none.png"), "neither a picture"),
-        (("--complete", "given", "--steps", "4"), "needs a GPT that was trained in random orders"),
+        (("--complete", "given", "--steps", "4"), "needs a GPT trained in random orders"),
         (("--complete", "nowhere"), "no indices at nowhere"),
         (("--guidance_scale", "-1"), "guidance_scale"),
         (("--min_p", "2"), "min_p"),

@@ -61,10 +61,7 @@ def visible_mask(
 
 
 class _Tiling(NamedTuple):
-    """How a grid is cut: tiles of queries, and the margins of keys around each tile.
-
-    Columns are counted in tokens, the window in latent positions.
-    """
+    """Tiles of queries, and margins of keys around each; columns are in tokens, unlike `window`."""
 
     grid: tuple[int, int]
     depth: int

@@ -260,14 +260,13 @@ class GPTConfig:
         ]
         return torch.cat(parts, dim=1).view_as(prefix)
 
-    def drop_conditioning(self, prefix: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def drop_conditioning(self, prefix: Tensor) -> Tensor:
         """Drop each part of the prefix of some images, for guidance.
 
         Each part is dropped from its `dropout` of the images: all parts together in half of the
-        smallest fraction, and each alone in the rest, all of it often enough to be learned. Where
-        the fractions sum to more than 1, those alone overlap. The generator is one of the CPU.
+        smallest fraction, each alone in the rest, so that both are learned. Those alone may overlap.
         """
-        chance = torch.rand(len(prefix), 1, generator=generator).to(prefix.device)
+        chance = torch.rand(len(prefix), 1).to(prefix.device)
         start = together = min(part.dropout for part in self.prefix_parts) / 2
         parts = []
         for part, x in self.split_prefix(prefix):

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -53,8 +52,7 @@ def from_llamagen(weights: dict[str, Tensor], latent_dim: tuple[int, int], heads
     for other, part in OTHERS.items():
         if any(part in name for name in weights):
             raise ValueError(f"this is {other}, not a class-conditional GPT of LlamaGen")
-    layers = (re.match(r"layers\.\d+\.", name) for name in weights)
-    num_layers = len({found[0] for found in layers if found})
+    num_layers = sum(name.endswith(".wqkv.weight") for name in weights)
     keys = {
         ours.format(i=i): [key.format(i=i) for key in theirs]
         for i in range(num_layers)

@@ -153,8 +153,7 @@ class GPT(nn.Module):
             target = grid.embed(next_positions, self.target_embedding.weight)
             x = x + F.pad(target, (0, 0, x.shape[1] - target.shape[-2], 0))
 
-        rotates = config.positions != "learned"
-        rotary = self._rotary(grid, positions, begins) if rotates else None
+        rotary = None if config.positions == "learned" else self._rotary(grid, positions, begins)
         attend_in = self._attention(grid, positions, cache, begins)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
@@ -228,11 +227,10 @@ class GPT(nn.Module):
 
         Random numbers are those of the default generator, whose state checkpoints hold.
         """
-        generator = torch.default_generator
-        inputs = [self.config.drop_conditioning(prefix, generator), grids]
+        inputs = [self.config.drop_conditioning(prefix), grids]
         if self.config.order_anneal is not None:
             probability = random_order_probability(self.config.order_anneal, progress)
-            inputs.append(sample_permutations(grids, probability, generator))
+            inputs.append(sample_permutations(grids, probability))
         return inputs
 
     def linear_maps(self) -> dict[nn.Parameter, list[int]]:

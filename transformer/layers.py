@@ -92,7 +92,6 @@ class SelfAttention(nn.Module):
         self.heads = config.num_heads, config.num_kv_heads, config.num_kv_heads
         self.head_dim = config.head_dim
         self.qkv = nn.Linear(config.dim, sum(self.heads) * self.head_dim, bias=False)
-        # of queries, of keys
         self.gain = nn.Parameter(torch.ones(2, 1, 1, 1, self.head_dim)) if config.qk_norm else None
         self.out = nn.Linear(config.dim, config.dim, bias=False)
 

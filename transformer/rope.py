@@ -1,5 +1,7 @@
 """Positions in the latent grid: rotary embeddings, larger grids, orders."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any
@@ -21,9 +23,7 @@ class PositionExtension(StrEnum):
     INTERPOLATE = "interpolate"  # positions are compressed into the trained range
 
 
-def rotary_cos_sin(
-    coordinates: Tensor, head_dim: int, base: float = 10000.0
-) -> tuple[Tensor, Tensor]:
+def rotary_cos_sin(coordinates: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
     """cos and sin (..., head_dim / 2) of a 2-D rotary embedding (RoPE, arXiv 2104.09864).
 
     Half of the angles depend on the rows of the coordinates (..., 2), half on the columns.
@@ -181,14 +181,23 @@ def random_order_probability(anneal: tuple[float, float], progress: float) -> fl
     return 0.0 if progress >= end else (end - progress) / (end - start)
 
 
-def sample_permutations(
-    indices: Tensor, probability: float, generator: torch.Generator | None = None
-) -> Tensor:
+def sample_permutations(indices: Tensor, probability: float) -> Tensor:
     """Orders of latent positions (B, h * w) for grids (B, h, w[, depth]), random or raster."""
     count, positions = len(indices), indices.shape[1] * indices.shape[2]
-    shuffled = torch.rand(count, positions, generator=generator).argsort(dim=1)
-    is_random = torch.rand(count, 1, generator=generator) < probability
+    shuffled = torch.rand(count, positions).argsort(dim=1)
+    is_random = torch.rand(count, 1) < probability
     return torch.where(is_random, shuffled, torch.arange(positions)).to(indices.device)
+
+
+def step_sizes(count: int, steps: int) -> list[int]:
+    """How many of `count` tokens each step samples: MaskGIT's cosine schedule (2202.04200)."""
+    if not 0 < steps < count:
+        return [1] * count
+    done, steps = [0, 1], max(2, steps)
+    for step in range(2, steps + 1):
+        wanted = round(count * (1 - math.cos(math.pi / 2 * step / steps)))
+        done.append(min(max(wanted, done[-1] + 1), count - steps + step))
+    return [b - a for a, b in itertools.pairwise(done)]
 
 
 def known_first_orders(keys: Tensor, known_mask: Tensor, counts: Sequence[int] = ()) -> Tensor:

@@ -1,7 +1,5 @@
 """Sampling: the loops over tokens, in raster or any order, and completion of grids."""
 
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +17,7 @@ from transformer.distribution import (
     uniform,
 )
 from transformer.gpt import GPT
-from transformer.rope import PositionExtension, known_first_orders
+from transformer.rope import PositionExtension, known_first_orders, step_sizes
 
 CACHE_PARTS = 4  # one graph for each number of parts that are written
 
@@ -158,10 +156,8 @@ def generate_rows(
 ) -> Iterator[Tensor]:
     """Sample one batch of grids row by row; a window bounds the memory for any height.
 
-    Args are those of `generate`, on the model's device, and the `random_keys` of the images.
-
-    Yields:
-        (B, w) or (B, w, depth), int64, from the top row to the bottom row.
+    Args are those of `generate`, on the model's device, and the `random_keys` of the images. Yields
+    (B, w) or (B, w, depth), int64, from the top row to the bottom row.
     """
     (height, width), config = step.cache.grid.size, step.model.config
     raster = torch.arange(step.cache.grid.num_tokens, device=keys.device)
@@ -193,18 +189,31 @@ def generate_rows(
             yield row.clone()
 
 
-def step_sizes(count: int, steps: int) -> list[int]:
-    """How many of `count` tokens each step samples: one in the first, then more and more.
+def sample_classes(
+    step: DecodeStep, prefix: Tensor, keys: Tensor, tokens: Tensor, order: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replace "no class" in prefixes by a class, sampled by its probability given known tokens.
 
-    The cosine schedule of MaskGIT (arXiv 2202.04200).
+    By Bayes' rule, with classes of equal prior, p(class | tokens) is p(tokens | class) over its
+    sum. Completions are better than as "no class", which few training images are, for a forward for
+    each class. Tokens and order are (B, n). Returns prefix and log p(class | tokens), (B,), or 0.
     """
-    if not 0 < steps < count:
-        return [1] * count
-    done, steps = [0, 1], max(2, steps)
-    for step in range(2, steps + 1):
-        wanted = round(count * (1 - math.cos(math.pi / 2 * step / steps)))
-        done.append(min(max(wanted, done[-1] + 1), count - steps + step))
-    return [b - a for a, b in itertools.pairwise(done)]
+    model, prefix, log_chances = step.model, prefix.clone(), torch.zeros_like(keys).float()
+    classes = prefix.view(len(prefix), -1)[:, 0]
+    without = classes == model.config.num_classes
+    if model.config.num_classes and tokens.shape[1] and without.any():
+        tokens, positions = tokens[without], step.cache.grid.at(order[without])
+        candidates, nats = prefix[without], []
+        for number in range(model.config.num_classes):
+            candidates.view(len(candidates), -1)[:, 0] = number
+            hidden = model(tokens, positions, prefix=candidates)
+            nats.append(model.head(hidden[:, :-1], tokens).sum(dim=1))
+        posterior = (-torch.stack(nats, dim=1)).log_softmax(dim=1)
+        distribution = probabilities(posterior, step.params)
+        sampled = sample_from_probs(distribution, uniform(keys[without], -1))
+        classes[without] = sampled.to(classes)
+        log_chances[without] = posterior.gather(1, sampled[:, None])[:, 0]
+    return prefix, log_chances
 
 
 @torch.no_grad()
@@ -219,7 +228,7 @@ def generate_in_order(
 ) -> Iterator[Tensor]:
     """Like `generate_rows`, but in random orders, after the known positions, and all rows at last.
 
-    Each image has as many known positions (B, h, w).
+    Each image has as many known positions (B, h, w). See `sample_classes` for "no class".
     """
     grid, config = step.cache.grid, step.model.config
     first = int(known_mask[0].sum()) * config.depth
@@ -228,6 +237,9 @@ def generate_in_order(
     tokens = order.new_empty(len(order), 0)
     if known is not None:
         tokens = known.flatten(1).long().gather(1, order[:, :first])
+        prefix, log_chances = sample_classes(step, prefix, keys, tokens, order[:, :first])
+        if scores is not None:
+            scores += log_chances
     for count in counts:
         if tokens.shape[1] == first:
             logits, sampled = step.begin(prefix, keys, tokens, order)
@@ -241,15 +253,10 @@ def generate_in_order(
 
 
 def samples_in_order(config: GPTConfig, size: tuple[int, int], params: SamplingParams) -> bool:
-    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be.
-
-    A GPT of any order does, as raster order is one of many that it was trained in.
-    """
+    """Whether `generate` samples in random orders; a ValueError where `params.steps` cannot be."""
     able = config.any_order and size == config.latent_dim
     if params.steps and not (able and config.depth == 1):
-        needs = (
-            "a GPT that was trained in random orders to the end (order_anneal 1,1), with depth 1"
-        )
+        needs = "a GPT trained in random orders to the end (order_anneal 1,1), with depth 1"
         raise ValueError(f"steps needs {needs}, and grids of its size; omit it")
     return able
 
@@ -366,13 +373,7 @@ def later_known_mask(known_mask: Tensor) -> Tensor:
 
 
 def complete(
-    model: GPT,
-    prefix: Tensor,
-    known: Tensor,
-    known_mask: Tensor,
-    *,
-    candidates: int = 1,
-    **options: Any,
+    model: GPT, prefix: Tensor, known: Tensor, known_mask: Tensor, candidates: int = 1, **other: Any
 ) -> Tensor:
     """Sample the positions that are not known; like `known`, int64, on the CPU.
 
@@ -384,6 +385,6 @@ def complete(
     """
     candidates = candidates if later_known_mask(known_mask).any() else 1
     tensors = {"known": known, "known_mask": known_mask.expand(known.shape[:3])}
-    options |= {name: x.repeat_interleave(candidates, dim=0) for name, x in tensors.items()}
-    options |= {"candidates": candidates, "size": (known.shape[1], known.shape[2])}
-    return generate_likeliest(model, prefix, groups=torch.arange(len(prefix)), **options)
+    other |= {name: x.repeat_interleave(candidates, dim=0) for name, x in tensors.items()}
+    other |= {"candidates": candidates, "size": (known.shape[1], known.shape[2])}
+    return generate_likeliest(model, prefix, groups=torch.arange(len(prefix)), **other)
