@@ -3,15 +3,16 @@ BIN := .env/bin
 
 .PHONY: demo test notebook team mlflow-server chaos lint lock bench showcase clean
 
-# The virtual environment; brought up to date when what it needs changes.
+# The virtual environment; brought up to date when what it needs changes. Python compiles modules
+# when they are first imported: all of them at once, most of them unused, would take two minutes.
 .env/.installed: requirements.txt
 	$(PYTHON) -m venv .env
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
 # And what only tests and benchmarks need.
 .env/.installed-dev: .env/.installed requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --no-compile --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
 demo: .env/.installed  ## the whole pipeline on scikit-learn's digits

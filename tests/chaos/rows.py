@@ -9,7 +9,7 @@ ROWS: tuple[Row, ...] = (
         "kill -9 at random moments of `train_vqvae.py` and `train.py`, resumed until the end",
         kill.run,
         full=200,
-        quick=20,
+        quick=6,
     ),
     Row(
         "signals",
@@ -25,7 +25,7 @@ ROWS: tuple[Row, ...] = (
         full=10_000,
         quick=1_000,
     ),
-    Row("disk", "a disk that is full, every 64 KiB of its size", disk.run, full=99, quick=4),
+    Row("disk", "a disk that is full, every 64 KiB of its size", disk.run, full=99, quick=2),
     Row(
         "images",
         "images: 7 formats mutated, each as often; the catalogue of odd ones",
