@@ -72,12 +72,15 @@ class Bench:
         weights = resample(len(grids), 0, 2)
         return 1 - features.label_agreement(self.features(grids), self.targets, weights).value
 
-    def distance(self, grids: Tensor) -> tuple[float, float]:
-        """The Fréchet distance to the real images, and half the width of its interval."""
-        found = self.features(grids).features
+    def distances(self, found: Tensor) -> Tensor:
+        """Fréchet distances of features (N, D) to the real ones, and those of resamples, (R,).
+
+        The resamples are the same for all sets of N samples, so that their differences are paired.
+        """
         weights = resample(len(self.rows), 0, REPLICATES), resample(len(found), 1, REPLICATES)
-        estimate = frechet_distance(self.real.features, found, weights)
-        return estimate.value, WIDTH * estimate.standard_error
+        pairs = zip(*(rows.split(1) for rows in weights), strict=True)
+        values = [frechet_distance(self.real.features, found, pair).value for pair in pairs]
+        return torch.tensor(values)
 
 
 def inpaint(bench: Bench, models: dict[str, GPT], flags: argparse.Namespace) -> dict[str, Any]:
@@ -101,21 +104,31 @@ def inpaint(bench: Bench, models: dict[str, GPT], flags: argparse.Namespace) -> 
 
 
 def count_steps(
-    bench: Bench, models: dict[str, GPT], steps: Sequence[int], scale: float
+    bench: Bench, models: dict[str, GPT], steps: Sequence[int], scale: float, samples: int
 ) -> dict[str, Any]:
-    """Fréchet distance and label agreement of samples, by the number of steps."""
+    """Fréchet distance of so many samples for each image, by the number of steps.
+
+    Beside it, the difference to one token a step, paired: of the same resamples and seeds.
+    """
     results: dict[str, Any] = {}
     jobs = [(name, 0) for name in models] + [("any order", count) for count in steps]
+    one_by_one = torch.empty(0)
     for name, count in jobs:
         start, model = time.perf_counter(), models[name]
         params = SamplingParams(steps=count, guidance_scale=scale)
         prefix = bench.prefix(model, labelled=True)
+        prefix = prefix.repeat(samples, *[1] * (prefix.dim() - 1))
         grids = generate(model, prefix, seed=bench.settings.seed, params=params, batch_size=250)
-        seconds, (distance, error) = time.perf_counter() - start, bench.distance(grids)
-        agreement = 1 - bench.changed(grids)
-        title = f"{name}, {f'{count} steps' if count else 'raster'}"
-        results[title] = {"fd": distance, "+-": error, "agreement": agreement, "seconds": seconds}
-        print(f"{title}: FD {distance:.3f} +- {error:.3f}, {agreement:.1%}, {seconds:.0f} s")
+        seconds = time.perf_counter() - start
+        distances = bench.distances(bench.features(grids).features)
+        if (name, count) == ("any order", 0):
+            one_by_one = distances
+        title = f"{name}, {f'{count} steps' if count else 'one by one'}"
+        results[title] = {"samples": len(grids), "seconds": seconds}
+        for key, values in {"fd": distances, "difference": distances - one_by_one}.items():
+            error = WIDTH * float(values[1:].std())
+            results[title][key] = {"value": float(values[0]), "+-": error}
+            print(f"{title}: {key} {values[0]:.3f} +- {error:.3f}, {seconds:.0f} s", flush=True)
     return results
 
 
@@ -128,8 +141,11 @@ def main(flags: argparse.Namespace) -> None:
     if "inpainting" in flags.parts:
         results["inpainting"] = inpaint(bench, models, flags)
     if "steps" in flags.parts:
-        results["steps"] = count_steps(bench, models, flags.steps, flags.guidance_scale)
-    print(record.merge("any_order", {Path(flags.path_to_data).name: results}))
+        results["steps"] = count_steps(
+            bench, models, flags.steps, flags.guidance_scale, flags.samples
+        )
+    name = Path(flags.path_to_data).name
+    print(record.merge("any_order", {f"{name}, {part}": x for part, x in results.items()}))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -145,6 +161,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--masks", nargs="+", default=masks, help="known parts, joined by +, in inpainting")
     add("--candidates", type=int, nargs="+", default=[1, 8], help="of inpainting")
     add("--steps", type=int, nargs="+", default=[49, 24, 16, 12, 8], help="of parallel decoding")
+    add("--samples", type=cli.positive, default=1, help="of each image, by steps (default: 1)")
     add("--guidance_scale", type=float, default=1.0, help="of the samples (default: 1)")
     add("--seed", type=int, default=0, help="of the samples and the classifier (default: 0)")
     add("--device", default="auto", help="where to compute")
