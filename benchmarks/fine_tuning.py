@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import time
+from collections import Counter
 from pathlib import Path
 
 from benchmarks import record
@@ -75,6 +76,16 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def in_turn(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with their classes in turn, as long as there are any of each."""
+    seen: Counter[str] = Counter()
+    numbers = []
+    for row in rows:
+        numbers.append(seen[row["label"]])
+        seen[row["label"]] += 1
+    return [row for _, row in sorted(zip(numbers, rows, strict=True), key=lambda pair: pair[0])]
+
+
 def write_data(data: Path, work: Path) -> None:
     """base.csv without the digit, digit.csv with it alone, train.csv and test.csv with all."""
     for name in ("train", "test"):
@@ -131,7 +142,7 @@ def show(title: str, agreement: str, results: dict[str, dict[str, float]]) -> No
 
 def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
     """A GPT of CIFAR-10, tuned to the emoji by the tokenizer of CIFAR-10."""
-    rows = read_rows(Path(flags.data) / "train.csv")[: COUNTS["emoji"]]
+    rows = in_turn(read_rows(Path(flags.data) / "train.csv"))[: COUNTS["emoji"]]
     write_csv(rows, Path(flags.data), work / "emoji.csv", shots=SHOTS)
     quantize = "quantize_dataset.py --model_dir {model_dir} --path_to_data {work}/emoji.csv"
     call("{work}/emoji", quantize, work=work, model_dir=flags.model_dir)
