@@ -45,7 +45,7 @@ GRIDS = {
 SAMPLES, LARGE = 500, 42
 EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon --patience 0 "
 EMOJI += "--learning_rate 4e-3 --evaluate_every 30"
-EMOJI_SHORT, EMOJI_LONG = 60, 600  # steps
+EMOJI_SHORT, EMOJI_LONG, EMOJI_SCALES = 60, 600, (1.5, 4.0)  # steps, and guidance
 EMOJI_SHAPE = "--dim 128 --dropout 0.1"
 EMOJI_ROWS = {
     "from scratch": f"{EMOJI_SHAPE} --max_steps {EMOJI_SHORT}",
@@ -120,11 +120,13 @@ def train_row(name: str, command: str, **values: object) -> dict[str, float]:
     return {"bits_per_token": bits_of(Path(f"{values['work']}/{name}")), "seconds": seconds}
 
 
-def label_agreement(name: str, tokenizer: object, sets: str, work: Path, evaluated: str) -> float:
-    """Of the samples of a GPT, in percent; `sets` holds its CSVs, `evaluated` further flags."""
+def label_agreement(
+    name: str, tokenizer: object, sets: str, work: Path, evaluated: str, scale: float = 1.5
+) -> float:
+    """Of the guided samples of a GPT, in percent; `sets` holds its CSVs, `evaluated` more flags."""
     samples, images = f"{work}/{name}-samples", f"{work}/{name}-images"
     sample = f"transformer_generation.py --model_path {work}/{name} --num_images {SAMPLES}"
-    call(samples, f"{sample} --guidance_scale 1.5")
+    call(samples, f"{sample} --guidance_scale {scale}")
     decode = f"vqvae/images_from_indexes.py --indexes_path {samples} --model_dir {tokenizer}"
     call(images, decode)
     evaluate = f"evaluate.py samples --images {images} --path_to_data {sets}/train.csv {evaluated}"
@@ -133,11 +135,13 @@ def label_agreement(name: str, tokenizer: object, sets: str, work: Path, evaluat
     return 100 * found["metrics"]["label_agreement"]["value"]
 
 
-def show(title: str, agreement: str, results: dict[str, dict[str, float]]) -> None:
-    print(f"\n| {title} | bits per token | {agreement}, % | s |\n|---|---|---|---|")
+def show(title: str, shares: dict[str, str], results: dict[str, dict[str, float]]) -> None:
+    """The table; `shares` has the title of each column in percent by its key in the results."""
+    print(f"\n| {title} | bits per token | {' | '.join(shares.values())} | s |")
+    print("|---|---|---|" + "---|" * len(shares))
     for name, x in results.items():
-        bits, share = x["bits_per_token"], x["label_agreement"]
-        print(f"| {name} | {bits:.3f} | {share:.1f} | {x['seconds']:.0f} |")
+        cells = " | ".join(f"{x[key]:.1f}" for key in shares)
+        print(f"| {name} | {x['bits_per_token']:.3f} | {cells} | {x['seconds']:.0f} |")
 
 
 def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:
@@ -150,9 +154,11 @@ def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, 
     for number, (name, command) in enumerate(EMOJI_ROWS.items()):
         folder, values = f"gpt{number}", {"work": work, "model_path": flags.model_path}
         results[name] = train_row(folder, f"{EMOJI} {command}", **values)
-        agreement = label_agreement(folder, flags.model_dir, flags.data, work, "--image_size 32")
-        results[name]["label_agreement"] = agreement
-    show(f"{SHOTS} emoji", "classified as their class", results)
+        for scale in EMOJI_SCALES:
+            given = folder, flags.model_dir, flags.data, work, "--image_size 32", scale
+            results[name][f"guidance {scale}"] = label_agreement(*given)
+    scales = {f"guidance {scale}": f"right at {scale}, %" for scale in EMOJI_SCALES}
+    show(f"{SHOTS} emoji", scales, results)
     return results
 
 
@@ -174,7 +180,7 @@ def tune_to_digit(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, 
         results[name] = train_row(folder, f"{TRAIN} {command}", work=work, data="digit")
         agreement = label_agreement(folder, work / "tokenizer", str(work), work, "")
         results[name]["label_agreement"] = agreement
-    show(f"{SHOTS} images of {DIGIT}", f"classified as {DIGIT}", results)
+    show(f"{SHOTS} images of {DIGIT}", {"label_agreement": f"classified as {DIGIT}, %"}, results)
     enlarge(work / "tokenizer", work / "large")
     call("{work}/digit-large", quantize, work=work, data="digit", tokenizer="large")
     print(f"\n| the same at {LARGE} pixels | bits per token |\n|---|---|")

@@ -48,13 +48,14 @@ def start_from(
 ) -> None:
     """Copy the weights of `source` into a new model, and limit what is trained.
 
-    `classes` has the class of the source for each class of the model, None for a new class, which
-    starts as "no class". With `reset_embeddings`, `TOKENS` and the condition start anew. A
-    ValueError if a weight does not fit, or one that is to be frozen does not exist.
+    `classes` has the class of the source for each class of the model, None for a new class: it
+    starts as one that is gone, as it is then learned sooner, or else as "no class". `TOKENS` and
+    the condition start anew with `reset_embeddings`. A ValueError if a weight is absent or unfit.
     """
     own, state, none = model.state_dict(), source.state_dict(), source.config.num_classes
-    rows = [none if number is None else number for number in (*classes, None)]
-    state["prefix_embedding.weight"] = state["prefix_embedding.weight"][rows]
+    gone = iter(sorted({*range(none)} - {*classes}))
+    rows = [next(gone, none) if number is None else number for number in classes]
+    state["prefix_embedding.weight"] = state["prefix_embedding.weight"][[*rows, none]]
     for name in state.keys() & own.keys() & {"position_embedding", "target_embedding.weight"}:
         before, now = (x.prefix_length * (name == "position_embedding") for x in (source, model))
         kept, table = state[name][: min(before, now)], state[name][before:]

@@ -187,8 +187,7 @@ class Head(nn.Linear):
 
     def __init__(self, dim: int, codebook_size: int, depth: int = 1) -> None:
         super().__init__(dim, depth * codebook_size, bias=False)
-        self.codebook_size, self.depth = codebook_size, depth
-        self.smoothing = 0.0
+        self.codebook_size, self.depth, self.smoothing = codebook_size, depth, 0.0
         self.register_buffer("neighbours", None, persistent=False)
         self.register_buffer("shares", None, persistent=False)
 
