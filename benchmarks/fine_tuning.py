@@ -140,8 +140,8 @@ def show(title: str, shares: dict[str, str], results: dict[str, dict[str, float]
     print(f"\n| {title} | bits per token | {' | '.join(shares.values())} | s |")
     print("|---|---|---|" + "---|" * len(shares))
     for name, x in results.items():
-        cells = " | ".join(f"{x[key]:.1f}" for key in shares)
-        print(f"| {name} | {x['bits_per_token']:.3f} | {cells} | {x['seconds']:.0f} |")
+        shares_of = " | ".join(f"{x[key]:.1f}" for key in shares)
+        print(f"| {name} | {x['bits_per_token']:.3f} | {shares_of} | {x['seconds']:.0f} |")
 
 
 def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 """Fine-tuning: what a GPT takes over from another, what is trained, what is refused."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,22 @@ def weights(folder: str) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(Path(folder, "model.safetensors"))
 
 
-def test_weights_and_shared_classes_are_kept_and_new_ones_start_as_no_class(start: str) -> None:
+def test_weights_and_shared_classes_are_kept_and_new_ones_start_as_those_gone(start: str) -> None:
     run_train(f"{start} --max_steps 1 --learning_rate 1e-12 --weight_decay 0 --output_dir second")
     before, after = weights("first/best"), weights("second/best")
-    rows = before.pop("prefix_embedding.weight")[[1, 2, 2]]  # b, and "no class" twice
+    rows = before.pop("prefix_embedding.weight")[[1, 0, 2]]  # b, a for c, and "no class"
     torch.testing.assert_close(after.pop("prefix_embedding.weight"), rows, rtol=0, atol=1e-9)
     torch.testing.assert_close(after, before, rtol=0, atol=1e-9)
     assert read_vocabulary("second").class_names == ("b", "c")
+
+
+def test_new_classes_beyond_those_gone_start_as_no_class() -> None:
+    source = make_model()
+    config = replace(source.config, num_classes=5)
+    model = GPT(config).double()
+    start_from(model, source, [None, 2, None, 0, None], FineTuningConfig(init_from="x"))
+    before, after = source.prefix_embedding.weight, model.prefix_embedding.weight
+    assert torch.equal(after, before[[1, 2, 3, 0, 3, 3]])
 
 
 def test_a_resumed_lora_training_is_bitwise_equal_and_leaves_a_plain_model(start: str) -> None:
