@@ -313,7 +313,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "indices folder whose conditions, or grids if it has none, condition the samples, in "
     text += "turn (default: those of --complete, or none)"
     add("--conditions", metavar="INDICES", help=text)
-    add("--unconditional", action="store_true", help='sample images of "no class" in particular')
+    add("--unconditional", action="store_true", help="give no class, caption or embeddings")
     cli.add_flags(parser, SamplingParams, "distribution and guidance")
     add("--guide_path", help="weaker GPT to guide by, such as early/ beside it (autoguidance)")
     text = "size of the grids, larger than trained if need be (default: as trained)"

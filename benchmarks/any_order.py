@@ -7,7 +7,7 @@ Both are trained by train.py on the same indices for as many steps, one with --o
 
 Inpainting: the middle of validation images is sampled, with and without their labels; a classifier
 of decoded training images says how many no longer have the label of their image. Steps: the Fréchet
-distance of samples, in the features of that classifier, to as many decoded validation images.
+distance of samples, in the features of that classifier, to decoded validation images.
 """
 
 import argparse
@@ -73,12 +73,14 @@ class Bench:
         return 1 - features.label_agreement(self.features(grids), self.targets, weights).value
 
     def distances(self, found: Tensor) -> Tensor:
-        """Fréchet distances of features (N, D) to the real ones, and those of resamples, (R,).
+        """Fréchet distances of features (N, D) to the real ones, then of resamples, (1 + R,).
 
         The resamples are the same for all sets of N samples, so that their differences are paired.
         """
         weights = resample(len(self.rows), 0, REPLICATES), resample(len(found), 1, REPLICATES)
-        pairs = zip(*(rows.split(1) for rows in weights), strict=True)
+        # Each three times, as one value has no standard deviation.
+        thrice = (rows.repeat_interleave(3, dim=0).split(3) for rows in weights)
+        pairs = zip(*thrice, strict=True)
         values = [frechet_distance(self.real.features, found, pair).value for pair in pairs]
         return torch.tensor(values)
 

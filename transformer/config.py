@@ -264,7 +264,7 @@ class GPTConfig:
         """Drop each part of the prefix of some images, for guidance.
 
         Each part is dropped from its `dropout` of the images: all parts together in half of the
-        smallest fraction, each alone in the rest, so that both are learned. The latter may overlap.
+        smallest fraction, each alone in the rest; those overlap where fractions sum to more than 1.
         """
         chance = torch.rand(len(prefix), 1).to(prefix.device)
         start = together = min(part.dropout for part in self.prefix_parts) / 2

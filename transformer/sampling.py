@@ -192,15 +192,15 @@ def generate_rows(
 def sample_classes(
     step: DecodeStep, prefix: Tensor, keys: Tensor, tokens: Tensor, order: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Replace "no class" in prefixes by a class, sampled by its probability given known tokens.
+    """Replace "no class", where nothing else is given, by a class sampled given known tokens.
 
-    By Bayes' rule, with classes of equal prior, p(class | tokens) is p(tokens | class) over its
-    sum. Completions are better than as "no class", which few training images are, for a forward for
-    each class. Tokens and order are (B, n). Returns prefix and log p(class | tokens), (B,), or 0.
+    By Bayes' rule with equal priors, p(class | tokens) is proportional to p(tokens | class): one
+    forward for each class. Few labelled images train "no class". Tokens and order are (B, n); all
+    filters apply. Returns the prefix and log p(class | tokens), (B,), 0 where a prefix stays.
     """
-    model, prefix, log_chances = step.model, prefix.clone(), torch.zeros_like(keys).float()
+    model, prefix, log_posterior = step.model, prefix.clone(), torch.zeros_like(keys).float()
     classes = prefix.view(len(prefix), -1)[:, 0]
-    without = classes == model.config.num_classes
+    without = (prefix == model.config.null_prefix(prefix)).view(len(prefix), -1).all(dim=1)
     if model.config.num_classes and tokens.shape[1] and without.any():
         tokens, positions = tokens[without], step.cache.grid.at(order[without])
         candidates, nats = prefix[without], []
@@ -212,8 +212,8 @@ def sample_classes(
         distribution = probabilities(posterior, step.params)
         sampled = sample_from_probs(distribution, uniform(keys[without], -1))
         classes[without] = sampled.to(classes)
-        log_chances[without] = posterior.gather(1, sampled[:, None])[:, 0]
-    return prefix, log_chances
+        log_posterior[without] = posterior.gather(1, sampled[:, None])[:, 0]
+    return prefix, log_posterior
 
 
 @torch.no_grad()
@@ -237,9 +237,9 @@ def generate_in_order(
     tokens = order.new_empty(len(order), 0)
     if known is not None:
         tokens = known.flatten(1).long().gather(1, order[:, :first])
-        prefix, log_chances = sample_classes(step, prefix, keys, tokens, order[:, :first])
+        prefix, log_posterior = sample_classes(step, prefix, keys, tokens, order[:, :first])
         if scores is not None:
-            scores += log_chances
+            scores += log_posterior
     for count in counts:
         if tokens.shape[1] == first:
             logits, sampled = step.begin(prefix, keys, tokens, order)
@@ -282,7 +282,7 @@ def generate(
 
     Args:
         model: in eval mode.
-        prefix: (N,) or with a condition (N, P), see `make_prefix`.
+        prefix: (N,) or (N, P), see `make_prefix`; if nothing is given, see `sample_classes`.
         seed: of all random numbers.
         batch_size: images sampled at once.
         size: (h, w) of the grids; default: the trained size.
@@ -291,7 +291,7 @@ def generate(
         out: (N, h, w[, depth]), any integer type, on the CPU, filled row by row and returned; a
             memory map bounds the memory for any height. Default: a new one, int64.
         scores: (N,), float32, on the CPU, for the log-probabilities of the known tokens behind a
-            sampled one, or else of all sampled tokens; without guidance and filters.
+            sampled one, or else of all that is sampled; without guidance and filters.
         progress: called with the number of images after each batch.
         part: the number of this process, and how many share the batches.
         merge: adds to a tensor, which is 0 where others have sampled, their values in place.
