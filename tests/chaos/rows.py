@@ -9,7 +9,7 @@ ROWS: tuple[Row, ...] = (
         "kill -9 at random moments of `train_vqvae.py` and `train.py`, resumed until the end",
         kill.run,
         full=200,
-        quick=6,
+        quick=4,
     ),
     Row(
         "signals",
