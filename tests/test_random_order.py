@@ -166,8 +166,8 @@ def test_a_class_is_sampled_by_its_probability_given_the_known_tokens(depth: int
     order = model.grid.with_depths(order)[:, :known]
     step = DecodeStep(model, count, size=(3, 4))
     with torch.no_grad():
-        prefix, log_chances = sample_classes(step, none, keys, tokens, order)
-    assert torch.allclose(log_chances.exp(), posterior[prefix].float(), atol=1e-5)
+        prefix, log_posterior = sample_classes(step, none, keys, tokens, order)
+    assert torch.allclose(log_posterior.exp(), posterior[prefix].float(), atol=1e-5)
     shares = torch.bincount(prefix, minlength=3) / count
     assert (shares - posterior).abs().max() < 4 * (0.25 / count) ** 0.5
     assert 0.5 < posterior.max() < 0.95  # or the test would see nothing

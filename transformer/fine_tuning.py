@@ -48,9 +48,9 @@ def start_from(
 ) -> None:
     """Copy the weights of `source` into a new model, and limit what is trained.
 
-    `classes` has the class of the source for each class of the model, None for a new class: these
-    start as classes of the source that are not in it, or else as "no class". With
-    `reset_embeddings`, `TOKENS` and condition start anew. A ValueError if a weight does not fit.
+    `classes` has the class of the source for each class of the model, None for a new class, which
+    starts as a class of the source that is dropped, or else as "no class". `TOKENS` and condition
+    start anew with `reset_embeddings`. A ValueError if weights do not fit or `freeze` names none.
     """
     own, state, none = model.state_dict(), source.state_dict(), source.config.num_classes
     gone = iter(sorted({*range(none)} - {*classes}))
