@@ -82,6 +82,7 @@ def run_script(words: list[str]) -> None:
 
 def run_steps(run: Callable[[list[str]], None]) -> None:
     """Run every step, and then `classify`, in a process of its own; a UserError if one fails."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     jobs: list[tuple[str, Callable[[], None]]] = [
@@ -98,7 +99,6 @@ def run_steps(run: Callable[[list[str]], None]) -> None:
 
 def main(arguments: argparse.Namespace) -> None:
     start = time.perf_counter()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
     run_steps(run_script)
     print(f"the pipeline took {time.perf_counter() - start:.0f} s on {os.cpu_count()} cores")
     print(f"\nlook at the samples:\n  {OUTPUT / 'images' / 'grid.png'}")
