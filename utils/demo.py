@@ -29,13 +29,14 @@ PRELOADED = (
 STEPS = (
     f"-m utils.data.download digits --output_dir {DATA}",
     f"train_vqvae.py --path_to_data {DATA}/digits.csv --patch_size 2 --codebook_size 32 "
-    f"--learning_rate 4e-3 --max_epochs 40 --evaluate_every 110 --experiment demo "
+    f"--learning_rate 4e-3 --max_epochs 12 --evaluate_every 90 --experiment demo "
     f"--register digits-tokenizer "
     f"--output_dir {OUTPUT}/tokenizer",
     f"quantize_dataset.py --model_dir {OUTPUT}/tokenizer --path_to_data {DATA}/digits.csv "
     f"--output_dir {OUTPUT}/indices",
-    f"train.py --path_to_data {OUTPUT}/indices --model_dir {OUTPUT}/tokenizer --dim 128 "
-    f"--dropout 0.3 --class_dropout 0.02 --learning_rate 4e-3 --max_epochs 30 "
+    f"train.py --path_to_data {OUTPUT}/indices --model_dir {OUTPUT}/tokenizer --dim 96 "
+    f"--class_dropout 0.02 --optimizer muon --learning_rate 4e-3 --max_epochs 10 "
+    f"--evaluate_every 55 "
     f"--register digits-gpt "
     f"--output_dir {OUTPUT}/gpt",
     f"transformer_generation.py --model_path {OUTPUT}/gpt --num_images {NUM_IMAGES} "
