@@ -36,8 +36,7 @@ STEPS = (
     f"--output_dir {OUTPUT}/indices",
     f"train.py --path_to_data {OUTPUT}/indices --model_dir {OUTPUT}/tokenizer --dim 96 "
     f"--class_dropout 0.02 --optimizer muon --learning_rate 4e-3 --max_epochs 10 "
-    f"--evaluate_every 55 "
-    f"--register digits-gpt "
+    f"--evaluate_every 55 --register digits-gpt "
     f"--output_dir {OUTPUT}/gpt",
     f"transformer_generation.py --model_path {OUTPUT}/gpt --num_images {NUM_IMAGES} "
     f"--temperature 0.8 --top_p 0.9 --output_dir {OUTPUT}/samples",
