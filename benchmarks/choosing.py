@@ -1,8 +1,8 @@
 """How many images are needed, and what faults look like: the table and picture of docs/choosing.md.
 
-The same commands with as many steps on the first 500, 2,000, 10,000 and 60,000 images, which are
-written as CSVs beside `--path_to_train`; a GPT that is trained too short, one that is trained too
-long, and a tokenizer whose codebook collapses.
+The same commands, with equal steps, on the first 500, 2,000, 10,000 and 60,000 images, which are
+written as CSVs beside `--path_to_train`; a GPT with too few steps, one with too many, and a
+tokenizer whose codebook collapses.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from benchmarks.recipes import Flags, Runner, Stage, parse_recipe, plan, results
 from benchmarks.showcase import call
 from utils import cli, figures
 
+MNIST = Path("data/mnist")
 SIZES = (500, 2_000, 10_000, 60_000)
 RECIPE = """
     train_vqvae --codebook_size 512 --learning_rate 4e-3 --max_steps 1000 --evaluate_every 250
@@ -41,7 +42,6 @@ COLUMNS = {  # title: metric
     "FD": "fd_classifier",
     "right": "label_agreement",
 }
-OVERFITTED = "overfitted"  # the last model of the smallest set
 CLASSES = 10  # and samples in a row of the picture
 
 
@@ -120,8 +120,8 @@ def main(flags: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m benchmarks.choosing")
-    parser.add_argument("--path_to_train", required=True, type=Path, metavar="CSV")
-    parser.add_argument("--path_to_test", required=True, type=Path, metavar="CSV")
+    parser.add_argument("--path_to_train", type=Path, default=MNIST / "train.csv")
+    parser.add_argument("--path_to_test", type=Path, default=MNIST / "test.csv")
     parser.add_argument("--jobs", type=cli.positive, default=1, help="recipes run at once")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--work_dir", type=Path, default=Path("outputs/choosing"))

@@ -26,7 +26,7 @@ from utils import cli
 from utils.data.images import ImageDataset
 from utils.evaluation import features
 from utils.evaluation.features import ImageSet, Settings
-from utils.evaluation.metrics import resample
+from utils.evaluation.metrics import WIDTH, resample
 
 DIGIT, SHOTS = "7", 300
 COUNTS = {"base": 8000, "digit": SHOTS + 700, "train": 6000}  # images of each CSV
@@ -48,7 +48,7 @@ GRIDS = {
     f"{name} positions": f"--init_from {{work}}/gpt --grid_positions {name} --max_steps {SHORT}"
     for name in ("interpolate", "extrapolate")
 }
-SAMPLES, LARGE = 2000, 42
+SAMPLES, LARGE, SPREAD = 2000, 42, ", spread"
 EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon "
 EMOJI += "--learning_rate 4e-3 --dropout 0.3 --evaluate_every 30"
 EMOJI_SCALES = (1.5, 3.0, 5.0)  # of guidance
@@ -126,10 +126,11 @@ def train_row(name: str, command: str, **values: object) -> dict[str, float]:
 
 def label_agreement(
     name: str, tokenizer: object, train: Path, work: Path, scale: float = 1.5, side: int = 28
-) -> tuple[float, float]:
+) -> dict[str, float]:
     """Of all guided samples of a GPT, in percent, and half the width of its interval.
 
-    The classifier is trained on the images of the CSV `train`, at `side` pixels.
+    The classifier is trained on the images of the CSV `train`, at `side` pixels. The keys are
+    `agreement_key(scale)`, and the same with `SPREAD`.
     """
     samples, images = f"{work}/{name}-samples", f"{work}/{name}-images"
     sample = f"transformer_generation.py --model_path {work}/{name} --num_images {SAMPLES}"
@@ -144,11 +145,12 @@ def label_agreement(
     targets = features.class_targets(network, sampled.rows, images)
     weights = resample(len(sampled.rows), 0)
     estimate = features.label_agreement(found, targets, weights)
-    return 100 * estimate.value, 196 * estimate.standard_error
+    key = agreement_key(scale)
+    return {key: 100 * estimate.value, key + SPREAD: 100 * WIDTH * estimate.standard_error}
 
 
-def as_columns(key: str, value: float, spread: float) -> dict[str, float]:
-    return {key: value, f"{key}, spread": spread}
+def agreement_key(scale: float) -> str:
+    return f"label agreement, guidance {scale}"
 
 
 def show(title: str, shares: dict[str, str], results: dict[str, dict[str, float]]) -> None:
@@ -156,7 +158,7 @@ def show(title: str, shares: dict[str, str], results: dict[str, dict[str, float]
     print(f"\n| {title} | bits per token | {' | '.join(shares.values())} | s |")
     print("|---|---|---|" + "---|" * len(shares))
     for name, x in results.items():
-        shares_of = " | ".join(f"{x[key]:.1f} ± {x[f'{key}, spread']:.1f}" for key in shares)
+        shares_of = " | ".join(f"{x[key]:.1f} ± {x[key + SPREAD]:.1f}" for key in shares)
         print(f"| {name} | {x['bits_per_token']:.3f} | {shares_of} | {x['seconds']:.0f} |")
 
 
@@ -173,8 +175,8 @@ def tune_to_emoji(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, 
         results[name] = train_row(folder, f"{EMOJI} {command}", **values)
         for scale in EMOJI_SCALES:
             given = folder, flags.model_dir, Path(flags.data) / "train.csv", work, scale, 32
-            results[name] |= as_columns(f"guidance {scale}", *label_agreement(*given))
-    scales = {f"guidance {scale}": f"right at {scale}, %" for scale in EMOJI_SCALES}
+            results[name] |= label_agreement(*given)
+    scales = {agreement_key(scale): f"right at {scale}, %" for scale in EMOJI_SCALES}
     show(f"{flags.steps} steps on {flags.shots} emoji", scales, results)
     return results
 
@@ -195,9 +197,9 @@ def tune_to_digit(flags: argparse.Namespace, work: Path) -> dict[str, dict[str, 
     for number, (name, command) in enumerate(ROWS.items()):
         folder = f"gpt{number}"
         results[name] = train_row(folder, f"{TRAIN} {command}", work=work, data="digit")
-        agreement = label_agreement(folder, work / "tokenizer", work / "train.csv", work)
-        results[name] |= as_columns("label_agreement", *agreement)
-    show(f"{SHOTS} images of {DIGIT}", {"label_agreement": f"classified as {DIGIT}, %"}, results)
+        given = folder, work / "tokenizer", work / "train.csv", work
+        results[name] |= label_agreement(*given)
+    show(f"{SHOTS} images of {DIGIT}", {agreement_key(1.5): f"classified as {DIGIT}, %"}, results)
     enlarge(work / "tokenizer", work / "large")
     call("{work}/digit-large", quantize, work=work, data="digit", tokenizer="large")
     print(f"\n| the same at {LARGE} pixels | bits per token |\n|---|---|")
@@ -228,7 +230,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     add = parser.add_argument
     add("--part", default="digit", choices=tuple(PARTS), help="what is tuned (default: digit)")
-    add("--data", default="data/mnist", help="folder of train.csv and test.csv")
+    add("--data", default="data/mnist", help="folder of train.csv")
     add("--model_path", default="", help="GPT of CIFAR-10, for the emoji")
     add("--model_dir", default="", help="its tokenizer")
     add("--shots", type=cli.positive, default=300, help="emoji to train on")
