@@ -51,7 +51,7 @@ GRIDS = {
 SAMPLES, LARGE, SPREAD = 2000, 42, ", spread"
 EMOJI = "train.py --path_to_data {work}/emoji --caption_length 0 --optimizer muon "
 EMOJI += "--learning_rate 4e-3 --dropout 0.3 --evaluate_every 30"
-EMOJI_SCALES = (1.5, 3.0, 5.0)  # of guidance
+EMOJI_SCALES = (1.5, 3.0, 5.0, 8.0, 12.0)  # of guidance
 EMOJI_SHAPE = "--dim 128"
 EMOJI_ROWS = {
     "from scratch": f"{EMOJI_SHAPE} --max_steps {{steps}}",

@@ -308,8 +308,10 @@ def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
     """Print a row for each model at its best learning rate; the rows with their curves."""
     models, _, metric = PARTS[part]
     rows: dict[str, Any] = {}
-    print(f"| model | parameters | learning rate | {metric}, mean (range over seeds) | curve |")
-    print("|---|---|---|---|---|")
+    more = ["codebook_usage"] if part == "tokenizer" else []
+    titles = "model", "parameters", "learning rate", f"{metric}, mean (range over seeds)"
+    print(f"| {' | '.join((*titles, *more, 'curve'))} |")
+    print("|---" * (len(titles) + len(more) + 1) + "|")
     for model in models:
         by_rate: dict[float, list[Curve]] = {}
         for job, curve in curves.items():
@@ -326,7 +328,8 @@ def report(part: str, curves: dict[Job, Curve]) -> dict[str, Any]:
         ends, count = [one[metric][-1] for one in by_rate[rate]], by_rate[rate][0]["parameters"][0]
         scores = f"{means[rate][-1]:.5g} ({min(ends):.5g} to {max(ends):.5g})"
         shown = " ".join(f"{x:.4g}" for x in means[rate])
-        print(f"| {model} | {count:,} | {rate:g} | {scores} | {shown} |")
+        last = [f"{statistics.fmean(x[name][-1] for x in by_rate[rate]):.3g}" for name in more]
+        print(f"| {' | '.join((model, f'{count:,}', f'{rate:g}', scores, *last, shown))} |")
         rows[model] = {
             "best_learning_rate": rate,
             "parameters": count,
