@@ -45,8 +45,8 @@ lock: .env/.installed-dev  ## write the versions of this environment to requirem
 	(echo "# Versions that all tests passed with (make lock). The bounds are in requirements.txt."; \
 	$(BIN)/pip freeze --all --exclude-editable | grep -v -e ' @ ' -e ^pip=) > requirements.lock
 
-bench: .env/.installed-dev  ## start-up, attention, sampling and training beside their peers, the presets
-	$(BIN)/python -m benchmarks.start
+bench: .env/.installed-dev  ## each stage beside its peers and the machine's limits; the presets
+	$(BIN)/python -m benchmarks.cpu
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.gpt --compile
 	$(BIN)/python -m benchmarks.presets

@@ -33,15 +33,20 @@ def processor_seconds(words: tuple[str, ...]) -> float:
     return spent - before.children_user - before.children_system
 
 
-def main(flags: argparse.Namespace) -> None:
+def measure(rounds: int) -> dict[str, float]:
+    """Median processor seconds of `import torch`, and of the --help of each script."""
     ways = {"import torch": LIMIT} | {script: (script, "--help") for script in SCRIPTS}
     found: dict[str, list[float]] = {name: [] for name in ways}
     for words in ways.values():  # the files are in the page cache afterwards
         processor_seconds(words)
-    for _ in range(flags.rounds):
+    for _ in range(rounds):
         for name, words in ways.items():
             found[name].append(processor_seconds(words))
-    seconds = {name: statistics.median(values) for name, values in found.items()}
+    return {name: statistics.median(values) for name, values in found.items()}
+
+
+def main(flags: argparse.Namespace) -> None:
+    seconds = measure(flags.rounds)
     limit = seconds["import torch"]
     print("| | seconds | ratio to `import torch` |\n|---|---|---|")
     for name, value in seconds.items():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, learning, recipes, sources
+from benchmarks import cpu, gpu, learning, recipes, sources
 from transformer import GPTConfig
 from utils.plan import flops_per_token
 
@@ -20,6 +20,17 @@ def test_the_gpu_benchmark_runs(part: str, own_folder: Path) -> None:
     for row, values in results.items():
         assert row.startswith(part)
         assert all(value > 0 for value in values.values() if isinstance(value, float))
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "loading", "quantization"])
+def test_the_cpu_benchmark_runs(part: str, own_folder: Path) -> None:
+    """Which first compares the results of the ways that it times."""
+    if part == "tokenizer":
+        pytest.importorskip("diffusers")
+    words = "--rounds 1 --images 2 --side 16 --matrix 64 --files 8 --file_side 16 --large 2"
+    rows = list(cpu.PARTS[part](cpu.make_parser().parse_args(words.split())))
+    assert rows
+    assert all(row.ratio > 0 for row in rows)
 
 
 def test_every_source_is_measured_beside_a_stock_reader(
