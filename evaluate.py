@@ -39,8 +39,6 @@ COMPARED = (
     *("images", "size", "channels", "path_to_data_sha256", "path_to_test_sha256", "split"),
     *("training_images", "features", "network_sha256", "seed", "unconditional"),
 )
-# Of single images.
-PAIRED = {*IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}
 ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a split
 
 
@@ -258,7 +256,7 @@ def compare(first: Path, second: Path) -> str:
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], Any]:
-    """A JSON file of evaluate.py, and the metrics of single images in the CSV beside it."""
+    """A JSON file of evaluate.py, and the table of single images in the CSV beside it."""
     import pandas
 
     record, table = read_json(path), path.with_suffix(".csv")
@@ -268,8 +266,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], Any]:
         return record, pandas.DataFrame()
     names = ["image_path", "label"]
     rows = pandas.read_csv(table, keep_default_na=False, dtype=dict.fromkeys(names, str))
-    rows = rows.set_index(names).sort_index(kind="stable")
-    return record, rows[[key for key in rows if key in PAIRED]]
+    return record, rows.set_index(names).sort_index(kind="stable")
 
 
 def main(flags: argparse.Namespace) -> None:
