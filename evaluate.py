@@ -169,14 +169,8 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     texts, count = encode(captions, vocabulary.captions), len(dataset)
     vectors = choose_embeddings(flags, vocabulary, count, rows=count)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions, vectors, texts)
-    tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
-
-    def nats_per_token(given: Tensor, images: Tensor) -> Tensor:
-        return gpt.model.loss(given, tokenizer.model.encode(images))
-
-    evaluate = partial(
-        report.report_likelihood, nats_per_token, dataset, prefix, tokens_per_pixel, settings
-    )
+    models = gpt.model, tokenizer.model
+    evaluate = partial(report.report_likelihood, *models, dataset, prefix, settings)
     protocol = {"rows": ALL_ROWS, "unconditional": flags.unconditional}
     protocol |= {"gpt_sha256": gpt.sha256, "tokenizer_sha256": tokenizer.sha256}
     place = dataset.path, gpt.home, gpt.provenance.run_id
