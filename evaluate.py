@@ -39,8 +39,6 @@ COMPARED = (
     *("images", "size", "channels", "path_to_data_sha256", "path_to_test_sha256", "split"),
     *("training_images", "features", "network_sha256", "seed", "unconditional"),
 )
-# Of single images.
-PAIRED = {*IMAGE_METRICS, "lpips", "bits_per_token", "bits_per_pixel"}
 ALL_ROWS = "all of path_to_data"  # in the protocol of evaluations without a split
 
 
@@ -171,14 +169,8 @@ def evaluate_likelihood(flags: argparse.Namespace, settings: Settings) -> None:
     texts, count = encode(captions, vocabulary.captions), len(dataset)
     vectors = choose_embeddings(flags, vocabulary, count, rows=count)
     prefix = make_prefix(torch.tensor(vocabulary.tokens(labels)), conditions, vectors, texts)
-    tokens_per_pixel = config.depth * math.prod(config.latent_dim) / math.prod(config.image_size)
-
-    def nats_per_token(given: Tensor, images: Tensor) -> Tensor:
-        return gpt.model.loss(given, tokenizer.model.encode(images))
-
-    evaluate = partial(
-        report.report_likelihood, nats_per_token, dataset, prefix, tokens_per_pixel, settings
-    )
+    models = gpt.model, tokenizer.model
+    evaluate = partial(report.report_likelihood, *models, dataset, prefix, settings)
     protocol = {"rows": ALL_ROWS, "unconditional": flags.unconditional}
     protocol |= {"gpt_sha256": gpt.sha256, "tokenizer_sha256": tokenizer.sha256}
     place = dataset.path, gpt.home, gpt.provenance.run_id
@@ -258,7 +250,7 @@ def compare(first: Path, second: Path) -> str:
 
 
 def read_record(path: Path) -> tuple[dict[str, Any], Any]:
-    """A JSON file of evaluate.py, and the metrics of single images in the CSV beside it."""
+    """A JSON file of evaluate.py, and the table of single images in the CSV beside it."""
     import pandas
 
     record, table = read_json(path), path.with_suffix(".csv")
@@ -268,8 +260,7 @@ def read_record(path: Path) -> tuple[dict[str, Any], Any]:
         return record, pandas.DataFrame()
     names = ["image_path", "label"]
     rows = pandas.read_csv(table, keep_default_na=False, dtype=dict.fromkeys(names, str))
-    rows = rows.set_index(names).sort_index(kind="stable")
-    return record, rows[[key for key in rows if key in PAIRED]]
+    return record, rows.set_index(names).sort_index(kind="stable")
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -260,14 +260,14 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     """Log metrics and samples of the present model; the score, of which lower is better."""
     from utils import figures
 
-    data, group = validation.data, state.group
+    data, group, evaluator = validation.data, state.group, validation.evaluator
     step, values = state.progress.step, {}
     with distributed.whole(state.ema.model) as model:
-        if validation.evaluator is not None:
+        if evaluator is not None:
             from transformer.sampling import generate
 
-            inputs = make_prefix(*data.prefix_inputs(validation.evaluator.rows))
-            values = validation.evaluator.metrics(partial(generate, model.eval(), inputs))
+            inputs = make_prefix(*data.prefix_inputs(evaluator.rows))
+            values = group.on_main(lambda: evaluator.metrics(generate(model.eval(), inputs)))
         by_position = evaluate(model, data, evaluation_rows(data.val_rows, state), state, group)
         if group.is_main and pictures_are_due(state, data.grids[0].numel()):
             run.picture("pictures/bits_by_position", figures.heat(by_position), step)

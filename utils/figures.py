@@ -49,7 +49,6 @@ def grid(images: Tensor, columns: int | None = None) -> Image.Image:
 
 def comparison(originals: Tensor, reconstructions: Tensor) -> Image.Image:
     """Batches (N, C, H, W) in [-1, 1] -> each original, reconstruction and error side by side."""
-    originals, reconstructions = originals.float().cpu(), reconstructions.float().cpu()
     errors = error_maps(originals, reconstructions)
     return grid(torch.cat([originals, reconstructions, errors], dim=3))
 

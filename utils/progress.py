@@ -67,14 +67,13 @@ def profiled(trace: str) -> Iterator[None]:
         return
     from torch.profiler import profile
 
-    profiler = profile()
-    try:
-        with profiler:
-            yield
-    finally:  # also where a signal ends a training
+    def report(profiler: profile) -> None:
         profiler.export_chrome_trace(trace)
         events = profiler.key_averages()
         on_device = any(event.self_device_time_total for event in events)
         longest = f"self_{'device' if on_device else 'cpu'}_time_total"
         print(events.table(sort_by=longest, row_limit=10, max_name_column_width=40))
         print(f"trace for chrome://tracing or ui.perfetto.dev: {trace}")
+
+    with profile(on_trace_ready=report):  # also where a signal ends a training
+        yield

@@ -53,21 +53,19 @@ def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
         return None
     try:
         from tokenizers import Tokenizer
+
+        bpe: Any = Tokenizer.from_str(meta.tokenizer)
+        bpe.enable_truncation(meta.length)
+        bpe.enable_padding(length=meta.length, pad_id=meta.vocabulary_size)
+        encoded = bpe.encode_batch([text.encode(errors="replace").decode() for text in captions])
+        largest = max(bpe.get_vocab().values())
     except ImportError as error:
         raise UserError(MISSING) from error
-    try:
-        bpe: Any = Tokenizer.from_str(meta.tokenizer)
-        texts = [text.encode(errors="replace").decode() for text in captions]
-        ids = [encoded.ids for encoded in bpe.encode_batch(texts)]
     except Exception as error:  # the library raises no other type
         raise UserError(f"the tokenizer of the captions is damaged: {one_line(error)}") from error
-    if any(token >= meta.vocabulary_size for tokens in ids for token in tokens):
+    if largest >= meta.vocabulary_size:
         raise UserError("the tokenizer of the captions is damaged: it has more tokens than it says")
-    cut = sum(len(tokens) > meta.length for tokens in ids)
-    if cut:
-        longer = f"{cut:,} of {len(ids):,} captions are longer than {meta.length} text tokens"
+    if cut := sum(bool(text.overflowing) for text in encoded):
+        longer = f"{cut:,} of {len(encoded):,} captions are longer than {meta.length} text tokens"
         warn(f"{longer}, and are cut there")
-    tokens = torch.full((len(ids), meta.length), meta.vocabulary_size)
-    for row, values in enumerate(ids):
-        tokens[row, : len(values)] = torch.tensor(values[: meta.length], dtype=torch.long)
-    return tokens
+    return torch.tensor([text.ids for text in encoded])

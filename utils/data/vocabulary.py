@@ -15,22 +15,13 @@ LARGEST_CODEBOOK = 1 << 32  # of text files and .npy files of uint32
 
 @dataclass(frozen=True)
 class GridMeta:
-    """The codebook, the size and the tokenizer that a grid of indices belongs to.
+    """The codebook, the size and the tokenizer that a grid of indices belongs to."""
 
-    Attributes:
-        codebook_size: K; every index is below it.
-        latent_dim: rows and columns (h, w) of a grid.
-        tokenizer_sha256: of the model.safetensors that made the indices or decodes them, "" if not
-            known.
-        tokenizer_run_id: its MLflow run, "" if not known.
-        depth: indices per latent position.
-    """
-
-    codebook_size: int
-    latent_dim: tuple[int, int]
-    tokenizer_sha256: str = ""
-    tokenizer_run_id: str = ""
-    depth: int = 1
+    codebook_size: int  # K; every index is below it
+    latent_dim: tuple[int, int]  # rows and columns (h, w) of a grid
+    tokenizer_sha256: str = ""  # of its model.safetensors; "" if not known, as the next
+    tokenizer_run_id: str = ""  # its MLflow run
+    depth: int = 1  # indices per latent position
 
     def __post_init__(self) -> None:
         if not 2 <= self.codebook_size <= LARGEST_CODEBOOK:
@@ -78,20 +69,12 @@ class TextMeta:
 
 @dataclass(frozen=True)
 class Vocabulary(GridMeta):
-    """The meaning of a GPT's tokens.
+    """The meaning of a GPT's tokens; None for a part that does not stand before the image."""
 
-    Attributes:
-        class_names: the labels in the order of their prefix tokens 0, 1, ...
-        class_counts: images of each class in the data; () if not known.
-        condition: of the conditioning grid before the image's, None without one.
-        embeddings: (L, D), vectors before the image and numbers of each, None without them.
-        captions: of the captions before it, None without them.
-    """
-
-    class_names: tuple[str, ...] = ()
-    class_counts: tuple[int, ...] = ()
-    condition: GridMeta | None = None
-    embeddings: tuple[int, int] | None = None
+    class_names: tuple[str, ...] = ()  # the labels in the order of their prefix tokens 0, 1, ...
+    class_counts: tuple[int, ...] = ()  # images of each class in the data; () if not known
+    condition: GridMeta | None = None  # of the conditioning grid
+    embeddings: tuple[int, int] | None = None  # (L, D), vectors and numbers of each
     captions: TextMeta | None = None
 
     def __post_init__(self) -> None:

@@ -1,7 +1,6 @@
 """Metrics of a set of images beside real images, from the features of both in some network.
 
-All sums are in float64 on the device of the features. evaluate.py reports what `set_metrics`
-computes: a new metric is one function and one line there.
+All sums are in float64 on the device of the features.
 """
 
 import math

@@ -237,18 +237,22 @@ def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estima
     return estimate(sums[0] / sums[1].clamp(min=1), SHARE)
 
 
-def check_network(network: FeatureNetwork, real: Features, targets: Tensor | None) -> None:
-    """Print how far metrics in a network can be trusted, by N real images that are new to it."""
+def check_network(network: FeatureNetwork, real: Features, targets: Tensor | None) -> float:
+    """Print how far metrics in a network can be trusted, by N real images that are new to it.
+
+    Returns its `label_agreement`, NaN without targets.
+    """
     count, dimensions = real.features.shape
     if count <= dimensions:
         warn(
             f"the Frechet distance of {count} images by the {dimensions:,} features of "
             f"{network.name} is mostly noise; compare more than {dimensions:,}"
         )
-    if targets is not None:
-        weights = resample(count, 0, replicates=2)
-        accuracy = f"{label_agreement(real, targets, weights).value:.1%}"
-        print(f"classifier: {accuracy} of the labels of {count:,} held-out images right")
+    if targets is None:
+        return math.nan
+    accuracy = label_agreement(real, targets, resample(count, 0, replicates=2)).value
+    print(f"classifier: {accuracy:.1%} of the labels of {count:,} held-out images right")
+    return accuracy
 
 
 class Classifier(nn.Module):

@@ -6,7 +6,7 @@ import math
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch import Tensor
 from utils import cli, figures
 from utils.cli import first_few
 from utils.data.images import ImageDataset
-from utils.data.sources import Row, digest
+from utils.data.sources import Row, column_of, digest
 from utils.evaluation import distances, features, metrics
 from utils.evaluation.features import DecodedImages, ImageSet, Settings, extract_features
 from utils.evaluation.inputs import RealImages
@@ -108,8 +108,7 @@ def protocol(flags: argparse.Namespace, dataset: ImageDataset) -> dict[str, Any]
 
 def _columns(rows: Sequence[Row]) -> dict[str, Sequence[Any]]:
     """The first columns of every table."""
-    paths, labels = [row.image_path for row in rows], [row.label for row in rows]
-    return {"image_path": paths, "label": labels}
+    return {name: column_of(rows, name) for name in ("image_path", "label")}
 
 
 def report_reconstructions(
@@ -212,7 +211,7 @@ def report_samples(
             found[f"{prefix}{distances.key(name, network.name)}"] = metric
 
     columns, pictures = _columns(sampled.rows), {}
-    if network.class_names and seen[""].logits is not None:
+    if network.class_names:
         found_classes = seen[""].logits.argmax(dim=1).tolist()
         columns["classified_as"] = [network.class_names[number] for number in found_classes]
     all_train = extract_features(network, real.train, settings, "training images")
@@ -277,32 +276,27 @@ def encode(tokenizer: Any, part: ImageSet, settings: Settings) -> Tensor:
 
 @torch.inference_mode()
 def report_likelihood(
-    nats_per_token: Callable[[Tensor, Tensor], Tensor],
-    dataset: ImageDataset,
-    prefix: Tensor,
-    tokens_per_pixel: float,
-    settings: Settings,
+    gpt: Any, tokenizer: Any, dataset: ImageDataset, prefix: Tensor, settings: Settings
 ) -> Record:
     """The mean bits of all N images, ranked from the highest to the lowest likelihood.
 
-    `nats_per_token` takes prefixes (B, ...) and images (B, C, H, W) and gives (B, tokens);
     `prefix` (N, ...) is the conditioning of each image.
     """
-    device = settings.device
     own = prefix[settings.group.block(len(prefix), settings.batch_size)]
     given = iter(own.split(settings.batch_size))
 
     def measure(images: Tensor) -> dict[str, Tensor]:
-        nats = nats_per_token(next(given).to(device), images)
-        return {"bits": nats.cpu().double().mean(dim=1) / math.log(2)}
+        nats = gpt.loss(next(given).to(images.device), tokenizer.encode(images))  # (B, tokens)
+        bits = nats.cpu().double() / math.log(2)
+        per_pixel = bits.sum(dim=1) / math.prod(dataset.size)
+        return {"bits_per_token": bits.mean(dim=1), "bits_per_pixel": per_pixel}
 
-    bits = ImageSet.whole(dataset).map(settings, "likelihood", measure)["bits"]
+    per_image = ImageSet.whole(dataset).map(settings, "likelihood", measure)
     weights = metrics.resample(len(dataset), settings.seed)
-    per_image = {"bits_per_token": bits, "bits_per_pixel": bits * tokens_per_pixel}
     found = {name: metrics.mean(part, weights, POSITIVE) for name, part in per_image.items()}
-    order = bits.argsort(stable=True)
+    order = per_image["bits_per_token"].argsort(stable=True)
     ends = [order[:RANKED], order[-RANKED:].flip(0)]
-    grids = (figures.grid(images) for images in dataset.batches(ends, device))
+    grids = (figures.grid(images) for images in dataset.batches(ends, settings.device))
     pictures = dict(zip(("highest_likelihood", "lowest_likelihood"), grids, strict=True))
     columns = _columns([dataset.rows[row] for row in order.tolist()])
     columns |= {name: part[order].tolist() for name, part in per_image.items()}

@@ -1,6 +1,7 @@
 """How close the samples of a GPT are to real images, measured during its training."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -47,47 +48,39 @@ class SampleEvaluator:
             raise UserError(f"{left}; use 2 or more, or 0 for none")
         if not group.is_main:
             return
-        self._tokenizer, self._settings = tokenizer.model, Settings(group.device, BATCH, seed)
-        images = DecodedImages(grids, rows, self._tokenizer)
+        settings = Settings(group.device, BATCH, seed)
+        images = DecodedImages(grids, rows, tokenizer.model)
         known, others = features.reserve(ImageSet(images, train), len(held_out), seed)
-        network = features.train_classifier(others, "--fd_samples", self._settings)
-        self._network, real = network, ImageSet(images, held_out)
-        self._real = self._features(real)
+        network = features.train_classifier(others, "--fd_samples", settings)
+        extract, real = features.extract_features, ImageSet(images, held_out)
+        self._tokenizer, self._seed = tokenizer.model, seed
+        self._extract = partial(extract, network, settings=settings, what="features")
+        self._real = self._extract(real)
         self._targets = features.class_targets(network, real.rows, "--path_to_data")
-        self._best = self._distance(self._features(known)).value
-        features.check_network(network, self._real, self._targets)
-        self._accuracy = self._agreement(self._real)
-
-    def _agreement(self, found: Features) -> float:
-        weights = resample(len(self.rows), 0, REPLICATES)
-        return features.label_agreement(found, self._targets, weights).value
-
-    def _features(self, part: ImageSet) -> Features:
-        return features.extract_features(self._network, part, self._settings, "features")
+        self._best = self._distance(self._extract(known)).value
+        self._accuracy = features.check_network(network, self._real, self._targets)
 
     def _distance(self, found: Features) -> Estimate:
-        sets, seed = (self._real.features, found.features), self._settings.seed
-        first, second = (resample(len(x), seed + n, REPLICATES) for n, x in enumerate(sets))
+        sets = self._real.features, found.features
+        first, second = (resample(len(x), self._seed + n, REPLICATES) for n, x in enumerate(sets))
         return frechet_distance(*sets, (first, second))
 
-    def metrics(self, sample: Callable[[], Tensor]) -> dict[str, float]:
+    def metrics(self, grids: Tensor) -> dict[str, float]:
         """FD (classifier), its standard error, and the share of samples of the right class.
 
-        `sample` gives a grid for each of `rows`, (n, h, w); only the main process calls it.
+        `grids` (n, h, w) are sampled, one for each of `rows`; only the main process calls this.
         """
-        return self._group.on_main(lambda: self._compare(sample()))
-
-    def _compare(self, grids: Tensor) -> dict[str, float]:
-        found = self._features(ImageSet.whole(DecodedImages(grids, (), self._tokenizer)))
-        distance, best, right = self._distance(found), self._best, self._agreement(found)
+        found = self._extract(ImageSet.whole(DecodedImages(grids, (), self._tokenizer)))
+        distance, weights = self._distance(found), resample(len(grids), 0, REPLICATES)
+        right = features.label_agreement(found, self._targets, weights).value
         self._group.print(
             f"{len(self.rows):,} samples: FD (classifier) {distance.value:.3f} +- "
-            f"{WIDTH * distance.standard_error:.3f} (training images: {best:.3f}), "
+            f"{WIDTH * distance.standard_error:.3f} (training images: {self._best:.3f}), "
             f"{right:.1%} of the right class (real images: {self._accuracy:.1%})"
         )
         return {
             "fd_classifier": distance.value,
             "fd_classifier_error": distance.standard_error,
             "label_agreement": right,
-            "real_fd_classifier": best,
+            "real_fd_classifier": self._best,
         }
