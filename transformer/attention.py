@@ -9,7 +9,7 @@ any device, `FlexAttention` in one fused kernel on CUDA, `KVCache` token by toke
 
 import math
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -120,13 +120,8 @@ def attend(
 
     Without a window this is one causal call. With one, the grid is cut into tiles: the keys of a
     tile are the tile itself, and the rows above it and columns beside it that the window reaches.
-    Time and memory grow with the number of tokens; a mask over all pairs of them never exists.
-
-    Args:
-        q, k, v: (B, heads, prefix + h*w*depth, head_dim), the shape of the result.
-        grid: rows and columns (h, w).
-        window: extent of the window in latent positions; 0 for none.
-        prefix, depth: tokens of the prefix, and per latent position.
+    Time and memory grow with the number of tokens; a mask over all pairs of them never exists. q,
+    k, v and the result are (B, heads, prefix + h*w*depth, head_dim) for a grid (h, w).
     """
     height, width = grid[0], grid[1] * depth
     if q.shape[2] != prefix + height * width:
@@ -319,31 +314,31 @@ class KVCache:
             cached[:, :, slots] = new[:, :, self.prefix + first :].to(cached)
 
     def attention(self, tokens: Tensor) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
-        """Of the `tokens` numbered (T,), all of one row; called with a layer's number, q, k, v."""
+        """Of the `tokens` numbered (T,), all of one row.
+
+        Called with a layer's number, q (B, heads, T, head_dim), the shape of the result, and k and
+        v (B, kv_heads, T, head_dim), which are stored first.
+        """
         slots: Any = tokens % self.ring + self.prefix
         if len(tokens) == 1 and eager_on_cpu(tokens):
             slots = slice(int(slots), int(slots) + 1)  # copied in half the time
-        return partial(self._attend, slots=slots, mask=self._mask(tokens))
+        visible = self._mask(tokens)
 
-    def _attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, slots: Any, mask: Tensor | None
-    ) -> Tensor:
-        """Store k and v (B, kv_heads, T, head_dim) in the `slots` (T,).
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            stored = self.keys[layer], self.values[layer]
+            stored[0][:, :, slots], stored[1][:, :, slots] = k, v
+            keys, values = (x[:, :, : self.prefix + self.slots] for x in stored)
+            # Heads that share keys become queries of one: (B, kv_heads, groups * T, d).
+            queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+            mask = None if visible is None else visible.repeat(q.shape[1] // k.shape[1], 1)
+            if not eager_on_cpu(q):
+                return F.scaled_dot_product_attention(queries, keys, values, mask).reshape(q.shape)
+            # PyTorch's own takes 1.4 to 2 times as long for one query (512 x 4 heads of 25).
+            scores = queries * q.shape[-1] ** -0.5 @ keys.mT
+            scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+            return (scores.softmax(dim=-1) @ values).view(q.shape)
 
-        Attend from q (B, heads, T, head_dim), the shape of the result, by the mask.
-        """
-        stored = self.keys[layer], self.values[layer]
-        stored[0][:, :, slots], stored[1][:, :, slots] = k, v
-        keys, values = (x[:, :, : self.prefix + self.slots] for x in stored)
-        # Heads that share keys become queries of one: (B, kv_heads, groups * T, d).
-        queries = q.reshape(len(q), k.shape[1], -1, q.shape[3])
-        mask = None if mask is None else mask.repeat(q.shape[1] // k.shape[1], 1)
-        if not eager_on_cpu(q):
-            return F.scaled_dot_product_attention(queries, keys, values, mask).reshape(q.shape)
-        # PyTorch's own takes 1.4 to 2 times as long for one query (512 x 4 heads of 25, 50 x 32).
-        scores = queries * q.shape[-1] ** -0.5 @ keys.mT
-        scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
-        return (scores.softmax(dim=-1) @ values).view(q.shape)
+        return attend
 
 
 class CUDAGraphCapture:

@@ -119,14 +119,13 @@ class GPT(nn.Module):
             tokens: (B, T) indices. In a window's model that begins, whole rows in raster order.
             positions: (T, 3), or (B, T, 3) for an order per image: row, column and depth of each;
                 with a cache, the last may occur several times, see `KVCache.prepare`.
-            prefix: (B,) or (B, P), see `make_prefix`.
+            prefix: see `make_prefix`.
             next_positions: what each element predicts, for a model with `order_anneal`; with a
                 prefix one longer. Default: the token after it, by raster order after the last.
             cache: of `make_cache`, `prepare`d for the last of the tokens.
 
-        Returns:
-            (B, T, dim); with a prefix (B, 1 + T, dim), whose first state predicts the first token.
-            Where the loss has a part of text, the states that predict the caption are before it.
+        Returns (B, T, dim); with a prefix (B, 1 + T, dim), whose first state predicts the first
+        token. Where the loss has a part of text, states that predict the caption are before it.
         """
         config, begins = self.config, prefix is not None
         grid = self.grid if cache is None else cache.grid
@@ -162,16 +161,10 @@ class GPT(nn.Module):
         return x[:, self.prefix_length - 1 - self._predicted_text() :] if begins else x
 
     def flatten(self, indices: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """A grid as the arguments of `forward`.
+        """Grids (B, h, w[, depth]) -> tokens (B, n), depth innermost, and their positions (n, 3).
 
-        Args:
-            indices: (B, h, w) or (B, h, w, depth), of `config.latent_dim`.
-            order: (B, h * w), a permutation of the latent positions of each image, for a model
-                with `order_anneal`; default: raster order.
-
-        Returns:
-            tokens: (B, n), n = h * w * depth, depth innermost.
-            positions: (n, 3), with an order (B, n, 3).
+        A model with `order_anneal` takes an order (B, h * w), a permutation of the latent positions
+        of each image; positions are (B, n, 3) then.
         """
         size = tuple(indices.shape[1:3])
         if size != self.grid.size:
@@ -325,7 +318,7 @@ class GPT(nn.Module):
                 prefix = torch.cat([prefix[:1], condition, prefix[1:]])
             prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        cos, sin = rotary_cos_sin(coordinates, config.dim // config.num_heads, config.rope_base)
+        cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
         if begins and config.blank_prefix:
             cos = F.pad(cos[..., 1:, :], (0, 0, 1, 0))
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])

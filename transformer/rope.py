@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -77,22 +78,19 @@ def resize_embeddings(table: Tensor, before: tuple[int, int], size: tuple[int, i
     return F.interpolate(grid, size, mode="bilinear").flatten(2)[0].T
 
 
+@dataclass
 class GridPositions:
     """Positions (row, column, depth) in a grid of `size` (h, w) for a model of `trained` (h, w)."""
 
-    def __init__(
-        self,
-        size: tuple[int, int],
-        trained: tuple[int, int],
-        depth: int = 1,
-        extension: PositionExtension = PositionExtension.SLIDE,
-        scale: tuple[float, float] = (1.0, 1.0),
-    ) -> None:
-        """`scale`: rotary coordinates per row and per column."""
-        self.size, self.trained, self.depth, self.extension = size, trained, depth, extension
-        self.scale = scale
-        self.num_tokens = size[0] * size[1] * depth
-        self.slides = extension == PositionExtension.SLIDE and size != trained
+    size: tuple[int, int]
+    trained: tuple[int, int]
+    depth: int = 1
+    extension: PositionExtension = PositionExtension.SLIDE
+    scale: tuple[float, float] = (1.0, 1.0)  # rotary coordinates per row and per column
+
+    def __post_init__(self) -> None:
+        self.num_tokens = self.size[0] * self.size[1] * self.depth
+        self.slides = self.extension == PositionExtension.SLIDE and self.size != self.trained
 
     def at(self, tokens: Tensor) -> Tensor:
         """Raster numbers of tokens (...), depth innermost -> their positions (..., 3), int64."""

@@ -282,9 +282,7 @@ def generate(
 
     Args:
         model: in eval mode.
-        prefix: (N,) or (N, P), see `make_prefix`; if nothing is given, see `sample_classes`.
-        seed: of all random numbers.
-        batch_size: images sampled at once.
+        prefix: see `make_prefix`; if nothing is given, see `sample_classes`.
         size: (h, w) of the grids; default: the trained size.
         known: (N, h, w[, depth]), kept where `known_mask`, (h, w) or (N, h, w), is True. A GPT of
             any order samples the others after them, in a random order.
@@ -341,13 +339,12 @@ def likeliest(scores: Tensor, groups: Tensor, candidates: int) -> Tensor:
     those, as many are kept as it has images, the ones with the highest scores.
     """
     order = scores.argsort(descending=True, stable=True)
-    shared = groups.repeat_interleave(candidates)[order]
-    order, shared = order[shared.argsort(stable=True)], shared.sort(stable=True).values
-    counts = groups.bincount()
-    first = (counts.cumsum(dim=0) - counts) * candidates
-    rank = torch.arange(len(order)) - first[shared]
+    order = order[groups.repeat_interleave(candidates)[order].argsort(stable=True)]
+    counts = groups.bincount()  # of images; the samples are now by group, the best ones first
+    samples = order.split((counts * candidates).tolist())
+    best = [x[:count] for x, count in zip(samples, counts.tolist(), strict=True)]
     chosen = torch.empty_like(groups)
-    chosen[groups.argsort(stable=True)] = order[rank < counts[shared]]
+    chosen[groups.argsort(stable=True)] = torch.cat(best)
     return chosen
 
 

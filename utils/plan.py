@@ -30,10 +30,10 @@ LOGIT = 14  # bytes: its log-softmax, the gradients of both in float32, and one 
 BLOCK, REST = 2 + 2 + 2 + 2 + 4, 4 + CAST + 4
 
 
-def parameters_of(config: GPTConfig) -> int:
-    """The number of parameters, counted without memory for them."""
+def parameters_of(config: GPTConfig, part: str = "") -> int:
+    """Parameters of a GPT, or of a part such as "blocks", counted without memory for them."""
     with torch.device("meta"):
-        return sum(x.numel() for x in GPT(config).parameters())
+        return sum(x.numel() for x in GPT(config).get_submodule(part).parameters())
 
 
 def flops_per_token(config: GPTConfig) -> float:
@@ -64,14 +64,11 @@ def saved_bytes(config: GPTConfig, count: int) -> int:
 def activation_bytes(config: GPTConfig) -> float:
     """Bytes an image that a training step keeps until its backward pass, but for the logits."""
     tokens = config.prefix_length + math.prod(config.latent_dim)
-    found = []
-    for layers in (1, 2):
-        small = replace(config, num_layers=layers, latent_dim=(SIDE, SIDE), codebook_size=2)
-        # A difference: the weights are kept as well, equally many for any number of images.
-        found.append(
-            (saved_bytes(small, 2) - saved_bytes(small, 1)) / (config.prefix_length + SIDE**2)
-        )
-    one, two = found
+    measured = config.prefix_length + SIDE**2
+    small = replace(config, latent_dim=(SIDE, SIDE), codebook_size=2)
+    pair = [replace(small, num_layers=layers) for layers in (1, 2)]
+    # A difference: the weights are kept as well, equally many for any number of images.
+    one, two = ((saved_bytes(x, 2) - saved_bytes(x, 1)) / measured for x in pair)
     # On a GPU, norms keep their inputs as well: of layers in float32, of queries and keys in half.
     heads = (config.num_heads + config.num_kv_heads) * config.qk_norm
     norms = 8 * config.dim + 2 * config.head_dim * heads
@@ -84,10 +81,8 @@ def memory(config: GPTConfig, images: float, gpus: int, parallel: str, ema: bool
     The peak is at the start of the backward pass, with all activations, or at its end, with all
     gradients; with FSDP also where all weights are gathered to evaluate and save them.
     """
-    with torch.device("meta"):
-        blocks = sum(x.numel() for x in GPT(config).blocks.parameters())
-    parameters, logits = parameters_of(config), images * math.prod(config.latent_dim)
-    kept = images * activation_bytes(config)
+    parameters, blocks = parameters_of(config), parameters_of(config, "blocks")
+    kept, logits = images * activation_bytes(config), images * math.prod(config.latent_dim)
     kept += LOGIT * min(logits * config.codebook_size, MAX_LOGITS)
     states, gradients = parameters * (STATES + 4 * ema), parameters * GRADIENT
     if parallel == "fsdp":
@@ -103,14 +98,15 @@ def main(flags: argparse.Namespace) -> None:
     config = config.resolve_defaults()
     tokens = math.prod(flags.latent_dim)
     images = flags.images * flags.epochs
-    flops = images * tokens * flops_per_token(config)
+    flops_a_token = flops_per_token(config)
+    flops = images * tokens * flops_a_token
     hours = flops / (flags.gpus * flags.peak_tflops * 1e12 * flags.utilisation) / 3600
     on_gpu = flags.batch_size / flags.gpus
     parameters = parameters_of(config)
     rows = {
         "parameters": f"{parameters:,}",
         "steps": f"{math.ceil(images / flags.batch_size):,} of {flags.batch_size:,} images",
-        "operations": f"{flops:.3g} ({flops_per_token(config) / 1e9:.3g} GFLOP a token)",
+        "operations": f"{flops:.3g} ({flops_a_token / 1e9:.3g} GFLOP a token)",
         "hours": f"{hours:.3g} at {flags.utilisation:.0%} of {flags.peak_tflops:g} TFLOP/s",
         "price": f"{hours * flags.gpus * flags.price:,.0f} at {flags.price:g} a GPU hour",
     }
@@ -126,19 +122,18 @@ def main(flags: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m utils.plan")
-    parser.add_argument("--size", choices=tuple(SIZES), default="L", help="of the GPT")
-    parser.add_argument(
-        "--latent_dim", type=cli.height_and_width, default=(16, 16), help="H or H,W"
-    )
-    parser.add_argument("--codebook_size", type=cli.positive, default=16384)
-    parser.add_argument("--images", type=float, default=1.28e6, help="in the data set")
-    parser.add_argument("--epochs", type=float, default=300)
-    parser.add_argument("--batch_size", type=cli.positive, default=256, help="of all GPUs together")
-    parser.add_argument("--gpus", type=cli.positive, default=1)
-    parser.add_argument("--ema", action="store_true", help="with --ema_decay")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak reached")
-    parser.add_argument("--peak_tflops", type=float, default=989, help="a GPU's in bf16; H100: 989")
-    parser.add_argument("--price", type=float, default=2.5, help="of a GPU for an hour")
+    add = parser.add_argument
+    add("--size", choices=tuple(SIZES), default="L", help="of the GPT")
+    add("--latent_dim", type=cli.height_and_width, default=(16, 16), help="H or H,W")
+    add("--codebook_size", type=cli.positive, default=16384)
+    add("--images", type=float, default=1.28e6, help="in the data set")
+    add("--epochs", type=float, default=300)
+    add("--batch_size", type=cli.positive, default=256, help="of all GPUs together")
+    add("--gpus", type=cli.positive, default=1)
+    add("--ema", action="store_true", help="with --ema_decay")
+    add("--utilisation", type=float, default=0.4, help="share of the peak reached")
+    add("--peak_tflops", type=float, default=989, help="a GPU's in bf16; H100: 989")
+    add("--price", type=float, default=2.5, help="of a GPU for an hour")
     return parser
 
 

@@ -140,13 +140,8 @@ def import_weights(
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the keys that were ignored.
 
-    Args:
-        project: a key of `FORMATS`.
-        state: its state dict.
-        image_size: height and width, which do not show in the weights.
-        settings: of its config file: those of `NOT_IN_WEIGHTS` are used, the others must agree.
-
-    A ValueError for another network, missing or unknown keys, or settings that contradict weights.
+    Of the settings of its config file, those of `NOT_IN_WEIGHTS` are used, the others must agree. A
+    ValueError for another network, missing or unknown keys, or settings that contradict weights.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():

@@ -15,10 +15,9 @@ def inspect_codebook(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A codebook, learned or implicit, from the most to the least used code.
 
-    Returns:
-        The fraction of each code, (K,), by counts as `Quantizer.count` orders them; the first codes
-        on their two first principal components (PCA), (max_projected, 2); what the first decode to
-        among their like, (max_decoded, C, f, f) in [-1, 1].
+    Returns the fraction of each code, (K,), by counts as `Quantizer.count` orders them; the first
+    codes on their two first principal components (PCA), (max_projected, 2); what the first decode
+    to among their like, (max_decoded, C, f, f) in [-1, 1].
     """
     usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
     codes = model.quantizer.codes(order[:max_projected])

@@ -68,16 +68,9 @@ class ReconstructionLoss(nn.Module):
 class PerceptualLoss(nn.Module):
     """LPIPS (arXiv 1801.03924): distance of two images' activations in a pretrained network.
 
-    The package lpips brings its linear heads; the backbone's weights are torchvision's.
-
-    Args:
-        network: a key of `BACKBONES`.
-        weights: torchvision's file of the network's weights; "" downloads it.
-        pretrained: False keeps random weights, for benchmarks: same cost, meaningless distances.
-
-    Raises:
-        ImportError: the package lpips is not installed.
-        OSError: the weights cannot be read or downloaded, or belong to another network.
+    The package lpips (else an ImportError) brings its linear heads. `weights` is torchvision's file
+    of the backbone's; "" downloads it; an OSError if that fails, or it is of another network.
+    Without `pretrained`, for benchmarks, the cost is the same, but distances are meaningless.
     """
 
     def __init__(self, network: str = "vgg", weights: str = "", *, pretrained: bool = True) -> None:

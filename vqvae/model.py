@@ -243,12 +243,7 @@ class VQVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: torch.device | str = "cpu") -> Self:
-        """The model of a local model folder, in eval mode.
-
-        Raises:
-            OSError: a file cannot be read.
-            ValueError: another kind of model, a newer format, or files that do not fit together.
-        """
+        """The model of a local model folder, in eval mode; an OSError or a ValueError."""
         text = Path(folder, "config.json").read_text(encoding="utf-8")
         try:
             config = VQVAEConfig.from_json(json.loads(text))

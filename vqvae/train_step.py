@@ -39,23 +39,11 @@ def forward_backward(
     step: int = 0,
     scale: float = 1.0,
 ) -> tuple[Values, Tensor]:
-    """Accumulate the gradients of one batch, for the tokenizer, the discriminator, or both.
+    """Accumulate `scale` times the gradients of a batch (B, C, H, W) in [-1, 1], in micro-batches.
 
-    The adversary's schedule decides which of them trains. The other is left without gradients, so
-    that a step of its optimiser changes nothing.
-
-    Args:
-        model: the `VQVAE`, possibly wrapped (DistributedDataParallel).
-        images: (B, C, H, W) in [-1, 1].
-        losses: the reconstruction terms.
-        autocast: makes the context in which the networks run.
-        accumulate: number of micro-batches the batch is split into.
-        adversary: discriminator and its losses.
-        step: of the training, from 0.
-        scale: what the gradients are multiplied by.
-
-    Returns:
-        Means to log, and the indices of the batch.
+    The adversary's schedule decides which of tokenizer and discriminator trains at this step, from
+    0. The other is left without gradients, so that a step of its optimiser changes nothing. The
+    `VQVAE` may be wrapped (DistributedDataParallel). Returns means to log, and the indices.
     """
     phase = "reconstruction only" if adversary is None else adversary.schedule.phase(step)
     if adversary is not None and phase == "joint":
