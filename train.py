@@ -20,6 +20,7 @@ from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.distributed import Distributed
 from utils.provenance import LoadedModel, joined, load_model
 from utils.training import loop
 from utils.training.checkpoint import continue_training
@@ -58,21 +59,17 @@ class Validation(NamedTuple):
 
 
 def make_validation(
-    data: IndexDataset,
-    tokenizer: LoadedModel | None,
-    fd_samples: int,
-    seed: int,
-    group: distributed.Distributed,
+    data: IndexDataset, tokenizer: LoadedModel | None, flags: cli.Flags, group: Distributed
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     from utils.evaluation.metrics import baselines
 
     evaluator = None
-    if fd_samples:
+    if count := flags.fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
-        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:fd_samples]
-        evaluator = SampleEvaluator(*inputs, seed=seed, group=group)
+        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:count]
+        evaluator = SampleEvaluator(*inputs, seed=flags.seed, group=group)
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
     unigram, bigram = baselines(*splits, *sizes)
@@ -122,7 +119,7 @@ def build_model(
     config: GPTConfig,
     start: Start,
     tokenizer: LoadedModel | None,
-    group: distributed.Distributed,
+    group: Distributed,
     flags: cli.Flags,
     precision: str,
 ) -> GPT:
@@ -196,7 +193,7 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: distributed.Distributed
+    model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: Distributed
 ) -> Tensor:
     """Bits per token of these rows at each latent position (h, w), by all of `group`."""
     model.eval()
@@ -314,7 +311,7 @@ def main(arguments: cli.Flags) -> None:
     data = IndexDataset(addresses.fetch(source.path_to_data), tokenizer, **options)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     start = read_start(arguments, data)
-    validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
+    validation = make_validation(data, tokenizer, arguments, group)
     model_config = read_model_config(arguments, data.vocabulary, start)
     cli.reject_unused_flags(model_config, arguments)
     model = build_model(model_config, start, tokenizer, group, arguments, precision)
@@ -370,13 +367,12 @@ def main(arguments: cli.Flags) -> None:
                 break
         if group.is_main:
             report_best(state, run, validation)
-    if group.is_main:
-        best = run.output_dir / "best"
-        words = ["--model_path", best, "--vocabulary_path", best / FILE, "--run_id", run.run_id]
-        words += [] if data.conditions is None else ["--conditions", data.path]
-        words += [] if data.embeddings is None else ["--embeddings", source.embeddings]
-        words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
-        print(cli.next_command("transformer_generation.py", *words))
+    best = run.output_dir / "best"
+    words = ["--model_path", best, "--vocabulary_path", best / FILE, "--run_id", run.run_id]
+    words += [] if data.conditions is None else ["--conditions", data.path]
+    words += [] if data.embeddings is None else ["--embeddings", source.embeddings]
+    words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
+    group.print(cli.next_command("transformer_generation.py", *words))
     group.shutdown()
 
 

@@ -346,10 +346,9 @@ def main(arguments: cli.Flags) -> None:
                 break
         if group.is_main:
             report_best(state, run, dataset, val_rows)
-    if group.is_main:
-        words = ["--model_dir", run.output_dir / "best", "--path_to_data", data.path_to_data]
-        words += ["--run_id", run.run_id, *cli.changed_flags(data, ImageConfig)]
-        print(cli.next_command("quantize_dataset.py", *words))
+    words = ["--model_dir", run.output_dir / "best", "--path_to_data", data.path_to_data]
+    words += ["--run_id", run.run_id, *cli.changed_flags(data, ImageConfig)]
+    group.print(cli.next_command("quantize_dataset.py", *words))
     group.shutdown()
 
 
