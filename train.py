@@ -33,11 +33,6 @@ from utils.training.state import StopSignals, fingerprint
 BEST_METRICS = {"bits_per_token": 1, "fd_classifier": 1, "label_agreement": -1}  # and their signs
 EARLY = 8  # after this part of the steps, a model is kept to guide the last one by
 SAMPLES = 64  # images generated at each evaluation
-NO_BETTER_WARNING = (
-    "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
-    "ignores the order of the indices, so that samples will be noise; train longer, on more "
-    "images, or with a tokenizer of a smaller --codebook_size"
-)
 
 
 class Start(NamedTuple):
@@ -291,7 +286,11 @@ def report_best(state: TrainState, run: tracking.Run, validation: Validation) ->
     print(f"best: val {name} {value:.3f}")
     print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {validation.bigram:.3f}")
     if not bits < unigram:
-        print(NO_BETTER_WARNING.format(bits, unigram))
+        print(
+            f"warning: {bits:.3f} bits per token are no better than the unigram baseline of "
+            f"{unigram:.3f}, which ignores the order of the indices, so that samples will be "
+            "noise; train longer, on more images, or with a tokenizer of a smaller --codebook_size"
+        )
     print(run.ui_hint)
 
 
