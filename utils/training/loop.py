@@ -186,7 +186,7 @@ class TrainState:
         self.time_is_up = False  # --max_minutes
         if self.config.checkpoint_activations:
             checkpoint_activations(self.model)
-        self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
+        self.ema = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
         self.loss_scale = LossScale(self.settings["precision"])
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
@@ -216,8 +216,7 @@ def batches(
     The order of an epoch is a function of seed and epoch, so a resumed training continues with
     the rows that come next; after an early stop there are none. Rows that fill no batch are left
     out of this epoch. If the data cannot be read, a training in one process is saved before it
-    ends. `load` turns the row numbers of this process for each batch, and the epoch, into the
-    batches.
+    ends. `load` makes the batches from row numbers of this process for each, and the epoch.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
     start: dict[str, Any] = {"total": schedule.total_steps, "initial": progress.step}
