@@ -20,6 +20,7 @@ from utils import addresses, cli, distributed, tracking
 from utils.data.index_dataset import IndexDataset, IndicesConfig
 from utils.data.indices import digest, lineage_of
 from utils.data.vocabulary import FILE, Vocabulary, read_vocabulary
+from utils.distributed import Distributed
 from utils.provenance import LoadedModel, joined, load_model
 from utils.training import loop
 from utils.training.checkpoint import continue_training
@@ -32,11 +33,6 @@ from utils.training.state import StopSignals, fingerprint
 BEST_METRICS = {"bits_per_token": 1, "fd_classifier": 1, "label_agreement": -1}  # and their signs
 EARLY = 8  # after this part of the steps, a model is kept to guide the last one by
 SAMPLES = 64  # images generated at each evaluation
-NO_BETTER_WARNING = (
-    "warning: {:.3f} bits per token are no better than the unigram baseline of {:.3f}, which "
-    "ignores the order of the indices, so that samples will be noise; train longer, on more "
-    "images, or with a tokenizer of a smaller --codebook_size"
-)
 
 
 class Start(NamedTuple):
@@ -58,21 +54,17 @@ class Validation(NamedTuple):
 
 
 def make_validation(
-    data: IndexDataset,
-    tokenizer: LoadedModel | None,
-    fd_samples: int,
-    seed: int,
-    group: distributed.Distributed,
+    data: IndexDataset, tokenizer: LoadedModel | None, flags: cli.Flags, group: Distributed
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
     from utils.evaluation.metrics import baselines
 
     evaluator = None
-    if fd_samples:
+    if count := flags.fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
-        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:fd_samples]
-        evaluator = SampleEvaluator(*inputs, seed=seed, group=group)
+        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:count]
+        evaluator = SampleEvaluator(*inputs, seed=flags.seed, group=group)
     splits = data.grids[data.train_rows], data.grids[data.val_rows]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
     unigram, bigram = baselines(*splits, *sizes)
@@ -122,7 +114,7 @@ def build_model(
     config: GPTConfig,
     start: Start,
     tokenizer: LoadedModel | None,
-    group: distributed.Distributed,
+    group: Distributed,
     flags: cli.Flags,
     precision: str,
 ) -> GPT:
@@ -196,7 +188,7 @@ def train_step(
 
 @torch.inference_mode()
 def evaluate(
-    model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: distributed.Distributed
+    model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: Distributed
 ) -> Tensor:
     """Bits per token of these rows at each latent position (h, w), by all of `group`."""
     model.eval()
@@ -294,7 +286,11 @@ def report_best(state: TrainState, run: tracking.Run, validation: Validation) ->
     print(f"best: val {name} {value:.3f}")
     print(f"bits per token: {bits:.3f}, unigram {unigram:.3f}, bigram {validation.bigram:.3f}")
     if not bits < unigram:
-        print(NO_BETTER_WARNING.format(bits, unigram))
+        print(
+            f"warning: {bits:.3f} bits per token are no better than the unigram baseline of "
+            f"{unigram:.3f}, which ignores the order of the indices, so that samples will be "
+            "noise; train longer, on more images, or with a tokenizer of a smaller --codebook_size"
+        )
     print(run.ui_hint)
 
 
@@ -314,7 +310,7 @@ def main(arguments: cli.Flags) -> None:
     data = IndexDataset(addresses.fetch(source.path_to_data), tokenizer, **options)
     schedule = Schedule(config, len(data.train_rows), len(data.val_rows), group.world_size)
     start = read_start(arguments, data)
-    validation = make_validation(data, tokenizer, source.fd_samples, config.seed, group)
+    validation = make_validation(data, tokenizer, arguments, group)
     model_config = read_model_config(arguments, data.vocabulary, start)
     cli.reject_unused_flags(model_config, arguments)
     model = build_model(model_config, start, tokenizer, group, arguments, precision)
@@ -370,13 +366,12 @@ def main(arguments: cli.Flags) -> None:
                 break
         if group.is_main:
             report_best(state, run, validation)
-    if group.is_main:
-        best = run.output_dir / "best"
-        words = ["--model_path", best, "--vocabulary_path", best / FILE, "--run_id", run.run_id]
-        words += [] if data.conditions is None else ["--conditions", data.path]
-        words += [] if data.embeddings is None else ["--embeddings", source.embeddings]
-        words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
-        print(cli.next_command("transformer_generation.py", *words))
+    best = run.output_dir / "best"
+    words = ["--model_path", best, "--vocabulary_path", best / FILE, "--run_id", run.run_id]
+    words += [] if data.conditions is None else ["--conditions", data.path]
+    words += [] if data.embeddings is None else ["--embeddings", source.embeddings]
+    words += [] if data.captions is None else ["--prompt", data.rows[-1].caption]
+    group.print(cli.next_command("transformer_generation.py", *words))
     group.shutdown()
 
 

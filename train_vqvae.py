@@ -5,7 +5,6 @@ from utils.cli import start_script
 if __name__ == "__main__":
     start_script()
 
-import typing
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -52,6 +51,9 @@ class StartConfig:
     reset_codebook_on_collapse: bool = cli.flag(
         False, "start the codebook over from the data when few codes are in use"
     )
+
+
+CONFIGS = TrainingConfig, DataConfig, StartConfig, LossConfig, AdversarialConfig
 
 
 class Evaluated(NamedTuple):
@@ -139,7 +141,7 @@ def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | Non
 
 
 def read_images(
-    data: DataConfig, config: VQVAEConfig, seed: int, group: Distributed
+    data: DataConfig, config: VQVAEConfig, seed: int
 ) -> tuple[ImageDataset, Tensor, Tensor]:
     """The images, and the rows of them to train on and to validate."""
     options = config.image_options | {"random_crop": data.random_crop}
@@ -178,13 +180,16 @@ def build_adversary(
     return adversary.to(group.device, memory_format=torch.channels_last)
 
 
-def about_run(state: TrainState, model: VQVAE, start: LoadedModel | None) -> dict[str, Any]:
-    """What MLflow shows of this training, and what it was made from; see `tracking.Run`."""
+def about_run(
+    flags: cli.Flags, state: TrainState, config: VQVAEConfig, start: LoadedModel | None
+) -> dict[str, Any]:
+    """What MLflow shows of this training, and what it was made from; see `open_run`."""
     settings, data = state.settings, state.settings["path_to_data"]
     params = {name: settings[name] for name in ("quantizer", "codebook_size", "learning_rate")}
-    params["latent_dim"] = model.config.latent_dim
-    about: dict[str, Any] = {"stage": "tokenizer", "params": params}
-    about["inputs"] = {data: sources.digest(data)}
+    params["latent_dim"] = config.latent_dim
+    name = f"tokenizer-{config.quantizer}-K{config.codebook_size}-f{config.downsampling}"
+    about: dict[str, Any] = {"name": tracking.name_of(flags, name), "flags": flags}
+    about |= {"stage": "tokenizer", "params": params, "inputs": {data: sources.digest(data)}}
     if start is not None:
         about["inputs"][settings["init_from"]] = start.sha256
         about["upstream"] = start.lineage
@@ -253,32 +258,13 @@ def report_best(state: TrainState, run: tracking.Run, dataset: ImageDataset, row
     print(f"best: {in_words(values)}\n{run.ui_hint}")
 
 
-class Configs(NamedTuple):
-    """What the flags say, one dataclass for each concern."""
-
-    training: TrainingConfig
-    data: DataConfig
-    start: StartConfig
-    losses: LossConfig
-    adversarial: AdversarialConfig
-
-
-def read_configs(flags: cli.Flags) -> Configs:
-    kinds = typing.get_type_hints(Configs).values()
-    configs = Configs(*(cli.read_flags(kind, flags) for kind in kinds))
-    for config in configs:
-        cli.reject_unused_flags(config, flags)
-    return configs
-
-
 def make_optimizers(
-    configs: Configs, model: VQVAE, adversary: AdversarialLoss | None
+    config: TrainingConfig, model: VQVAE, adversary: AdversarialLoss | None
 ) -> dict[str, Optimizer]:
     """AdamW for the tokenizer, and for the discriminator at a constant rate, if there is one."""
-    config = configs.training
     optimizers = {"optimizer": make_optimizer(model, config, betas=(0.9, 0.99))}
     if adversary is not None:
-        own = replace(config, learning_rate=configs.adversarial.disc_learning_rate)
+        own = replace(config, learning_rate=adversary.config.disc_learning_rate)
         optimizers["disc_optimizer"] = make_optimizer(adversary, own, betas=(0.5, 0.9))
         for param_group in optimizers["disc_optimizer"].param_groups:
             param_group["scheduled"] = False
@@ -287,27 +273,29 @@ def make_optimizers(
 
 def main(arguments: cli.Flags) -> None:
     resumed = continue_training(arguments)
-    configs = read_configs(arguments)
-    config, data = configs.training, configs.data
+    configs = [cli.read_flags(kind, arguments) for kind in CONFIGS]
+    for one in configs:
+        cli.reject_unused_flags(one, arguments)
+    config, data, start_config, loss_config, adversarial_config = configs
     sign = sign_of(config.best_metric, metrics.SIGNS)
     group = distributed.init_distributed(config.device, config.seed)
     precision = distributed.pick_precision(config.precision, group.device, on_cpu="fp32")
     autocast = partial(distributed.autocast, group.device, precision)
-    start, model_config = read_start(configs.start, arguments)
-    losses = cli.build_or_error(ReconstructionLoss, configs.losses).to(group.device)
-    dataset, train_rows, val_rows = read_images(data, model_config, config.seed, group)
+    start, model_config = read_start(start_config, arguments)
+    losses = cli.build_or_error(ReconstructionLoss, loss_config).to(group.device)
+    dataset, train_rows, val_rows = read_images(data, model_config, config.seed)
     schedule = Schedule(config, len(train_rows), len(val_rows), group.world_size)
     cli.build_or_error(losses.check, dataset.size)
     model = build_model(model_config, start, dataset, group.device)
-    adversary = build_adversary(configs.adversarial, dataset, schedule, group)
-    monitor = CollapseMonitor(reset=configs.start.reset_codebook_on_collapse)
+    adversary = build_adversary(adversarial_config, dataset, schedule, group)
+    monitor = CollapseMonitor(reset=start_config.reset_codebook_on_collapse)
     # How often each code occurred since the last log.
     counts = torch.zeros(model.quantizer.options.num_codes, device=group.device)
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
     settings["precision"] = precision
     parts["rows"] = RowDigests(dataset.rows)
-    optimizers = make_optimizers(configs, model, adversary)
+    optimizers = make_optimizers(config, model, adversary)
     state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
     state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]
     state.checkpoint.restore(resumed)
@@ -326,10 +314,8 @@ def main(arguments: cli.Flags) -> None:
         first = next(dataset.batches([val_rows[:PICTURES]], torch.device("cpu")))
         dry_run(state, train_rows, load, lambda x: step_on(x)[0], figures.grid(first))
         return
-    name = f"tokenizer-{model.config.quantizer}-K{model.config.codebook_size}"
-    name = tracking.name_of(arguments, f"{name}-f{model.config.downsampling}")
-    about = about_run(state, model, start)
-    run, checkpoints = open_run(state, tracking.Run, name, resumed, flags=arguments, **about)
+    about = about_run(arguments, state, model.config, start)
+    run, checkpoints = open_run(state, tracking.Run, resumed=resumed, **about)
     if group.is_main:
         dataset.write_skipped(run.output_dir)
 
@@ -360,10 +346,9 @@ def main(arguments: cli.Flags) -> None:
                 break
         if group.is_main:
             report_best(state, run, dataset, val_rows)
-    if group.is_main:
-        words = ["--model_dir", run.output_dir / "best", "--path_to_data", data.path_to_data]
-        words += ["--run_id", run.run_id, *cli.changed_flags(data, ImageConfig)]
-        print(cli.next_command("quantize_dataset.py", *words))
+    words = ["--model_dir", run.output_dir / "best", "--path_to_data", data.path_to_data]
+    words += ["--run_id", run.run_id, *cli.changed_flags(data, ImageConfig)]
+    group.print(cli.next_command("quantize_dataset.py", *words))
     group.shutdown()
 
 

@@ -40,10 +40,9 @@ def sha256(path: Path) -> str:
 
 
 def write_folder(folder: Path, files: Files, written: Iterable[Path] = ()) -> None:
-    """Write or replace a folder of files by name, completely or not at all, also in a crash.
+    """Write or replace a folder of files by name, as a whole; see `new_folder`.
 
-    Those that are `written` already are moved there. A UserError if the disk is full; the former
-    folder is unchanged then.
+    Those that are `written` already are moved there.
     """
     with new_folder(folder) as staging:
         for name, content in files.items():

@@ -3,7 +3,6 @@
 Model folders (config.json, model.safetensors, provenance.json) are read here, from any address.
 """
 
-import functools
 import json
 import os
 import re
@@ -65,7 +64,6 @@ class Split:
 Lineage = tuple[Stage, ...]  # in the order in which they were run
 
 
-@functools.cache
 def git_commit() -> str:
     """The commit that is checked out, with a + if tracked files differ; "" outside of git."""
     describe = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*"]

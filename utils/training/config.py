@@ -17,9 +17,7 @@ class TrainingConfig:
     output_dir: str = flag("", "where to write; default: outputs/<run name>")
     run_name: str = flag("", "name of the run; default: derived from the model")
     experiment: str = flag("", "MLflow experiment", metavar="NAME")
-    register: str = flag(
-        "", "name in MLflow's model registry, whose champion is the best so far", metavar="NAME"
-    )
+    register: str = flag("", "registered model in MLflow; champion: the best", metavar="NAME")
     seed: int = flag(0, "seed of all random numbers")
     device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
     precision: str = flag(
@@ -30,41 +28,22 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the model (torch.compile)")
     batch_size: int = flag(64, "images a step, over all processes and micro-batches", min=1)
     accumulate: int = flag(1, "cut each batch into this many micro-batches, to save memory", min=1)
-    checkpoint_activations: bool = flag(
-        False, "compute activations again in the backward pass: less memory, more time"
-    )
+    checkpoint_activations: bool = flag(False, "recompute activations: less memory, more time")
     learning_rate: float = flag(1e-3, "peak learning rate", above=0, below=math.inf)
     warmup_steps: int = flag(100, "steps of linear warm-up", min=0)
     weight_decay: float = flag(0.0, "AdamW's, on matrices only", min=0, below=math.inf)
     max_grad_norm: float = flag(1.0, "clip the gradient to this norm", above=0)
-    ema_decay: float = flag(
-        0.0, "evaluate and keep a moving average of the weights, as 0.999; 0: none", min=0, below=1
-    )
-    max_epochs: int = flag(
-        0, f"passes over the training data; 0: {EPOCHS}, but {MIN_STEPS:,} steps or more", min=0
-    )
-    max_steps: int = flag(
-        0, "train for this many steps instead of --max_epochs; 0: by epochs", min=0
-    )
-    max_minutes: float = flag(
-        0.0, "end the training in order after this many minutes; 0: no limit", min=0
-    )
-    evaluate_every: int = flag(
-        0,
-        "steps between evaluations, each of at most a tenth as many validation images as training "
-        "images since the last one; 0: an epoch",
-        min=0,
-    )
+    ema_decay: float = flag(0.0, "EMA of weights to evaluate and keep; 0: none", min=0, below=1)
+    max_epochs: int = flag(0, f"epochs; 0: {EPOCHS}, but {MIN_STEPS:,} steps or more", min=0)
+    max_steps: int = flag(0, "train for this many steps, not --max_epochs; 0: by epochs", min=0)
+    max_minutes: float = flag(0.0, "end the training after this many minutes; 0: no limit", min=0)
+    evaluate_every: int = flag(0, "steps between evaluations; 0: an epoch", min=0)
     best_metric: str = flag("mse", "validation metric by which the best model is chosen")
-    patience: int = flag(
-        0, "stop after this many evaluations without a better one; 0: never", min=0
-    )
+    patience: int = flag(0, "stop after this many evaluations without progress; 0: never", min=0)
     checkpoint_every: str = flag(
         "", "steps (500) or minutes (5m) between checkpoints beside evaluations", metavar="N|Nm"
     )
-    dry_run: bool = flag(
-        False, "read the data and take a few steps; print what the training would take, and stop"
-    )
+    dry_run: bool = flag(False, "take a few steps, print what the training would take, and stop")
     resume: str = flag(
         "",
         "output folder, checkpoint or MLflow run id to continue from; auto: --output_dir, or "

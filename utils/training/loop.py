@@ -33,7 +33,6 @@ class Schedule:
         steps_per_epoch: full batches in one pass over the rows.
         total_steps: optimiser steps of the whole training.
         evaluate_every: steps between evaluations.
-        save_every, save_seconds: steps (0: none) or seconds (inf) between further checkpoints.
     """
 
     LOG_EVERY = 50  # steps
@@ -64,10 +63,6 @@ class Schedule:
         if not self.total_steps:
             self.total_steps = max(self.steps_per_epoch * EPOCHS, MIN_STEPS)
             self.evaluate_every = config.evaluate_every or self.total_steps // EPOCHS
-        every = config.checkpoint_every or "0"
-        in_minutes = every.endswith("m")
-        self.save_every = 0 if in_minutes else int(every)
-        self.save_seconds = 60.0 * int(every[:-1]) if in_minutes else math.inf
         self._config = config
 
     def __str__(self) -> str:
@@ -191,14 +186,12 @@ class TrainState:
         self.time_is_up = False  # --max_minutes
         if self.config.checkpoint_activations:
             checkpoint_activations(self.model)
-        self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
+        self.ema = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
-        parts = {"averages": self.averages, **self.optimizers, **self.parts}
         self.loss_scale = LossScale(self.settings["precision"])
-        if self.settings["precision"] == "fp16":
-            parts["loss_scale"] = self.loss_scale
-        if self.config.ema_decay:
-            parts["average"] = self.ema.model
+        parts = {"averages": self.averages, **self.optimizers, **self.parts}
+        parts["average"] = self.ema.model if self.config.ema_decay else None
+        parts["loss_scale"] = self.loss_scale if self.settings["precision"] == "fp16" else None
         self.checkpoint = CheckpointState(
             self.group, self.model, self.settings, progress=self.progress, **parts
         )
@@ -223,8 +216,7 @@ def batches(
     The order of an epoch is a function of seed and epoch, so a resumed training continues with
     the rows that come next; after an early stop there are none. Rows that fill no batch are left
     out of this epoch. If the data cannot be read, a training in one process is saved before it
-    ends. `load` turns the row numbers of this process for each batch, and the epoch, into the
-    batches.
+    ends. `load` makes the batches from row numbers of this process for each, and the epoch.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
     start: dict[str, Any] = {"total": schedule.total_steps, "initial": progress.step}
@@ -361,11 +353,12 @@ def end_step(
     Returns whether to end the training early (--patience).
     """
     group, config, progress, schedule = state.group, state.config, state.progress, state.schedule
-    if schedule.save_every:
-        due = progress.step % schedule.save_every == 0
-    else:
-        late = time.monotonic() - state.saved_at >= schedule.save_seconds
-        due = schedule.save_seconds < math.inf and bool(group.all_reduce_max(int(late)))
+    every, due = config.checkpoint_every, False
+    if every.endswith("m"):
+        late = time.monotonic() - state.saved_at >= 60 * int(every[:-1])
+        due = bool(group.all_reduce_max(int(late)))
+    elif every:
+        due = progress.step % int(every) == 0
     if evaluated or due:
         checkpoints.save()
         state.saved_at = time.monotonic()

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,6 @@ from utils.cli import flag
 from utils.distributed import copy_model
 from utils.training.config import TrainingConfig
 
-Model = TypeVar("Model", bound=nn.Module)
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)  # whose weights decay
 
 
@@ -65,13 +64,9 @@ class Muon(Optimizer):
     """
 
     def __init__(
-        self,
-        maps: Mapping[nn.Parameter, Sequence[int]],
-        lr: float,
-        weight_decay: float,
-        momentum: float = 0.95,
+        self, maps: Mapping[nn.Parameter, Sequence[int]], lr: float, weight_decay: float
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95}
         super().__init__([{"params": [*maps]}], defaults)
         self.rows = [list(rows) for rows in maps.values()]
 
@@ -107,22 +102,13 @@ class CombinedOptimizer(Optimizer):
     def __init__(self, *parts: Optimizer) -> None:
         self.parts = parts
         super().__init__([group for part in parts for group in part.param_groups], {})
-        self._share_state()
-
-    def __setstate__(self, state: dict) -> None:
-        """The end of `load_state_dict`, which replaces groups and state by new objects."""
-        super().__setstate__(state)
-        self._share_state()
-
-    def _share_state(self) -> None:
-        groups = iter(self.param_groups)
-        for part in self.parts:
-            part.state = self.state
-            part.param_groups = [next(groups) for _ in part.param_groups]
 
     def step(self, closure: Any = None) -> None:
         """Take a step of every part."""
-        for part in self.parts:
+        groups = iter(self.param_groups)
+        for part in self.parts:  # `load_state_dict` replaces groups and state by new objects
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
             part.step()
 
 
@@ -150,16 +136,16 @@ def make_optimizer(
     return CombinedOptimizer(Muon(for_muon, config.learning_rate, decay), adamw)
 
 
-class EMA(Generic[Model]):
+class EMA:
     """Exponential moving average of a model's trained parameters; all else is the latest.
 
     `model` has the averaged weights and is in eval mode; with decay 0 it is the trained model.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float) -> None:
         """Start from the present weights of `model`; `decay` in [0, 1)."""
         self.decay = decay
-        self.model = copy_model(model).eval().requires_grad_(False) if decay else model
+        self.model: Any = copy_model(model).eval().requires_grad_(False) if decay else model
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:

@@ -1,7 +1,4 @@
-"""How a training starts: with a folder, a lock and a run of its own, or as a dry run.
-
-And how much of it evaluations may take.
-"""
+"""How a training starts, in earnest or as a dry run, and how much of it evaluations may take."""
 
 import math
 import time
