@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, gpu, learning, recipes, sources
+from benchmarks import cpu, gpu, learning, recipes, scaling, sources
 from transformer import GPTConfig
 from utils.plan import flops_per_token
 
@@ -43,6 +43,17 @@ def test_every_source_is_measured_beside_a_stock_reader(
     assert set(results) == set(sources.STOCK)
     for speeds in results.values():
         assert set(speeds) == {"stock", "in order", "random"}
+
+
+def test_the_costs_of_an_image_are_measured(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks/scaling.py"])
+    words = ["--rows", "100", "--side", "16", "--rounds", "1"]
+    scaling.main(scaling.make_parser().parse_args(words))
+    results = json.loads((own_folder / "benchmarks/results/scaling.json").read_text())["results"]
+    assert results["rows"] == 100
+    assert all(value > 0 for value in results.values())
 
 
 def test_arithmetic_of_a_token() -> None:
