@@ -65,7 +65,7 @@ def make_validation(
     group: distributed.Distributed,
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
-    from utils.evaluation.metrics import baselines
+    from utils.evaluation.metrics import MAX_TOKENS, baselines
 
     evaluator = None
     if fd_samples:
@@ -73,7 +73,8 @@ def make_validation(
 
         inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:fd_samples]
         evaluator = SampleEvaluator(*inputs, seed=seed, group=group)
-    splits = data.grids[data.train_rows], data.grids[data.val_rows]
+    most = MAX_TOKENS // data.grids[0].numel() + 1  # that they use
+    splits = data.grids[data.train_rows[:most]], data.grids[data.val_rows[:most]]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
     unigram, bigram = baselines(*splits, *sizes)
     group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")

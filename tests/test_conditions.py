@@ -197,7 +197,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
     flags = Namespace(conditions="indices", complete="", variations=2)
     own = Vocabulary(16, (2, 2), condition=GridMeta(300, (1, 3)))
     taken = choose_conditions(flags, own, 6, required=True)
-    assert taken.grids.long().equal(conditions[[0, 0, 1, 1, 0, 0]])
+    assert taken.grids[:].long().equal(conditions[[0, 0, 1, 1, 0, 0]])
     with pytest.raises(UserError, match=r"\(3, 1\), but indices has latent_dim \(1, 3\)"):
         load_conditions(path, GridMeta(300, (3, 1)), allow_images=False)
     (path / "sha256.json").unlink()

@@ -80,7 +80,7 @@ def test_crops_are_of_the_larger_image_and_their_mirror_images_follow(tokenizer:
 
 def test_without_crops_the_image_and_its_mirror_image(tokenizer: VQVAE) -> None:
     crops = crops_of(quantize("flipped", "--flip"))
-    assert torch.equal(crops[:, 0], read_indices("flipped").grids.long())
+    assert torch.equal(crops[:, 0], read_indices("flipped").grids[:].long())
     images = next(ImageDataset("data/data.csv").batches([torch.arange(COUNT)], torch.device("cpu")))
     with torch.inference_mode():
         assert torch.equal(crops[:, 1], tokenizer.encode(images.flip(3)))

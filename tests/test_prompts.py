@@ -248,7 +248,7 @@ def test_prompts_of_every_kind(
     sampling = ("transformer_generation", *CPU, "--model_path", "gpt", "--num_images", 3)
     call(*sampling, "--output_dir", "none")
     call(*sampling, "--prompt", "", "--output_dir", "empty")
-    assert read_indices("none").grids.equal(read_indices("empty").grids)
+    assert read_indices("none").grids[:].equal(read_indices("empty").grids[:])
     assert (indices / "manifest.csv").is_file()
     assert "caption" not in Path("empty/manifest.csv").read_text()
     capsys.readouterr()

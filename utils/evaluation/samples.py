@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from utils.cli import UserError
+from utils.data.indices import ShardedArray
 from utils.data.sources import Row
 from utils.distributed import Distributed
 from utils.evaluation import features
@@ -26,7 +27,7 @@ class SampleEvaluator:
     def __init__(
         self,
         tokenizer: LoadedModel | None,
-        grids: Tensor,
+        grids: ShardedArray,
         rows: Sequence[Row],
         train: Tensor,
         held_out: Tensor,
