@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from utils import addresses
 from utils.cli import UserError, first_few
 from utils.progress import ProgressBar
 
@@ -84,6 +85,37 @@ def _spellings(name: str) -> Iterator[str]:
     for path in (name, name.replace("\\", "/")):
         for form in ("NFC", "NFD"):
             yield unicodedata.normalize(form, path)
+
+
+def fetch(address: str) -> str:
+    """The local path, pattern or list in the place of one with URLs, which are downloaded.
+
+    s3://bucket/{000..010}.tar names these files; a URL that ends in .csv, the images that it lists
+    as well, with paths below its folder.
+    """
+    if "://" not in address:
+        return address
+    parts = re.findall(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|[^,{}])+", address)  # braces may have commas
+    return ",".join(map(_fetch_part, parts))
+
+
+def _fetch_part(address: str) -> str:
+    if not addresses.URL.match(address):
+        return address
+    magic = r"\{" if address.startswith("http") else r"[{*?\[]"
+    root = re.split(magic, address.rstrip("/"))[0].rpartition("/")[0]
+    names = []
+    for url in _expand_braces(address.rstrip("/")):
+        names.append(url[len(root) + 1 :])
+        if addresses.local_name(root, url).endswith(".csv") and not glob.has_magic(url):
+            from utils.data.sources.csv import read_table  # which imports this file
+
+            columns = read_table(addresses.fetch(url))[1].columns
+            images = sorted({*columns["image_path"], *columns["condition_path"]} - {""})
+            beside = os.path.dirname(names[-1])
+            names += [os.path.normpath(os.path.join(beside, name)) for name in images]
+    folder = addresses.fetch_files(root, tuple(names))
+    return str(folder / addresses.local_name(root, address.rstrip("/")[len(root) + 1 :]))
 
 
 def expand(path: str | Path) -> dict[Path, str]:

@@ -187,9 +187,9 @@ def root_of(path: str | Path) -> Path:
 
 def digest(path: str | Path) -> str:
     """The SHA-256 of a source: of its file, or of its rows where it is a folder or holds images."""
-    from utils.data.finding import expand
+    from utils.data.finding import expand, fetch
 
-    parts = list(expand(path))
+    parts = list(expand(fetch(str(path))))
     if len(parts) == 1 and parts[0].is_file() and not hasattr(_source_of(parts[0]), "read_file"):
         return sha256(parts[0])
     # Captions, which folders do not have, count where there are some.
