@@ -308,7 +308,11 @@ def main(arguments: cli.Flags) -> None:
     settings["precision"] = precision
     parts["rows"] = RowDigests(dataset.rows)
     optimizers = make_optimizers(configs, model, adversary)
-    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
+    in_shards = dataset.pixels is None or config.shuffle == "shards"
+    starts = dataset.shard_starts if in_shards else ()
+    state = TrainState(
+        *(config, schedule, group, model, optimizers, settings, sign, parts), starts=starts
+    )
     state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]
     state.checkpoint.restore(resumed)
     if config.compile:

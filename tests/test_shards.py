@@ -2,11 +2,14 @@
 
 import itertools
 import json
+import math
+import signal
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conftest import write_images
+from tests.conftest import TINY_GPT, write_images
 from tests.forks import Forked
 from tests.test_transformer_generation import CODES, call, write_tokenizer
 from utils.cli import UserError
@@ -26,6 +29,8 @@ from utils.data.indices import IndicesMeta, ShardedArray, make_shards, read_indi
 from utils.data.sources import Row
 from utils.distributed import ALONE, Distributed
 from utils.files import CHECKSUMS, sha256
+from utils.training import loop
+from utils.training.checkpoint import find_checkpoint
 
 META = IndicesMeta(300, (2, 3))
 SIZES = {"indices": 300, "crops": 300}
@@ -216,3 +221,44 @@ def test_a_killed_quantization_continues(own_folder: Path) -> None:
     found = read_indices("killed")
     assert len(found.grids) == 600
     assert found.grids[:].max() < CODES
+
+
+def test_a_training_on_shards_resumes_exactly(
+    own_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two levels for indices of several files, unless --shuffle names another; stored."""
+    grids = torch.randint(16, (60, 2, 3), generator=torch.Generator().manual_seed(0))
+    rows = [Row(f"{number}.png", "", "val" if number % 6 == 0 else "train") for number in range(60)]
+    indices.write_indices("shards", grids, rows, IndicesMeta(16, (2, 3)), shard_bytes=60)
+    indices.write_indices("whole", grids, rows, IndicesMeta(16, (2, 3)))
+    real, stop_after = loop.batches, math.inf
+
+    def batches(state: loop.TrainState, *arguments: Any) -> Iterator[Any]:
+        for step, (numbers, batch) in enumerate(real(state, *arguments), 1):
+            seen.append(numbers.tolist())
+            yield numbers, batch
+            if step == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "batches", batches)
+    training = ("train", *TINY_GPT, "--device", "cpu", "--max_epochs", 2, "--batch_size", 7)
+
+    def rows_of(*words: object) -> list[list[int]]:
+        seen.clear()
+        with suppress(SystemExit):
+            call(*training, *words)
+        return [*seen]
+
+    seen: list[list[int]] = []
+    in_shards = rows_of("--path_to_data", "shards", "--output_dir", "a")
+    assert len(in_shards) == 14
+    assert len({row // 10 for batch in in_shards[:4] for row in batch}) == 4
+    whole = rows_of("--path_to_data", "whole", "--output_dir", "b")
+    assert rows_of("--path_to_data", "shards", "--output_dir", "c", "--shuffle", "rows") == whole
+    assert whole != in_shards
+    stop_after = 4
+    first = rows_of("--path_to_data", "shards", "--output_dir", "d")
+    stop_after = math.inf
+    assert first + rows_of("--resume", "d") == in_shards
+    settings = json.loads((find_checkpoint("d", "") / "training.json").read_text())["settings"]
+    assert settings["shuffle"] == "shards"

@@ -1,6 +1,7 @@
 """Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
 import os
+import re
 import resource
 import signal
 from collections import deque
@@ -29,6 +30,7 @@ from utils.progress import ProgressBar
 CHUNK = 256  # files that a worker reads at a time, where all files are read
 SAMPLED_FILES = 64  # from which the range of values is decided
 SKIPPED = "skipped.csv"
+CONTAINER = re.compile(r"\.(tar|parquet|arrow)/")  # in the path of an image inside of one
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
     ("memory.max", "memory.current"),
@@ -183,6 +185,13 @@ class ImageDataset:
     def size_in_memory(self) -> int:
         """Bytes of all images when decoded."""
         return len(self) * self.channels * self.resize_size[0] * self.resize_size[1]
+
+    @property
+    def shard_starts(self) -> list[int]:
+        """The first row of each tar, Parquet or Arrow file, or [0] where images are files."""
+        inside = map(CONTAINER.search, column_of(self.rows, self._column))
+        names = [match and match.string[: match.end()] for match in inside]
+        return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]
 
     @property
     def files(self) -> list[str]:

@@ -170,6 +170,7 @@ class TrainState:
     `ema.model` is what is evaluated and kept. The gradient norm of an optimiser is logged under
     its name, with gradient_norm for optimizer. `settings` and `parts`: see `CheckpointState`.
     `sign` is -1 where the best model is that with the highest metric, else 1.
+    `starts` are the first rows of the shards of the data, for --shuffle.
     `changed_by_forward` are modules that a forward pass changes already, such as a codebook of
     moving averages; they are restored when a batch is skipped.
     """
@@ -183,6 +184,7 @@ class TrainState:
     sign: int = 1
     parts: dict[str, Any] = field(default_factory=dict)
     changed_by_forward: Sequence[nn.Module] = ()
+    starts: Sequence[int] = ()
     progress: Progress = field(default_factory=Progress)
     averages: Averages = field(default_factory=Averages)
 
@@ -193,6 +195,8 @@ class TrainState:
             checkpoint_activations(self.model)
         self.ema: EMA[Any] = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
+        if self.settings["shuffle"] == "auto":
+            self.settings["shuffle"] = "shards" if len(self.starts) > 1 else "rows"
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
         self.loss_scale = LossScale(self.settings["precision"])
         if self.settings["precision"] == "fp16":
@@ -227,10 +231,11 @@ def batches(
     batches.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
+    starts = state.starts if state.settings["shuffle"] == "shards" else ()
     start: dict[str, Any] = {"total": schedule.total_steps, "initial": progress.step}
     with ProgressBar(**start, unit=" steps", leave=False, disable=not group.is_main) as bar:
         while progress.step < schedule.total_steps and not out_of_patience(state):
-            order = epoch_order(rows, config.seed, progress.epoch)
+            order = epoch_order(rows, config.seed, progress.epoch, starts)
             epoch = order.split(config.batch_size)[progress.offset : schedule.steps_per_epoch]
             loaded = load([group.shard(x) for x in epoch], progress.epoch)
             for batch_rows in epoch:

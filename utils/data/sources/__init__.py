@@ -32,6 +32,7 @@ from utils.cli import UserError, first_few
 from utils.files import sha256
 
 SPLITS = ("train", "val")
+BLOCK = 4  # shards whose rows are shuffled together
 FILE_COLUMNS = ("image_path", "condition_path")
 
 
@@ -239,9 +240,19 @@ def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor
     return torch.tensor(list(dict.fromkeys([*chosen, *ranks])))
 
 
-def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
-    """`rows` in the order of one epoch, a function of seed and epoch alone."""
-    return rows[torch.randperm(len(rows), generator=seeded_generator("order", seed, epoch))]
+def epoch_order(rows: Tensor, seed: int, epoch: int, starts: Sequence[int] = ()) -> Tensor:
+    """`rows` in the order of one epoch, a function of seed and epoch alone.
+
+    With the first row of each shard in `starts`, shards are in random order, and rows within
+    blocks of `BLOCK` shards, so that at any time few of them are read.
+    """
+    generator = seeded_generator("order", seed, epoch)
+    order = torch.randperm(len(rows), generator=generator)
+    if len(starts) <= BLOCK:  # a single block
+        return rows[order]
+    blocks = torch.randperm(len(starts), generator=generator) // BLOCK  # of each shard
+    shards = torch.bucketize(rows[order], torch.as_tensor(starts), right=True) - 1
+    return rows[order[blocks[shards].argsort(stable=True)]]
 
 
 def seeded_generator(purpose: str, seed: int, epoch: int) -> torch.Generator:
