@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from utils import cli, distributed, tracking
-from utils.data import sources
+from utils.data import indices, sources
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
 from utils.data.index_dataset import CONDITION, CROPS
-from utils.data.indices import (
-    META,
-    IndicesMeta,
-    ShardedArray,
-    make_shards,
-    new_folder,
-    shard_rows,
-    shards_of,
-)
 from utils.data.sources import Rows, column_of, split_rows
 from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
@@ -123,7 +114,7 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     if group.is_main:
-        check_unused(output_dir, META)
+        check_unused(output_dir, indices.META)
     dataset = ImageDataset(data, reading, **config.image_options)
     sizes, second, extra = {"indices": config.codebook_size}, None, ""
     images = larger = dataset  # of conditions, and of crops
@@ -139,7 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
             larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
         sizes[CROPS] = config.codebook_size
         extra = f"; and {more} more of each"
-    inputs = {data: sources.digest(data), arguments.model_dir: tokenizer.sha256}
+    inputs = {data: sources.digest(dataset.path), arguments.model_dir: tokenizer.sha256}
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
@@ -153,7 +144,7 @@ def main(arguments: argparse.Namespace) -> None:
     print(dataset)
     if arguments.flip and any(column_of(dataset.rows, "caption")):
         warn("--flip: captions of mirrored images are wrong where they name a side")
-    meta = IndicesMeta(
+    meta = indices.IndicesMeta(
         **vars(grid_meta(tokenizer)),
         lineage=run.lineage,
         condition=second and grid_meta(second),
@@ -170,18 +161,18 @@ def main(arguments: argparse.Namespace) -> None:
         return found
 
     with run:
-        parts = shard_rows(len(dataset), meta, arguments.images_per_shard)
+        parts = indices.shard_rows(len(dataset), meta, arguments.images_per_shard)
         flags = {name: str(getattr(arguments, name)) for name in DECISIVE}
         about = [*inputs.values()], second and second.sha256, dataset.skipped, flags, len(parts[0])
-        staging = make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
+        staging = indices.make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
         if group.is_main:
             rows = with_splits(dataset.rows, origin)
-            with new_folder(output_dir, rows, meta, text=arguments.text, staging=staging):
+            with indices.new_folder(output_dir, rows, meta, text=arguments.text, staging=staging):
                 pass
             dataset.write_skipped(output_dir)
             run.folder(output_dir, name)
     if group.is_main:
-        grids = ShardedArray(shards_of(output_dir, "indices"))
+        grids = sources.ShardedArray(indices.shards_of(output_dir, "indices"))
         counts = sum(model.quantizer.count(grids[rows].int()) for rows in parts)
         perplexity = metrics.codebook_metrics(counts)["perplexity"]
         print(

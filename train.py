@@ -326,16 +326,13 @@ def main(arguments: cli.Flags) -> None:
     # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
     parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
-    state = TrainState(
-        *(config, schedule, group, model, optimizers, settings, sign, parts),
-        starts=data.grids.starts,
-    )
+    load, starts = partial(load_batches, data, group.device), data.grids.starts
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts, starts)
     state.checkpoint.restore(resumed)
     loss = compile_loss(model, optimizer_config.parallel) if config.compile else model.loss
     loss = partial(loss, forward=group.wrap(model))
 
     group.print(data)
-    load = partial(load_batches, data, group.device)
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs = model.training_inputs(*batch, state.progress.step / schedule.total_steps)

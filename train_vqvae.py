@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
+from utils.data.remote import fetch
 from utils.distributed import ALONE, Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
@@ -184,7 +185,7 @@ def about_run(state: TrainState, model: VQVAE, start: LoadedModel | None) -> dic
     params = {name: settings[name] for name in ("quantizer", "codebook_size", "learning_rate")}
     params["latent_dim"] = model.config.latent_dim
     about: dict[str, Any] = {"stage": "tokenizer", "params": params}
-    about["inputs"] = {data: sources.digest(data)}
+    about["inputs"] = {data: sources.digest(fetch(data))}
     if start is not None:
         about["inputs"][settings["init_from"]] = start.sha256
         about["upstream"] = start.lineage
@@ -306,13 +307,9 @@ def main(arguments: cli.Flags) -> None:
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
     settings["precision"] = precision
-    parts["rows"] = RowDigests(dataset.rows)
+    parts["rows"], starts = RowDigests(dataset.rows), dataset.shard_starts(config.shuffle)
     optimizers = make_optimizers(configs, model, adversary)
-    in_shards = dataset.pixels is None or config.shuffle == "shards"
-    starts = dataset.shard_starts if in_shards else ()
-    state = TrainState(
-        *(config, schedule, group, model, optimizers, settings, sign, parts), starts=starts
-    )
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts, starts)
     state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]
     state.checkpoint.restore(resumed)
     if config.compile:

@@ -185,11 +185,8 @@ def test_damaged_conditions(own_folder: Path) -> None:
     grids, rows = torch.zeros(2, 2, 2, dtype=torch.long), [Row("a.png", "", "")] * 2
     meta = IndicesMeta(16, (2, 2), condition=GridMeta(300, (1, 3)))
     conditions = torch.tensor([[[0, 1, 299]], [[2, 3, 4]]])
-
-    def add(folder: Path) -> None:
-        write_conditions(folder, conditions, 300)
-
-    path = write_indices("indices", grids, rows, meta, add=add)
+    path = write_indices("indices", grids, rows, meta)
+    write_conditions(path, conditions, 300)
     indices = read_indices(path)
     assert indices.meta == meta
     assert read_conditions(path, indices)[:].dtype == torch.uint16

@@ -23,9 +23,9 @@ from tests.test_transformer_generation import CODES, call, write_tokenizer
 from utils import addresses
 from utils.cli import UserError
 from utils.data import sources
-from utils.data.finding import fetch
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.remote import fetch
 from utils.data.sources import Row, read_rows
 
 
@@ -94,7 +94,7 @@ def test_patterns_lists_and_folders(memory: MemoryFileSystem, downloads: list[st
         assert shades(streamed) == expected
     local = read_rows("local")
     assert ImageDataset("memory://bucket/shards").rows == local
-    assert sources.digest("memory://bucket/shards") == sources.digest("local")
+    assert sources.digest(fetch("memory://bucket/shards")) == sources.digest("local")
     count = len(downloads)
     assert again("memory://bucket/shards").is_dir()
     assert len(downloads) == count
@@ -110,7 +110,7 @@ def test_a_csv_with_images_beside_it(memory: MemoryFileSystem, downloads: list[s
     remote = ImageDataset("memory://bucket/data/data.csv")
     assert torch.equal(remote.pixels, ImageDataset(local).pixels)
     assert remote.rows == read_rows(local)
-    assert sources.digest("memory://bucket/data/data.csv") == sources.digest(local)
+    assert sources.digest(fetch("memory://bucket/data/data.csv")) == sources.digest(local)
     assert "other.png" not in downloads
     memory.pipe("/bucket/data/bad.csv", b"image_path\n../../../secret.png\n")
     memory.pipe("/secret.png", b"?")

@@ -23,10 +23,10 @@ from tests.conftest import TINY_GPT, write_images
 from tests.forks import Forked
 from tests.test_transformer_generation import CODES, call, write_tokenizer
 from utils.cli import UserError
-from utils.data import indices
+from utils.data import indices, sources
 from utils.data.index_dataset import IndexDataset
-from utils.data.indices import IndicesMeta, ShardedArray, make_shards, read_indices, shard_rows
-from utils.data.sources import Row
+from utils.data.indices import IndicesMeta, make_shards, read_indices, shard_rows
+from utils.data.sources import Row, ShardedArray
 from utils.distributed import ALONE, Distributed
 from utils.files import CHECKSUMS, sha256
 from utils.training import loop
@@ -47,7 +47,7 @@ def test_rows_of_shards_are_those_of_the_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = np.random.default_rng(0).integers(0, 60_000, (23, 4, 2, 3), np.uint16)
-    monkeypatch.setattr(indices, "MAPPED", 2)  # more shards than are open at a time
+    monkeypatch.setattr(sources, "MAPPED", 2)  # more shards than are open at a time
     for shards in (1, 3, 11, 23):
         array, tensor = write_parts(tmp_path / str(shards), whole, shards), torch.from_numpy(whole)
         assert (len(array), array.shape) == (23, whole.shape)

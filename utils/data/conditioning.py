@@ -14,8 +14,8 @@ from torch import Tensor
 from utils import addresses
 from utils.cli import UserError, one_line
 from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
-from utils.data.indices import ShardedArray, open_array, read_indices, smallest_type
-from utils.data.sources import Row
+from utils.data.indices import open_array, read_indices, smallest_type
+from utils.data.sources import Row, ShardedArray
 from utils.data.vocabulary import GridMeta, Vocabulary
 
 

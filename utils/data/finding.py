@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
-from utils import addresses
 from utils.cli import UserError, first_few
 from utils.progress import ProgressBar
 
@@ -87,37 +86,6 @@ def _spellings(name: str) -> Iterator[str]:
             yield unicodedata.normalize(form, path)
 
 
-def fetch(address: str) -> str:
-    """The local path, pattern or list in the place of one with URLs, which are downloaded.
-
-    s3://bucket/{000..010}.tar names these files; a URL that ends in .csv, the images that it lists
-    as well, with paths below its folder.
-    """
-    if "://" not in address:
-        return address
-    parts = re.findall(r"(?:\{(?:[^{}]|\{[^{}]*\})*\}|[^,{}])+", address)  # braces may have commas
-    return ",".join(map(_fetch_part, parts))
-
-
-def _fetch_part(address: str) -> str:
-    if not addresses.URL.match(address):
-        return address
-    magic = r"\{" if address.startswith("http") else r"[{*?\[]"
-    root = re.split(magic, address.rstrip("/"))[0].rpartition("/")[0]
-    names = []
-    for url in _expand_braces(address.rstrip("/")):
-        names.append(url[len(root) + 1 :])
-        if addresses.local_name(root, url).endswith(".csv") and not glob.has_magic(url):
-            from utils.data.sources.csv import read_table  # which imports this file
-
-            columns = read_table(addresses.fetch(url))[1].columns
-            images = sorted({*columns["image_path"], *columns["condition_path"]} - {""})
-            beside = os.path.dirname(names[-1])
-            names += [os.path.normpath(os.path.join(beside, name)) for name in images]
-    folder = addresses.fetch_files(root, tuple(names))
-    return str(folder / addresses.local_name(root, address.rstrip("/")[len(root) + 1 :]))
-
-
 def expand(path: str | Path) -> dict[Path, str]:
     """The sources at a path, a pattern or a list: shards/{00..10}.tar, a.csv,more/*.parquet.
 
@@ -126,7 +94,7 @@ def expand(path: str | Path) -> dict[Path, str]:
     """
     names, found = [str(path)], []
     if not os.path.exists(path):
-        names = _expand_braces(f"{{{path}}}")
+        names = expand_braces(f"{{{path}}}")
     for name in names:
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches and (len(names) > 1 or glob.has_magic(name)):
@@ -137,7 +105,7 @@ def expand(path: str | Path) -> dict[Path, str]:
     return {x: next(filter(None, map(SPLIT_NAMES.get, two)), "") for x, two in words}
 
 
-def _expand_braces(text: str) -> list[str]:
+def expand_braces(text: str) -> list[str]:
     """a{1,2}b -> a1b, a2b; {08..10} -> 08, 09, 10."""
     braces = re.search(r"\{([^{}]*)\}", text)
     if braces is None:
@@ -147,7 +115,7 @@ def _expand_braces(text: str) -> list[str]:
         first, last = numbers.groups()
         parts = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     texts = (f"{text[: braces.start()]}{part}{text[braces.end() :]}" for part in parts)
-    return [name for text in texts for name in _expand_braces(text)]
+    return [name for text in texts for name in expand_braces(text)]
 
 
 def _containers_in(folder: str) -> list[Path]:

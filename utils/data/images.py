@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
-from utils.data.finding import fetch
+from utils.data.remote import fetch
 from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.progress import ProgressBar
@@ -186,9 +186,13 @@ class ImageDataset:
         """Bytes of all images when decoded."""
         return len(self) * self.channels * self.resize_size[0] * self.resize_size[1]
 
-    @property
-    def shard_starts(self) -> list[int]:
-        """The first row of each tar, Parquet or Arrow file, or [0] where images are files."""
+    def shard_starts(self, shuffle: str) -> list[int]:
+        """The first row of each tar, Parquet or Arrow file, for --shuffle.
+
+        [0] where images are files, or for auto in memory.
+        """
+        if self.pixels is not None and shuffle == "auto":
+            return [0]
         inside = map(CONTAINER.search, column_of(self.rows, self._column))
         names = [match and match.string[: match.end()] for match in inside]
         return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]

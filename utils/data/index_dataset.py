@@ -19,8 +19,16 @@ from torch import Tensor
 
 from utils import addresses
 from utils.cli import UserError, check_limits, flag
-from utils.data.indices import Indices, ShardedArray, open_array, open_grids, read_indices
-from utils.data.sources import Row, Rows, column_of, preview_first, seeded_generator, split_rows
+from utils.data.indices import Indices, open_array, open_grids, read_indices
+from utils.data.sources import (
+    Row,
+    Rows,
+    ShardedArray,
+    column_of,
+    preview_first,
+    seeded_generator,
+    split_rows,
+)
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,14 +27,13 @@ from torch import Tensor
 
 from utils import files
 from utils.cli import UserError, one_line
-from utils.data.sources import Row, column_of
+from utils.data.sources import Row, ShardedArray, column_of
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
 from utils.distributed import Distributed
 from utils.provenance import Lineage, finished
 
 META, MANIFEST = "meta.json", "manifest.csv"
 SHARD_BYTES = 1 << 26  # of one .npy file of indices
-MAPPED = 128  # files that an array has open: each takes one of the 1,024 of a process
 
 
 @dataclass(frozen=True)
@@ -55,51 +54,6 @@ class IndicesMeta(GridMeta):
     def shape(self) -> tuple[int, ...]:
         """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
         return _shape(self.latent_dim, self.depth)
-
-
-class ShardedArray:
-    """Arrays (n, ...), or .npy files of them, one after the other as one (N, ...).
-
-    Files stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
-    map; rows are an integer, a slice, or integers (B,).
-
-    Attributes:
-        shape: (N, ...).
-        starts: (shards,), int64, the first row of each part.
-    """
-
-    def __init__(self, parts: Sequence[Path | np.ndarray]) -> None:
-        self._parts, self._open = parts, lru_cache(MAPPED)(self._read)
-        starts = np.cumsum([0, *map(len, self.parts())])
-        first = self._open(0)
-        self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
-        self.dtype, self.starts = first.dtype, starts[:-1]
-
-    def _read(self, number: int) -> np.ndarray:
-        part = self._parts[number]
-        return np.lib.format.open_memmap(part, mode="r") if isinstance(part, Path) else part
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, key: Any) -> Tensor:
-        first, *others = key if isinstance(key, tuple) else (key,)
-        if isinstance(first, slice):
-            first = range(*first.indices(len(self)))
-        rows = np.atleast_1d(np.asarray(first))
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        found = np.empty((len(rows), *self.shape[1 + len(others) :]), self.dtype)
-        shards = np.searchsorted(self.starts, rows, side="right") - 1
-        for shard in np.unique(shards).tolist():
-            chosen = shards == shard
-            places = rows[chosen] - self.starts[shard]
-            found[chosen] = self._open(shard)[(places, *(np.asarray(x)[chosen] for x in others))]
-        return torch.from_numpy(found[0] if isinstance(first, int) else found)
-
-    def parts(self) -> Iterator[np.ndarray]:
-        """The arrays one by one."""
-        return map(self._read, range(len(self._parts)))
 
 
 class Indices(NamedTuple):
@@ -169,12 +123,10 @@ def write_indices(
     *,
     text: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    add: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write indices (N, h, w[, depth]), of any integer type, with N rows as an indices folder.
 
-    Above `shard_bytes` the array is written in shards; `add` is called with the temporary folder,
-    to write more files into it. A UserError if something else is there.
+    Above `shard_bytes` the array is written in shards. A UserError if something else is there.
     """
     folder = Path(folder)
     files.check_unused(folder, META)
@@ -187,8 +139,6 @@ def write_indices(
         for number, part in enumerate(parts):
             grids = indices[part].cpu().numpy().astype(smallest_type(meta.codebook_size))
             np.save(shard_path(staging, "indices", number, len(parts)), grids)
-        if add is not None:
-            add(staging)
     return folder
 
 

@@ -21,8 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.cli import UserError, first_few
-from utils.data.indices import ShardedArray
-from utils.data.sources import Row, epoch_order
+from utils.data.sources import Row, ShardedArray, epoch_order
 from utils.distributed import ALONE, Distributed
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 from utils.files import CACHE

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from utils import addresses, cli, provenance
 from utils.cli import UserError, one_line
-from utils.data.finding import expand, fetch
+from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
+from utils.data.remote import fetch
 from utils.data.sources import Row, open_file, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet

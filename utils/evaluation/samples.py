@@ -5,8 +5,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data.indices import ShardedArray
-from utils.data.sources import Row
+from utils.data.sources import Row, ShardedArray
 from utils.distributed import Distributed
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings

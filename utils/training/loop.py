@@ -183,8 +183,8 @@ class TrainState:
     settings: dict[str, Any] = field(default_factory=dict)
     sign: int = 1
     parts: dict[str, Any] = field(default_factory=dict)
-    changed_by_forward: Sequence[nn.Module] = ()
     starts: Sequence[int] = ()
+    changed_by_forward: Sequence[nn.Module] = ()
     progress: Progress = field(default_factory=Progress)
     averages: Averages = field(default_factory=Averages)
 

@@ -18,7 +18,7 @@ import os
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,7 @@ from utils.files import sha256
 
 SPLITS = ("train", "val")
 BLOCK = 4  # shards whose rows are shuffled together
+MAPPED = 128  # files that an array has open: each takes one of the 1,024 of a process
 FILE_COLUMNS = ("image_path", "condition_path")
 
 
@@ -69,6 +70,51 @@ class Rows(Sequence[Row]):
 
     def __eq__(self, other: object) -> bool:
         return [*self] == other
+
+
+class ShardedArray:
+    """Arrays (n, ...), or .npy files of them, one after the other as one (N, ...).
+
+    Files stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
+    map; rows are an integer, a slice, or integers (B,).
+
+    Attributes:
+        shape: (N, ...).
+        starts: (shards,), int64, the first row of each part.
+    """
+
+    def __init__(self, parts: Sequence[Path | np.ndarray]) -> None:
+        self._parts, self._open = parts, lru_cache(MAPPED)(self._read)
+        starts = np.cumsum([0, *map(len, self.parts())])
+        first = self._open(0)
+        self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
+        self.dtype, self.starts = first.dtype, starts[:-1]
+
+    def _read(self, number: int) -> np.ndarray:
+        part = self._parts[number]
+        return np.lib.format.open_memmap(part, mode="r") if isinstance(part, Path) else part
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        first, *others = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice):
+            first = range(*first.indices(len(self)))
+        rows = np.atleast_1d(np.asarray(first))
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        found = np.empty((len(rows), *self.shape[1 + len(others) :]), self.dtype)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            places = rows[chosen] - self.starts[shard]
+            found[chosen] = self._open(shard)[(places, *(np.asarray(x)[chosen] for x in others))]
+        return torch.from_numpy(found[0] if isinstance(first, int) else found)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The arrays one by one."""
+        return map(self._read, range(len(self._parts)))
 
 
 def column_of(rows: Sequence[Row], name: str) -> Sequence[str]:
@@ -188,9 +234,9 @@ def root_of(path: str | Path) -> Path:
 
 def digest(path: str | Path) -> str:
     """The SHA-256 of a source: of its file, or of its rows where it is a folder or holds images."""
-    from utils.data.finding import expand, fetch
+    from utils.data.finding import expand
 
-    parts = list(expand(fetch(str(path))))
+    parts = list(expand(path))
     if len(parts) == 1 and parts[0].is_file() and not hasattr(_source_of(parts[0]), "read_file"):
         return sha256(parts[0])
     # Captions, which folders do not have, count where there are some.
