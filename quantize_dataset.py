@@ -6,22 +6,19 @@ if __name__ == "__main__":
     start_script()
 
 import argparse
+import json
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils import cli, distributed, tracking
-from utils.data import sources
-from utils.data.conditioning import write_conditions
+from utils.data import indices, sources
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
-from utils.data.index_dataset import CROPS
-from utils.data.indices import META, IndicesMeta, allocate, write_indices
-from utils.data.sources import Rows, split_rows
+from utils.data.index_dataset import CONDITION, CROPS
+from utils.data.sources import Rows, column_of, split_rows
 from utils.data.vocabulary import GridMeta
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
@@ -30,44 +27,38 @@ from utils.progress import warn
 from utils.provenance import LoadedModel, Provenance, load_model
 from vqvae import VQVAE
 
+DECISIVE = "crops", "flip", "seed", "batch_size", "device"  # flags that the indices depend on
+
 
 @torch.inference_mode()
 def quantize(
-    model: VQVAE, dataset: ImageDataset, settings: Settings, *crop: Augmentation, flip: bool = False
+    model: VQVAE, images: ImageSet, settings: Settings, *crop: Augmentation, flip: bool = False
 ) -> list[Tensor]:
-    """All images of a data set, or a crop of each, as indices (N, h, w[, depth]), int32.
+    """Images, or a crop of each, as indices (N, h, w[, depth]), int32.
 
     With `flip`, their mirror images as well. Each process encodes a part of them.
     """
 
-    def encode(images: Tensor) -> dict[str, Tensor]:
-        views = {"": images} | ({"mirrored": images.flip(3)} if flip else {})
+    def encode(pixels: Tensor) -> dict[str, Tensor]:
+        views = {"": pixels} | ({"mirrored": pixels.flip(3)} if flip else {})
         return {name: model.encode(view).int() for name, view in views.items()}
 
-    return [*ImageSet.whole(dataset).map(settings, "", encode, *crop).values()]
+    return [*images.map(settings, "", encode, *crop).values()]
 
 
 def quantize_crops(
-    model: VQVAE, dataset: ImageDataset, settings: Settings, flags: argparse.Namespace
-) -> Iterator[list[Tensor]]:
-    """`quantize` the random crops of each number, with `--flip` with those of mirror images.
+    model: VQVAE, images: ImageSet, settings: Settings, flags: argparse.Namespace
+) -> Tensor:
+    """Random crops of images, then with `--flip` those of mirror images: (N, crops, h, w[, depth]).
 
-    Of each image of `dataset`, which is larger than the crops, there are `--crops`, or for 0 the
-    image itself. A crop is a function of seed, row and its number.
+    Of each image, which is larger than the crops, there are `--crops`, or for 0 the image itself.
+    A crop is a function of seed, row and its number.
     """
+    views = []
     for view in range(max(flags.crops, 1)):
         crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
-        yield quantize(model, dataset, settings, crop, flip=flags.flip)
-
-
-def write_crops(
-    folder: Path, crops: Iterable[list[Tensor]], shape: tuple[int, ...], meta: IndicesMeta
-) -> None:
-    """Write crops.npy, (N, grids, h, w[, depth]): random crops, then mirrored ones."""
-    grids = allocate(folder / CROPS, (*shape, *meta.shape), meta.codebook_size)
-    for view, found in enumerate(crops):
-        for mirrored, part in enumerate(found):
-            grids[:, view + mirrored * shape[1] // 2] = part
+        views.append(quantize(model, images, settings, crop, flip=flags.flip))
+    return torch.stack([grids for kind in zip(*views, strict=True) for grids in kind], dim=1)
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -123,63 +114,73 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     if group.is_main:
-        check_unused(output_dir, META)
+        check_unused(output_dir, indices.META)
     dataset = ImageDataset(data, reading, **config.image_options)
-    second = None
+    sizes, second, extra = {"indices": config.codebook_size}, None, ""
+    images = larger = dataset  # of conditions, and of crops
     if arguments.condition_model_dir is not None:
         second = load_condition_tokenizer(arguments.condition_model_dir, device)
-        options = second.model.config.image_options
+        condition = second.model.config
+        options: dict[str, Any] = condition.image_options
         images = ImageDataset(data, reading, column="condition_path", **options)
+        sizes[CONDITION] = condition.codebook_size
+        extra = f"; conditions of {'x'.join(map(str, condition.latent_dim))}"
+    elif more := 2 * max(arguments.crops, 1) if arguments.flip else arguments.crops:
+        if arguments.crops:
+            larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
+        sizes[CROPS] = config.codebook_size
+        extra = f"; and {more} more of each"
+    inputs = {data: sources.digest(dataset.path), arguments.model_dir: tokenizer.sha256}
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
         origin.run_id,
         stage="indices",
         part=output_dir.name,
-        inputs={data: sources.digest(data), arguments.model_dir: tokenizer.sha256},
+        inputs=inputs,
         upstream=tokenizer.lineage,
         enabled=group.is_main,
     )
     print(dataset)
-    if arguments.flip and any(row.caption for row in dataset.rows):
+    if arguments.flip and any(column_of(dataset.rows, "caption")):
         warn("--flip: captions of mirrored images are wrong where they name a side")
-    with run:
-        (indices,) = quantize(model, dataset, settings)
-        meta = IndicesMeta(
-            **vars(grid_meta(tokenizer)),
-            lineage=run.lineage,
-            condition=second and grid_meta(second),
-        )
-        extra, add = "", None
-        more = 2 * max(arguments.crops, 1) if arguments.flip else arguments.crops
-        crops: Iterator[list[Tensor]] = iter(())
+    meta = indices.IndicesMeta(
+        **vars(grid_meta(tokenizer)),
+        lineage=run.lineage,
+        condition=second and grid_meta(second),
+    )
+
+    def make(rows: Tensor, group: distributed.Distributed) -> dict[str, Tensor]:
+        """All arrays of some rows."""
+        here = settings._replace(group=group)
+        found = {"indices": quantize(model, ImageSet(dataset, rows), here)[0]}
         if second is not None:
-            (grids,) = quantize(second.model, images, settings)
-            size = second.model.config.codebook_size
-            add = partial(write_conditions, conditions=grids, codebook_size=size)
-            extra = f"; conditions of {'x'.join(map(str, grids.shape[1:]))}"
-        elif more:
-            larger = dataset
-            if arguments.crops:
-                larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
-            crops = quantize_crops(model, larger, settings, arguments)
-            shape = len(larger), more
-            add = partial(write_crops, crops=crops, shape=shape, meta=meta)
-            extra = f"; and {more} more of each"
-        rows = with_splits(dataset.rows, origin)
+            found[CONDITION] = quantize(second.model, ImageSet(images, rows), here)[0]
+        if CROPS in sizes:
+            found[CROPS] = quantize_crops(model, ImageSet(larger, rows), here, arguments)
+        return found
+
+    with run:
+        parts = indices.shard_rows(len(dataset), meta, arguments.images_per_shard)
+        flags = {name: str(getattr(arguments, name)) for name in DECISIVE}
+        about = [*inputs.values()], second and second.sha256, dataset.skipped, flags, len(parts[0])
+        staging = indices.make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
         if group.is_main:
-            write_indices(output_dir, indices, rows, meta, text=arguments.text, add=add)
+            rows = with_splits(dataset.rows, origin)
+            with indices.new_folder(output_dir, rows, meta, text=arguments.text, staging=staging):
+                pass
             dataset.write_skipped(output_dir)
             run.folder(output_dir, name)
-        deque(crops, maxlen=0)  # made by all processes; the main one has written them by now
-    counts = model.quantizer.count(indices)
-    perplexity = metrics.codebook_metrics(counts)["perplexity"]
-    print(
-        f"{len(indices):,} grids of {'x'.join(map(str, indices.shape[1:]))} in {output_dir}: "
-        f"{int((counts > 0).sum()):,} of {len(counts):,} codes in use, "
-        f"{math.log2(perplexity / config.depth):.3f} bits per token "
-        f"(entropy of single indices){extra}"
-    )
+    if group.is_main:
+        grids = sources.ShardedArray(indices.shards_of(output_dir, "indices"))
+        counts = sum(model.quantizer.count(grids[rows].int()) for rows in parts)
+        perplexity = metrics.codebook_metrics(counts)["perplexity"]
+        print(
+            f"{len(grids):,} grids of {'x'.join(map(str, grids.shape[1:]))} in {output_dir}: "
+            f"{int((counts > 0).sum()):,} of {len(counts):,} codes in use, "
+            f"{math.log2(perplexity / config.depth):.3f} bits per token "
+            f"(entropy of single indices){extra}"
+        )
     words = ("train.py", "--path_to_data", output_dir, "--model_dir", arguments.model_dir)
     print(cli.next_command(*words))
     group.shutdown()
@@ -205,6 +206,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--flip", action="store_true", help=flip)
     add("--seed", type=int, default=0, help="of the crops (default: 0)")
     add("--text", action="store_true", help="also write indices.txt")
+    size = (
+        "images in a file of indices; after a kill, the same command continues with the first file "
+        "that is not finished (default: 64 MiB of indices)"
+    )
+    add("--images_per_shard", type=cli.positive, default=0, metavar="N", help=size)
     cli.add_inference_flags(parser, batch_size=128)
     cli.add_flags(parser, ImageConfig, "images")
     return parser

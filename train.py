@@ -57,7 +57,7 @@ def make_validation(
     data: IndexDataset, tokenizer: LoadedModel | None, flags: cli.Flags, group: Distributed
 ) -> Validation:
     """Compute the baselines and, for --fd_samples, prepare the comparison with real images."""
-    from utils.evaluation.metrics import baselines
+    from utils.evaluation.metrics import MAX_TOKENS, baselines
 
     evaluator = None
     if count := flags.fd_samples:
@@ -65,7 +65,8 @@ def make_validation(
 
         inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:count]
         evaluator = SampleEvaluator(*inputs, seed=flags.seed, group=group)
-    splits = data.grids[data.train_rows], data.grids[data.val_rows]
+    most = MAX_TOKENS // data.grids[0].numel() + 1  # that they use
+    splits = data.grids[data.train_rows[:most]], data.grids[data.val_rows[:most]]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth
     unigram, bigram = baselines(*splits, *sizes)
     group.print(f"baselines: unigram {unigram:.3f}, bigram {bigram:.3f} bits per token")
@@ -321,13 +322,13 @@ def main(arguments: cli.Flags) -> None:
     # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
     parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
-    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
+    load, starts = partial(load_batches, data, group.device), data.grids.starts
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts, starts)
     state.checkpoint.restore(resumed)
     loss = compile_loss(model, optimizer_config.parallel) if config.compile else model.loss
     loss = partial(loss, forward=group.wrap(model))
 
     group.print(data)
-    load = partial(load_batches, data, group.device)
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs = model.training_inputs(*batch, state.progress.step / schedule.total_steps)

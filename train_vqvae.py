@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
+from utils.data.remote import fetch
 from utils.distributed import ALONE, Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
@@ -189,7 +190,7 @@ def about_run(
     params["latent_dim"] = config.latent_dim
     name = f"tokenizer-{config.quantizer}-K{config.codebook_size}-f{config.downsampling}"
     about: dict[str, Any] = {"name": tracking.name_of(flags, name), "flags": flags}
-    about |= {"stage": "tokenizer", "params": params, "inputs": {data: sources.digest(data)}}
+    about |= {"stage": "tokenizer", "params": params, "inputs": {data: sources.digest(fetch(data))}}
     if start is not None:
         about["inputs"][settings["init_from"]] = start.sha256
         about["upstream"] = start.lineage
@@ -294,9 +295,9 @@ def main(arguments: cli.Flags) -> None:
     parts = {"adversary": adversary, "counts": counts, "collapse_monitor": monitor}
     settings = {k: v for one in configs for k, v in asdict(one).items()} | model.config.to_dict()
     settings["precision"] = precision
-    parts["rows"] = RowDigests(dataset.rows)
+    parts["rows"], starts = RowDigests(dataset.rows), dataset.shard_starts(config.shuffle)
     optimizers = make_optimizers(config, model, adversary)
-    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts)
+    state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts, starts)
     state.changed_by_forward = [x for x in (model.quantizer, adversary) if x is not None]
     state.checkpoint.restore(resumed)
     if config.compile:

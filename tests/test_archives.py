@@ -19,7 +19,7 @@ from utils.cli import UserError
 from utils.data import sources
 from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
-from utils.data.sources import Row, archives, epoch_order, read_rows
+from utils.data.sources import BLOCK, Row, archives, epoch_order, read_rows
 from utils.distributed import Distributed
 
 
@@ -209,6 +209,54 @@ def write_source(folder: Path, kind: str, shards: int) -> str:
     return str(folder / "*.csv" if kind == "csv" else folder)
 
 
+def blocks_of(starts: list[int], count: int, order: torch.Tensor) -> list[int]:
+    """How many different shards each four in turn of the order of an epoch are of, at most."""
+    shards = np.searchsorted(starts, order.numpy(), side="right") - 1
+    sizes = np.diff([*starts, count])
+    ends, used, here = [], set(), []
+    for shard in shards.tolist():
+        here.append(shard)
+        if len(here) == sum(sizes[list(set(here))]) and len({*here}) >= min(BLOCK, len(starts)):
+            ends.append(len({*here}))
+            assert not used & {*here}
+            used |= {*here}
+            here = []
+    return [*ends, len({*here})] if here else ends
+
+
+def test_two_level_order() -> None:
+    """Each row once, few shards at a time, as a function of seed and epoch; else as it was."""
+    generator = torch.Generator().manual_seed(0)
+    for shards in range(1, 12):
+        sizes = torch.randint(1, 30, (shards,), generator=generator)
+        starts, count = [0, *sizes.cumsum(0)[:-1].tolist()], int(sizes.sum())
+        rows = torch.arange(count)
+        order = epoch_order(rows, 3, 1, starts)
+        assert torch.equal(order.sort().values, rows)
+        assert torch.equal(order, epoch_order(rows, 3, 1, starts))
+        if shards <= BLOCK:
+            assert torch.equal(order, epoch_order(rows, 3, 1))
+            continue
+        for other in (epoch_order(rows, 3, 2, starts), epoch_order(rows, 4, 1, starts)):
+            assert not torch.equal(order, other)
+        found = blocks_of(starts, count, order)
+        assert (max(found), sum(found)) == (BLOCK, shards)
+        some = rows[torch.rand(count, generator=generator) < 0.7]  # those of training
+        assert torch.equal(epoch_order(some, 3, 1, starts).sort().values, some)
+    firsts = [int(epoch_order(rows, 0, epoch, starts)[0]) for epoch in range(300)]
+    assert len({*firsts}) > 60  # of about 160 rows: all shards come first at times
+
+
+def test_shards_of_each_source(tmp_path: Path) -> None:
+    for kind, expected in {"tar": 5, "parquet": 5, "csv": 1, "folder": 1}.items():
+        path = write_source(tmp_path / kind, kind, 5)
+        dataset = ImageDataset(path, value_range=(0, 255))
+        assert dataset.shard_starts("auto") == [0]  # in memory
+        sizes = [len(range(COUNT)[shard::5]) for shard in range(5)][:-1]
+        starts = [0, *itertools.accumulate(sizes)] if expected == 5 else [0]
+        assert dataset.shard_starts("shards") == starts
+
+
 def test_every_sample_once_an_epoch(tmp_path: Path) -> None:
     """At any number of processes, shards and workers, wherever an epoch is continued."""
     for number, kind in enumerate(("tar", "parquet", "csv", "folder")):
@@ -224,7 +272,9 @@ def test_every_sample_once_an_epoch(tmp_path: Path) -> None:
         assert shades.sort().values.tolist() == list(range(COUNT))
         read = torch.cat(list(dataset.batches(order.split(5), torch.device("cpu"))))
         assert torch.equal(((read[:, 0, 0, 0] + 1) * 127.5).round().int(), shades[order])
-    for world, offset, size in itertools.product(range(1, 8), range(4), (7, 11)):
+    orders = [epoch_order(order, 3, 1, [*range(0, COUNT, 33 // n + 1)]) for n in range(1, 12)]
+    several = range(1, 8), range(4), (7, 11), [order, *orders]
+    for world, offset, size, order in itertools.product(*several):
         epoch = order.split(size)[offset : COUNT // size]
         groups = [Distributed(rank, world, torch.device("cpu")) for rank in range(world)]
         parts = [[group.shard(batch) for batch in epoch] for group in groups]

@@ -145,7 +145,7 @@ def test_a_converted_gpt_learns_new_classes(own_folder: Path) -> None:
          "--guidance_scale", 1.5, "--device", "cpu", "--output_dir", "new")  # fmt: skip
     found = read_indices("new")
     assert [row.label for row in found.rows] == [*names, *names]
-    assert found.grids.long().equal(patterns.repeat(2, 1, 1))
+    assert found.grids[:].long().equal(patterns.repeat(2, 1, 1))
 
 
 def to_llamagen(model: GPT) -> dict[str, Tensor]:

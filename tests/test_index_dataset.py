@@ -80,7 +80,7 @@ def test_crops_are_of_the_larger_image_and_their_mirror_images_follow(tokenizer:
 
 def test_without_crops_the_image_and_its_mirror_image(tokenizer: VQVAE) -> None:
     crops = crops_of(quantize("flipped", "--flip"))
-    assert torch.equal(crops[:, 0], read_indices("flipped").grids.long())
+    assert torch.equal(crops[:, 0], read_indices("flipped").grids[:].long())
     images = next(ImageDataset("data/data.csv").batches([torch.arange(COUNT)], torch.device("cpu")))
     with torch.inference_mode():
         assert torch.equal(crops[:, 1], tokenizer.encode(images.flip(3)))
@@ -99,9 +99,8 @@ def test_batches_take_the_chosen_crop_of_each_row(own_folder: Path) -> None:
     crops = torch.randint(16, (9, 4, 2, 3)).numpy().astype(np.uint8)
     meta = IndicesMeta(16, (2, 3))
     plain = torch.randint(16, (9, 2, 3))
-    write_indices(
-        "indices", plain, rows, meta, add=lambda folder: np.save(folder / "crops.npy", crops)
-    )
+    write_indices("indices", plain, rows, meta)
+    np.save("indices/crops.npy", crops)
     data = IndexDataset(Path("indices"), None, latent_dim=None, val_fraction=0.5, seed=3)
     order = torch.randperm(9)
     chosen = choose_crops(9, 4, seed=3, epoch=1)[order]

@@ -35,7 +35,7 @@ def unsealed(folder: Path) -> Path:
 def test_round_trip(tmp_path: Path, shard_bytes: int) -> None:
     folder = written(tmp_path, shard_bytes=shard_bytes)
     indices = read_indices(folder)
-    assert torch.equal(indices.grids.long(), GRIDS)
+    assert torch.equal(indices.grids[:].long(), GRIDS)
     assert list(indices.rows) == ROWS
     assert indices.meta == META
     assert indices.latent_dim == (2, 5)
@@ -54,7 +54,7 @@ def test_the_smallest_type_holds_the_largest_index(tmp_path: Path, size: int, ki
     grid = torch.tensor([[[0, size - 1]]])
     folder = write_indices(tmp_path / "indices", grid, ROWS[:1], meta)
     assert np.load(folder / "indices.npy").dtype == kind
-    assert read_indices(folder).grids.tolist() == [[[0, size - 1]]]
+    assert read_indices(folder).grids[:].tolist() == [[[0, size - 1]]]
 
 
 def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
@@ -63,20 +63,20 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
     for grids, rows in ((GRIDS + 2, ROWS), (GRIDS - 230, ROWS)):
         with pytest.raises(ValueError, match="codes"):
             write_indices(folder, grids, rows, META)
-    assert torch.equal(read_indices(folder).grids.long(), GRIDS)
+    assert torch.equal(read_indices(folder).grids[:].long(), GRIDS)
 
 
 def test_text_beside_the_folder(tmp_path: Path) -> None:
     folder = written(tmp_path, text=True)
     indices = read_indices(folder / "indices.txt", latent_dim=(2, 5))
-    assert torch.equal(indices.grids.long(), GRIDS)
+    assert torch.equal(indices.grids[:].long(), GRIDS)
     assert indices.meta is None
 
 
 def test_written_again_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
     written(tmp_path, shard_bytes=1)
     folder = write_indices(tmp_path / "indices", GRIDS[:2] - 200, ROWS[:2], META)
-    assert torch.equal(read_indices(folder).grids.long(), GRIDS[:2] - 200)
+    assert torch.equal(read_indices(folder).grids[:].long(), GRIDS[:2] - 200)
     assert [path.name for path in tmp_path.iterdir()] == ["indices"]
 
 
@@ -92,7 +92,7 @@ def test_interrupted_writing_leaves_the_old(
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_indices(folder, GRIDS - 1, ROWS, META)
-    assert torch.equal(read_indices(folder).grids.long(), GRIDS)
+    assert torch.equal(read_indices(folder).grids[:].long(), GRIDS)
 
 
 def test_nothing_else_is_overwritten(tmp_path: Path) -> None:
@@ -282,15 +282,15 @@ def text_file(folder: Path, content: str | bytes) -> Path:
 )
 def test_text_file(tmp_path: Path, content: str) -> None:
     indices = read_indices(text_file(tmp_path, content))
-    assert indices.grids.tolist() == [[[0, 1], [2, 3]], [[7, 6], [5, 4]]]
-    assert indices.grids.dtype == torch.uint8
+    assert indices.grids[:].tolist() == [[[0, 1], [2, 3]], [[7, 6], [5, 4]]]
+    assert indices.grids[:].dtype == torch.uint8
     assert len(indices.rows) == 2
 
 
 def test_text_file_of_a_grid_that_is_no_square(tmp_path: Path) -> None:
     path = text_file(tmp_path, "0 1 2 3 4 5\n")
-    assert read_indices(path, latent_dim=(2, 3)).grids.tolist() == [[[0, 1, 2], [3, 4, 5]]]
-    assert read_indices(path, latent_dim=(3, 2)).grids.tolist() == [[[0, 1], [2, 3], [4, 5]]]
+    assert read_indices(path, latent_dim=(2, 3)).grids[:].tolist() == [[[0, 1, 2], [3, 4, 5]]]
+    assert read_indices(path, latent_dim=(3, 2)).grids[:].tolist() == [[[0, 1], [2, 3], [4, 5]]]
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,10 @@ def stages(folder: str) -> list[list[str]]:
     data = ("--path_to_data", "data/data.csv", "--model_dir", "tokenizer", *FLAGS)
     sampling = ("--num_images", "7", "--candidates", "2", "--model_path", "gpt", *FLAGS[:4])
     grids = ("--indexes_path", "samples", "--model_dir", "tokenizer", *FLAGS)
+    many = ("--path_to_data", "data/many.csv", "--batch_size", "32", "--images_per_shard", "300")
     calls = {
         "indices": ("quantize_dataset", *data, "--crops", "2", "--flip"),
+        "shards": ("quantize_dataset", *data, *many),
         "samples": ("transformer_generation", *sampling),
         "images": ("vqvae.images_from_indexes", *grids),
         "errors": ("evaluate", "reconstructions", *data, "--features", "classifier"),
@@ -83,6 +85,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     write_indices("samples", torch.randint(CODES, (7, *GRID)), rows, meta)
     for data in ("data", "bad"):
         write_images(folder / data)
+    names = [f"{number % 12}.png" for number in range(2000)]
+    (folder / "data" / "many.csv").write_text("\n".join(["image_path", *names]))
     (folder / "bad" / "7.png").write_bytes((folder / "bad" / "7.png").read_bytes()[:200])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "TRAINING_IMAGES", 200)
@@ -100,7 +104,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
 def test_three_processes_write_what_one_writes(done: Outcome) -> None:
     folder, process = done
     one, three = folder / "one", folder / "three"
-    assert process.stdout.count("next:") == 2, process.stderr  # only the main process prints
+    assert process.stdout.count("next:") == 3, process.stderr  # only the main process prints
     names = {path.relative_to(one) for path in one.rglob("*") if ".pictures" not in str(path)}
     assert names == {x.relative_to(three) for x in three.rglob("*") if ".pictures" not in str(x)}
     for name in names:
@@ -109,6 +113,7 @@ def test_three_processes_write_what_one_writes(done: Outcome) -> None:
         elif name.suffix == ".png":
             with Image.open(one / name) as first, Image.open(three / name) as second:
                 assert np.array_equal(first, second), name
+    assert len([*three.glob("shards/indices-*.npy")]) == 7
     for name in ("errors/reconstructions.json", "bits/likelihood.json"):
         first, second = (json.loads((x / name).read_text())["metrics"] for x in (one, three))
         assert first == second

@@ -73,7 +73,7 @@ def call(module_name: str, *arguments: object) -> None:
 
 
 def sampled(folder: Path) -> torch.Tensor:
-    return read_indices(folder).grids.long()
+    return read_indices(folder).grids[:].long()
 
 
 def test_given_cells_stay_and_are_shown(models: Path) -> None:

@@ -28,6 +28,8 @@ LOCK, OWNER = "lock", "owner"  # in an output folder, and which process on which
 NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP  # of some network file systems
 LOCK_SECONDS = 5  # that a killed process may take to let go of it
 TEMPORARY = ".tmp"  # ends the name of a folder that is being written
+MADE_FROM = "made_from"  # in a folder that is being written, and may be continued
+SEAL = ".sha256"  # ends the name of the file that holds the SHA-256 of a finished one
 JSON_BYTES = 64 << 20
 TABLE_BYTES = 4 << 30  # of a CSV, a manifest or a text file of indices
 Files = dict[str, dict[str, Any]]  # state dicts for *.safetensors, plain values for *.json
@@ -60,35 +62,82 @@ def write_folder(folder: Path, files: Files, written: Iterable[Path] = ()) -> No
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, staging: Path | None = None) -> Iterator[Path]:
     """A temporary folder to fill, which then takes the name of `folder`, with a file of SHA-256.
 
     No incomplete folder ever has that name. A UserError if the disk is full; what had the name
-    before is unchanged then.
+    before is unchanged then. `staging` is one of `resume_staging`, which an error leaves there.
     """
-    staging = folder.with_name(folder.name + TEMPORARY)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    kept, staging = staging, staging or folder.with_name(folder.name + TEMPORARY)
+    if kept is None:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    with disk_errors(folder):
+        try:
+            yield staging
+            seals = {path.stem: path for path in staging.glob(f"*{SEAL}")}
+            ours = {*(path.name for path in seals.values()), MADE_FROM, CHECKSUMS}
+            names = sorted({path.name for path in staging.iterdir()} - ours)
+            sums = {x: seals[x].read_text() if x in seals else sha256(staging / x) for x in names}
+            (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
+            for path in (*staging.iterdir(), staging):
+                flush(path)
+            for path in (*seals.values(), staging / MADE_FROM):
+                path.unlink(missing_ok=True)
+            _replace(folder, staging)
+        finally:
+            if kept is None:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A UserError if what is written for `folder` fails, as on a full disk."""
     try:
-        yield staging
-        sums = {path.name: sha256(path) for path in sorted(staging.iterdir())}
-        (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
-        for path in (*staging.iterdir(), staging):
-            flush(path)
-        old = folder.with_name(folder.name + ".old")
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        staging.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
-        flush(folder.parent)
+        yield
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"cannot write {folder} ({error}); what was saved before is intact: make room on the "
             "disk, then run it again (a training with --resume)"
         ) from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+
+
+def resume_staging(folder: Path, made_from: str) -> Path:
+    """The temporary folder of `new_folder`, with what an interrupted command has left in it.
+
+    It is empty unless that command, too, was to write what is `made_from` this.
+    """
+    staging = folder.with_name(folder.name + TEMPORARY)
+    mark = staging / MADE_FROM
+    with disk_errors(folder):
+        if not (mark.is_file() and mark.read_text() == made_from):
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True)
+            mark.write_text(made_from)
+    return staging
+
+
+def seal(path: Path) -> None:
+    """Record the SHA-256 of a file that is finished."""
+    flush(path)
+    path.with_name(path.name + SEAL).write_text(sha256(path))
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file is finished, and unchanged since."""
+    record = path.with_name(path.name + SEAL)
+    return record.is_file() and path.is_file() and record.read_text() == sha256(path)
+
+
+def _replace(folder: Path, staging: Path) -> None:
+    """Give the name of a folder to another one."""
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    flush(folder.parent)
 
 
 def intact_folder(folder: Path) -> Path:
@@ -175,13 +224,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def verify(path: Path) -> None:
     """Compare a file with the SHA-256 in its folder, if any; a UserError if they differ."""
-    sums = path.parent / CHECKSUMS
-    expected = read_json(sums).get(path.name) if sums.is_file() else None
+    expected = recorded_sha256(path)
     if expected and not (path.is_file() and sha256(path) == expected):
         raise UserError(
             f"{path} is damaged: its SHA-256 is not that in {CHECKSUMS}; copy it again - or, "
             f"if you changed it on purpose, remove its line from {CHECKSUMS}"
         )
+
+
+def recorded_sha256(path: Path) -> str:
+    """The SHA-256 that a file was written with, or "" if its folder has no record of it."""
+    sums = path.parent / CHECKSUMS
+    return read_json(sums).get(path.name, "") if sums.is_file() else ""
 
 
 def is_intact(folder: Path) -> bool:

@@ -15,20 +15,21 @@ from utils import addresses
 from utils.cli import UserError, one_line
 from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
 from utils.data.indices import open_array, read_indices, smallest_type
-from utils.data.sources import Row
+from utils.data.sources import Row, ShardedArray
 from utils.data.vocabulary import GridMeta, Vocabulary
 
 
 class Conditions(NamedTuple):
     """Conditioning grids (N, hc, wc) of any integer type or None, and the row of each."""
 
-    grids: Tensor | None
+    grids: Tensor | ShardedArray | None
     rows: Sequence[Row]
 
 
 def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
     """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
-    np.save(folder / CONDITION, conditions.cpu().numpy().astype(smallest_type(codebook_size)))
+    grids = conditions.cpu().numpy().astype(smallest_type(codebook_size))
+    np.save(folder / f"{CONDITION}.npy", grids)
 
 
 def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:

@@ -1,6 +1,7 @@
 """Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
 import os
+import re
 import resource
 import signal
 from collections import deque
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
+from utils.data.remote import fetch
 from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.progress import ProgressBar
@@ -28,6 +30,7 @@ from utils.progress import ProgressBar
 CHUNK = 256  # files that a worker reads at a time, where all files are read
 SAMPLED_FILES = 64  # from which the range of values is decided
 SKIPPED = "skipped.csv"
+CONTAINER = re.compile(r"\.(tar|parquet|arrow)/")  # in the path of an image inside of one
 CGROUP = Path("/sys/fs/cgroup")
 CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
     ("memory.max", "memory.current"),
@@ -106,7 +109,7 @@ class ImageDataset:
         """Read the rows, check the header of every file, and decode all if they fit into memory.
 
         Args:
-            path: of a data source, such as a CSV.
+            path: of a data source, such as a CSV; also a URL.
             config: how files are read. To find up to `skip_bad_images` bad ones before training,
                 images that do not fit into memory are decoded once as well.
             column: image_path, or condition_path for the conditioning images.
@@ -121,8 +124,8 @@ class ImageDataset:
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
         missing column, and a worker that dies.
         """
-        self.path, config = Path(path), config or ImageConfig()
-        self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
+        self.path, config = Path(fetch(str(path))), config or ImageConfig()
+        self.rows = read_rows(self.path, allow_outside_paths=config.allow_outside_paths)
         self._column, self._skippable = column, config.skip_bad_images
         if not all(column_of(self.rows, column)):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")
@@ -182,6 +185,17 @@ class ImageDataset:
     def size_in_memory(self) -> int:
         """Bytes of all images when decoded."""
         return len(self) * self.channels * self.resize_size[0] * self.resize_size[1]
+
+    def shard_starts(self, shuffle: str) -> list[int]:
+        """The first row of each tar, Parquet or Arrow file, for --shuffle.
+
+        [0] where images are files, or for auto in memory.
+        """
+        if self.pixels is not None and shuffle == "auto":
+            return [0]
+        inside = map(CONTAINER.search, column_of(self.rows, self._column))
+        names = [match and match.string[: match.end()] for match in inside]
+        return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]
 
     @property
     def files(self) -> list[str]:

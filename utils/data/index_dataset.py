@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,20 @@ from torch import Tensor
 from utils import addresses
 from utils.cli import UserError, check_limits, flag
 from utils.data.indices import Indices, open_array, open_grids, read_indices
-from utils.data.sources import preview_first, seeded_generator, split_rows
+from utils.data.sources import (
+    Row,
+    Rows,
+    ShardedArray,
+    column_of,
+    preview_first,
+    seeded_generator,
+    split_rows,
+)
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 
 PREVIEW = 64  # validation rows whose conditions and classes are shown
-CONDITION, CROPS = "condition.npy", "crops.npy"
+CONDITION, CROPS = "condition", "crops"  # .npy, or shards as those of the indices
 VECTORS = "float16", "float32", "float64"
 
 
@@ -50,9 +59,9 @@ class IndexDataset:
         path: of the folder or the file.
         vocabulary: the meaning of the indices.
         rows: one for each grid.
-        grids: (N, h, w[, depth]) of any integer type.
+        grids: (N, h, w[, depth]) of any integer type, memory-mapped.
         classes: (N,), the prefix token of each grid's label.
-        conditions: (N, hc, wc) of any integer type, or None.
+        conditions: (N, hc, wc) of any integer type, memory-mapped, or None.
         embeddings: (N, L, D) of any floating-point type, memory-mapped, or None.
         captions: (N, L), their text tokens, or None.
         train_rows, val_rows: row numbers.
@@ -81,13 +90,15 @@ class IndexDataset:
             codebook_size = tokenizer.model.config.codebook_size
         indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
         if ignore_labels:
-            indices = indices._replace(rows=[row._replace(label="") for row in indices.rows])
+            columns = {name: column_of(indices.rows, name) for name in Row._fields}
+            del columns["label"]
+            indices = indices._replace(rows=Rows(columns))
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
             config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
-        self.classes = torch.tensor(self.vocabulary.tokens([row.label for row in self.rows]))
+        self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
         self.conditions, self.embeddings = read_conditions(path, indices), None
         if embeddings:
             shape = len(self.rows), "L", "D"
@@ -117,7 +128,7 @@ class IndexDataset:
 
         They are those of `known`, or else of a tokenizer that is trained on the captions.
         """
-        texts, self.captions, meta = [row.caption for row in self.rows], None, None
+        texts, self.captions, meta = column_of(self.rows, "caption"), None, None
         if length != 0 and any(texts):
             from utils.data import captions  # only where there are some
 
@@ -127,11 +138,12 @@ class IndexDataset:
         self.vocabulary = replace(self.vocabulary, captions=meta)
 
     @property
-    def arrays(self) -> list[np.ndarray]:
+    def arrays(self) -> Iterator[np.ndarray]:
         """All indices that a training reads, and some of the embeddings."""
         some = None if self.embeddings is None else self.embeddings[:: len(self.rows) // 1000 + 1]
-        arrays = self.grids, self.conditions, self._crops, self.captions, some
-        return [np.asarray(x) for x in arrays if x is not None]
+        on_disk = [x for x in (self.grids, self.conditions, self._crops) if x is not None]
+        yield from chain.from_iterable(x.parts() for x in on_disk)
+        yield from (np.asarray(x) for x in (self.captions, some) if x is not None)
 
     def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Classes (B,) and, where there are any, the other `make_prefix` arguments, in order."""
@@ -151,7 +163,7 @@ class IndexDataset:
         for rows in batches_of_rows:
             grids = self.grids[rows]
             if crops is not None:
-                grids = torch.from_numpy(crops[rows.numpy(), chosen[rows].numpy()])
+                grids = crops[rows, chosen[rows]]
             yield self.prefix_inputs(rows), grids.long()
 
 
@@ -160,21 +172,24 @@ def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor
     return torch.randint(num_crops, (num_rows,), generator=seeded_generator("crops", seed, epoch))
 
 
-def read_crops(folder: Path, indices: Indices) -> np.ndarray | None:
-    """crops.npy of an indices folder, memory-mapped; None where it has none."""
-    if not (folder / CROPS).is_file():
+def read_crops(folder: Path, indices: Indices) -> ShardedArray | None:
+    """The crops of an indices folder, memory-mapped; None where it has none."""
+    if indices.meta is None:
         return None
-    shape: Any = len(indices.rows), "N", *indices.meta.shape
-    return open_grids(folder / CROPS, shape, indices.meta.codebook_size)
+    shape: Any = "N", *indices.meta.shape
+    return open_grids(folder, CROPS, shape, indices.meta.codebook_size, len(indices.rows))
 
 
-def read_conditions(folder: Path, indices: Indices) -> Tensor | None:
-    """condition.npy of an indices folder; None where it has none."""
+def read_conditions(folder: Path, indices: Indices) -> ShardedArray | None:
+    """The conditions of an indices folder, memory-mapped; None where it has none."""
     meta = indices.meta.condition if indices.meta is not None else None
     if meta is None:
         return None
-    shape = len(indices.rows), *meta.latent_dim
-    return torch.from_numpy(np.array(open_grids(folder / CONDITION, shape, meta.codebook_size)))
+    size = meta.codebook_size
+    conditions = open_grids(folder, CONDITION, meta.latent_dim, size, len(indices.rows))
+    if conditions is None:
+        raise UserError(f"{folder} has no {CONDITION}.npy, which meta.json names; make it again")
+    return conditions
 
 
 def check_finite(vectors: np.ndarray, address: str) -> None:
@@ -190,11 +205,11 @@ def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabular
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
     meta: GridMeta | None = indices.meta
     if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
-        meta = GridMeta(max(2, int(indices.grids.long().max()) + 1), indices.latent_dim)
+        meta = GridMeta(max(2, int(indices.grids[:].long().max()) + 1), indices.latent_dim)
         if tokenizer is not None:
             origin = tokenizer.sha256, tokenizer.provenance.run_id
             meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
-    counts = Counter(row.label for row in indices.rows)
+    counts = Counter(column_of(indices.rows, "label"))
     names = tuple(sorted(counts.keys() - {""}, key=natural_order))
     grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
     condition = getattr(meta, "condition", None)

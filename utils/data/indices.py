@@ -1,6 +1,7 @@
 """The indices folder: grids of codebook indices, written completely or not at all, and checked.
 
     indices.npy    (N, h, w[, depth]) in the smallest unsigned type; indices-00000.npy, ... if large
+                   (also of the arrays of index_dataset.py), which are read by memory map
     manifest.csv   image_path, label, split[, condition_path][, caption] of each grid
     meta.json      `IndicesMeta`
     sha256.json    the SHA-256 of each file
@@ -13,9 +14,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +27,13 @@ from torch import Tensor
 
 from utils import files
 from utils.cli import UserError, one_line
-from utils.data.sources import Row, column_of
+from utils.data.sources import Row, ShardedArray, column_of
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
+from utils.distributed import Distributed
 from utils.provenance import Lineage, finished
 
 META, MANIFEST = "meta.json", "manifest.csv"
-SHARD_BYTES = 1 << 30  # of one .npy file
+SHARD_BYTES = 1 << 26  # of one .npy file of indices
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Indices(NamedTuple):
     `meta` is None for a plain text file.
     """
 
-    grids: Tensor
+    grids: ShardedArray
     rows: Sequence[Row]
     meta: IndicesMeta | None
 
@@ -74,23 +77,28 @@ class Indices(NamedTuple):
 
 @contextmanager
 def new_folder(
-    folder: Path, rows: Sequence[Row], meta: IndicesMeta, *, text: bool = False
+    folder: Path,
+    rows: Sequence[Row],
+    meta: IndicesMeta,
+    *,
+    text: bool = False,
+    staging: Path | None = None,
 ) -> Iterator[Path]:
     """A temporary folder for the arrays, which replaces `folder` once the other files are added.
 
-    After an error nothing is left of it. With `text`, indices.txt is written as well.
+    After an error nothing is left of it; `staging`, of `make_shards`, is left as it is. With
+    `text`, indices.txt is written as well.
     """
     from utils.data.sources.csv import write_table
 
-    with files.new_folder(folder) as staging:
+    with files.new_folder(folder, staging) as staging:
         yield staging
         used = [name for name in Row._fields[3:] if any(column_of(rows, name))]
         columns = {name: column_of(rows, name) for name in (*Row._fields[:3], *used)}
         write_table(staging / MANIFEST, [*columns], zip(*columns.values(), strict=True))
         if text:
             with (staging / "indices.txt").open("w") as file:
-                for path in sorted(staging.glob("indices*.npy")):
-                    shard = np.load(path, mmap_mode="r", allow_pickle=False)
+                for shard in ShardedArray(shards_of(staging, "indices")).parts():
                     np.savetxt(file, shard.reshape(len(shard), -1), fmt="%d")
         (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
 
@@ -115,12 +123,10 @@ def write_indices(
     *,
     text: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    add: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write indices (N, h, w[, depth]), of any integer type, with N rows as an indices folder.
 
-    Above `shard_bytes` the array is written in shards; `add` is called with the temporary folder,
-    to write more files into it. A UserError if something else is there.
+    Above `shard_bytes` the array is written in shards. A UserError if something else is there.
     """
     folder = Path(folder)
     files.check_unused(folder, META)
@@ -128,15 +134,71 @@ def write_indices(
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
-    grids = indices.cpu().numpy().astype(smallest_type(meta.codebook_size))
-    per_shard = max(1, shard_bytes // max(1, grids[:1].nbytes))
+    parts = shard_rows(len(indices), meta, shard_bytes=shard_bytes)
     with new_folder(folder, rows, meta, text=text) as staging:
-        for number, start in enumerate(range(0, len(grids), per_shard)):
-            name = "indices.npy" if len(grids) <= per_shard else f"indices-{number:05}.npy"
-            np.save(staging / name, grids[start : start + per_shard])
-        if add is not None:
-            add(staging)
+        for number, part in enumerate(parts):
+            grids = indices[part].cpu().numpy().astype(smallest_type(meta.codebook_size))
+            np.save(shard_path(staging, "indices", number, len(parts)), grids)
     return folder
+
+
+def shard_rows(
+    count: int, meta: IndicesMeta, per_shard: int = 0, *, shard_bytes: int = SHARD_BYTES
+) -> list[Tensor]:
+    """The rows in each shard of `count` grids: `per_shard`, or 0: as many as fill `shard_bytes`."""
+    size = math.prod(meta.shape) * smallest_type(meta.codebook_size).itemsize
+    return [*torch.arange(count).split(per_shard or max(1, shard_bytes // size))]
+
+
+def shard_path(folder: Path, array: str, number: int, count: int) -> Path:
+    """The file of one of `count` shards of an array: indices.npy, or indices-00000.npy."""
+    return folder / (f"{array}.npy" if count == 1 else f"{array}-{number:05}.npy")
+
+
+def shards_of(folder: Path, array: str) -> list[Path]:
+    """The files of an array in an indices folder, in order."""
+    return sorted(folder.glob(f"{array}*.npy"))
+
+
+def make_shards(
+    folder: Path,
+    parts: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    make: Callable[[Tensor, Distributed], Mapping[str, Tensor]],
+    made_from: str,
+    group: Distributed,
+) -> Path:
+    """Write arrays in shards into a temporary folder, by all processes; returns that folder.
+
+    `make` gives the rows of a part in each array that `sizes` names, with the size of its codebook.
+    Each process makes shards of its own; only where there are fewer shards than processes, all of
+    them make one together. Shards that an interrupted command finished are kept if they are intact
+    and `made_from` the same.
+    """
+    staging = group.on_main(partial(files.resume_staging, folder, made_from))
+
+    def paths(number: int) -> dict[str, Path]:
+        return {name: shard_path(staging, name, number, len(parts)) for name in sizes}
+
+    def unfinished() -> list[int]:
+        numbers = range(len(parts))
+        return [n for n in numbers if not all(map(files.is_sealed, paths(n).values()))]
+
+    todo, together = group.on_main(unfinished), len(parts) < group.world_size
+    if len(todo) < len(parts):
+        group.print(f"{len(parts) - len(todo)} of {len(parts)} shards were finished before")
+    step, alone = (1, group) if together else (group.world_size, replace(group, world_size=1))
+    for start in range(0, len(todo), step):  # after each, processes wait for one another
+        for position, number in enumerate(todo[start : start + step]):
+            if not together and position != group.rank:
+                continue
+            arrays = make(parts[number], group if together else replace(alone, rank=0))
+            for name, path in paths(number).items() if position == group.rank else ():
+                with files.disk_errors(folder):
+                    np.save(path, arrays[name].cpu().numpy().astype(smallest_type(sizes[name])))
+                    files.seal(path)
+        group.all_gather(None)
+    return staging
 
 
 def smallest_type(codebook_size: int) -> np.dtype:
@@ -178,17 +240,14 @@ def read_indices(
                 "indices and models of one tokenizer, and no --latent_dim with an indices folder"
             )
     files.check_links(path)
-    shards = [
-        open_grids(file, ("N", *meta.shape), meta.codebook_size)
-        for file in sorted(path.glob("indices*.npy"))
-    ]
+    grids = open_grids(path, "indices", meta.shape, meta.codebook_size)
     files.verify(path / MANIFEST)
-    rows, count = read_table(path / MANIFEST)[1], sum(map(len, shards))
-    if not count or len(rows) != count:
+    rows, count = read_table(path / MANIFEST)[1], 0 if grids is None else len(grids)
+    if grids is None or len(rows) != count:
         raise UserError(
             f"{path / MANIFEST} has {len(rows)} rows for {count} grids; make the folder again"
         )
-    return Indices(torch.from_numpy(np.concatenate(shards)), rows, meta)
+    return Indices(grids, rows, meta)
 
 
 def _read_meta(folder: Path) -> IndicesMeta:
@@ -214,7 +273,8 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
     try:
         is_table = tables.accepts(path)
         array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="r")
-        array = array[:, None] if array.ndim == 2 and len(shape) == 3 else array
+        is_flat = array.ndim == 2 and len(shape) == 3 and array.dtype.kind == "f"
+        array = array[:, None] if is_flat else array
     except Exception as error:  # numpy raises nearly every type on a damaged header
         raise UserError(f"{path} is damaged: {one_line(error)}; make it again") from error
     fits = array.dtype in dtypes and array.ndim == len(shape) and array.size > 0
@@ -225,24 +285,36 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
     return array
 
 
-def open_grids(path: Path, shape: tuple[int | str, ...], codebook_size: int) -> np.ndarray:
-    """`open_array` of grids, whose indices must be below the size of the codebook."""
-    grids = open_array(path, shape, [smallest_type(codebook_size)], f"{META} says")
-    if grids.max() >= codebook_size:
-        raise UserError(
-            f"{path} holds the index {grids.max()}, but its codebook has only {codebook_size} "
-            "codes; make it again"
-        )
+def open_grids(
+    folder: Path, array: str, shape: tuple[int | str, ...], codebook_size: int, count: int = 0
+) -> ShardedArray | None:
+    """An array (N, *shape) of an indices folder, whose indices must be below `codebook_size`.
+
+    None without files of it. A UserError for damaged ones, and for another N than `count`, if any.
+    """
+    paths = shards_of(folder, array)
+    size: Any = count if count and len(paths) == 1 else "N"
+    for path in paths:  # one at a time is in memory
+        largest = open_array(path, (size, *shape), [smallest_type(codebook_size)], f"{META} says")
+        if (found := largest.max()) >= codebook_size:
+            raise UserError(
+                f"{path} holds the index {found}, but its codebook has only {codebook_size} "
+                "codes; make it again"
+            )
+    grids = ShardedArray(paths) if paths else None
+    if grids is not None and count not in (0, len(grids)):
+        raise UserError(f"{folder} has {len(grids)} grids in {array}, not {count}; make it again")
     return grids
 
 
 def digest(path: Path) -> str:
     """The SHA-256 of the index files of a folder, or of a text file."""
     path = files.intact_folder(path)
-    shards = sorted(path.glob("indices*.npy")) if path.is_dir() else [path]
+    shards = shards_of(path, "indices") if path.is_dir() else [path]
     if len(shards) == 1:
         return files.sha256(shards[0])
-    return hashlib.sha256("".join(map(files.sha256, shards)).encode()).hexdigest()
+    sums = (files.recorded_sha256(shard) or files.sha256(shard) for shard in shards)
+    return hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def lineage_of(path: Path) -> Lineage:
@@ -280,7 +352,7 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     values = np.stack(grids)
     dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
     rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
-    return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
+    return Indices(ShardedArray([values.astype(dtype).reshape(-1, *shape)]), rows, None)
 
 
 def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.cli import UserError, first_few
-from utils.data.sources import Row, epoch_order
+from utils.data.sources import Row, ShardedArray, epoch_order
 from utils.distributed import ALONE, Distributed
 from utils.evaluation.metrics import SHARE, Estimate, estimate, resample
 from utils.files import CACHE
@@ -60,7 +60,7 @@ class DecodedImages:
     `tokenizer` has decode and config.
     """
 
-    def __init__(self, grids: Tensor, rows: Sequence[Row], tokenizer: Any) -> None:
+    def __init__(self, grids: Tensor | ShardedArray, rows: Sequence[Row], tokenizer: Any) -> None:
         self.grids, self.rows, self._decode = grids, rows, tokenizer.decode
         self.channels, factor = tokenizer.config.in_channels, tokenizer.config.downsampling
         self.size = grids.shape[1] * factor, grids.shape[2] * factor

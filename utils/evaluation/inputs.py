@@ -17,6 +17,7 @@ from utils.cli import UserError, one_line
 from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
+from utils.data.remote import fetch
 from utils.data.sources import Row, open_file, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet
@@ -81,7 +82,7 @@ def read_images(
     flags: argparse.Namespace, flag: str, path: Path | None = None, **options: Any
 ) -> ImageDataset:
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
-    path = path or Path(getattr(flags, flag))
+    path = path or Path(fetch(getattr(flags, flag)))
     if not all(part.exists() for part in expand(path)):
         takes = f"--{flag} takes a CSV of images, or a folder of class folders"
         raise UserError(f"no such CSV file: {path}; {takes}")
@@ -170,7 +171,7 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
         indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
     decoded = DecodedImages(indices.grids, indices.rows, tokenizer.model)
     _check_count(flags, decoded, path)
-    # What was fetched lies in a temporary folder.
+    # What was fetched lies in a cache.
     place = path if path == Path(address) else Path("outputs", *address.split("/")[1:])
     return Samples(decoded, place, digest(path), lineage_of(path))
 

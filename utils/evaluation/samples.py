@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data.sources import Row
+from utils.data.sources import Row, ShardedArray
 from utils.distributed import Distributed
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
@@ -27,7 +27,7 @@ class SampleEvaluator:
     def __init__(
         self,
         tokenizer: LoadedModel | None,
-        grids: Tensor,
+        grids: ShardedArray,
         rows: Sequence[Row],
         train: Tensor,
         held_out: Tensor,

@@ -26,6 +26,12 @@ class TrainingConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     compile: bool = flag(False, "compile the model (torch.compile)")
+    shuffle: str = flag(
+        "auto",
+        "order of an epoch: rows at random, or shards at random and rows within a few of them; "
+        "auto: shards for several files that exceed memory, or hold indices",
+        choices=("auto", "rows", "shards"),
+    )
     batch_size: int = flag(64, "images a step, over all processes and micro-batches", min=1)
     accumulate: int = flag(1, "cut each batch into this many micro-batches, to save memory", min=1)
     checkpoint_activations: bool = flag(False, "recompute activations: less memory, more time")

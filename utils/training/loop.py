@@ -165,6 +165,7 @@ class TrainState:
     `ema.model` is what is evaluated and kept. The gradient norm of an optimiser is logged under
     its name, with gradient_norm for optimizer. `settings` and `parts`: see `CheckpointState`.
     `sign` is -1 where the best model is that with the highest metric, else 1.
+    `starts` are the first rows of the shards of the data, for --shuffle.
     `changed_by_forward` are modules that a forward pass changes already, such as a codebook of
     moving averages; they are restored when a batch is skipped.
     """
@@ -177,6 +178,7 @@ class TrainState:
     settings: dict[str, Any] = field(default_factory=dict)
     sign: int = 1
     parts: dict[str, Any] = field(default_factory=dict)
+    starts: Sequence[int] = ()
     changed_by_forward: Sequence[nn.Module] = ()
     progress: Progress = field(default_factory=Progress)
     averages: Averages = field(default_factory=Averages)
@@ -188,6 +190,8 @@ class TrainState:
             checkpoint_activations(self.model)
         self.ema = EMA(self.model, self.config.ema_decay)
         self.settings = asdict(self.config) | self.settings
+        if self.settings["shuffle"] == "auto":
+            self.settings["shuffle"] = "shards" if len(self.starts) > 1 else "rows"
         self.loss_scale = LossScale(self.settings["precision"])
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
         parts["average"] = self.ema.model if self.config.ema_decay else None
@@ -219,10 +223,11 @@ def batches(
     ends. `load` makes the batches from row numbers of this process for each, and the epoch.
     """
     config, progress, schedule, group = state.config, state.progress, state.schedule, state.group
+    starts = state.starts if state.settings["shuffle"] == "shards" else ()
     start: dict[str, Any] = {"total": schedule.total_steps, "initial": progress.step}
     with ProgressBar(**start, unit=" steps", leave=False, disable=not group.is_main) as bar:
         while progress.step < schedule.total_steps and not out_of_patience(state):
-            order = epoch_order(rows, config.seed, progress.epoch)
+            order = epoch_order(rows, config.seed, progress.epoch, starts)
             epoch = order.split(config.batch_size)[progress.offset : schedule.steps_per_epoch]
             loaded = load([group.shard(x) for x in epoch], progress.epoch)
             for batch_rows in epoch:

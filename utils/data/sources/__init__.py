@@ -18,7 +18,7 @@ import os
 import pkgutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from itertools import compress
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +32,8 @@ from utils.cli import UserError, first_few
 from utils.files import sha256
 
 SPLITS = ("train", "val")
+BLOCK = 4  # shards whose rows are shuffled together
+MAPPED = 128  # files that an array has open: each takes one of the 1,024 of a process
 FILE_COLUMNS = ("image_path", "condition_path")
 
 
@@ -68,6 +70,51 @@ class Rows(Sequence[Row]):
 
     def __eq__(self, other: object) -> bool:
         return [*self] == other
+
+
+class ShardedArray:
+    """Arrays (n, ...), or .npy files of them, one after the other as one (N, ...).
+
+    Files stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
+    map; rows are an integer, a slice, or integers (B,).
+
+    Attributes:
+        shape: (N, ...).
+        starts: (shards,), int64, the first row of each part.
+    """
+
+    def __init__(self, parts: Sequence[Path | np.ndarray]) -> None:
+        self._parts, self._open = parts, lru_cache(MAPPED)(self._read)
+        starts = np.cumsum([0, *map(len, self.parts())])
+        first = self._open(0)
+        self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
+        self.dtype, self.starts = first.dtype, starts[:-1]
+
+    def _read(self, number: int) -> np.ndarray:
+        part = self._parts[number]
+        return np.lib.format.open_memmap(part, mode="r") if isinstance(part, Path) else part
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        first, *others = key if isinstance(key, tuple) else (key,)
+        if isinstance(first, slice):
+            first = range(*first.indices(len(self)))
+        rows = np.atleast_1d(np.asarray(first))
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        found = np.empty((len(rows), *self.shape[1 + len(others) :]), self.dtype)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            chosen = shards == shard
+            places = rows[chosen] - self.starts[shard]
+            found[chosen] = self._open(shard)[(places, *(np.asarray(x)[chosen] for x in others))]
+        return torch.from_numpy(found[0] if isinstance(first, int) else found)
+
+    def parts(self) -> Iterator[np.ndarray]:
+        """The arrays one by one."""
+        return map(self._read, range(len(self._parts)))
 
 
 def column_of(rows: Sequence[Row], name: str) -> Sequence[str]:
@@ -239,9 +286,19 @@ def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor
     return torch.tensor(list(dict.fromkeys([*chosen, *ranks])))
 
 
-def epoch_order(rows: Tensor, seed: int, epoch: int) -> Tensor:
-    """`rows` in the order of one epoch, a function of seed and epoch alone."""
-    return rows[torch.randperm(len(rows), generator=seeded_generator("order", seed, epoch))]
+def epoch_order(rows: Tensor, seed: int, epoch: int, starts: Sequence[int] = ()) -> Tensor:
+    """`rows` in the order of one epoch, a function of seed and epoch alone.
+
+    With the first row of each shard in `starts`, shards are in random order, and rows within
+    blocks of `BLOCK` shards, so that at any time few of them are read.
+    """
+    generator = seeded_generator("order", seed, epoch)
+    order = torch.randperm(len(rows), generator=generator)
+    if len(starts) <= BLOCK:  # a single block
+        return rows[order]
+    blocks = torch.randperm(len(starts), generator=generator) // BLOCK  # of each shard
+    shards = torch.bucketize(rows[order], torch.as_tensor(starts), right=True) - 1
+    return rows[order[blocks[shards].argsort(stable=True)]]
 
 
 def seeded_generator(purpose: str, seed: int, epoch: int) -> torch.Generator:
