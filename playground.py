@@ -267,10 +267,8 @@ def make_page(play: Playground) -> Any:
 
 
 def main(arguments: Namespace) -> None:
-    try:
+    with cli.user_error("the playground needs Gradio; run: pip install gradio", ImportError):
         from gradio import themes
-    except ImportError as error:
-        raise UserError("the playground needs Gradio; run: pip install gradio") from error
     device = distributed.pick_device("auto")
     gpt = load_model(arguments.model_path, GPT, device)
     tokenizer = load_model(arguments.model_dir, VQVAE, device)

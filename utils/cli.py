@@ -13,8 +13,8 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.progress import profiled, silent_unless_main
@@ -43,6 +43,16 @@ INPUTS = (
 
 class UserError(Exception):
     """An error that the user can fix: one line saying what, where, and what to do."""
+
+
+@contextmanager
+def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Raise errors of these kinds as a UserError: `message`, whose %s stands for the error."""
+    try:
+        yield
+    except kinds as error:
+        line = str(error) if isinstance(error, UserError) else one_line(error, limit=400)
+        raise UserError(message.replace("%s", line)) from error
 
 
 class Stopped(Exception):
@@ -347,13 +357,12 @@ def unused(path: Path) -> Path:
     It is created at once, so that of several processes each gets its own.
     """
     check_writable(path)
-    folder = path
-    for number in itertools.count(2):
+    folder, numbers = path, itertools.count(2)
+    while True:
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
-            break
-        folder = path.with_name(f"{path.name}-{number}")
-    return folder
+            return folder
+        folder = path.with_name(f"{path.name}-{next(numbers)}")
 
 
 def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:

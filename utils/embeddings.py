@@ -22,14 +22,12 @@ def main(flags: argparse.Namespace) -> None:
         texts = [row.caption for row in read_table(table)[1]]
     if not any(texts):
         raise cli.UserError(f"{flags.path_to_data or '--prompt'} has no captions; add some")
-    try:
+    text = f"cannot load the text encoder {flags.encoder}: %s; give its folder, and pip install "
+    with cli.user_error(text + "transformers", Exception):  # not installed, offline, unknown, ...
         from transformers import AutoModel, AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(flags.encoder)
         model = AutoModel.from_pretrained(flags.encoder)
-    except Exception as error:  # of many types: not installed, offline, unknown, damaged
-        text = f"cannot load the text encoder {flags.encoder}: {cli.one_line(error)}"
-        raise cli.UserError(f"{text}; give its folder, and pip install transformers") from error
     encoder = model.get_encoder() if model.config.is_encoder_decoder else model
     encoder = getattr(encoder, "text_model", encoder).eval()
     encoder.to(distributed.pick_device(flags.device))

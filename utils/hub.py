@@ -43,10 +43,8 @@ def model_card(folder: Path, title: str, licence: str) -> str:
 
 
 def import_hub() -> Any:
-    try:
+    with cli.user_error("this needs the package: pip install huggingface_hub", ImportError):
         import huggingface_hub
-    except ImportError as error:
-        raise cli.UserError("this needs the package: pip install huggingface_hub") from error
     return huggingface_hub
 
 

@@ -18,12 +18,13 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from utils import files
 from utils.addresses import fetch, without_credentials
-from utils.cli import UserError, command_line, one_line
+from utils.cli import UserError, command_line, user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
 CONFIG, WEIGHTS, PROVENANCE = "config.json", "model.safetensors", "provenance.json"
 LINEAGE = "lineage.json"  # in the output folder of a training and among its artifacts
+JSON_ERRORS = (ValueError, TypeError, AttributeError, RecursionError, UserError)  # of damaged JSON
 
 
 @dataclass(frozen=True)
@@ -108,10 +109,8 @@ def to_json(lineage: Lineage, indent: int | None = None) -> str:
 
 def from_json(text: str, where: str) -> Lineage:
     """The lineage in a text that `to_json` wrote, or a UserError that names its place, `where`."""
-    try:
+    with user_error(f"the lineage of {where} is damaged: %s", *JSON_ERRORS):
         return tuple(files.typed(Stage, value) for value in json.loads(text))
-    except (ValueError, TypeError, AttributeError, RecursionError, UserError) as error:
-        raise UserError(f"the lineage of {where} is damaged: {one_line(error)}") from error
 
 
 @dataclass(frozen=True)
@@ -185,20 +184,16 @@ def load_model(
     files.check_size(folder / CONFIG, files.JSON_BYTES)
     for name in (CONFIG, WEIGHTS, PROVENANCE):
         files.verify(folder / name)
-    try:
+    with user_error(f"cannot read {folder}: %s", OSError, ValueError):
         model = model_class.from_pretrained(folder, device)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {folder}: {one_line(error, limit=400)}") from error
     return LoadedModel(model, files.sha256(folder / WEIGHTS), folder, read_provenance(folder))
 
 
 def read_provenance(folder: Path) -> Provenance:
     """Where the model of a model folder comes from, as far as it is recorded."""
     path = folder / PROVENANCE
-    try:
+    with user_error(f"{path} is damaged: %s", UserError):
         return files.typed(Provenance, files.read_json(path) if path.is_file() else {})
-    except UserError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
 
 
 def png_info(lineage: Lineage, split: Split) -> PngInfo:
@@ -214,13 +209,9 @@ def of_picture(path: Path) -> tuple[Lineage, Split | None]:
 
     A UserError if it is not a PNG file, or what it states is damaged.
     """
-    try:
-        with path.open("rb") as stream:
-            texts = PngImageFile(stream).info
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path} is not a readable PNG file: {one_line(error)}") from error
-    try:
+    text = f"{path} is not a readable PNG file: %s"
+    with user_error(text, OSError, SyntaxError, ValueError), path.open("rb") as stream:
+        texts = PngImageFile(stream).info
+    with user_error(f"the split of the data in {path} is damaged: %s", *JSON_ERRORS):
         split = files.typed(Split, json.loads(texts[SPLIT_KEY])) if SPLIT_KEY in texts else None
-    except (ValueError, TypeError, AttributeError, UserError) as error:
-        raise UserError(f"the split of the data in {path} is damaged: {error}") from error
     return from_json(texts.get(PNG_KEY, "[]"), str(path)), split

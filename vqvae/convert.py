@@ -171,13 +171,11 @@ def import_checkpoint(arguments: argparse.Namespace) -> None:
             "most published models, or that of your images"
         )
     settings |= {"quantizer": arguments.quantizer} if arguments.quantizer else {}
-    try:
+    with cli.user_error(f"{path}: %s", ValueError):
         model, ignored = formats.import_weights(project, state, size, settings)
         if content and (line := contradiction(WRITERS[project](model.config), content)):
             raise ValueError(line)
         model.config = replace(model.config, image_size=arguments.image_size or size)
-    except ValueError as error:
-        raise cli.UserError(f"{path}: {error}") from error
     if "quantize.used" in ignored:
         print("warning: the checkpoint's remap of used codes is ignored")
     print(f"ignored, not part of the model: {cli.first_few(ignored + outside) or 'nothing'}")
@@ -216,10 +214,8 @@ def export_checkpoint(arguments: argparse.Namespace) -> None:
     project, folder = arguments.target, Path(arguments.output_dir)
     loaded = load_model(arguments.checkpoint, VQVAE)
     config = loaded.model.config
-    try:
+    with cli.user_error(f"{loaded.folder}: %s", ValueError):
         state = formats.export_weights(project, loaded.model)
-    except ValueError as error:
-        raise cli.UserError(f"{loaded.folder}: {error}") from error
     if project == "diffusers":
         content = {"config.json": write_diffusers(config), DIFFUSERS_WEIGHTS: state}
         files.write_folder(folder, content)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, user_error
 from utils.data.vocabulary import TextMeta
 from utils.progress import warn
 
@@ -23,10 +23,8 @@ MISSING = (
 
 def train_tokenizer(captions: Sequence[str], length: int | None) -> TextMeta:
     """The text tokens of captions, a function of the set of them; length None: of the longest."""
-    try:
+    with user_error(MISSING, ImportError):
         from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-    except ImportError as error:
-        raise UserError(MISSING) from error
     bpe = Tokenizer(models.BPE())
     steps = normalizers.NFC(), normalizers.Lowercase(), normalizers.Strip()
     bpe.normalizer = normalizers.Sequence([*steps])
@@ -51,18 +49,15 @@ def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
     """
     if meta is None:
         return None
-    try:
+    with user_error(MISSING, ImportError):
         from tokenizers import Tokenizer
-
+    # The library raises no other type.
+    with user_error("the tokenizer of the captions is damaged: %s", Exception):
         bpe: Any = Tokenizer.from_str(meta.tokenizer)
         bpe.enable_truncation(meta.length)
         bpe.enable_padding(length=meta.length, pad_id=meta.vocabulary_size)
         encoded = bpe.encode_batch([text.encode(errors="replace").decode() for text in captions])
         largest = max(bpe.get_vocab().values())
-    except ImportError as error:
-        raise UserError(MISSING) from error
-    except Exception as error:  # the library raises no other type
-        raise UserError(f"the tokenizer of the captions is damaged: {one_line(error)}") from error
     if largest >= meta.vocabulary_size:
         raise UserError("the tokenizer of the captions is damaged: it has more tokens than it says")
     if cut := sum(bool(text.overflowing) for text in encoded):

@@ -46,14 +46,10 @@ def write_download(name: str, folder: Path) -> None:
 
     class_name, address = DOWNLOADS[name]
     make, cache = getattr(datasets, class_name), folder / "download"
+    text = f"cannot download {name} from {address} (%s); go online, or put torchvision's files "
     for split in ("train", "test"):
-        try:
+        with cli.user_error(f"{text}into {cache}", RuntimeError, OSError):
             dataset = make(cache, train=split == "train", download=True)
-        except (RuntimeError, OSError) as error:
-            raise cli.UserError(
-                f"cannot download {name} from {address} ({error}); go online, or put torchvision's "
-                f"files into {cache}"
-            ) from error
         items = (
             (Row(f"{number:05}.png", dataset.classes[label].split(" - ")[0], ""), image)
             for number, (image, label) in enumerate(dataset)
@@ -77,20 +73,17 @@ def emoji(package: Path) -> list[Item]:
 
     A UserError for another file.
     """
-    try:
-        with tarfile.open(package) as archive:
-            names = ("package/emoji.json", "package/img/google/64/")
-            files = {
-                Path(member.name).name: file.read()
-                for member in archive
-                if member.name.startswith(names) and (file := archive.extractfile(member))
-            }
+    text = f"cannot read {package} (%s); download it there by npm pack "
+    text += "emoji-datasource-google@16.0.0"
+    kinds = OSError, EOFError, tarfile.TarError, KeyError, ValueError
+    with cli.user_error(text, *kinds), tarfile.open(package) as archive:
+        names = ("package/emoji.json", "package/img/google/64/")
+        files = {
+            Path(member.name).name: file.read()
+            for member in archive
+            if member.name.startswith(names) and (file := archive.extractfile(member))
+        }
         described = json.loads(files.pop("emoji.json"))
-    except (OSError, EOFError, tarfile.TarError, KeyError, ValueError) as error:
-        raise cli.UserError(
-            f"cannot read {package} ({cli.one_line(error)}); download it there by npm pack "
-            "emoji-datasource-google@16.0.0"
-        ) from error
     rows = []
     for one in described:
         name, label = one["name"].lower(), one["category"]

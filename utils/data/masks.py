@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, user_error
 from utils.data.decoding import complaint, open_image
 from utils.data.images import ImageDataset
 
@@ -38,14 +38,12 @@ class KnownPixels(NamedTuple):
         """
         if not (folder / KNOWN).is_file():
             return None
-        try:
-            with np.load(folder / KNOWN, allow_pickle=False) as arrays:
-                masks, paths = torch.from_numpy(arrays["masks"]), arrays["image_paths"].tolist()
+        text = f"{folder / KNOWN} is damaged: %s; complete the images again"
+        # numpy raises nearly every type on a damaged file.
+        with user_error(text, Exception), np.load(folder / KNOWN, allow_pickle=False) as arrays:
+            masks, paths = torch.from_numpy(arrays["masks"]), arrays["image_paths"].tolist()
             if masks.dtype != torch.bool or masks.dim() != 3 or len(masks) not in (1, len(paths)):
                 raise ValueError(f"masks are {tuple(masks.shape)} for {len(paths)} images")
-        except Exception as error:  # numpy raises nearly every type on a damaged file
-            text = f"{folder / KNOWN} is damaged: {one_line(error)}; complete the images again"
-            raise UserError(text) from error
         return cls(masks, paths)
 
     def rows_in(self, data: ImageDataset) -> Tensor:

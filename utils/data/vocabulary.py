@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError, first_few
+from utils.cli import UserError, first_few, user_error
 from utils.files import read_json, typed, verify
 
 FILE = "vocabulary.json"
@@ -145,10 +145,8 @@ class Vocabulary(GridMeta):
         pairs: Any = (self, data), (self.condition, data.condition)
         for before, now in (pair for pair in pairs if None not in pair):
             same_size = replace(now, latent_dim=before.latent_dim)
-            try:
+            with user_error("%s, or add --reset_embeddings", UserError):
                 before.check_tokenizer(now.tokenizer_sha256, path, same_size, folder)
-            except UserError as error:
-                raise UserError(f"{error}, or add --reset_embeddings") from error
 
     def content(self) -> dict[str, Any]:
         """The values in vocabulary.json."""
@@ -169,7 +167,5 @@ def read_vocabulary(path: str | Path) -> Vocabulary:
     file = find_vocabulary(path)
     verify(file)
     values = {name: x for name, x in read_json(file).items() if name not in DERIVED}
-    try:
+    with user_error(f"{file} is not a vocabulary: %s", UserError):
         return typed(Vocabulary, values)
-    except UserError as error:
-        raise UserError(f"{file} is not a vocabulary: {error}") from error

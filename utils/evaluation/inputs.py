@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import addresses, cli, provenance
-from utils.cli import UserError, one_line
+from utils.cli import UserError, one_line, user_error
 from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
@@ -47,14 +47,13 @@ class PixelImages:
             raise UserError("--image_size cannot be combined with an .npz; leave it out")
         if channels == 4:
             raise UserError(f"{path} has no transparency, which the tokenizer has; give PNG files")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                pixels = arrays["arr_0"]
+        text = f"{path} is not a valid .npz of samples, arr_0 of uint8 (N, H, W, 3): %s; "
+        text += "write it again"
+        # numpy raises nearly every type on a damaged file.
+        with user_error(text, Exception), np.load(path, allow_pickle=False) as arrays:
+            pixels = arrays["arr_0"]
             if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3:
                 raise ValueError(f"arr_0 is {pixels.dtype} {pixels.shape}")
-        except Exception as error:  # numpy raises nearly every type on a damaged file
-            text = f"{path} is not a valid .npz of samples, arr_0 of uint8 (N, H, W, 3)"
-            raise UserError(f"{text}: {one_line(error)}; write it again") from error
         self.pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)[:, :channels]
         self.channels, self.size, self.files = channels or 3, pixels.shape[1:3], [path]
         self.rows = [Row(f"{number:05}.png", "", "") for number in range(len(pixels))]

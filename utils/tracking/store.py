@@ -20,7 +20,7 @@ from urllib.request import url2pathname
 from PIL import Image
 
 from utils.addresses import OUTPUT_TAG, find_run, tracking_uri, without_credentials
-from utils.cli import UserError, command_line
+from utils.cli import UserError, command_line, user_error
 from utils.progress import warn
 from utils.provenance import LINEAGE, Lineage, to_json
 from utils.tracking.sync import TABLES, Event, is_refusal
@@ -115,11 +115,9 @@ def create_run(
     command = without_credentials(command_line())
     note = f"```\n{command}\n```\n\nOutput folder: `{output_dir}`"
     tags = {NOTE: note, OUTPUT_TAG: str(output_dir.resolve()), **tags}
-    try:
+    with user_error("MLFLOW_TAGS must be a JSON object of tags: %s", ValueError, AttributeError):
         given = json.loads(os.environ.get("MLFLOW_TAGS") or "{}")
         tags |= {key: str(value) for key, value in given.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"MLFLOW_TAGS must be a JSON object of tags: {error}") from error
     run_id = os.environ.get("MLFLOW_RUN_ID")
     parent = find_run(run_id, client) if run_id else None
     nested = os.environ.get("MLFLOW_NESTED_RUN", "").lower() in ("1", "true")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, user_error
 from utils.data.finding import SPLIT_NAMES
 from utils.data.sources import Row, Rows, check_rows, column_name
 
@@ -81,12 +81,11 @@ def _open(path: Path) -> tuple[Any, Any, str, list[int]]:
     """The metadata of a Parquet file, or an Arrow table that is mapped into memory; the schema, the
     column of images ("": none), and the first row of each row group, and last the number of rows.
     """
-    try:
+    with user_error(f"{path} needs the package pyarrow: pip install pyarrow", ImportError):
         import pyarrow as pa
         from pyarrow import parquet
-    except ImportError as error:
-        raise UserError(f"{path} needs the package pyarrow: pip install pyarrow") from error
-    try:
+    text = f"cannot read {path} (%s); write or download it again"
+    with user_error(text, pa.ArrowException, OSError):
         if path.suffix == ".parquet":
             file = parquet.read_metadata(path)
             schema, groups = file.schema.to_arrow_schema(), range(file.num_row_groups)
@@ -96,9 +95,6 @@ def _open(path: Path) -> tuple[Any, Any, str, list[int]]:
             open_arrow = pa.ipc.open_file if is_file else pa.ipc.open_stream
             file = open_arrow(pa.memory_map(str(path))).read_all()
             schema, sizes = file.schema, [len(file)]
-    except (pa.ArrowException, OSError) as error:
-        text = f"cannot read {path} ({one_line(error)}); write or download it again"
-        raise UserError(text) from error
     image = next((field.name for field in schema if IMAGES.match(str(field.type))), "")
     return file, schema, image, [*accumulate(sizes, initial=0)]
 
@@ -116,11 +112,9 @@ def _read(path: Path, columns: list[str], group: int | None = None) -> Any:
 
 def _texts(path: Path, table: Any, name: str) -> list[str]:
     """A column as text; numbers of classes as their names, where Hugging Face datasets has them."""
-    try:
+    text = f"{path}: column {name} is {table[name].type}; use text or whole numbers"
+    with user_error(text, NotImplementedError):
         values = ["" if x is None else x for x in table[name].cast("string").to_pylist()]
-    except NotImplementedError as error:
-        kind = table[name].type
-        raise UserError(f"{path}: column {name} is {kind}; use text or whole numbers") from error
     try:
         features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
         names = dict(enumerate(features[name]["names"])) | {-1: ""}
