@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from utils import cli, distributed, figures, tracking
 from utils.data import sources
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
-from utils.data.remote import fetch
 from utils.distributed import ALONE, Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
@@ -190,7 +189,7 @@ def about_run(
     params["latent_dim"] = config.latent_dim
     name = f"tokenizer-{config.quantizer}-K{config.codebook_size}-f{config.downsampling}"
     about: dict[str, Any] = {"name": tracking.name_of(flags, name), "flags": flags}
-    about |= {"stage": "tokenizer", "params": params, "inputs": {data: sources.digest(fetch(data))}}
+    about |= {"stage": "tokenizer", "params": params, "inputs": {data: sources.digest(data)}}
     if start is not None:
         about["inputs"][settings["init_from"]] = start.sha256
         about["upstream"] = start.lineage

@@ -1,33 +1,23 @@
 """Addresses of models and data: a path, runs:/<run id>/<file>, models:/<name>@<alias>, or a URL.
 
 `fetch` turns each of them into a local path. MLflow and fsspec are imported when first needed.
-URLs are those of fsspec: s3://bucket/folder, gs://..., https://host/file, or hf://datasets/<name>,
-which is a folder of Parquet files (of other data sets on the hub: hf://datasets/<name>@~parquet).
-What they name is downloaded in whole into a cache on this machine: REMOTE_CACHE is its folder, and
-REMOTE_CACHE_GIB its limit.
 """
 
-import fcntl
 import functools
-import glob
-import hashlib
 import importlib
-import json
 import logging
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from utils.cli import UserError, one_line
-from utils.files import CACHE, TEMPORARY
-from utils.progress import ProgressBar
 
 MLFLOW = ("runs:/", "models:/")
 OUTPUT_TAG = "output_dir"  # the tag of a training's run that holds its output folder
@@ -39,21 +29,13 @@ QUIET = {
     "mlflow.tracking.context": logging.ERROR,  # no git
     "urllib3.connectionpool": logging.ERROR,  # one line per attempt
 }
-URL = re.compile(r"[a-z][a-z0-9+]*://")
-CACHE_GIB = 100
-# What a file system states about a file that changes with its content, in lower case.
-STATE = {"size", "etag", "mtime", "created", "lastmodified", "last-modified", "last_modified"}
-STATE |= {"updated", "generation", "blob_id", "md5hash", "content-md5", "digest"}
 SECRET = r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"
 
 
 def fetch(address: str) -> Path:
     """The local path of an address, downloaded if it is not local; a UserError if that fails."""
     if not address.startswith(MLFLOW):
-        if not URL.match(address):
-            return Path(address)
-        root, _, name = address.rstrip("/").rpartition("/")
-        return fetch_files(root, (name,)) / local_name(root, name)
+        return _download(address) if re.match(r"[a-z][a-z0-9+]*://", address) else Path(address)
     parts = address.split("/")[1:]
     if re.search(r"[%?#\\\x00-\x1f]", address) or {".", ".."} & set(parts) or "" in parts[:-1]:
         raise UserError(
@@ -68,122 +50,19 @@ def fetch(address: str) -> Path:
         return Path(mlflow.artifacts.download_artifacts(artifact_uri=address, tracking_uri=uri))
 
 
-def local_name(root: str, name: str) -> str:
-    """The local name of a file below a URL: without a query."""
-    return re.sub(r"[?#].*", "", name) if root.startswith("http") else name
-
-
 @functools.cache
-def fetch_files(root: str, names: tuple[str, ...]) -> Path:
-    """A local folder in the place of the URL `root`, with the files and folders `names` below it.
-
-    Names may be patterns. The folder is found again, also by other processes, as long as each
-    remote file has the same size, date and ETag; an interrupted download continues. A UserError if
-    something is missing or cannot be reached, or the cache is too small for it.
-    """
+def _download(url: str) -> Path:
+    """Download a file or a folder by fsspec, once per process."""
     import fsspec
     from fsspec.implementations.local import LocalFileSystem
 
-    where, options = without_credentials(f"{root}/{names[0]}"), {}
-    with store_errors(f"cannot fetch {where}", how_to_reach), ThreadPool(8) as pool:
-        if root.startswith("http"):
-            from aiohttp import ClientTimeout
-
-            limits = ClientTimeout(total=None, connect=60, sock_read=60)  # fsspec's total is 300 s
-            options["client_kwargs"] = {"timeout": limits}
-        system, base = fsspec.url_to_fs(root, **options)
+    with store_errors(f"cannot fetch {without_credentials(url)}"):
+        system, path = fsspec.url_to_fs(url)
         if isinstance(system, LocalFileSystem):
-            return Path(base)
-        is_pattern = not root.startswith("http") and any(map(glob.has_magic, names))
-        paths = [f"{base}/{name}" for name in names]
-        paths = [x for path in paths for x in system.glob(path)] if is_pattern else paths
-        info, files = functools.partial(_info, system), {}
-        for path, about in zip(paths, pool.map(info, paths), strict=True):
-            found = {about["name"]: about}
-            if about["type"] == "directory":
-                found = system.find(path, detail=True)
-            for name, file in found.items():
-                relative = f"{path}{name.removeprefix(about['name'])}".removeprefix(f"{base}/")
-                files[os.path.normpath(local_name(root, relative))] = file
-        if not files:
-            raise FileNotFoundError(where)
-        if outside := [x for x in files if x.startswith(("..", "/"))]:
-            raise UserError(f"{where}: {outside[0]} leads out of its folder; leave it out")
-        state = [
-            [name, {key: str(x) for key, x in files[name].items() if key.lower() in STATE}]
-            for name in sorted(files)
-        ]
-        key = hashlib.sha256(json.dumps([without_credentials(root), state]).encode()).hexdigest()
-        cache = Path(os.environ.get("REMOTE_CACHE") or CACHE / "remote").absolute()
-        folder, staging = cache / key[:16], cache / f"{key[:16]}{TEMPORARY}"
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_suffix(".lock")):
-            if not folder.exists():
-                _make_room(cache, where, sum(x.get("size") or 0 for x in files.values()), staging)
-                get = functools.partial(_download, system, staging)
-                bar = {"total": len(files), "desc": "downloading", "unit": " files"}
-                for _ in ProgressBar(pool.imap(get, files.items()), **bar, leave=False, delay=1):
-                    pass
-                staging.rename(folder)
-            os.utime(folder)
-            with suppress(OSError):  # until this process ends, it is in use
-                fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_SH)
-        return folder
-
-
-def _info(system: Any, path: str) -> dict[str, Any]:
-    try:
-        return system.info(path)
-    except FileNotFoundError as error:  # of which some file systems state the path alone
-        raise FileNotFoundError(f"no such file or folder: {path}") from error
-
-
-def _download(system: Any, staging: Path, file: tuple[str, dict[str, Any]]) -> None:
-    """Download a file to its name in a folder, unless it is there."""
-    target, about = staging / file[0], file[1]
-    if target.exists():
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}{TEMPORARY}")
-    system.get_file(about["name"], str(part))
-    size = part.stat().st_size
-    if about.get("size") not in (None, size):
-        raise OSError(f"{file[0]} ended after {size:,} of {about['size']:,} bytes")
-    part.replace(target)
-
-
-def _make_room(cache: Path, where: str, size: int, staging: Path) -> None:
-    """Remove what was used longest ago, and is not in use, until `size` bytes more fit."""
-    limit = float(os.environ.get("REMOTE_CACHE_GIB") or CACHE_GIB) * 2**30
-    others = sorted({x for x in cache.iterdir() if x.is_dir()} - {staging}, key=os.path.getmtime)
-    sizes = {x: sum(file.stat().st_size for file in x.rglob("*")) for x in others}
-    for old in others if size <= limit else ():
-        if sum(sizes.values()) + size <= limit:
-            break
-        with suppress(OSError, Timeout), FileLock(old.with_suffix(".lock"), timeout=0):
-            handle = os.open(old, os.O_RDONLY)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(old)
-                del sizes[old]
-            finally:
-                os.close(handle)
-    if sum(sizes.values()) + size > limit:
-        used, most = sum(sizes.values()) / 2**30, f"{limit / 2**30:.3g} GiB"
-        raise UserError(
-            f"{where} takes {size / 2**30:.3g} GiB, but {used:.3g} of {most} in {cache} are in "
-            "use; raise REMOTE_CACHE_GIB, or name a larger disk in REMOTE_CACHE"
-        )
-
-
-def how_to_reach(error: str) -> str:
-    """What to do about an error of a file system."""
-    if "nstall" in error:  # fsspec names the package
-        return "pip install that package"
-    return (
-        "check the address, the network, and the credentials that its storage takes from the "
-        "environment, such as AWS_ACCESS_KEY_ID or HF_TOKEN"
-    )
+            return Path(path)
+        target = Path(tempfile.mkdtemp(prefix="fetched-")) / Path(path).name
+        system.get(path, str(target), recursive=system.isdir(path))
+        return target
 
 
 def tracking_uri() -> str:

@@ -94,7 +94,7 @@ def expand(path: str | Path) -> dict[Path, str]:
     """
     names, found = [str(path)], []
     if not os.path.exists(path):
-        names = expand_braces(f"{{{path}}}")
+        names = _expand_braces(f"{{{path}}}")
     for name in names:
         matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches and (len(names) > 1 or glob.has_magic(name)):
@@ -105,7 +105,7 @@ def expand(path: str | Path) -> dict[Path, str]:
     return {x: next(filter(None, map(SPLIT_NAMES.get, two)), "") for x, two in words}
 
 
-def expand_braces(text: str) -> list[str]:
+def _expand_braces(text: str) -> list[str]:
     """a{1,2}b -> a1b, a2b; {08..10} -> 08, 09, 10."""
     braces = re.search(r"\{([^{}]*)\}", text)
     if braces is None:
@@ -115,7 +115,7 @@ def expand_braces(text: str) -> list[str]:
         first, last = numbers.groups()
         parts = [f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1)]
     texts = (f"{text[: braces.start()]}{part}{text[braces.end() :]}" for part in parts)
-    return [name for text in texts for name in expand_braces(text)]
+    return [name for text in texts for name in _expand_braces(text)]
 
 
 def _containers_in(folder: str) -> list[Path]:

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
-from utils.data.remote import fetch
 from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.progress import ProgressBar
@@ -109,7 +108,7 @@ class ImageDataset:
         """Read the rows, check the header of every file, and decode all if they fit into memory.
 
         Args:
-            path: of a data source, such as a CSV; also a URL.
+            path: of a data source, such as a CSV.
             config: how files are read. To find up to `skip_bad_images` bad ones before training,
                 images that do not fit into memory are decoded once as well.
             column: image_path, or condition_path for the conditioning images.
@@ -124,8 +123,8 @@ class ImageDataset:
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
         missing column, and a worker that dies.
         """
-        self.path, config = Path(fetch(str(path))), config or ImageConfig()
-        self.rows = read_rows(self.path, allow_outside_paths=config.allow_outside_paths)
+        self.path, config = Path(path), config or ImageConfig()
+        self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
         self._column, self._skippable = column, config.skip_bad_images
         if not all(column_of(self.rows, column)):
             raise UserError(f"{path} has no column {column}; add it, with a file for each image")

@@ -17,7 +17,6 @@ from utils.cli import UserError, one_line, user_error
 from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
-from utils.data.remote import fetch
 from utils.data.sources import Row, open_file, split_rows
 from utils.evaluation.distances import DENSITY_K
 from utils.evaluation.features import DecodedImages, FeatureNetwork, Images, ImageSet
@@ -81,7 +80,7 @@ def read_images(
     flags: argparse.Namespace, flag: str, path: Path | None = None, **options: Any
 ) -> ImageDataset:
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
-    path = path or Path(fetch(getattr(flags, flag)))
+    path = path or Path(getattr(flags, flag))
     if not all(part.exists() for part in expand(path)):
         takes = f"--{flag} takes a CSV of images, or a folder of class folders"
         raise UserError(f"no such CSV file: {path}; {takes}")

@@ -19,7 +19,6 @@ from torch import Tensor
 from utils import cli, figures
 from utils.cli import first_few
 from utils.data.images import ImageDataset
-from utils.data.remote import fetch
 from utils.data.sources import Row, column_of, digest
 from utils.evaluation import distances, features, metrics
 from utils.evaluation.features import DecodedImages, ImageSet, Settings, extract_features
@@ -99,7 +98,7 @@ def protocol(flags: argparse.Namespace, dataset: ImageDataset) -> dict[str, Any]
         "channels": dataset.channels,
         "preprocessing": "resized to cover the size, cut in the middle, values to [-1, 1]",
         **paths,
-        **{f"{name}_sha256": digest(fetch(path)) for name, path in paths.items()},
+        **{f"{name}_sha256": digest(path) for name, path in paths.items()},
         "seed": flags.seed,
         "interval": f"value +- {metrics.WIDTH} standard errors of {metrics.REPLICATES} bootstrap "
         "resamples, cut at the bounds of the metric",
