@@ -5,7 +5,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from utils import addresses
 from utils.cli import UserError, one_line
 from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
 from utils.data.indices import open_array, read_indices, smallest_type
-from utils.data.sources import Row, ShardedArray
+from utils.data.sources import Row
 from utils.data.vocabulary import GridMeta, Vocabulary
 
 
 class Conditions(NamedTuple):
     """Conditioning grids (N, hc, wc) of any integer type or None, and the row of each."""
 
-    grids: Tensor | ShardedArray | None
+    grids: Any  # a ShardedArray as loaded, a Tensor once chosen
     rows: Sequence[Row]
 
 

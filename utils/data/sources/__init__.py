@@ -80,7 +80,7 @@ class ShardedArray:
 
     Attributes:
         shape: (N, ...).
-        starts: (shards,), int64, the first row of each part.
+        starts: the first row of each part.
     """
 
     def __init__(self, parts: Sequence[Path | np.ndarray]) -> None:
@@ -88,7 +88,7 @@ class ShardedArray:
         starts = np.cumsum([0, *map(len, self.parts())])
         first = self._open(0)
         self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
-        self.dtype, self.starts = first.dtype, starts[:-1]
+        self.dtype, self.starts = first.dtype, starts[:-1].tolist()
 
     def _read(self, number: int) -> np.ndarray:
         part = self._parts[number]
