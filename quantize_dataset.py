@@ -172,7 +172,7 @@ def main(arguments: argparse.Namespace) -> None:
             dataset.write_skipped(output_dir)
             run.folder(output_dir, name)
     if group.is_main:
-        grids = sources.ShardedArray(indices.shards_of(output_dir, "indices"))
+        grids = indices.read_indices(output_dir, depth=None).grids
         counts = sum(model.quantizer.count(grids[rows].int()) for rows in parts)
         perplexity = metrics.codebook_metrics(counts)["perplexity"]
         print(

@@ -9,7 +9,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +63,7 @@ class IndexDataset:
         conditions: (N, hc, wc) of any integer type, memory-mapped, or None.
         embeddings: (N, L, D) of any floating-point type, memory-mapped, or None.
         captions: (N, L), their text tokens, or None.
+        shard_starts: the first row of each file of grids.
         train_rows, val_rows: row numbers.
     """
 
@@ -98,6 +98,7 @@ class IndexDataset:
             config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
+        self.shard_starts: Sequence[int] = getattr(self.grids, "starts", (0,))
         self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
         self.conditions, self.embeddings = read_conditions(path, indices), None
         if embeddings:
@@ -141,9 +142,11 @@ class IndexDataset:
     def arrays(self) -> Iterator[np.ndarray]:
         """All indices that a training reads, and some of the embeddings."""
         some = None if self.embeddings is None else self.embeddings[:: len(self.rows) // 1000 + 1]
-        on_disk = [x for x in (self.grids, self.conditions, self._crops) if x is not None]
-        yield from chain.from_iterable(x.parts() for x in on_disk)
-        yield from (np.asarray(x) for x in (self.captions, some) if x is not None)
+        for x in (self.grids, self.conditions, self._crops, self.captions, some):
+            if isinstance(x, ShardedArray):
+                yield from x.parts()
+            elif x is not None:
+                yield np.asarray(x)
 
     def prefix_inputs(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Classes (B,) and, where there are any, the other `make_prefix` arguments, in order."""
@@ -172,7 +175,7 @@ def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor
     return torch.randint(num_crops, (num_rows,), generator=seeded_generator("crops", seed, epoch))
 
 
-def read_crops(folder: Path, indices: Indices) -> ShardedArray | None:
+def read_crops(folder: Path, indices: Indices) -> Tensor | ShardedArray | None:
     """The crops of an indices folder, memory-mapped; None where it has none."""
     if indices.meta is None:
         return None
@@ -180,7 +183,7 @@ def read_crops(folder: Path, indices: Indices) -> ShardedArray | None:
     return open_grids(folder, CROPS, shape, indices.meta.codebook_size, len(indices.rows))
 
 
-def read_conditions(folder: Path, indices: Indices) -> ShardedArray | None:
+def read_conditions(folder: Path, indices: Indices) -> Tensor | ShardedArray | None:
     """The conditions of an indices folder, memory-mapped; None where it has none."""
     meta = indices.meta.condition if indices.meta is not None else None
     if meta is None:

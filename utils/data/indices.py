@@ -62,7 +62,7 @@ class Indices(NamedTuple):
     `meta` is None for a plain text file.
     """
 
-    grids: ShardedArray
+    grids: Tensor | ShardedArray
     rows: Sequence[Row]
     meta: IndicesMeta | None
 
@@ -98,7 +98,8 @@ def new_folder(
         write_table(staging / MANIFEST, [*columns], zip(*columns.values(), strict=True))
         if text:
             with (staging / "indices.txt").open("w") as file:
-                for shard in ShardedArray(shards_of(staging, "indices")).parts():
+                for path in shards_of(staging, "indices"):
+                    shard = np.load(path, mmap_mode="r", allow_pickle=False)
                     np.savetxt(file, shard.reshape(len(shard), -1), fmt="%d")
         (staging / META).write_text(json.dumps(asdict(meta), indent=2) + "\n")
 
@@ -272,7 +273,7 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
     files.verify(path)
     try:
         is_table = tables.accepts(path)
-        array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="r")
+        array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="c")
         is_flat = array.ndim == 2 and len(shape) == 3 and array.dtype.kind == "f"
         array = array[:, None] if is_flat else array
     except Exception as error:  # numpy raises nearly every type on a damaged header
@@ -287,7 +288,7 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
 
 def open_grids(
     folder: Path, array: str, shape: tuple[int | str, ...], codebook_size: int, count: int = 0
-) -> ShardedArray | None:
+) -> Tensor | ShardedArray | None:
     """An array (N, *shape) of an indices folder, whose indices must be below `codebook_size`.
 
     None without files of it. A UserError for damaged ones, and for another N than `count`, if any.
@@ -295,14 +296,16 @@ def open_grids(
     paths = shards_of(folder, array)
     size: Any = count if count and len(paths) == 1 else "N"
     for path in paths:  # one at a time is in memory
-        largest = open_array(path, (size, *shape), [smallest_type(codebook_size)], f"{META} says")
-        if (found := largest.max()) >= codebook_size:
+        one = open_array(path, (size, *shape), [smallest_type(codebook_size)], f"{META} says")
+        if (found := one.max()) >= codebook_size:
             raise UserError(
                 f"{path} holds the index {found}, but its codebook has only {codebook_size} "
                 "codes; make it again"
             )
-    grids = ShardedArray(paths) if paths else None
-    if grids is not None and count not in (0, len(grids)):
+    if not paths:
+        return None
+    grids = torch.from_numpy(one) if len(paths) == 1 else ShardedArray(paths)
+    if count not in (0, len(grids)):
         raise UserError(f"{folder} has {len(grids)} grids in {array}, not {count}; make it again")
     return grids
 
@@ -352,7 +355,7 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     values = np.stack(grids)
     dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
     rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
-    return Indices(ShardedArray([values.astype(dtype).reshape(-1, *shape)]), rows, None)
+    return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
 
 
 def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ class SampleEvaluator:
     def __init__(
         self,
         tokenizer: LoadedModel | None,
-        grids: ShardedArray,
+        grids: Tensor | ShardedArray,
         rows: Sequence[Row],
         train: Tensor,
         held_out: Tensor,

@@ -73,9 +73,9 @@ class Rows(Sequence[Row]):
 
 
 class ShardedArray:
-    """Arrays (n, ...), or .npy files of them, one after the other as one (N, ...).
+    """Several .npy files of arrays (n, ...), one after the other as one (N, ...).
 
-    Files stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
+    They stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
     map; rows are an integer, a slice, or integers (B,).
 
     Attributes:
@@ -83,16 +83,15 @@ class ShardedArray:
         starts: the first row of each part.
     """
 
-    def __init__(self, parts: Sequence[Path | np.ndarray]) -> None:
-        self._parts, self._open = parts, lru_cache(MAPPED)(self._read)
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._paths, self._open = paths, lru_cache(MAPPED)(self._read)
         starts = np.cumsum([0, *map(len, self.parts())])
         first = self._open(0)
         self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
         self.dtype, self.starts = first.dtype, starts[:-1].tolist()
 
     def _read(self, number: int) -> np.ndarray:
-        part = self._parts[number]
-        return np.lib.format.open_memmap(part, mode="r") if isinstance(part, Path) else part
+        return np.lib.format.open_memmap(self._paths[number], mode="r")
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -114,7 +113,7 @@ class ShardedArray:
 
     def parts(self) -> Iterator[np.ndarray]:
         """The arrays one by one."""
-        return map(self._read, range(len(self._parts)))
+        return map(self._read, range(len(self._paths)))
 
 
 def column_of(rows: Sequence[Row], name: str) -> Sequence[str]:
