@@ -6,7 +6,6 @@ if __name__ == "__main__":
     start_script()
 
 import argparse
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,16 +137,19 @@ def choose_batch_size(
 
 
 def read_inputs(
-    arguments: argparse.Namespace, models: Mapping[str, LoadedModel | None]
+    flags: argparse.Namespace,
+    gpt: LoadedModel,
+    guide: LoadedModel | None,
+    tokenizer: LoadedModel | None,
 ) -> dict[str, str]:
     """What is read, by address: the SHA-256 of each."""
+    models = {flags.model_path: gpt, flags.guide_path: guide, flags.model_dir: tokenizer}
     inputs = {address: model.sha256 for address, model in models.items() if model is not None}
-    if arguments.vocabulary_path:
-        file = find_vocabulary(addresses.fetch(arguments.vocabulary_path))
-        gpt = models[arguments.model_path]
+    if flags.vocabulary_path:
+        file = find_vocabulary(addresses.fetch(flags.vocabulary_path))
         is_part = file.resolve().parent == gpt.folder.resolve()
-        inputs[arguments.vocabulary_path] = gpt.sha256 if is_part else sha256(file)
-    for address in filter(None, (arguments.complete, arguments.conditions, arguments.embeddings)):
+        inputs[flags.vocabulary_path] = gpt.sha256 if is_part else sha256(file)
+    for address in filter(None, (flags.complete, flags.conditions, flags.embeddings)):
         inputs[address] = indices.digest(addresses.fetch(address))
     return inputs
 
@@ -178,13 +180,13 @@ def sample(
         out.copy_(sampling.complete(model, prefix, known.grids, known.masks, **options))
 
 
+@torch.inference_mode()
 def picture_of(known: Known, completed: Tensor, tokenizer: VQVAE) -> Image.Image:
     """Known (the rest grey), completed and original, side by side, of the first images."""
     device = next(tokenizer.parameters()).device
-    with torch.inference_mode():
-        original, decoded = (
-            tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (known.grids, completed)
-        )
+    original, decoded = (
+        tokenizer.decode(grids[:SHOWN].long().to(device)) for grids in (known.grids, completed)
+    )
     masks = known.masks[:SHOWN, None].to(device, original.dtype)
     masks = F.interpolate(masks, size=original.shape[2:])
     return figures.grid(torch.cat([original * masks, decoded, original], dim=3))
@@ -241,8 +243,6 @@ def main(arguments: argparse.Namespace) -> None:
     classes = torch.tensor(vocabulary.tokens(given[0]))
     prefix = make_prefix(classes, condition.grids, vectors, texts)
     cli.build_or_error(config.null_prefix, prefix[:1], arguments.guidance_parts)
-    addressed = arguments.model_path, arguments.guide_path, arguments.model_dir
-    models = dict(zip(addressed, (gpt, guide, tokenizer), strict=True))
     samples = count * arguments.candidates
     choose = partial(choose_output_dir, arguments.output_dir, gpt.home / "samples", indices.META)
     output_dir = group.on_main(choose)
@@ -251,7 +251,7 @@ def main(arguments: argparse.Namespace) -> None:
         *(output_dir.parent, arguments.run_id, gpt.provenance.run_id),
         stage="samples",
         part=output_dir.name,
-        inputs=read_inputs(arguments, models),
+        inputs=read_inputs(arguments, gpt, guide, tokenizer),
         upstream=joined(gpt.lineage, *map(indices.lineage_of, folders)),
         enabled=group.is_main,
     )

@@ -322,6 +322,7 @@ def test_another_mix_of_classes_is_named(
     assert ("have other shares of classes" in said) == warned
     if warned:
         assert f"0 {share:.0%} against 90%" in said
+        assert "more)" not in said  # of two classes, both are named
 
 
 @pytest.mark.usefixtures("store")

@@ -58,12 +58,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, prog="python -m utils.tracking")
-    parser.add_argument(
-        "--replay",
-        required=True,
-        metavar="OUTPUT_DIR",
-        help="output folder whose runs MLflow is to have in full; what it has is not sent again",
-    )
+    text = "output folder whose runs MLflow is to have in full; what it has is not sent again"
+    parser.add_argument("--replay", required=True, metavar="OUTPUT_DIR", help=text)
     return parser
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.cli import UserError, user_error
+from utils.cli import UserError, one_line
 from utils.data.sources import note
 from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
@@ -152,9 +152,7 @@ class CheckpointState:
         shards = [read_tensors(path) for path in sorted(folder.glob(SHARDS))]
         tensors |= {name: torch.cat([x[name] for x in shards]) for name in (*shards, {})[0]}
         changes = self._compare_settings(records.get("settings", {}), folder)
-        text = f"{folder} does not fit this training: %s; resume with the flags it began with "
-        text += f"({', '.join(changes.values()) or 'which do not differ'})"
-        with user_error(text, KeyError, TypeError, ValueError, RuntimeError, UserError):
+        try:
             vars(self.progress).update(vars(typed(Progress, records["progress"])))
             if changes.keys() & LONGER:
                 self.progress.evaluations_without_improvement = 0
@@ -171,6 +169,11 @@ class CheckpointState:
                 torch.set_rng_state(random["torch"])
             if "device" in random and self.group.device.type != "cpu":
                 torch.get_device_module(self.group.device).set_rng_state(random["device"])
+        except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
+            raise UserError(
+                f"{folder} does not fit this training: {one_line(error)}; resume with the flags "
+                f"it began with ({', '.join(changes.values()) or 'which do not differ'})"
+            ) from error
 
     def _compare_settings(self, before: dict[str, Any], folder: Path) -> dict[str, str]:
         """Which settings differ from the checkpoint's: warn, or a UserError for `REFUSED` ones."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
-from utils.cli import UserError, first_few, one_line
+from utils.cli import UserError, first_few, one_line, user_error
 from utils.data.sources import SPLITS, Row, Rows, check_rows, column_name, note
 from utils.files import TABLE_BYTES, check_size
 from utils.progress import ProgressBar
@@ -82,18 +82,17 @@ def read_table(path: Path) -> tuple[list[str], Rows]:
 
 def _open_table(path: Path) -> Any:
     """A csv.reader of a file, in its encoding and with its separator."""
-    try:
+    with user_error(f"cannot read {path}: %s", OSError):
         check_size(path, TABLE_BYTES)
         content = path.read_bytes()
-        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
         content = content.decode("utf-16" if wide else "utf-8-sig").encode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
             f"{path} line {line} is not in UTF-8: {error.reason}; save it as CSV in UTF-8"
         ) from error
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}") from error
     lines = io.TextIOWrapper(io.BytesIO(content), "utf-8", newline="")
     first = lines.readline()
     separator = max(SEPARATORS, key=first.count)
