@@ -8,21 +8,25 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from utils import cli, distributed, tracking
+from utils import cli, distributed, files, tracking
 from utils.data import indices, sources
 from utils.data.images import Augmentation, ImageConfig, ImageDataset
 from utils.data.index_dataset import CONDITION, CROPS
 from utils.data.sources import Rows, column_of, split_rows
 from utils.data.vocabulary import GridMeta
+from utils.distributed import Distributed
 from utils.evaluation import metrics
 from utils.evaluation.features import ImageSet, Settings
-from utils.files import check_unused
 from utils.progress import warn
 from utils.provenance import LoadedModel, Provenance, load_model
 from vqvae import VQVAE
@@ -59,6 +63,49 @@ def quantize_crops(
         crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
         views.append(quantize(model, images, settings, crop, flip=flags.flip))
     return torch.stack([grids for kind in zip(*views, strict=True) for grids in kind], dim=1)
+
+
+def make_shards(
+    folder: Path,
+    parts: Sequence[Tensor],
+    sizes: Mapping[str, int],
+    make: Callable[[Tensor, Distributed], Mapping[str, Tensor]],
+    made_from: str,
+    group: Distributed,
+) -> Path:
+    """Write arrays in shards into a temporary folder, by all processes; returns that folder.
+
+    `make` gives the rows of a part in each array that `sizes` names, with the size of its codebook.
+    Each process makes shards of its own; only where there are fewer shards than processes, all of
+    them make one together. Shards that an interrupted command finished are kept if they are intact
+    and `made_from` the same.
+    """
+    staging = group.on_main(partial(files.resume_staging, folder, made_from))
+
+    def paths(number: int) -> dict[str, Path]:
+        return {name: indices.shard_path(staging, name, number, len(parts)) for name in sizes}
+
+    def unfinished() -> list[int]:
+        numbers = range(len(parts))
+        return [n for n in numbers if not all(map(files.is_sealed, paths(n).values()))]
+
+    todo, together = group.on_main(unfinished), len(parts) < group.world_size
+    if len(todo) < len(parts):
+        group.print(f"{len(parts) - len(todo)} of {len(parts)} shards were finished before")
+    step, alone = (1, group) if together else (group.world_size, replace(group, world_size=1))
+    for start in range(0, len(todo), step):  # after each, processes wait for one another
+        for position, number in enumerate(todo[start : start + step]):
+            if not together and position != group.rank:
+                continue
+            arrays = make(parts[number], group if together else replace(alone, rank=0))
+            for name, path in paths(number).items() if position == group.rank else ():
+                with files.disk_errors(folder):
+                    np.save(
+                        path, arrays[name].cpu().numpy().astype(indices.smallest_type(sizes[name]))
+                    )
+                    files.seal(path)
+        group.all_gather(None)
+    return staging
 
 
 def check_flags(arguments: argparse.Namespace) -> None:
@@ -114,7 +161,7 @@ def main(arguments: argparse.Namespace) -> None:
     name = f"indices/{Path(data).stem}"
     output_dir = Path(arguments.output_dir or tokenizer.home / name)
     if group.is_main:
-        check_unused(output_dir, indices.META)
+        files.check_unused(output_dir, indices.META)
     dataset = ImageDataset(data, reading, **config.image_options)
     sizes, second, extra = {"indices": config.codebook_size}, None, ""
     images = larger = dataset  # of conditions, and of crops
@@ -150,7 +197,7 @@ def main(arguments: argparse.Namespace) -> None:
         condition=second and grid_meta(second),
     )
 
-    def make(rows: Tensor, group: distributed.Distributed) -> dict[str, Tensor]:
+    def make(rows: Tensor, group: Distributed) -> dict[str, Tensor]:
         """All arrays of some rows."""
         here = settings._replace(group=group)
         found = {"indices": quantize(model, ImageSet(dataset, rows), here)[0]}
@@ -164,7 +211,7 @@ def main(arguments: argparse.Namespace) -> None:
         parts = indices.shard_rows(len(dataset), meta, arguments.images_per_shard)
         flags = {name: str(getattr(arguments, name)) for name in DECISIVE}
         about = [*inputs.values()], second and second.sha256, dataset.skipped, flags, len(parts[0])
-        staging = indices.make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
+        staging = make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
         if group.is_main:
             rows = with_splits(dataset.rows, origin)
             with indices.new_folder(output_dir, rows, meta, text=arguments.text, staging=staging):

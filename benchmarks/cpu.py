@@ -35,7 +35,7 @@ from quantize_dataset import quantize  # noqa: E402
 from transformer.sampling import generate  # noqa: E402
 from utils import distributed  # noqa: E402
 from utils.data.images import ImageConfig, ImageDataset  # noqa: E402
-from utils.evaluation.features import Settings  # noqa: E402
+from utils.evaluation.features import ImageSet, Settings  # noqa: E402
 from utils.training.config import TrainingConfig  # noqa: E402
 from utils.training.loop import update_weights  # noqa: E402
 from utils.training.optim import make_optimizer  # noqa: E402
@@ -253,8 +253,8 @@ def quantization(flags: argparse.Namespace) -> Rows:
 
         ways = {
             "decoding": decode,
-            "encoding": lambda: quantize(model, in_memory, settings),
-            "both": lambda: quantize(model, streamed, settings),
+            "encoding": lambda: quantize(model, ImageSet.whole(in_memory), settings),
+            "both": lambda: quantize(model, ImageSet.whole(streamed), settings),
         }
         if not torch.equal(ways["encoding"]()[0], ways["both"]()[0]):
             raise SystemExit("error: streamed images have other indices")

@@ -31,16 +31,15 @@ def unsealed(folder: Path) -> Path:
     return folder / "indices"
 
 
-@pytest.mark.parametrize("shard_bytes", [1 << 30, 70, 1])
-def test_round_trip(tmp_path: Path, shard_bytes: int) -> None:
-    folder = written(tmp_path, shard_bytes=shard_bytes)
+@pytest.mark.parametrize("per_shard", [0, 3, 1])
+def test_round_trip(tmp_path: Path, per_shard: int) -> None:
+    folder = written(tmp_path, per_shard=per_shard)
     indices = read_indices(folder)
     assert torch.equal(indices.grids[:].long(), GRIDS)
     assert list(indices.rows) == ROWS
     assert indices.meta == META
     assert indices.latent_dim == (2, 5)
-    # 20 bytes a grid
-    expected = {1 << 30: ["indices.npy"], 70: 3, 1: 7}[shard_bytes]
+    expected = {0: ["indices.npy"], 3: 3, 1: 7}[per_shard]
     files = sorted(file.name for file in folder.glob("*.npy"))
     assert files == expected or len(files) == expected
 
@@ -74,7 +73,7 @@ def test_text_beside_the_folder(tmp_path: Path) -> None:
 
 
 def test_written_again_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    written(tmp_path, shard_bytes=1)
+    written(tmp_path, per_shard=1)
     folder = write_indices(tmp_path / "indices", GRIDS[:2] - 200, ROWS[:2], META)
     assert torch.equal(read_indices(folder).grids[:].long(), GRIDS[:2] - 200)
     assert [path.name for path in tmp_path.iterdir()] == ["indices"]
@@ -239,7 +238,7 @@ def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     """A flipped bit in an index or a label was trained on."""
-    folder = written(tmp_path, shard_bytes=70)
+    folder = written(tmp_path, per_shard=3)
     for file in sorted(folder.iterdir()):
         good = file.read_bytes()
         if file.name != "sha256.json":

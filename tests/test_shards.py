@@ -19,13 +19,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from quantize_dataset import make_shards
 from tests.conftest import TINY_GPT, write_images
 from tests.forks import Forked
 from tests.test_transformer_generation import CODES, call, write_tokenizer
 from utils.cli import UserError
 from utils.data import indices, sources
 from utils.data.index_dataset import IndexDataset
-from utils.data.indices import IndicesMeta, make_shards, read_indices, shard_rows
+from utils.data.indices import IndicesMeta, read_indices, shard_rows
 from utils.data.sources import Row, ShardedArray
 from utils.distributed import ALONE, Distributed
 from utils.files import CHECKSUMS, sha256
@@ -68,7 +69,7 @@ def test_shards_are_not_loaded(tmp_path: Path) -> None:
     grids = torch.arange(1 << 14).reshape(-1, 1, 1).expand(-1, 32, 32) % 300
     rows = [Row(f"{number}.png", "a", "train") for number in range(len(grids))]
     folder = indices.write_indices(
-        tmp_path / "indices", grids, rows, IndicesMeta(300, (32, 32)), shard_bytes=1 << 20
+        tmp_path / "indices", grids, rows, IndicesMeta(300, (32, 32)), per_shard=512
     )
     assert len(indices.shards_of(folder, "indices")) == 32
     tracemalloc.start()
@@ -81,7 +82,7 @@ def test_shards_are_not_loaded(tmp_path: Path) -> None:
 def test_damage_in_one_shard_is_named(tmp_path: Path) -> None:
     grids = torch.arange(42).reshape(7, 2, 3)
     rows = [Row(f"{number}.png", "", "") for number in range(7)]
-    folder = indices.write_indices(tmp_path / "indices", grids, rows, META, shard_bytes=24)
+    folder = indices.write_indices(tmp_path / "indices", grids, rows, META, per_shard=2)
     second = folder / "indices-00001.npy"
     good = np.load(second)
     np.save(second, good + np.uint16(280))
@@ -229,7 +230,7 @@ def test_a_training_on_shards_resumes_exactly(
     """Two levels for indices of several files, unless --shuffle names another; stored."""
     grids = torch.randint(16, (60, 2, 3), generator=torch.Generator().manual_seed(0))
     rows = [Row(f"{number}.png", "", "val" if number % 6 == 0 else "train") for number in range(60)]
-    indices.write_indices("shards", grids, rows, IndicesMeta(16, (2, 3)), shard_bytes=60)
+    indices.write_indices("shards", grids, rows, IndicesMeta(16, (2, 3)), per_shard=10)
     indices.write_indices("whole", grids, rows, IndicesMeta(16, (2, 3)))
     real, stop_after = loop.batches, math.inf
 

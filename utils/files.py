@@ -84,7 +84,13 @@ def new_folder(folder: Path, staging: Path | None = None) -> Iterator[Path]:
                 flush(path)
             for path in (*seals.values(), staging / MADE_FROM):
                 path.unlink(missing_ok=True)
-            _replace(folder, staging)
+            old = folder.with_name(folder.name + ".old")
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                folder.rename(old)
+            staging.rename(folder)
+            shutil.rmtree(old, ignore_errors=True)
+            flush(folder.parent)
         finally:
             if kept is None:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -127,17 +133,6 @@ def is_sealed(path: Path) -> bool:
     """Whether a file is finished, and unchanged since."""
     record = path.with_name(path.name + SEAL)
     return record.is_file() and path.is_file() and record.read_text() == sha256(path)
-
-
-def _replace(folder: Path, staging: Path) -> None:
-    """Give the name of a folder to another one."""
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-    flush(folder.parent)
 
 
 def intact_folder(folder: Path) -> Path:

@@ -14,10 +14,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +28,6 @@ from utils import files
 from utils.cli import UserError, one_line
 from utils.data.sources import Row, ShardedArray, column_of
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
-from utils.distributed import Distributed
 from utils.provenance import Lineage, finished
 
 META, MANIFEST = "meta.json", "manifest.csv"
@@ -38,17 +36,11 @@ SHARD_BYTES = 1 << 26  # of one .npy file of indices
 
 @dataclass(frozen=True)
 class IndicesMeta(GridMeta):
-    """meta.json: what the indices belong to.
+    """meta.json: what the indices belong to."""
 
-    Attributes:
-        gpt_run_id: the MLflow run of the GPT that sampled them, if one did.
-        lineage: the commands up to the one that made them.
-        condition: of the grids in condition.npy, None without them.
-    """
-
-    gpt_run_id: str = ""
-    lineage: Lineage = ()
-    condition: GridMeta | None = None
+    gpt_run_id: str = ""  # the MLflow run of the GPT that sampled them, if one did
+    lineage: Lineage = ()  # the commands up to the one that made them
+    condition: GridMeta | None = None  # of the grids in condition.npy, None without them
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -86,7 +78,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """A temporary folder for the arrays, which replaces `folder` once the other files are added.
 
-    After an error nothing is left of it; `staging`, of `make_shards`, is left as it is. With
+    After an error nothing is left of it; `staging`, of `files.resume_staging`, stays as it is. With
     `text`, indices.txt is written as well.
     """
     from utils.data.sources.csv import write_table
@@ -123,11 +115,11 @@ def write_indices(
     meta: IndicesMeta,
     *,
     text: bool = False,
-    shard_bytes: int = SHARD_BYTES,
+    per_shard: int = 0,
 ) -> Path:
     """Write indices (N, h, w[, depth]), of any integer type, with N rows as an indices folder.
 
-    Above `shard_bytes` the array is written in shards. A UserError if something else is there.
+    See `shard_rows`. A UserError if something else is there.
     """
     folder = Path(folder)
     files.check_unused(folder, META)
@@ -135,7 +127,7 @@ def write_indices(
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
-    parts = shard_rows(len(indices), meta, shard_bytes=shard_bytes)
+    parts = shard_rows(len(indices), meta, per_shard)
     with new_folder(folder, rows, meta, text=text) as staging:
         for number, part in enumerate(parts):
             grids = indices[part].cpu().numpy().astype(smallest_type(meta.codebook_size))
@@ -143,12 +135,10 @@ def write_indices(
     return folder
 
 
-def shard_rows(
-    count: int, meta: IndicesMeta, per_shard: int = 0, *, shard_bytes: int = SHARD_BYTES
-) -> list[Tensor]:
-    """The rows in each shard of `count` grids: `per_shard`, or 0: as many as fill `shard_bytes`."""
+def shard_rows(count: int, meta: IndicesMeta, per_shard: int) -> list[Tensor]:
+    """The rows in each shard of `count` grids: `per_shard`, or 0: as many as fill `SHARD_BYTES`."""
     size = math.prod(meta.shape) * smallest_type(meta.codebook_size).itemsize
-    return [*torch.arange(count).split(per_shard or max(1, shard_bytes // size))]
+    return [*torch.arange(count).split(per_shard or max(1, SHARD_BYTES // size))]
 
 
 def shard_path(folder: Path, array: str, number: int, count: int) -> Path:
@@ -159,47 +149,6 @@ def shard_path(folder: Path, array: str, number: int, count: int) -> Path:
 def shards_of(folder: Path, array: str) -> list[Path]:
     """The files of an array in an indices folder, in order."""
     return sorted(folder.glob(f"{array}*.npy"))
-
-
-def make_shards(
-    folder: Path,
-    parts: Sequence[Tensor],
-    sizes: Mapping[str, int],
-    make: Callable[[Tensor, Distributed], Mapping[str, Tensor]],
-    made_from: str,
-    group: Distributed,
-) -> Path:
-    """Write arrays in shards into a temporary folder, by all processes; returns that folder.
-
-    `make` gives the rows of a part in each array that `sizes` names, with the size of its codebook.
-    Each process makes shards of its own; only where there are fewer shards than processes, all of
-    them make one together. Shards that an interrupted command finished are kept if they are intact
-    and `made_from` the same.
-    """
-    staging = group.on_main(partial(files.resume_staging, folder, made_from))
-
-    def paths(number: int) -> dict[str, Path]:
-        return {name: shard_path(staging, name, number, len(parts)) for name in sizes}
-
-    def unfinished() -> list[int]:
-        numbers = range(len(parts))
-        return [n for n in numbers if not all(map(files.is_sealed, paths(n).values()))]
-
-    todo, together = group.on_main(unfinished), len(parts) < group.world_size
-    if len(todo) < len(parts):
-        group.print(f"{len(parts) - len(todo)} of {len(parts)} shards were finished before")
-    step, alone = (1, group) if together else (group.world_size, replace(group, world_size=1))
-    for start in range(0, len(todo), step):  # after each, processes wait for one another
-        for position, number in enumerate(todo[start : start + step]):
-            if not together and position != group.rank:
-                continue
-            arrays = make(parts[number], group if together else replace(alone, rank=0))
-            for name, path in paths(number).items() if position == group.rank else ():
-                with files.disk_errors(folder):
-                    np.save(path, arrays[name].cpu().numpy().astype(smallest_type(sizes[name])))
-                    files.seal(path)
-        group.all_gather(None)
-    return staging
 
 
 def smallest_type(codebook_size: int) -> np.dtype:

@@ -260,9 +260,9 @@ def class_mix(samples: Sequence[Row], real: Sequence[Row]) -> dict[str, tuple[fl
         largest = sorted(mix.items(), key=lambda item: -abs(item[1][0] - item[1][1]))
         shown = [f"{label} {a:.0%} against {b:.0%}" for label, (a, b) in largest]
         warn(
-            f"samples and real images have other shares of classes ({first_few(shown, limit=3)}), which "
-            "alone raises every distance; generate classes as often as they occur, or give real "
-            "images of the same mix"
+            f"samples and real images have other shares of classes ({first_few(shown, limit=3)}), "
+            "which alone raises every distance; generate classes as often as they occur, or give "
+            "real images of the same mix"
         )
     return mix
 
