@@ -27,13 +27,7 @@ ROWS_SHOWN = 64  # of a batch with NaN or infinite numbers
 
 
 class Schedule:
-    """When things happen in a training: learning rate, logs, evaluations, checkpoints, the end.
-
-    Attributes:
-        steps_per_epoch: full batches in one pass over the rows.
-        total_steps: optimiser steps of the whole training.
-        evaluate_every: steps between evaluations.
-    """
+    """When things happen in a training: learning rate, logs, evaluations, checkpoints, the end."""
 
     LOG_EVERY = 50  # steps
 
@@ -57,7 +51,7 @@ class Schedule:
                 f"--batch_size {size} does not divide into {world_size} processes x "
                 f"{config.accumulate} micro-batches (--accumulate)"
             )
-        self.steps_per_epoch = num_train // size
+        self.steps_per_epoch = num_train // size  # full batches in one pass over the rows
         self.total_steps = config.max_steps or self.steps_per_epoch * config.max_epochs
         self.evaluate_every = config.evaluate_every or self.steps_per_epoch
         if not self.total_steps:
