@@ -85,11 +85,11 @@ def make_shards(
     def paths(number: int) -> dict[str, Path]:
         return {name: indices.shard_path(staging, name, number, len(parts)) for name in sizes}
 
-    def unfinished() -> list[int]:
-        numbers = range(len(parts))
-        return [n for n in numbers if not all(map(files.is_sealed, paths(n).values()))]
+    def is_finished(number: int) -> bool:
+        return all(map(files.is_sealed, paths(number).values()))
 
-    todo, together = group.on_main(unfinished), len(parts) < group.world_size
+    todo = group.on_main(lambda: [n for n in range(len(parts)) if not is_finished(n)])
+    together = len(parts) < group.world_size
     if len(todo) < len(parts):
         group.print(f"{len(parts) - len(todo)} of {len(parts)} shards were finished before")
     step, alone = (1, group) if together else (group.world_size, replace(group, world_size=1))
@@ -99,10 +99,9 @@ def make_shards(
                 continue
             arrays = make(parts[number], group if together else replace(alone, rank=0))
             for name, path in paths(number).items() if position == group.rank else ():
+                grids = arrays[name].cpu().numpy()
                 with files.disk_errors(folder):
-                    np.save(
-                        path, arrays[name].cpu().numpy().astype(indices.smallest_type(sizes[name]))
-                    )
+                    np.save(path, grids.astype(indices.smallest_type(sizes[name])))
                     files.seal(path)
         group.all_gather(None)
     return staging
