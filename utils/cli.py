@@ -394,7 +394,7 @@ def changed_flags(config: typing.Any, config_class: type) -> list[object]:
     return words
 
 
-def first_few(items: Sequence[str], total: int = 0, limit: int = 5) -> str:
-    """The first of `items`, or of `total` of which these are some: `a, b, c, d, e and 7 more`."""
-    rest = (total or len(items)) - min(limit, len(items))
+def first_few(items: Sequence[str], limit: int = 5) -> str:
+    """The first of `items`: `a, b, c, d, e and 7 more`."""
+    rest = len(items) - min(limit, len(items))
     return ", ".join(items[:limit]) + (f" and {rest} more" if rest else "")

@@ -11,7 +11,7 @@ import stat
 import types
 import typing
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from utils.cli import UserError, check_writable, one_line, unused
+from utils.cli import UserError, check_writable, one_line, unused, user_error
 
 CACHE = Path("outputs/cache")  # of what can be made again
 CHECKSUMS = "sha256.json"
@@ -96,16 +96,11 @@ def new_folder(folder: Path, staging: Path | None = None) -> Iterator[Path]:
                 shutil.rmtree(staging, ignore_errors=True)
 
 
-@contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
+def disk_errors(folder: Path) -> AbstractContextManager[None]:
     """A UserError if what is written for `folder` fails, as on a full disk."""
-    try:
-        yield
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(
-            f"cannot write {folder} ({error}); what was saved before is intact: make room on the "
-            "disk, then run it again (a training with --resume)"
-        ) from error
+    text = f"cannot write {folder} (%s); what was saved before is intact: make room on the disk, "
+    text += "then run it again (a training with --resume)"
+    return user_error(text, OSError, safetensors.SafetensorError)
 
 
 def resume_staging(folder: Path, made_from: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils import addresses
-from utils.cli import UserError, one_line
+from utils.cli import UserError, user_error
 from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
 from utils.data.indices import open_array, read_indices, smallest_type
 from utils.data.sources import Row
@@ -104,10 +104,8 @@ def read_prompts(given: Sequence[str]) -> list[str]:
             prompts.append(prompt)
             continue
         path = Path(prompt[1:])
-        try:
+        with user_error(f"cannot read the prompts in {path}: %s", OSError, ValueError):
             lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read the prompts in {path}: {one_line(error)}") from error
         if not any(map(str.strip, lines)):
             raise UserError(f"{path} has no prompts; write one a line")
         prompts += filter(str.strip, lines)

@@ -86,8 +86,6 @@ class ImageDataset:
     Attributes:
         rows: of the source, without those of bad images that were skipped.
         skipped: the number (from 1), image_path and complaint of each row that was.
-        size: height and width of an image in pixels.
-        channels: 1, 3 or 4.
         resize_size: height and width before cropping; larger than `size` for random crops.
         pixels: (N, channels, *resize_size), uint8, or None where the images are streamed.
     """
@@ -108,7 +106,6 @@ class ImageDataset:
         """Read the rows, check the header of every file, and decode all if they fit into memory.
 
         Args:
-            path: of a data source, such as a CSV.
             config: how files are read. To find up to `skip_bad_images` bad ones before training,
                 images that do not fit into memory are decoded once as well.
             column: image_path, or condition_path for the conditioning images.

@@ -63,7 +63,6 @@ class IndexDataset:
         conditions: (N, hc, wc) of any integer type, memory-mapped, or None.
         embeddings: (N, L, D) of any floating-point type, memory-mapped, or None.
         captions: (N, L), their text tokens, or None.
-        shard_starts: the first row of each file of grids.
         train_rows, val_rows: row numbers.
     """
 
@@ -98,7 +97,6 @@ class IndexDataset:
             config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
-        self.shard_starts: Sequence[int] = getattr(self.grids, "starts", (0,))
         self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
         self.conditions, self.embeddings = read_conditions(path, indices), None
         if embeddings:

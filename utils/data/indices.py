@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from utils import files
-from utils.cli import UserError, one_line
+from utils.cli import UserError, user_error
 from utils.data.sources import Row, ShardedArray, column_of
 from utils.data.vocabulary import LARGEST_CODEBOOK, GridMeta
 from utils.provenance import Lineage, finished
@@ -205,10 +205,8 @@ def _read_meta(folder: Path) -> IndicesMeta:
         raise UserError(f"{folder} is not an indices folder: it has no {META}")
     files.verify(folder / META)
     values = files.read_json(folder / META)
-    try:
+    with user_error(f"{folder / META} is damaged: %s; make it again", UserError):
         return files.typed(IndicesMeta, values)
-    except UserError as error:
-        raise UserError(f"{folder / META} is damaged: {error}; make it again") from error
 
 
 def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be") -> np.ndarray:
@@ -220,13 +218,12 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
     from utils.data.sources import tables  # only where arrays are read
 
     files.verify(path)
-    try:
+    # numpy raises nearly every type on a damaged header
+    with user_error(f"{path} is damaged: %s; make it again", Exception):
         is_table = tables.accepts(path)
         array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="c")
         is_flat = array.ndim == 2 and len(shape) == 3 and array.dtype.kind == "f"
         array = array[:, None] if is_flat else array
-    except Exception as error:  # numpy raises nearly every type on a damaged header
-        raise UserError(f"{path} is damaged: {one_line(error)}; make it again") from error
     fits = array.dtype in dtypes and array.ndim == len(shape) and array.size > 0
     if not fits or any(n not in (m, str(n)) for n, m in zip(shape, array.shape, strict=True)):
         wanted = f"{' or '.join(map(str, dtypes))} ({', '.join(map(str, shape))})"
@@ -278,10 +275,8 @@ def lineage_of(path: Path) -> Lineage:
 def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth: int) -> Indices:
     """The grids of a text file, whose indices must be below `limit`."""
     files.check_size(path, files.TABLE_BYTES)
-    try:
+    with user_error(f"{path} is not a text file of indices: %s", UnicodeError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except UnicodeError as error:
-        raise UserError(f"{path} is not a text file of indices: {error}") from error
     length = len(lines[0].split())
     side = math.isqrt(length // depth)
     shape = _shape(latent_dim or (side, side), depth)
