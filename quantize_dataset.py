@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,6 @@ from utils.evaluation.features import ImageSet, Settings
 from utils.progress import warn
 from utils.provenance import LoadedModel, Provenance, load_model
 from vqvae import VQVAE
-
-DECISIVE = "crops", "flip", "seed", "batch_size", "device"  # flags that the indices depend on
 
 
 @torch.inference_mode()
@@ -69,16 +66,15 @@ def make_shards(
     folder: Path,
     parts: Sequence[Tensor],
     sizes: Mapping[str, int],
-    make: Callable[[Tensor, Distributed], Mapping[str, Tensor]],
+    make: Callable[[Tensor], Mapping[str, Tensor]],
     made_from: str,
     group: Distributed,
 ) -> Path:
-    """Write arrays in shards into a temporary folder, by all processes; returns that folder.
+    """Write arrays in shards into a temporary folder; returns that folder.
 
     `make` gives the rows of a part in each array that `sizes` names, with the size of its codebook.
-    Each process makes shards of its own; only where there are fewer shards than processes, all of
-    them make one together. Shards that an interrupted command finished are kept if they are intact
-    and `made_from` the same.
+    All processes make each shard together, and take turns in writing it. Shards that an interrupted
+    command finished are kept if they are intact and `made_from` the same.
     """
     staging = group.on_main(partial(files.resume_staging, folder, made_from))
 
@@ -89,21 +85,16 @@ def make_shards(
         return all(map(files.is_sealed, paths(number).values()))
 
     todo = group.on_main(lambda: [n for n in range(len(parts)) if not is_finished(n)])
-    together = len(parts) < group.world_size
     if len(todo) < len(parts):
         group.print(f"{len(parts) - len(todo)} of {len(parts)} shards were finished before")
-    step, alone = (1, group) if together else (group.world_size, replace(group, world_size=1))
-    for start in range(0, len(todo), step):  # after each, processes wait for one another
-        for position, number in enumerate(todo[start : start + step]):
-            if not together and position != group.rank:
-                continue
-            arrays = make(parts[number], group if together else replace(alone, rank=0))
-            for name, path in paths(number).items() if position == group.rank else ():
-                grids = arrays[name].cpu().numpy()
-                with files.disk_errors(folder):
-                    np.save(path, grids.astype(indices.smallest_type(sizes[name])))
-                    files.seal(path)
-        group.all_gather(None)
+    for number in todo:
+        arrays = make(parts[number])
+        for name, path in paths(number).items() if number % group.world_size == group.rank else ():
+            grids = arrays[name].cpu().numpy()
+            with files.disk_errors(folder):
+                np.save(path, grids.astype(indices.smallest_type(sizes[name])))
+                files.seal(path)
+    group.all_gather(None)  # all have written theirs
     return staging
 
 
@@ -196,19 +187,18 @@ def main(arguments: argparse.Namespace) -> None:
         condition=second and grid_meta(second),
     )
 
-    def make(rows: Tensor, group: Distributed) -> dict[str, Tensor]:
+    def make(rows: Tensor) -> dict[str, Tensor]:
         """All arrays of some rows."""
-        here = settings._replace(group=group)
-        found = {"indices": quantize(model, ImageSet(dataset, rows), here)[0]}
+        found = {"indices": quantize(model, ImageSet(dataset, rows), settings)[0]}
         if second is not None:
-            found[CONDITION] = quantize(second.model, ImageSet(images, rows), here)[0]
+            found[CONDITION] = quantize(second.model, ImageSet(images, rows), settings)[0]
         if CROPS in sizes:
-            found[CROPS] = quantize_crops(model, ImageSet(larger, rows), here, arguments)
+            found[CROPS] = quantize_crops(model, ImageSet(larger, rows), settings, arguments)
         return found
 
     with run:
         parts = indices.shard_rows(len(dataset), meta, arguments.images_per_shard)
-        flags = {name: str(getattr(arguments, name)) for name in DECISIVE}
+        flags = {name: str(getattr(arguments, name)) for name in ("crops", "flip", "seed")}
         about = [*inputs.values()], second and second.sha256, dataset.skipped, flags, len(parts[0])
         staging = make_shards(output_dir, parts, sizes, make, json.dumps(about), group)
         if group.is_main:
@@ -253,8 +243,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of the crops (default: 0)")
     add("--text", action="store_true", help="also write indices.txt")
     size = (
-        "images in a file of indices; after a kill, the same command continues with the first file "
-        "that is not finished (default: 64 MiB of indices)"
+        "images in a file of indices, about; after a kill, the same command continues with the "
+        "first file that is not finished (default: 64 MiB of indices)"
     )
     add("--images_per_shard", type=cli.positive, default=0, metavar="N", help=size)
     cli.add_inference_flags(parser, batch_size=128)

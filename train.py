@@ -322,7 +322,8 @@ def main(arguments: cli.Flags) -> None:
     # Checkpoints hold the blocks once more where low-rank updates are merged in the model folder.
     parts = {"blocks": model.blocks} if start.tuning.lora_rank else {}
     optimizers = {"optimizer": make_optimizer(model, config, (0.9, 0.95), for_muon)}
-    load, starts = partial(load_batches, data, group.device), getattr(data.grids, "starts", ())
+    load = partial(load_batches, data, group.device)
+    starts = getattr(data.grids, "starts", ()) if config.shuffle == "shards" else ()
     state = TrainState(config, schedule, group, model, optimizers, settings, sign, parts, starts)
     state.checkpoint.restore(resumed)
     loss = compile_loss(model, optimizer_config.parallel) if config.compile else model.loss

@@ -13,6 +13,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -124,7 +125,7 @@ def in_team(world_size: int, work: Callable[[Distributed], Path]) -> Path:
         return next(iter([*pool.map(work, members)]))
 
 
-def arrays_of(rows: Tensor, group: Distributed) -> Mapping[str, Tensor]:
+def arrays_of(rows: Tensor) -> Mapping[str, Tensor]:
     grids = (rows[:, None, None] * 6 + torch.arange(6).view(2, 3)) % 300
     return {"indices": grids, "crops": torch.stack([grids, grids.flip(2)], 1)}
 
@@ -147,19 +148,8 @@ def finish(folder: Path, staging: Path, count: int) -> dict[str, bytes]:
 def test_names_and_content_are_those_of_one_process(tmp_path: Path, world_size: int) -> None:
     for count, per_shard in itertools.product((world_size, 23, 40), (3, 23, 100)):
         parts, folder = shard_rows(count, META, per_shard), tmp_path / f"{count}-{per_shard}"
-        made: list[tuple[int, int]] = []
-
-        def make(rows: Tensor, group: Distributed, made: Any = made) -> Mapping[str, Tensor]:
-            made.append((int(rows[0]), group.world_size))
-            return arrays_of(rows, group)
-
-        work = partial(make_shards, folder, parts, SIZES, make, "this")
+        work = partial(make_shards, folder, parts, SIZES, arrays_of, "this")
         written = finish(folder, in_team(world_size, work), count)
-        together = len(parts) < world_size
-        firsts = sorted(
-            int(part[0]) for part in parts for _ in range(world_size if together else 1)
-        )
-        assert sorted(made) == [(row, world_size if together else 1) for row in firsts]
         whole = make_shards(tmp_path / "one", parts, SIZES, arrays_of, str(folder), ALONE)
         assert written == finish(tmp_path / "one", whole, count)
         assert len(read_indices(folder).rows) == count
@@ -169,13 +159,13 @@ def test_names_and_content_are_those_of_one_process(tmp_path: Path, world_size: 
 
 
 def test_an_interrupted_command_continues(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    parts, made = shard_rows(23, META, 5), []
+    parts, made = shard_rows(25, META, 5), []
 
-    def make(rows: Tensor, group: Distributed) -> Mapping[str, Tensor]:
+    def make(rows: Tensor) -> Mapping[str, Tensor]:
         made.append(int(rows[0]) // 5)
         if len(made) == 4:
             raise KeyboardInterrupt
-        return arrays_of(rows, group)
+        return arrays_of(rows)
 
     folder = tmp_path / "indices"
     with pytest.raises(KeyboardInterrupt):
@@ -191,8 +181,48 @@ def test_an_interrupted_command_continues(tmp_path: Path, capsys: pytest.Capture
     make_shards(folder, parts, SIZES, make, "another tokenizer", ALONE)
     assert made[8:] == [0, 1, 2, 3, 4]
     whole = make_shards(tmp_path / "whole", parts, SIZES, arrays_of, "this", ALONE)
-    assert finish(folder, staging, 23) == finish(tmp_path / "whole", whole, 23)
+    assert finish(folder, staging, 25) == finish(tmp_path / "whole", whole, 25)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["indices", "whole"]
+
+
+def test_what_an_interrupted_command_left_is_no_part_of_the_next(tmp_path: Path) -> None:
+    """A half written indices.txt got a checksum; and a failed rename discarded all shards."""
+    folder, parts = tmp_path / "indices", shard_rows(9, META, 3)
+    staging = make_shards(folder, parts, SIZES, arrays_of, "this", ALONE)
+    (staging / "indices.txt").write_text("1 2")
+    with (
+        patch.object(Path, "rename", side_effect=OSError("busy")),
+        pytest.raises(UserError, match="cannot write"),
+    ):
+        finish(folder, staging, 9)
+    made: list[int] = []
+
+    def make(rows: Tensor) -> Mapping[str, Tensor]:
+        made.append(int(rows[0]))
+        return arrays_of(rows)
+
+    assert make_shards(folder, parts, SIZES, make, "this", ALONE) == staging
+    assert made == []
+    finish(folder, staging, 9)
+    assert not (folder / "indices.txt").exists()
+
+
+def test_a_file_that_changes_during_a_training_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "MAPPED", 1)
+    array = write_parts(tmp_path / "parts", np.arange(12).reshape(6, 2), 3)
+    assert array[torch.arange(6)].tolist() == np.arange(12).reshape(6, 2).tolist()
+    np.save(tmp_path / "parts" / "indices-00001.npy", np.zeros((2, 2), np.int64))
+    with pytest.raises(UserError, match=r"indices-00001\.npy has changed"):
+        array[torch.arange(6)]
+
+
+def test_shards_are_ordered_by_number(tmp_path: Path) -> None:
+    for number in (99_999, 100_000, 2):
+        (tmp_path / f"indices-{number:05}.npy").touch()
+    found = [path.stem[8:] for path in indices.shards_of(tmp_path, "indices")]
+    assert found == ["00002", "99999", "100000"]
 
 
 def test_a_killed_quantization_continues(own_folder: Path) -> None:
@@ -227,7 +257,7 @@ def test_a_killed_quantization_continues(own_folder: Path) -> None:
 def test_a_training_on_shards_resumes_exactly(
     own_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two levels for indices of several files, unless --shuffle names another; stored."""
+    """--shuffle shards orders indices of several files in two levels; it is stored."""
     grids = torch.randint(16, (60, 2, 3), generator=torch.Generator().manual_seed(0))
     rows = [Row(f"{number}.png", "", "val" if number % 6 == 0 else "train") for number in range(60)]
     indices.write_indices("shards", grids, rows, IndicesMeta(16, (2, 3)), per_shard=10)
@@ -251,14 +281,15 @@ def test_a_training_on_shards_resumes_exactly(
         return [*seen]
 
     seen: list[list[int]] = []
-    in_shards = rows_of("--path_to_data", "shards", "--output_dir", "a")
+    two_levels = ("--shuffle", "shards")
+    in_shards = rows_of("--path_to_data", "shards", "--output_dir", "a", *two_levels)
     assert len(in_shards) == 14
     assert len({row // 10 for batch in in_shards[:4] for row in batch}) == 4
     whole = rows_of("--path_to_data", "whole", "--output_dir", "b")
-    assert rows_of("--path_to_data", "shards", "--output_dir", "c", "--shuffle", "rows") == whole
+    assert rows_of("--path_to_data", "shards", "--output_dir", "c") == whole
     assert whole != in_shards
     stop_after = 4
-    first = rows_of("--path_to_data", "shards", "--output_dir", "d")
+    first = rows_of("--path_to_data", "shards", "--output_dir", "d", *two_levels)
     stop_after = math.inf
     assert first + rows_of("--resume", "d") == in_shards
     settings = json.loads((find_checkpoint("d", "") / "training.json").read_text())["settings"]

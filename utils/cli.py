@@ -52,7 +52,7 @@ def user_error(message: str, *kinds: type[Exception]) -> Iterator[None]:
         yield
     except kinds as error:
         line = str(error) if isinstance(error, UserError) else one_line(error, limit=400)
-        raise UserError(message.replace("%s", line)) from error
+        raise UserError(line.join(message.rsplit("%s", 1))) from error
 
 
 class Stopped(Exception):

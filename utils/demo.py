@@ -30,14 +30,12 @@ STEPS = (
     f"-m utils.data.download digits --output_dir {DATA}",
     f"train_vqvae.py --path_to_data {DATA}/digits.csv --patch_size 2 --codebook_size 32 "
     f"--learning_rate 4e-3 --max_epochs 12 --evaluate_every 90 --experiment demo "
-    f"--register digits-tokenizer "
-    f"--output_dir {OUTPUT}/tokenizer",
+    f"--register digits-tokenizer --output_dir {OUTPUT}/tokenizer",
     f"quantize_dataset.py --model_dir {OUTPUT}/tokenizer --path_to_data {DATA}/digits.csv "
     f"--output_dir {OUTPUT}/indices",
     f"train.py --path_to_data {OUTPUT}/indices --model_dir {OUTPUT}/tokenizer --dim 96 "
     f"--class_dropout 0.02 --optimizer muon --learning_rate 4e-3 --max_epochs 10 "
-    f"--evaluate_every 55 --register digits-gpt "
-    f"--output_dir {OUTPUT}/gpt",
+    f"--evaluate_every 55 --register digits-gpt --output_dir {OUTPUT}/gpt",
     f"transformer_generation.py --model_path {OUTPUT}/gpt --num_images {NUM_IMAGES} "
     f"--temperature 0.8 --top_p 0.9 --output_dir {OUTPUT}/samples",
     f"vqvae/images_from_indexes.py --indexes_path {OUTPUT}/samples "

@@ -82,14 +82,14 @@ def new_folder(folder: Path, staging: Path | None = None) -> Iterator[Path]:
             (staging / CHECKSUMS).write_text(json.dumps(sums, indent=2) + "\n")
             for path in (*staging.iterdir(), staging):
                 flush(path)
-            for path in (*seals.values(), staging / MADE_FROM):
-                path.unlink(missing_ok=True)
             old = folder.with_name(folder.name + ".old")
             if folder.exists():
                 shutil.rmtree(old, ignore_errors=True)
                 folder.rename(old)
             staging.rename(folder)
             shutil.rmtree(old, ignore_errors=True)
+            for name in (*(path.name for path in seals.values()), MADE_FROM):
+                (folder / name).unlink(missing_ok=True)
             flush(folder.parent)
         finally:
             if kept is None:
@@ -112,9 +112,14 @@ def resume_staging(folder: Path, made_from: str) -> Path:
     mark = staging / MADE_FROM
     with disk_errors(folder):
         if not (mark.is_file() and mark.read_text() == made_from):
+            if mark.is_file():
+                print(f"{staging} is of a command with other data or flags: it is made anew")
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True)
             mark.write_text(made_from)
+        for path in {*staging.iterdir()} - {mark, *staging.glob(f"*{SEAL}")}:
+            if not path.with_name(path.name + SEAL).exists():
+                path.unlink()
     return staging
 
 

@@ -15,6 +15,7 @@ from utils.progress import warn
 
 VOCABULARY_SIZE = 8192  # at most; words that occur once are no tokens
 MAX_LENGTH = 64  # text tokens of a caption, where no length is given
+BATCH = 4096  # captions that are encoded at a time
 MISSING = (
     "captions need the package tokenizers: pip install tokenizers; or train without captions: "
     "train.py --caption_length 0"
@@ -44,8 +45,7 @@ def train_tokenizer(captions: Sequence[str], length: int | None) -> TextMeta:
 def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
     """Text tokens (N, L), int64, padded; of an empty caption all are "not given".
 
-    None for a GPT without captions. Warns of those that are cut. A UserError for a damaged
-    tokenizer.
+    None for a GPT without captions. Warns of cut ones. A UserError for a damaged tokenizer.
     """
     if meta is None:
         return None
@@ -56,11 +56,16 @@ def encode(captions: Sequence[str], meta: TextMeta | None) -> Tensor | None:
         bpe: Any = Tokenizer.from_str(meta.tokenizer)
         bpe.enable_truncation(meta.length)
         bpe.enable_padding(length=meta.length, pad_id=meta.vocabulary_size)
-        encoded = bpe.encode_batch([text.encode(errors="replace").decode() for text in captions])
+        texts = [text.encode(errors="replace").decode() for text in captions]
+        tokens, cut = torch.empty(len(texts), meta.length, dtype=torch.long), 0
+        for start in range(0, len(texts), BATCH):
+            encoded = bpe.encode_batch(texts[start : start + BATCH])
+            tokens[start : start + BATCH] = torch.tensor([text.ids for text in encoded])
+            cut += sum(bool(text.overflowing) for text in encoded)
         largest = max(bpe.get_vocab().values())
     if largest >= meta.vocabulary_size:
         raise UserError("the tokenizer of the captions is damaged: it has more tokens than it says")
-    if cut := sum(bool(text.overflowing) for text in encoded):
-        longer = f"{cut:,} of {len(encoded):,} captions are longer than {meta.length} text tokens"
+    if cut:
+        longer = f"{cut:,} of {len(texts):,} captions are longer than {meta.length} text tokens"
         warn(f"{longer}, and are cut there")
-    return torch.tensor([text.ids for text in encoded])
+    return tokens

@@ -111,11 +111,9 @@ class ImageDataset:
             column: image_path, or condition_path for the conditioning images.
             size: height and width to resize and crop to; None: the size of all images.
             channels: 1, 3 or 4; None: 1 if all images are grey, 4 if all have alpha, else 3.
-            value_range, resampling: see `read_image`; None, "": decided from a sample of the files
-                by `common_range`.
+            value_range, resampling: see `read_image`; None, "": `common_range` of a sample.
             random_crop: keep the images an eighth larger, for random crops of `size`.
-            max_memory: bytes that the images may take; None: half of what is free, over the
-                processes of torchrun on this machine.
+            max_memory: bytes for the images; None: half of what is free, for all processes here.
 
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
         missing column, and a worker that dies.
@@ -183,10 +181,7 @@ class ImageDataset:
         return len(self) * self.channels * self.resize_size[0] * self.resize_size[1]
 
     def shard_starts(self, shuffle: str) -> list[int]:
-        """The first row of each tar, Parquet or Arrow file, for --shuffle.
-
-        [0] where images are files, or for auto in memory.
-        """
+        """The first row of each tar, Parquet or Arrow file; [0] without, or for auto in memory."""
         if self.pixels is not None and shuffle == "auto":
             return [0]
         inside = map(CONTAINER.search, column_of(self.rows, self._column))

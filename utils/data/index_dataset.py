@@ -186,11 +186,10 @@ def read_conditions(folder: Path, indices: Indices) -> Tensor | ShardedArray | N
     meta = indices.meta.condition if indices.meta is not None else None
     if meta is None:
         return None
-    size = meta.codebook_size
-    conditions = open_grids(folder, CONDITION, meta.latent_dim, size, len(indices.rows))
-    if conditions is None:
+    found = open_grids(folder, CONDITION, meta.latent_dim, meta.codebook_size, len(indices.rows))
+    if found is None:
         raise UserError(f"{folder} has no {CONDITION}.npy, which meta.json names; make it again")
-    return conditions
+    return found
 
 
 def check_finite(vectors: np.ndarray, address: str) -> None:

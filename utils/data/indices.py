@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -136,9 +137,10 @@ def write_indices(
 
 
 def shard_rows(count: int, meta: IndicesMeta, per_shard: int) -> list[Tensor]:
-    """The rows in each shard of `count` grids: `per_shard`, or 0: as many as fill `SHARD_BYTES`."""
+    """The rows of equal shards of `count` grids: `per_shard`, or 0: as fill `SHARD_BYTES`, each."""
     size = math.prod(meta.shape) * smallest_type(meta.codebook_size).itemsize
-    return [*torch.arange(count).split(per_shard or max(1, SHARD_BYTES // size))]
+    shards = -(-count // (per_shard or max(1, SHARD_BYTES // size)))
+    return [*torch.arange(count).tensor_split(max(1, shards))]
 
 
 def shard_path(folder: Path, array: str, number: int, count: int) -> Path:
@@ -148,7 +150,7 @@ def shard_path(folder: Path, array: str, number: int, count: int) -> Path:
 
 def shards_of(folder: Path, array: str) -> list[Path]:
     """The files of an array in an indices folder, in order."""
-    return sorted(folder.glob(f"{array}*.npy"))
+    return sorted(folder.glob(f"{array}*.npy"), key=lambda path: (len(path.name), path.name))
 
 
 def smallest_type(codebook_size: int) -> np.dtype:
@@ -221,7 +223,7 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
     # numpy raises nearly every type on a damaged header
     with user_error(f"{path} is damaged: %s; make it again", Exception):
         is_table = tables.accepts(path)
-        array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="c")
+        array = tables.read_vectors(path) if is_table else np.lib.format.open_memmap(path, mode="r")
         is_flat = array.ndim == 2 and len(shape) == 3 and array.dtype.kind == "f"
         array = array[:, None] if is_flat else array
     fits = array.dtype in dtypes and array.ndim == len(shape) and array.size > 0
@@ -250,7 +252,8 @@ def open_grids(
             )
     if not paths:
         return None
-    grids = torch.from_numpy(one) if len(paths) == 1 else ShardedArray(paths)
+    with warnings.catch_warnings(action="ignore"):  # that it must not be written to
+        grids = torch.from_numpy(one) if len(paths) == 1 else ShardedArray(paths)
     if count not in (0, len(grids)):
         raise UserError(f"{folder} has {len(grids)} grids in {array}, not {count}; make it again")
     return grids

@@ -119,7 +119,8 @@ def continue_training(flags: Flags) -> Path | None:
     resumed = find_checkpoint(flags.resume, flags.output_dir)
     check_writable(resumed.parents[1] if resumed else Path(flags.output_dir or "outputs"))
     if resumed is not None:
-        settings = read_json(resumed / RECORDS).get("settings", {})
+        # Rows were the only order before there was a choice.
+        settings = {"shuffle": "rows"} | read_json(resumed / RECORDS).get("settings", {})
         stored = vars(flags).keys() & settings.keys() - flags.given - {"resume", "output_dir"}
         for name in stored:
             value = settings[name]

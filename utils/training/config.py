@@ -28,8 +28,8 @@ class TrainingConfig:
     compile: bool = flag(False, "compile the model (torch.compile)")
     shuffle: str = flag(
         "auto",
-        "order of an epoch: rows at random, or shards at random and rows within a few of them; "
-        "auto: shards for several files that exceed memory, or hold indices",
+        "order of an epoch: rows at random; or files at random and rows within four of them, which "
+        "must not be sorted by class; auto: that for several files of images that exceed memory",
         choices=("auto", "rows", "shards"),
     )
     batch_size: int = flag(64, "images a step, over all processes and micro-batches", min=1)

@@ -178,7 +178,6 @@ class CheckpointState:
     def _compare_settings(self, before: dict[str, Any], folder: Path) -> dict[str, str]:
         """Which settings differ from the checkpoint's: warn, or a UserError for `REFUSED` ones."""
         now = json.loads(json.dumps(self._settings))
-        before = {"shuffle": "rows"} | before  # the only order before it was a setting
         changes = {
             name: f"{name} {before.get(name)!r:.40} -> {now.get(name)!r:.40}"
             for name in sorted(before.keys() | now.keys())

@@ -76,22 +76,23 @@ class ShardedArray:
     """Several .npy files of arrays (n, ...), one after the other as one (N, ...).
 
     They stay on disk: array[rows], or array[rows, others] as in NumPy, gathers a tensor by memory
-    map; rows are an integer, a slice, or integers (B,).
-
-    Attributes:
-        shape: (N, ...).
-        starts: the first row of each part.
+    map; rows are an integer, a slice, or integers (B,). `starts` has the first row of each file. A
+    UserError if a file changes meanwhile.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths, self._open = paths, lru_cache(MAPPED)(self._read)
+        self._times = [path.stat().st_mtime_ns for path in paths]
         starts = np.cumsum([0, *map(len, self.parts())])
         first = self._open(0)
         self.shape: tuple[int, ...] = (int(starts[-1]), *first.shape[1:])
         self.dtype, self.starts = first.dtype, starts[:-1].tolist()
 
     def _read(self, number: int) -> np.ndarray:
-        return np.lib.format.open_memmap(self._paths[number], mode="r")
+        path = self._paths[number]
+        if not path.exists() or path.stat().st_mtime_ns != self._times[number]:
+            raise UserError(f"{path} has changed since it was first read; start again")
+        return np.lib.format.open_memmap(path, mode="r")
 
     def __len__(self) -> int:
         return self.shape[0]
