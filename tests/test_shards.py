@@ -229,10 +229,10 @@ def test_a_killed_quantization_continues(own_folder: Path) -> None:
     torch.manual_seed(0)
     write_tokenizer(own_folder / "tokenizer")
     path = write_images(own_folder / "data")
-    names = [f"{number % 12}.png" for number in range(600)]
+    names = [f"{number % 12}.png" for number in range(240)]
     path.write_text("".join(f"{name}\n" for name in ["image_path", *names]))
     words = ["--model_dir", "tokenizer", "--path_to_data", "data/data.csv", "--device", "cpu"]
-    words += ["--num_workers", "0", "--batch_size", "2", "--images_per_shard", "60", "--stream"]
+    words += ["--num_workers", "0", "--batch_size", "2", "--images_per_shard", "24", "--stream"]
     repository = Path(__file__).parents[1]
     command = [repository / "quantize_dataset.py", *words, "--output_dir", "killed"]
     with Forked(*command) as process:
@@ -250,7 +250,7 @@ def test_a_killed_quantization_continues(own_folder: Path) -> None:
     assert len(content(Path("whole"))) == 10
     assert not Path("killed.tmp").exists()
     found = read_indices("killed")
-    assert len(found.grids) == 600
+    assert len(found.grids) == 240
     assert found.grids[:].max() < CODES
 
 
