@@ -20,10 +20,10 @@ from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, make_
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data import conditioning, indices
 from utils.data.captions import encode
-from utils.data.images import available_memory
 from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
+from utils.data.workers import available_memory
 from utils.files import choose_output_dir, sha256
 from utils.progress import ProgressBar, warn
 from utils.provenance import LoadedModel, joined, load_model

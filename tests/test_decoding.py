@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from utils import figures
-from utils.data.decoding import Header, read_header, read_image
+from utils.data import decoding
+from utils.data.decoding import Header, read_header
 from utils.data.masks import read_mask
 
 WHITE, RED, CLEAR = (255, 255, 255), (200, 0, 0), (0, 0, 255, 0)
@@ -22,6 +23,15 @@ HALVES = np.repeat(np.array([[0, 255]], np.uint8), 3, axis=1)  # black left, whi
 def save(image: Image.Image, file: Path, **options: object) -> str:
     image.save(file, **options)
     return str(file)
+
+
+def read_image(file: str, channels: int, size: tuple[int, int], *limit: int) -> np.ndarray | str:
+    """The pixels as (channels, height, width); they come with the header that is read alone."""
+    result = decoding.read_image(file, channels, size, *limit)
+    if isinstance(result, str):
+        return result
+    assert result[0] == read_header(file)
+    return np.moveaxis(result[1], 2, 0)
 
 
 def pixel(file: str, channels: int = 3) -> tuple[int, ...]:
@@ -165,7 +175,7 @@ def test_exif_behind_the_pixels_counts_neither_in_header_nor_in_pixels(tmp_path:
     file.write_bytes(content[:start] + content[end:tail] + content[start:end] + content[tail:])
     assert read_header(str(file)).size == (16, 32)
     assert np.array_equal(
-        read_image(file, 1, (16, 32))[0], np.arange(512, dtype=np.uint8).reshape(16, 32)
+        read_image(str(file), 1, (16, 32))[0], np.arange(512, dtype=np.uint8).reshape(16, 32)
     )
 
 
@@ -255,6 +265,47 @@ def test_large_jpeg_shrinks_to_the_same_picture(tmp_path: Path) -> None:
     slow = read_image(save(image, tmp_path / "a.png"), 1, (16, 16))
     assert np.abs(fast.astype(int) - slow).max() <= 3
     assert fast[0, 0, 0] == pytest.approx(64 + 4, abs=3)  # the left quarter is cut away
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 1}, {"progressive": True}])
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (48, 33)])
+def test_jpeg_files_have_the_values_that_pillow_decodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, options: dict, size: tuple
+) -> None:
+    pixels = np.random.default_rng(0).normal(0, 8, (*size, 3)).cumsum(0) + 128
+    image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).convert(mode)
+    file = save(image, tmp_path / "a.jpg", quality=90, **options)
+    expected = np.asarray(Image.open(file)).reshape(*size, -1)
+    monkeypatch.setattr(Image, "open", None)  # too slow
+    header, seen = decoding.read_image(file, len(mode), size)
+    assert header == Header(size, grey=mode == "L", alpha=False)
+    assert np.array_equal(seen, expected)
+
+
+def test_jpeg_files_with_flipped_bits_are_those_of_pillow(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    content = Path(save(Image.fromarray(pixels), tmp_path / "a.jpg")).read_bytes()
+    generator, read = random.Random(0), 0
+    for number in range(300):
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+        plain, other = tmp_path / f"{number}.jpg", tmp_path / f"{number}.jpg.image"  # by Pillow
+        plain.write_bytes(damaged)
+        other.write_bytes(damaged)
+        seen, expected = (read_image(str(x), 3, (16, 16)) for x in (plain, other))
+        assert np.array_equal(seen, expected) or isinstance(seen, str) == isinstance(expected, str)
+        read += not isinstance(seen, str)
+    assert 100 < read < 300
+
+
+def test_square_jpeg_files_are_rotated_as_exif_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[decoding.ORIENTATION] = 3
+    halves = Image.fromarray(np.repeat(np.array([[0], [255]], np.uint8), 8, axis=0).repeat(16, 1))
+    (seen,) = read_image(save(halves, tmp_path / "a.jpg", exif=exif), 1, (16, 16))
+    assert seen[0].min() > 200
+    assert seen[-1].max() < 50
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

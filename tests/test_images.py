@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from utils.cli import UserError
-from utils.data import images
+from utils.data import workers
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
 from vqvae import VQVAEConfig
 
@@ -67,7 +67,11 @@ def test_in_memory_and_streamed_are_the_same(tmp_path: Path, num_workers: int) -
         assert torch.equal(batches(kept, **options), batches(streamed, **options))
 
 
-def test_many_files_are_decoded_by_processes_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_many_files_are_decoded_by_processes_in_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: str
+) -> None:
+    monkeypatch.setattr(workers, "START", start)  # spawn: where there is no fork
     Image.new("L", (2, 2), 0).save(tmp_path / "0.png")
     Image.new("L", (2, 2), 255).save(tmp_path / "1.png")
     names = [f"{number % 3 % 2}.png" for number in range(1100)]
@@ -80,7 +84,9 @@ def test_mixed_sizes_are_refused_with_the_sizes_found(tmp_path: Path) -> None:
     Image.new("L", (4, 8)).save(tmp_path / "a.png")
     Image.new("L", (9, 5)).save(tmp_path / "b.png")
     path = write_csv(tmp_path, ["a.png", "a.png", "b.png"])
-    with pytest.raises(UserError, match=r"2 sizes: 8x4 \(a.png\), 5x9 \(b.png\); --image_size"):
+    with pytest.raises(
+        UserError, match=r"not of one size: 8x4 \(a.png\), 5x9 \(b.png\); --image_size"
+    ):
         ImageDataset(path)
     assert batches(ImageDataset(path, size=(6, 3))).shape == (3, 1, 6, 3)
 
@@ -102,6 +108,39 @@ def test_channels_are_what_all_images_have(tmp_path: Path, modes: tuple, channel
     assert ImageDataset(path).channels == channels
     for wanted in (1, 3, 4):
         assert batches(ImageDataset(path, channels=wanted)).shape == (len(modes), wanted, 4, 4)
+
+
+UNSAMPLED = 1  # a row of 150 whose header is not among those that are looked at first
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_one_image_unlike_the_others_counts(tmp_path: Path, mode: str) -> None:
+    others = "RGBA" if mode == "LA" else "L"
+    Image.new(others, (4, 4)).save(tmp_path / "a.png")
+    Image.new(mode, (4, 4), (200, 0, 0, 255)[: len(mode)]).save(tmp_path / "b.png")
+    path = write_csv(tmp_path, ["b.png" if row == UNSAMPLED else "a.png" for row in range(150)])
+    dataset = ImageDataset(path)
+    assert torch.equal(dataset.pixels, ImageDataset(path, channels=dataset.channels).pixels)
+    assert dataset.channels == {"RGB": 3, "RGBA": 3, "LA": 4}[mode]
+    assert ImageDataset(path, max_memory=0).channels == dataset.channels
+
+
+def test_one_image_of_another_size_is_refused(tmp_path: Path) -> None:
+    Image.new("L", (4, 8)).save(tmp_path / "a.png")
+    Image.new("L", (9, 5)).save(tmp_path / "b.png")
+    path = write_csv(tmp_path, ["b.png" if row == UNSAMPLED else "a.png" for row in range(150)])
+    for max_memory in (0, None):
+        with pytest.raises(UserError, match=r"8x4 \(a.png\), 5x9 \(b.png\); --image_size"):
+            ImageDataset(path, max_memory=max_memory)
+
+
+def test_the_good_images_are_found_where_all_of_the_first_sample_are_bad(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "good.png")
+    names = ["bad.png" if row % 2 == 0 else "good.png" for row in range(128)]
+    dataset = ImageDataset(write_csv(tmp_path, names), ImageConfig(skip_bad_images=64))
+    assert (len(dataset), dataset.size, dataset.channels) == (64, (2, 3), 3)
+    assert dataset.pixels[:, :, 0, 0].tolist() == [[1, 2, 3]] * 64
 
 
 AUGMENTED = {"horizontal_flip": True, "random_crop": True, "seed": 0, "epoch": 0}
@@ -228,9 +267,12 @@ def test_bad_images_are_left_out_as_asked(
 def test_more_bad_images_than_may_be_left_out(tmp_path: Path) -> None:
     path = hurt(tmp_path)
     with pytest.raises(UserError, match=r"1 of 12 .* row 4 3\.png .*--skip_bad_images 1$"):
-        ImageDataset(path)
-    with pytest.raises(UserError, match=r"3 of 12 .* row 8 7\.png .* row 10 9\.png .*images 3$"):
-        ImageDataset(path, ImageConfig(skip_bad_images=2))
+        ImageDataset(path, max_memory=0)  # its header alone says that it is bad
+    for skipped in (0, 2):
+        with pytest.raises(
+            UserError, match=r"3 of 12 .* row 8 7\.png .* row 10 9\.png .*images 3$"
+        ):
+            ImageDataset(path, ImageConfig(skip_bad_images=skipped))
     (tmp_path / "data.csv").write_text("image_path\n3.png\n3.png\n")
     with pytest.raises(UserError, match="2 of 2 files"):
         ImageDataset(path, ImageConfig(skip_bad_images=2))
@@ -256,7 +298,7 @@ def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     (tmp_path / "max").write_text("9000000")
     (tmp_path / "current").write_text("8999900")
-    monkeypatch.setattr(images, "CGROUP_FILES", [(tmp_path / "max", tmp_path / "current")])
+    monkeypatch.setattr(workers, "CGROUP_FILES", [(tmp_path / "max", tmp_path / "current")])
     assert ImageDataset(path).pixels is None
     (tmp_path / "max").write_text("max")
     assert ImageDataset(path).pixels is not None

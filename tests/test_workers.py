@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from utils.cli import UserError
-from utils.data.images import load_files
+from utils.data.workers import load_files
 
 FILES = [f"{number}.png" for number in range(40)]
 
@@ -83,7 +83,7 @@ def test_a_reader_that_ends_early_leaves_no_worker() -> None:
 
 WORKING = """
 import os, sys, time
-from utils.data.images import load_files
+from utils.data.workers import load_files
 
 def read(file):
     return os.getpid()

@@ -70,12 +70,12 @@ def _look(path: str, outcome: Counter) -> bool | None:
     """Read a file as the data set does; whether it was read, None if that is no clear answer."""
     outcome["files"] += 1
     try:
-        header, pixels = read_header(path), read_image(path, 3, (SIDE, SIDE))
+        header, found = read_header(path), read_image(path, 3, (SIDE, SIDE))
     except Exception:
         outcome["raised"] += 1
         return None
-    refused = [isinstance(x, str) and "\n" not in x and x != "" for x in (header, pixels)]
-    kinds = isinstance(header, Header | str) and (refused[1] or pixels.shape == (3, SIDE, SIDE))
+    refused = [isinstance(x, str) and "\n" not in x and x != "" for x in (header, found)]
+    kinds = isinstance(header, Header | str) and (refused[1] or found[1].shape == (SIDE, SIDE, 3))
     if not kinds:
         outcome["wrong"] += 1
     outcome["refused"] += any(refused)

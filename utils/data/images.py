@@ -2,39 +2,29 @@
 
 import os
 import re
-import resource
-import signal
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
 from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
+from utils.data.workers import available_cores, available_memory, load_files, shared_memory
 from utils.progress import ProgressBar
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
 SAMPLED_FILES = 64  # from which the range of values is decided
 SKIPPED = "skipped.csv"
 CONTAINER = re.compile(r"\.(tar|parquet|arrow)/")  # in the path of an image inside of one
-CGROUP = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +70,33 @@ class Augmentation(NamedTuple):
     epoch: int
 
 
+@dataclass
+class Headers:
+    """What the headers of all files of a data set say."""
+
+    sizes: dict[tuple[int, int], str] = field(default_factory=dict)  # with a file of each
+    grey: bool = True
+    alpha: bool = True
+
+    def add(self, header: Header, name: str) -> None:
+        self.sizes.setdefault(header.size, name)
+        self.grey, self.alpha = self.grey and header.grey, self.alpha and header.alpha
+
+    @property
+    def channels(self) -> int:
+        return 4 if self.alpha else 1 if self.grey else 3
+
+    def common_size(self, path: str | Path) -> tuple[int, int]:
+        """The size of all files; of one pixel, if none is known."""
+        if len(self.sizes) > 1:
+            found = [f"{height}x{width} ({name})" for (height, width), name in self.sizes.items()]
+            raise UserError(
+                f"the images in {path} are not of one size: {first_few(found)}; "
+                "--image_size H,W resizes and crops them to one"
+            )
+        return next(iter(self.sizes), (1, 1))
+
+
 class ImageDataset:
     """The images of a data source, decoded once into memory where they fit, else streamed.
 
@@ -103,7 +120,7 @@ class ImageDataset:
         random_crop: bool = False,
         max_memory: int | None = None,
     ) -> None:
-        """Read the rows, check the header of every file, and decode all if they fit into memory.
+        """Read the rows, and decode all files if they fit into memory, else read their headers.
 
         Args:
             config: how files are read. To find up to `skip_bad_images` bad ones before training,
@@ -126,40 +143,39 @@ class ImageDataset:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.num_workers = config.num_workers
         if self.num_workers < 0:
-            self.num_workers = min(16, max(1, _available_cores() // processes))
+            self.num_workers = min(16, max(1, available_cores() // processes))
         self.skipped: list[tuple[int, str, str]] = []
         self._numbers: Sequence[int] = range(1, len(self.rows) + 1)  # of the rows in the source
 
-        limit = config.max_pixels
-        headers = list(self._read_all(partial(decoding.read_header, max_pixels=limit), "checking"))
-        self.size = size or self._common_size(headers)
-        colours = 1 if all(header.grey for header in headers) else 3
-        self.channels = channels or (4 if all(header.alpha for header in headers) else colours)
-        scale = 9 / 8 if random_crop else 1
-        self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
-        chosen = self.files[:: -(-len(self) // SAMPLED_FILES)]
-        samples = [decoding.sample_values(file, max_pixels=limit) for file in chosen]
-        found = decoding.common_range([x for x in samples if not isinstance(x, str)])
-        self.value_range, self.resampling = value_range or found[0], resampling or found[1]
-
-        self._decode = partial(
-            decoding.read_image,
-            channels=self.channels,
-            size=self.resize_size,
-            max_pixels=limit,
-            value_range=self.value_range,
-            resampling=self.resampling,
-        )
-        self.pixels: Tensor | None = None
         if max_memory is None:
             max_memory = 0 if config.stream else available_memory() // (2 * processes)
-        if self.size_in_memory <= max_memory:
-            pixels = np.empty((len(self), self.channels, *self.resize_size), np.uint8)
-            for row, image in enumerate(self._read_all(self._decode, "decoding")):
-                pixels[row] = image
-            self.pixels = torch.from_numpy(pixels[: len(self)])
-        elif config.skip_bad_images:
-            deque(self._read_all(self._decode, "decoding"), maxlen=0)
+        self._read_header = partial(decoding.read_header, max_pixels=config.max_pixels)
+        sample = range(len(self))[:: -(-len(self) // SAMPLED_FILES)]
+        files = self.files[:: sample.step]
+        values = [decoding.sample_values(file, max_pixels=config.max_pixels) for file in files]
+        found = decoding.common_range([x for x in values if not isinstance(x, str)])
+        self.value_range, self.resampling = value_range or found[0], resampling or found[1]
+
+        # Headers and pixels are read in one pass, as if all files were like the sample. If they are
+        # not, another pass follows.
+        seen, chosen = Headers(), None
+        for row, header in zip(sample, map(self._read_header, files), strict=True):
+            if isinstance(header, Header):
+                seen.add(header, self._file_name(row))
+        while chosen != (choice := (size or seen.common_size(path), channels or seen.channels)):
+            chosen = choice
+            self.size, self.channels = choice
+            scale = 9 / 8 if random_crop else 1
+            self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
+            self._decode = partial(
+                decoding.read_image,
+                channels=self.channels,
+                size=self.resize_size,
+                max_pixels=config.max_pixels,
+                value_range=self.value_range,
+                resampling=self.resampling,
+            )
+            seen = self._read_files(keep=self.size_in_memory <= max_memory)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,7 +212,10 @@ class ImageDataset:
 
     def name(self, row: int) -> str:
         """The name of a row in messages: its number in the source, and its file."""
-        return f"row {self._numbers[row]} {getattr(self.rows[row], self._column)}"
+        return f"row {self._numbers[row]} {self._file_name(row)}"
+
+    def _file_name(self, row: int) -> str:
+        return column_of(self.rows, self._column)[row]
 
     def batches(
         self,
@@ -240,35 +259,49 @@ class ImageDataset:
             bad = {n: x for n, x in zip(numbers, images, strict=True) if isinstance(x, str)}
             if bad:
                 raise self._refusal(bad)
-            if self.channels == 1:
-                yield torch.from_numpy(np.stack(images))
-            else:  # channels last, as they are decoded, and as `batches` gives them
-                stacked = np.stack([np.moveaxis(image, 0, 2) for image in images])
-                yield torch.from_numpy(stacked).permute(0, 3, 1, 2)
+            pixels = np.stack([pixels for _, pixels in images])
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def _read_all(self, read: Callable[[str], Any], title: str) -> Iterator[Any]:
-        """read(file) of each file, by workers where there are many; bad files are skipped."""
+    def _read_files(self, keep: bool) -> Headers:
+        """Read the headers of all files, and their pixels if they are kept, or may be bad.
+
+        Workers write pixels directly into memory that all processes share.
+        """
+        shape = len(self), *self.resize_size, self.channels
+        pixels = shared_memory(shape) if keep else None
+        read = self._decode if keep or self._skippable else self._read_header
+        read_into = partial(_read_into, pixels, read)
         lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(lists) > 3 else 0
-        results = chain.from_iterable(load_files(read, self.files, lists, num_workers))
-        bar = ProgressBar(results, title, len(self), unit=" images", leave=False)
-        bad: dict[int, str] = {}
-        for row, result in enumerate(bar):
-            if isinstance(result, str):
-                bad[row] = result
+        batches = load_files(read_into, list(enumerate(self.files)), lists, num_workers)
+        bar = ProgressBar(
+            chain.from_iterable(batches), "reading", len(self), unit=" images", leave=False
+        )
+        headers, bad = Headers(), dict[int, str]()
+        for row, header in enumerate(bar):
+            if isinstance(header, str):
+                bad[row] = header
             else:
-                yield result
-        if not bad:
-            return
-        if len(self.skipped) + len(bad) > self._skippable or len(bad) == len(self):
+                headers.add(header, self._file_name(row))
+        if bad:
+            kept = self._skip(bad)
+            if pixels is not None:
+                for new, row in enumerate(kept):
+                    pixels[new] = pixels[row]
+        self.pixels = None if pixels is None else pixels[: len(self)].permute(0, 3, 1, 2)
+        return headers
+
+    def _skip(self, bad: dict[int, str]) -> list[int]:
+        """Leave out rows of bad files; all others. A UserError for more than may be left out."""
+        if len(bad) > self._skippable or len(bad) == len(self):
             raise self._refusal(bad)
         for row, complaint in bad.items():
-            path = getattr(self.rows[row], self._column)
-            self.skipped.append((self._numbers[row], path, complaint))
+            self.skipped.append((self._numbers[row], self._file_name(row), complaint))
         kept = [row for row in range(len(self)) if row not in bad]
         self._numbers = [self._numbers[row] for row in kept]
         columns = self.rows.columns.items()
         self.rows = Rows({name: [values[row] for row in kept] for name, values in columns})
+        return kept
 
     def _refusal(self, bad: dict[int, str]) -> UserError:
         """The error for bad files, by row."""
@@ -290,77 +323,15 @@ class ImageDataset:
             write_table(folder / name, ("row", "image_path", "complaint"), self.skipped)
             print(f"skipped {len(self.skipped):,} bad images, listed in {folder / name}")
 
-    def _common_size(self, headers: Sequence[Header]) -> tuple[int, int]:
-        """The size of all images."""
-        sizes: dict[tuple[int, int], str] = {}
-        for header, name in zip(headers, column_of(self.rows, self._column), strict=True):
-            sizes.setdefault(header.size, name)
-        if len(sizes) > 1:
-            found = [f"{height}x{width} ({path})" for (height, width), path in sizes.items()]
-            raise UserError(
-                f"the images in {self.path} have {len(sizes)} sizes: {first_few(found)}; "
-                "--image_size H,W resizes and crops them to one"
-            )
-        return next(iter(sizes))
 
-
-def _available_cores() -> int:
-    allowed = getattr(os, "sched_getaffinity", None)  # not on macOS
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: of the machine, its address space and its cgroup."""
-    limits = [psutil.virtual_memory().available]
-    address_space = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if address_space != resource.RLIM_INFINITY:
-        limits.append(address_space - psutil.Process().memory_info().vms)
-    for names in CGROUP_FILES:
-        with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            most, used = (int((CGROUP / name).read_text()) for name in names)
-            limits.append(most - used)
-    return max(0, min(limits))
-
-
-def load_files(
-    read: Callable[[str], Any], files: Sequence[str], batches: Sequence[Any], num_workers: int
-) -> Iterator[list[Any]]:
-    """`[read(files[row]) for row in batch]` of each batch, in order, by `num_workers` processes.
-
-    Errors of `read`, such as MemoryError, are raised here. A UserError if a worker died.
-    """
-    loader: DataLoader = DataLoader(
-        files,  # type: ignore[arg-type]  # a list is what a Dataset has to be
-        batch_sampler=batches,
-        collate_fn=partial(_read_each, read),
-        num_workers=num_workers,
-        worker_init_fn=_ignore_signals,
-        generator=torch.Generator(),  # it would take a number from PyTorch's global one
-    )
-    before = signal.getsignal(signal.SIGCHLD)
-    iterator: Any = iter(loader)
-    # PyTorch's handler would raise inside a training step, whose state could then not be saved.
-    # Without it, the iterator notices a dead worker within five seconds.
-    signal.signal(signal.SIGCHLD, before)
-    try:
-        yield from iterator
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise UserError(
-            f"a process that reads images died ({error}); if memory ran out use fewer "
-            "--num_workers (0: none)"
-        ) from error
-    finally:
-        for worker in getattr(iterator, "_workers", ()):
-            worker.kill()  # it ignores SIGTERM, so Python would wait for it at exit
-
-
-def _read_each(read: Callable[[str], Any], files: list[str]) -> list[Any]:
-    return [read(file) for file in files]
-
-
-def _ignore_signals(_: int) -> None:
-    """Leave signals to the main process, which saves and stops its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def _read_into(
+    pixels: Tensor | None, read: Callable[[str], Any], item: tuple[int, str]
+) -> Header | str:
+    """The header of a file of a row, or why it cannot be read; its pixels are written."""
+    row, file = item
+    result = read(file)
+    if isinstance(result, str | Header):
+        return result
+    if pixels is not None:
+        pixels.numpy()[row] = result[1]
+    return result[0]
