@@ -1,8 +1,8 @@
 """Images of a data source as batches in [-1, 1], from memory or streamed by DataLoader workers."""
 
 import os
-import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
+from utils.data.cache import CONTAINER, PixelCache
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
 from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
@@ -22,9 +24,9 @@ from utils.data.workers import available_cores, available_memory, load_files, sh
 from utils.progress import ProgressBar
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
+CACHED_FILES = 1000  # of fewer, decoded pixels are not cached
 SAMPLED_FILES = 64  # from which the range of values is decided
 SKIPPED = "skipped.csv"
-CONTAINER = re.compile(r"\.(tar|parquet|arrow)/")  # in the path of an image inside of one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +105,6 @@ class ImageDataset:
     Attributes:
         rows: of the source, without those of bad images that were skipped.
         skipped: the number (from 1), image_path and complaint of each row that was.
-        resize_size: height and width before cropping; larger than `size` for random crops.
         pixels: (N, channels, *resize_size), uint8, or None where the images are streamed.
     """
 
@@ -149,33 +150,40 @@ class ImageDataset:
 
         if max_memory is None:
             max_memory = 0 if config.stream else available_memory() // (2 * processes)
-        self._read_header = partial(decoding.read_header, max_pixels=config.max_pixels)
+        self._max_pixels, self._scale = config.max_pixels, 9 / 8 if random_crop else 1
+        options = size, channels, value_range, resampling
+        cache = None
+        if max_memory and len(self) > CACHED_FILES:
+            way = PIL.__version__, self._scale, self._max_pixels, self._skippable
+            with suppress(OSError):  # a file vanished
+                cache = PixelCache(self.files, *way)
+        if cache and (cached := cache.read(options)):
+            self.pixels, (self.size, self.channels, self.value_range, self.resampling), bad = cached
+            if bad:
+                self._skip(bad)
+            return
+        read_header = partial(decoding.read_header, max_pixels=self._max_pixels)
         sample = range(len(self))[:: -(-len(self) // SAMPLED_FILES)]
         files = self.files[:: sample.step]
-        values = [decoding.sample_values(file, max_pixels=config.max_pixels) for file in files]
+        values = [decoding.sample_values(file, max_pixels=self._max_pixels) for file in files]
         found = decoding.common_range([x for x in values if not isinstance(x, str)])
         self.value_range, self.resampling = value_range or found[0], resampling or found[1]
 
         # Headers and pixels are read in one pass, as if all files were like the sample. If they are
         # not, another pass follows.
         seen, chosen = Headers(), None
-        for row, header in zip(sample, map(self._read_header, files), strict=True):
+        for row, header in zip(sample, map(read_header, files), strict=True):
             if isinstance(header, Header):
                 seen.add(header, self._file_name(row))
         while chosen != (choice := (size or seen.common_size(path), channels or seen.channels)):
             chosen = choice
             self.size, self.channels = choice
-            scale = 9 / 8 if random_crop else 1
-            self.resize_size = round(self.size[0] * scale), round(self.size[1] * scale)
-            self._decode = partial(
-                decoding.read_image,
-                channels=self.channels,
-                size=self.resize_size,
-                max_pixels=config.max_pixels,
-                value_range=self.value_range,
-                resampling=self.resampling,
-            )
-            seen = self._read_files(keep=self.size_in_memory <= max_memory)
+            keep = self.size_in_memory <= max_memory
+            seen = self._read_files(self._decode if keep or self._skippable else read_header, keep)
+        if cache and self.pixels is not None and os.environ.get("LOCAL_RANK", "0") == "0":
+            bad = {number - 1: complaint for number, _, complaint in self.skipped}
+            options_found = self.size, self.channels, self.value_range, self.resampling
+            cache.write(options, self.pixels, options_found, bad)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -262,14 +270,28 @@ class ImageDataset:
             pixels = np.stack([pixels for _, pixels in images])
             yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-    def _read_files(self, keep: bool) -> Headers:
-        """Read the headers of all files, and their pixels if they are kept, or may be bad.
+    @property
+    def resize_size(self) -> tuple[int, int]:
+        """Height and width before cropping; larger than `size` for random crops."""
+        return round(self.size[0] * self._scale), round(self.size[1] * self._scale)
+
+    @property
+    def _decode(self) -> Callable[[str], Any]:
+        return partial(
+            decoding.read_image,
+            channels=self.channels,
+            size=self.resize_size,
+            max_pixels=self._max_pixels,
+            value_range=self.value_range,
+            resampling=self.resampling,
+        )
+
+    def _read_files(self, read: Callable[[str], Any], keep: bool) -> Headers:
+        """The headers of all files; their pixels are kept, or read only to find bad files.
 
         Workers write pixels directly into memory that all processes share.
         """
-        shape = len(self), *self.resize_size, self.channels
-        pixels = shared_memory(shape) if keep else None
-        read = self._decode if keep or self._skippable else self._read_header
+        pixels = shared_memory((len(self), *self.resize_size, self.channels)) if keep else None
         read_into = partial(_read_into, pixels, read)
         lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
         num_workers = self.num_workers if self.num_workers > 1 and len(lists) > 3 else 0
