@@ -48,10 +48,7 @@ class Row(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """The rows of a data set as columns of text, in half the memory of a list of `Row`.
-
-    A `Row` is made where one is read.
-    """
+    """The rows of a data set as columns of text, in half the memory of a list of `Row`."""
 
     def __init__(self, columns: Mapping[str, Sequence[str]]) -> None:
         """`columns` by name; the values of those that are missing are ""."""
@@ -173,8 +170,7 @@ def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> dict[str, l
         if respelled := find_files(path, root_of(path), files, allow_outside_paths):
             columns[name] = [respelled.get(file, file) for file in columns[name]]
         if folder != ".":
-            places = (file and os.path.join(folder, file) for file in columns[name])
-            columns[name] = [place and os.path.normpath(place) for place in places]
+            columns[name] = [x and os.path.normpath(os.path.join(folder, x)) for x in columns[name]]
     return columns
 
 
