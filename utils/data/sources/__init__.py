@@ -219,12 +219,9 @@ def note(line: str) -> None:
 
 def root_of(path: str | Path) -> Path:
     """The folder that the file paths of a source are relative to."""
-    path = Path(path)
-    if path.exists():
-        return path if path.is_dir() else path.parent
     from utils.data.finding import expand
 
-    parts = [part.absolute() for part in expand(path)]
+    parts = [Path(path)] if os.path.exists(path) else [x.absolute() for x in expand(path)]
     return Path(os.path.commonpath([x if x.is_dir() else x.parent for x in parts]))
 
 
