@@ -46,18 +46,15 @@ class IndicesMeta(GridMeta):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
-        return _shape(self.latent_dim, self.depth)
+        return self.latent_dim if self.depth == 1 else (*self.latent_dim, self.depth)
 
 
 class Indices(NamedTuple):
-    """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each.
-
-    `meta` is None for a plain text file.
-    """
+    """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each."""
 
     grids: Tensor | ShardedArray
     rows: Sequence[Row]
-    meta: IndicesMeta | None
+    meta: IndicesMeta | None  # None for a plain text file
 
     @property
     def latent_dim(self) -> tuple[int, int]:
@@ -280,9 +277,8 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     files.check_size(path, files.TABLE_BYTES)
     with user_error(f"{path} is not a text file of indices: %s", UnicodeError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    length = len(lines[0].split())
-    side = math.isqrt(length // depth)
-    shape = _shape(latent_dim or (side, side), depth)
+    side = max(1, math.isqrt(len(lines[0].split()) // depth))
+    shape = IndicesMeta(limit, latent_dim or (side, side), depth=depth).shape
     grids = []
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -292,7 +288,7 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
                     f"{path} line {number}, number {place}: {word:.20} is not an index of the "
                     f"codebook; write integers from 0 to {limit - 1}, separated by spaces"
                 )
-        if not words or len(words) != math.prod(shape):
+        if len(words) != math.prod(shape):
             raise UserError(
                 f"{path} line {number}: it has {len(words)} indices, but a grid of "
                 f"{','.join(map(str, shape))} takes {math.prod(shape)}; write a line for each "
@@ -303,7 +299,3 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
     rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
     return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
-
-
-def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:
-    return latent_dim if depth == 1 else (*latent_dim, depth)
