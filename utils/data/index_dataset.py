@@ -84,17 +84,15 @@ class IndexDataset:
         A UserError if there are no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
-        codebook_size = None
-        if tokenizer is not None and path.is_file():  # a text file does not say what it belongs to
-            codebook_size = tokenizer.model.config.codebook_size
-        indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
+        config = tokenizer.model.config if tokenizer is not None else None
+        # A text file does not say what it belongs to.
+        size = config.codebook_size if config is not None and path.is_file() else None
+        indices = read_indices(path, latent_dim=latent_dim, codebook_size=size, depth=None)
         if ignore_labels:
-            columns = {name: column_of(indices.rows, name) for name in Row._fields}
-            del columns["label"]
+            columns = {x: column_of(indices.rows, x) for x in Row._fields if x != "label"}
             indices = indices._replace(rows=Rows(columns))
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
-            config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
