@@ -1,9 +1,4 @@
-"""Indices as training data: grids, with condition, embeddings, caption or crops of each image.
-
-condition.npy  (N, hc, wc): the grid of an image that comes with each image, such as its
-               segmentation or a low resolution (arXiv 2012.09841, section 4.1)
-crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
-"""
+"""Indices as training data: grids, with condition, embeddings, caption or crops of each image."""
 
 import re
 from collections import Counter

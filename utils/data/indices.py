@@ -1,13 +1,15 @@
 """The indices folder: grids of codebook indices, written completely or not at all, and checked.
 
-    indices.npy    (N, h, w[, depth]) in the smallest unsigned type; indices-00000.npy, ... if large
-                   (also of the arrays of index_dataset.py), which are read by memory map
+    indices.npy    (N, h, w[, depth]) in the smallest unsigned type
+    condition.npy  (N, hc, wc), optional: the grid of an image that comes with each image, such as
+                   its segmentation or a low resolution (arXiv 2012.09841, section 4.1)
+    crops.npy      (N, crops, h, w[, depth]), optional: grids of random crops and mirror images
     manifest.csv   image_path, label, split[, condition_path][, caption] of each grid
     meta.json      `IndicesMeta`
     sha256.json    the SHA-256 of each file
     indices.txt    on request: a line of space-separated indices for each grid
 
-condition.npy and crops.npy, where present, are described in index_dataset.py.
+Arrays are read by memory map. Large ones are in several files: indices-00000.npy, ...
 """
 
 import hashlib
