@@ -13,16 +13,9 @@ from torch import Tensor
 
 from utils import addresses
 from utils.cli import UserError, check_limits, flag
+from utils.data import sources
 from utils.data.indices import Indices, open_array, open_grids, read_indices
-from utils.data.sources import (
-    Row,
-    Rows,
-    ShardedArray,
-    column_of,
-    preview_first,
-    seeded_generator,
-    split_rows,
-)
+from utils.data.sources import Row, Rows, ShardedArray, column_of, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 
@@ -100,7 +93,7 @@ class IndexDataset:
         self.read_captions(caption_length)
         self._crops = read_crops(path, indices)
         self.train_rows, val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
-        self.val_rows = preview_first(self.rows, val_rows, PREVIEW)
+        self.val_rows = sources.preview_first(self.rows, val_rows, PREVIEW)
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in ("conditions", "embeddings", "captions")}
