@@ -24,23 +24,17 @@ def find_files(
 
     A UserError if one is missing, or outside the folder.
     """
-    root = os.path.realpath(folder)
-
-    def is_below(real: str) -> bool:
-        return f"{real}/".startswith(f"{root}/")
+    root = os.path.join(os.path.realpath(folder), "")
 
     @cache  # each folder is read once, which is faster than asking for each file
     def files_in(folder: str) -> dict[str, bool]:
         """The files in a folder, and whether each is below the root."""
         files = {}
         try:
-            real = os.path.realpath(os.path.join(root, folder))
-            below = is_below(real)
-            for entry in os.scandir(real):
-                if entry.is_file(follow_symlinks=False):
-                    files[entry.name] = below
-                elif entry.is_file():
-                    files[entry.name] = is_below(os.path.realpath(entry))
+            for entry in os.scandir(os.path.realpath(os.path.join(root, folder))):
+                if entry.is_file():
+                    file = os.path.realpath(entry) if entry.is_symlink() else entry.path
+                    files[entry.name] = file.startswith(root)
         except (OSError, ValueError):  # ValueError: a NUL in the name
             return {}
         return files
@@ -55,15 +49,14 @@ def find_files(
     doubtful = {name: None for part in bar for name in part if not place(name)}
     respelled, missing, outside = {}, [], []
     for name in doubtful:
-        below = place(name)
-        if below is None:
-            respelled[name] = next((x for x in _spellings(name) if place(x) is not None), "")
-            below = place(respelled[name])
-        if below is None:
+        found = next((x for x in (name, *_spellings(name)) if place(x) is not None), None)
+        if found is None:
             kind = " (a folder, not a file)" if os.path.isdir(os.path.join(root, name)) else ""
             missing.append(name + kind)
-        elif not below and not allow_outside_paths:
+        elif not place(found) and not allow_outside_paths:
             outside.append(name)
+        elif found != name:
+            respelled[name] = found
     for refused, problem in (
         (missing, f"do not exist, relative to {folder}"),
         (outside, "are outside its folder, which --allow_outside_paths accepts"),

@@ -1,9 +1,4 @@
-"""Indices as training data: grids, with condition, embeddings, caption or crops of each image.
-
-condition.npy  (N, hc, wc): the grid of an image that comes with each image, such as its
-               segmentation or a low resolution (arXiv 2012.09841, section 4.1)
-crops.npy      (N, crops, h, w[, depth]): grids of random crops and mirror images
-"""
+"""Indices as training data: grids, with condition, embeddings, caption or crops of each image."""
 
 import re
 from collections import Counter
@@ -18,16 +13,9 @@ from torch import Tensor
 
 from utils import addresses
 from utils.cli import UserError, check_limits, flag
+from utils.data import sources
 from utils.data.indices import Indices, open_array, open_grids, read_indices
-from utils.data.sources import (
-    Row,
-    Rows,
-    ShardedArray,
-    column_of,
-    preview_first,
-    seeded_generator,
-    split_rows,
-)
+from utils.data.sources import Row, Rows, ShardedArray, column_of, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
 
@@ -84,17 +72,15 @@ class IndexDataset:
         A UserError if there are no indices, damaged ones, or those of another `tokenizer`.
         """
         self.path, self._seed = path, seed
-        codebook_size = None
-        if tokenizer is not None and path.is_file():  # a text file does not say what it belongs to
-            codebook_size = tokenizer.model.config.codebook_size
-        indices = read_indices(path, latent_dim=latent_dim, codebook_size=codebook_size, depth=None)
+        config = tokenizer.model.config if tokenizer is not None else None
+        # A text file does not say what it belongs to.
+        size = config.codebook_size if config is not None and path.is_file() else None
+        indices = read_indices(path, latent_dim=latent_dim, codebook_size=size, depth=None)
         if ignore_labels:
-            columns = {name: column_of(indices.rows, name) for name in Row._fields}
-            del columns["label"]
+            columns = {x: column_of(indices.rows, x) for x in Row._fields if x != "label"}
             indices = indices._replace(rows=Rows(columns))
         self.vocabulary = _vocabulary_of(indices, tokenizer)
         if tokenizer is not None:
-            config = tokenizer.model.config
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
         self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
@@ -107,7 +93,7 @@ class IndexDataset:
         self.read_captions(caption_length)
         self._crops = read_crops(path, indices)
         self.train_rows, val_rows = split_rows(self.rows, val_fraction=val_fraction, seed=seed)
-        self.val_rows = preview_first(self.rows, val_rows, PREVIEW)
+        self.val_rows = sources.preview_first(self.rows, val_rows, PREVIEW)
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in ("conditions", "embeddings", "captions")}

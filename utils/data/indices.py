@@ -1,13 +1,15 @@
 """The indices folder: grids of codebook indices, written completely or not at all, and checked.
 
-    indices.npy    (N, h, w[, depth]) in the smallest unsigned type; indices-00000.npy, ... if large
-                   (also of the arrays of index_dataset.py), which are read by memory map
+    indices.npy    (N, h, w[, depth]) in the smallest unsigned type
+    condition.npy  (N, hc, wc), optional: the grid of an image that comes with each image, such as
+                   its segmentation or a low resolution (arXiv 2012.09841, section 4.1)
+    crops.npy      (N, crops, h, w[, depth]), optional: grids of random crops and mirror images
     manifest.csv   image_path, label, split[, condition_path][, caption] of each grid
     meta.json      `IndicesMeta`
     sha256.json    the SHA-256 of each file
     indices.txt    on request: a line of space-separated indices for each grid
 
-condition.npy and crops.npy, where present, are described in index_dataset.py.
+Arrays are read by memory map. Large ones are in several files: indices-00000.npy, ...
 """
 
 import hashlib
@@ -46,18 +48,15 @@ class IndicesMeta(GridMeta):
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
-        return _shape(self.latent_dim, self.depth)
+        return self.latent_dim if self.depth == 1 else (*self.latent_dim, self.depth)
 
 
 class Indices(NamedTuple):
-    """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each.
-
-    `meta` is None for a plain text file.
-    """
+    """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each."""
 
     grids: Tensor | ShardedArray
     rows: Sequence[Row]
-    meta: IndicesMeta | None
+    meta: IndicesMeta | None  # None for a plain text file
 
     @property
     def latent_dim(self) -> tuple[int, int]:
@@ -280,9 +279,8 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     files.check_size(path, files.TABLE_BYTES)
     with user_error(f"{path} is not a text file of indices: %s", UnicodeError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    length = len(lines[0].split())
-    side = math.isqrt(length // depth)
-    shape = _shape(latent_dim or (side, side), depth)
+    side = max(1, math.isqrt(len(lines[0].split()) // depth))
+    shape = IndicesMeta(limit, latent_dim or (side, side), depth=depth).shape
     grids = []
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -292,7 +290,7 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
                     f"{path} line {number}, number {place}: {word:.20} is not an index of the "
                     f"codebook; write integers from 0 to {limit - 1}, separated by spaces"
                 )
-        if not words or len(words) != math.prod(shape):
+        if len(words) != math.prod(shape):
             raise UserError(
                 f"{path} line {number}: it has {len(words)} indices, but a grid of "
                 f"{','.join(map(str, shape))} takes {math.prod(shape)}; write a line for each "
@@ -303,7 +301,3 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
     rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
     return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
-
-
-def _shape(latent_dim: tuple[int, int], depth: int) -> tuple[int, ...]:
-    return latent_dim if depth == 1 else (*latent_dim, depth)

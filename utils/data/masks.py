@@ -32,10 +32,7 @@ class KnownPixels(NamedTuple):
 
     @classmethod
     def load(cls, folder: Path) -> "KnownPixels | None":
-        """Those of a folder of indices; None if its images were not completed.
-
-        A UserError for a damaged file.
-        """
+        """Those of a folder of indices, None if not completed; a UserError for a damaged file."""
         if not (folder / KNOWN).is_file():
             return None
         text = f"{folder / KNOWN} is damaged: %s; complete the images again"

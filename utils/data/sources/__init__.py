@@ -13,13 +13,13 @@ and a third where the images are inside of the file. Row a.png of x.tar has the 
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import pkgutil
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, lru_cache, partial
-from itertools import compress
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO, NamedTuple
@@ -48,10 +48,7 @@ class Row(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """The rows of a data set as columns of text, in half the memory of a list of `Row`.
-
-    A `Row` is made where one is read.
-    """
+    """The rows of a data set as columns of text, in half the memory of a list of `Row`."""
 
     def __init__(self, columns: Mapping[str, Sequence[str]]) -> None:
         """`columns` by name; the values of those that are missing are ""."""
@@ -148,14 +145,14 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> Rows:
     if "" in columns["split"] and any(columns["split"]):
         raise UserError(f"{path}: some rows have a split; give one to all of them, or to none")
     if rows[0].split:
-        names = [*map(_normal, columns["image_path"])]
-        train, val = ({*compress(names, map(x.__eq__, columns["split"]))} for x in SPLITS)
-        for name in sorted(train & val)[:1]:
-            same = {row.split: row.image_path for row in rows if _normal(row.image_path) == name}
-            raise UserError(
-                f"{path}: {same['train']} (train) and {same['val']} (val) are the same file; put "
-                "it on one side of the split"
-            )
+        splits: dict[str, str] = {}
+        for name, split in zip(columns["image_path"], columns["split"], strict=True):
+            if (other := splits.setdefault(_normal(name), split)) != split:
+                same = next(x for x in columns["image_path"] if _normal(x) == _normal(name))
+                raise UserError(
+                    f"{path}: {same} ({other}) and {name} ({split}) are the same file; put it on "
+                    "one side of the split"
+                )
     return rows
 
 
@@ -173,8 +170,7 @@ def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> dict[str, l
         if respelled := find_files(path, root_of(path), files, allow_outside_paths):
             columns[name] = [respelled.get(file, file) for file in columns[name]]
         if folder != ".":
-            places = (file and os.path.join(folder, file) for file in columns[name])
-            columns[name] = [place and os.path.normpath(place) for place in places]
+            columns[name] = [x and os.path.normpath(os.path.join(folder, x)) for x in columns[name]]
     return columns
 
 
@@ -223,12 +219,9 @@ def note(line: str) -> None:
 
 def root_of(path: str | Path) -> Path:
     """The folder that the file paths of a source are relative to."""
-    path = Path(path)
-    if path.exists():
-        return path if path.is_dir() else path.parent
     from utils.data.finding import expand
 
-    parts = [part.absolute() for part in expand(path)]
+    parts = [Path(path)] if os.path.exists(path) else [x.absolute() for x in expand(path)]
     return Path(os.path.commonpath([x if x.is_dir() else x.parent for x in parts]))
 
 
@@ -277,11 +270,9 @@ def preview_first(rows: Sequence[Row], candidates: Tensor, count: int) -> Tensor
     """
     if len(candidates) <= count:
         return candidates
-    seen: Counter[str] = Counter()
-    ranks, labels = {}, column_of(rows, "label")
-    for row in epoch_order(candidates, 0, 0).tolist():
-        ranks[row] = seen[labels[row]]  # so many of its class come before
-        seen[labels[row]] += 1
+    numbers: dict[str, Iterator[int]] = defaultdict(itertools.count)
+    labels, order = column_of(rows, "label"), epoch_order(candidates, 0, 0).tolist()
+    ranks = {row: next(numbers[labels[row]]) for row in order}  # among those of its class
     chosen = sorted(ranks, key=ranks.__getitem__)[:count]
     return torch.tensor(list(dict.fromkeys([*chosen, *ranks])))
 
