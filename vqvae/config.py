@@ -53,10 +53,7 @@ class VQVAEConfig:
 
     @classmethod
     def create(cls, **values: Any) -> Self:
-        """A config from flat settings: of the network, and options of its quantizer.
-
-        A ValueError if a name is unknown or has no effect, or a value has another type or range.
-        """
+        """A config from flat settings; a ValueError for a wrong value, or a name without effect."""
         quantizer = values.get("quantizer", cls.quantizer)
         if quantizer not in tuple(QUANTIZERS):
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
@@ -81,10 +78,7 @@ class VQVAEConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The config that config.json holds.
-
-        A ValueError if it holds another model, of a newer format, or other settings.
-        """
+        """The config of a config.json; a ValueError where this version reads no VQVAE from it."""
         model, version = values.pop("model", None), values.pop("format_version", 1)
         if model != "VQVAE":
             raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")

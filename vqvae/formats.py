@@ -140,8 +140,8 @@ def import_weights(
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the keys that were ignored.
 
-    Of the settings of its config file, those of `NOT_IN_WEIGHTS` are used, the others must agree. A
-    ValueError for another network, missing or unknown keys, or settings that contradict weights.
+    Settings beside the weights are those of `NOT_IN_WEIGHTS`, and the quantizer. A ValueError for
+    another network or quantizer, or missing or unknown keys.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():
@@ -155,10 +155,6 @@ def import_weights(
     except KeyError as error:
         raise ValueError(f"this is not a tokenizer of {project}: it has no {error}") from error
     config = VQVAEConfig.create(**inferred, image_size=image_size)
-    for name, value in settings.items():
-        found = config.to_dict().get(name)
-        if value != found:
-            raise ValueError(f"{name} is {found} in its weights, but {value} in its config")
     keys = layout.all_keys(config)
     ignored = [key for key in state if layout.ignored and key.startswith(layout.ignored)]
     missing = sorted(set(keys.values()) - set(state))
@@ -197,7 +193,9 @@ def infer_settings(
         raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
     known = layout.quantizers
     found = [x for x in known if state.keys() >= set(known[x].values())] or [*known]
-    quantizer = quantizer if quantizer in found else found[0]
+    quantizer = quantizer or found[0]
+    if quantizer not in found:
+        raise ValueError(f"quantizer is {found[0]} in its weights, but {quantizer} in its config")
     codes = state[known[quantizer]["quantizer.embedding.weight"]]
     beta = 0.25 if quantizer == "ema" else layout.commitment_cost
     return {
@@ -218,10 +216,7 @@ def infer_settings(
 
 
 def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
-    """The weights of a `VQVAE` under another project's keys.
-
-    A ValueError if the other project has no such network.
-    """
+    """The weights of a `VQVAE` under another project's keys; a ValueError if it has no such one."""
     layout, config = FORMATS[project], model.config
     required = {**FIXED, **layout.required}
     allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
