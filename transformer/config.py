@@ -116,10 +116,7 @@ class GPTConfig:
     dim: int = option(0, "width of the transformer; 0: from size", min=0)
     hidden_dim: int = option(0, "width of feed-forward layers; 0: from size, or 8/3 dim", min=0)
     positions: str = option(
-        "both",
-        "rotary: rotate queries and keys by row and column; learned: add an embedding of each "
-        "position; both",
-        choices=("both", "rotary", "learned"),
+        "both", "rotary or learned embeddings, or both", choices=("both", "rotary", "learned")
     )
     rope_base: float = option(
         100.0, "rotary base, lower for smaller grids; LlamaGen: 10,000", above=1, below=math.inf
@@ -138,11 +135,7 @@ class GPTConfig:
     embeddings_dropout: float = option(0.1, "how often the embeddings are dropped", min=0, below=1)
     caption_dropout: float = option(0.1, "how often the caption is dropped", min=0, below=1)
     caption_length: int | None = option(
-        None,
-        "text tokens of a caption, longer ones are cut; 0: ignore captions; default: those of the "
-        "longest caption, at most 64",
-        metavar="N",
-        min=0,
+        None, "tokens of a caption; 0: ignored; default: the longest, up to 64", metavar="N", min=0
     )
     text_weight: float = option(
         0.0, "weight of a loss on the text tokens", min=0, below=math.inf, needs="caption_length"
@@ -231,12 +224,13 @@ class GPTConfig:
         return sum(part.length for part in self.prefix_parts)
 
     def split_prefix(self, prefix: Tensor) -> list[tuple[PrefixPart, Tensor]]:
-        """The parts of a prefix (B, P), each with its tokens or vectors (B, width)."""
+        """The parts of a prefix (B, P), each with its tokens, int64, or vectors (B, width)."""
         prefix, parts = prefix.reshape(len(prefix), -1), self.prefix_parts
         widths = [part.width for part in parts]
         if prefix.shape[1] != sum(widths):
             raise ValueError(f"the prefix must have P = {sum(widths)}, got {prefix.shape[1]}")
-        return [*zip(parts, prefix.split(widths, dim=1), strict=True)]
+        values = zip(parts, prefix.split(widths, dim=1), strict=True)
+        return [(part, x if part.dim else x.long()) for part, x in values]
 
     def null_prefix(self, prefix: Tensor, names: str = "") -> Tensor:
         """A prefix with the parts of these names, as class,caption, "not given"; default: all."""

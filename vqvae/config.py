@@ -7,7 +7,6 @@ from vqvae.quantizers import QUANTIZERS, QuantizerOptions
 from vqvae.quantizers.base import check_fields, option
 
 FORMAT_VERSION = 2  # of config.json; raised when an older version could misread it
-RESAMPLING = ("", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,10 @@ class VQVAEConfig:
         None, "1 grey, 3 RGB, 4 with alpha; default: as the data", choices=(1, 3, 4)
     )
     value_range: tuple[float, float] | None = option(
-        None,
-        "values that become black and white, as -1000,3000; default: as the data need",
-        min=float("-inf"),
+        None, "values of black and white, as -1000,3000; default: the data's", min=float("-inf")
     )
     resampling: str = option(
-        "", "nearest is for label maps; default: as the data need", choices=RESAMPLING
+        "", "nearest: for label maps; default: the data's", choices=("", "bicubic", "nearest")
     )
     patch_size: int = option(4, "side of the blocks moved into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)

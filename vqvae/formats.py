@@ -251,8 +251,8 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
 def smooth_image(config: VQVAEConfig) -> Tensor:
     """A random image (1, C, H, W) in [-1, 1] without sharp edges, the same in each call."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, config.in_channels or 3, 8, 8, generator=generator)
-    return F.interpolate(noise, size=config.image_size or (64, 64), mode="bicubic").clamp(-1, 1)
+    noise = torch.randn(1, config.in_channels, 8, 8, generator=generator)
+    return F.interpolate(noise, size=config.image_size, mode="bicubic").clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -268,16 +268,15 @@ def reconstruction_error(model: VQVAE) -> float:
 
 @torch.no_grad()
 def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
-    """How well codes fit the encodings of smooth random images, to notice a wrong reading.
+    """How well codes fit the encodings of a smooth random image, to notice a wrong reading.
 
     Returns the error of the codes relative to that of a zero vector, below 1 for a model that is
     read as it was trained, and the share of equal indices by each lookup.
     """
-    config, quantizer = model.config, model.quantizer
-    z_e = model.encoder(smooth_image(config))
-    vectors, indices = z_e.permute(0, 2, 3, 1).flatten(0, 2), quantizer.nearest(z_e).flatten()
-    vectors = F.normalize(vectors, dim=1) if config.quantizer == "cosine" else vectors
-    codes = quantizer.lookup(torch.arange(config.codebook_size))
+    quantizer: Any = model.quantizer
+    z_e = model.encoder(smooth_image(model.config))
+    vectors = quantizer.project(z_e.permute(0, 2, 3, 1).flatten(0, 2))
+    codes, indices = quantizer.codebook, quantizer.nearest(z_e).flatten()
     error = (vectors - codes[indices]).square().sum() / vectors.square().sum()
     products, lengths = vectors @ codes.T, codes.norm(dim=1)
     scores = {
