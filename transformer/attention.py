@@ -44,11 +44,7 @@ def window_is_full(window: int, grid: tuple[int, int]) -> bool:
 def visible_mask(
     queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
 ) -> Tensor:
-    """The 2-D window as a mask: True at [q, k] where token queries[q] attends to keys[k].
-
-    Queries (Q,) and keys (S,) are places in a sequence, which begins with the prefix; the grid has
-    `width` columns. Returns (Q, S), bool.
-    """
+    """Whether queries (Q,) attend to keys (S,), numbers in the sequence: (Q, S), bool."""
     q, k = queries[:, None], keys[None, :]
     causal = k <= q
     if window == 0:

@@ -114,33 +114,20 @@ class GPTConfig:
     num_heads: int = option(0, "attention heads; 0: from size", min=0)
     num_kv_heads: int = option(0, "heads of keys and values; 0: as many as num_heads", min=0)
     dim: int = option(0, "width of the transformer; 0: from size", min=0)
-    hidden_dim: int = option(
-        0, "width of its feed-forward layers; 0: from size, or 8/3 of another dim", min=0
-    )
+    hidden_dim: int = option(0, "width of feed-forward layers; 0: from size, or 8/3 dim", min=0)
     positions: str = option(
-        "both",
-        "rotary: rotate queries and keys by row and column; learned: add an embedding of each "
-        "position; both",
-        choices=("both", "rotary", "learned"),
+        "both", "rotary or learned embeddings, or both", choices=("both", "rotary", "learned")
     )
     rope_base: float = option(
-        100.0,
-        "base of the rotary frequencies; 10,000, as in LlamaGen, hardly rotates on small grids",
-        above=1,
-        below=math.inf,
+        100.0, "rotary base, lower for smaller grids; LlamaGen: 10,000", above=1, below=math.inf
     )
     tie_embeddings: bool = option(False, "the head uses the weights of the token embeddings")
-    start_from_codebook: bool = option(
-        False, "token embeddings start as projections of the tokenizer's codes"
-    )
+    start_from_codebook: bool = option(False, "token embeddings start as projected codes")
     label_smoothing: float = option(
         0.0, "part of the loss spread over the nearest codes; needs a tokenizer", min=0, below=1
     )
     window_size: int = option(
-        0,
-        "each position attends to those less than this many rows above and columns "
-        "beside it; 0: to all earlier ones",
-        min=0,
+        0, "attend to less than this many rows above and columns beside; 0: to all", min=0
     )
     dropout: float = option(0.1, "dropout after each layer", min=0, below=1)
     class_dropout: float = option(0.1, "how often the class is dropped", min=0, below=1)
@@ -148,11 +135,7 @@ class GPTConfig:
     embeddings_dropout: float = option(0.1, "how often the embeddings are dropped", min=0, below=1)
     caption_dropout: float = option(0.1, "how often the caption is dropped", min=0, below=1)
     caption_length: int | None = option(
-        None,
-        "text tokens of a caption, longer ones are cut; 0: ignore captions; default: those of the "
-        "longest caption, at most 64",
-        metavar="N",
-        min=0,
+        None, "tokens of a caption; 0: ignored; default: the longest, up to 64", metavar="N", min=0
     )
     text_weight: float = option(
         0.0, "weight of a loss on the text tokens", min=0, below=math.inf, needs="caption_length"
@@ -241,12 +224,13 @@ class GPTConfig:
         return sum(part.length for part in self.prefix_parts)
 
     def split_prefix(self, prefix: Tensor) -> list[tuple[PrefixPart, Tensor]]:
-        """The parts of a prefix (B, P), each with its tokens or vectors (B, width)."""
+        """The parts of a prefix (B, P), each with its tokens, int64, or vectors (B, width)."""
         prefix, parts = prefix.reshape(len(prefix), -1), self.prefix_parts
         widths = [part.width for part in parts]
         if prefix.shape[1] != sum(widths):
             raise ValueError(f"the prefix must have P = {sum(widths)}, got {prefix.shape[1]}")
-        return [*zip(parts, prefix.split(widths, dim=1), strict=True)]
+        values = zip(parts, prefix.split(widths, dim=1), strict=True)
+        return [(part, x if part.dim else x.long()) for part, x in values]
 
     def null_prefix(self, prefix: Tensor, names: str = "") -> Tensor:
         """A prefix with the parts of these names, as class,caption, "not given"; default: all."""
@@ -313,15 +297,10 @@ def make_prefix(classes: Tensor, *parts: Tensor | None) -> Tensor:
 class FineTuningConfig:
     """What a training of a GPT starts from, and which weights it changes."""
 
-    init_from: str = option(
-        "",
-        "GPT to start from: its weights and shape, with a new optimiser; classes of the same name "
-        "keep their embeddings",
-    )
+    init_from: str = option("", "GPT to start from: its weights and shape, with a new optimiser")
     grid_positions: str = option(
         "interpolate",
-        "positions of a grid of another size: interpolate compresses or stretches them to the "
-        "former range, extrapolate continues them",
+        "positions of a grid of another size: in the former range, or beyond it",
         choices=("interpolate", "extrapolate"),
         needs="init_from",
     )
@@ -336,8 +315,7 @@ class FineTuningConfig:
     )
     lora_rank: int = option(
         0,
-        "train only updates of this rank to the matrices of the blocks, and the embeddings of the "
-        "prefix (LoRA); saved models have them merged; 0: all weights",
+        "train updates of this rank to the blocks' matrices, and the prefix (LoRA); 0: all weights",
         min=0,
         needs="init_from",
     )

@@ -37,11 +37,7 @@ class SamplingParams:
         0.0, "sample from indices with this fraction of the highest probability", min=0, max=1
     )
     typical_p: float = option(
-        1.0,
-        "typical sampling: the indices nearest to the expected information whose probabilities "
-        "sum to p",
-        above=0,
-        max=1,
+        1.0, "typical sampling: indices near the expected information that sum to p", above=0, max=1
     )
     steps: int = option(
         0, "parallel decoding: sample all tokens in so many steps, 2 or more; 0: one a step", min=0
@@ -50,23 +46,13 @@ class SamplingParams:
         1.0, "above 1, samples follow class and condition closely; 1: none", min=0, below=math.inf
     )
     guidance_schedule: str = option(
-        "constant",
-        "how the scale rises from 1 to its value at the last token; constant: no rise",
-        choices=("constant", "linear", "cosine"),
+        "constant", "how the scale rises from 1", choices=("constant", "linear", "cosine")
     )
     guidance_power: float = option(
-        1.0,
-        "exponent of the progress: above 1, the scale rises later; with cosine this is "
-        "RAR's power-cosine",
-        above=0,
-        below=math.inf,
+        1.0, "exponent of the progress; above 1, the scale rises later", above=0, below=math.inf
     )
     guidance_interval: tuple[float, float] = option(
-        (0.0, 1.0),
-        "part of the tokens that is guided, as 0.2,0.8; outside of it the scale is 1",
-        metavar="START,END",
-        min=0,
-        max=1,
+        (0.0, 1.0), "guided part of the tokens, as 0.2,0.8", metavar="START,END", min=0, max=1
     )
     guidance_parts: str = option("", "what it strengthens of the prefix, as class; default: all")
 

@@ -86,10 +86,7 @@ def _fit_positions(table: Tensor, source: GPT, model: GPT, tuning: FineTuningCon
 
 
 def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:
-    """Low-rank updates of the matrices of the blocks; else only embeddings of inputs are trained.
-
-    These are the embeddings of the prefix, whose classes may be new, and of a new tokenizer.
-    """
+    """Train low-rank updates of the blocks, and embeddings of the prefix and a new tokenizer."""
     trained = [part.layer for part in model.config.prefix_parts]
     trained += TOKENS if tuning.reset_embeddings else ()
     for key, parameter in model.named_parameters():

@@ -1,8 +1,6 @@
 """The GPT: a decoder-only transformer over a prefix and a grid of codebook indices.
 
-One forward serves training, prefill and decoding. A sequence is the prefix (see `make_prefix`),
-and then the grid, `depth` tokens per latent position. Each part of the prefix has embeddings, or a
-projection, of its own, with one more for "not given".
+One forward serves training, prefill and decoding, of sequences as in `transformer.attention`.
 """
 
 import json
@@ -73,8 +71,7 @@ class GPT(nn.Module):
         """Normal matrices and embeddings of deviation 0.02, as in GPT-2 and LlamaGen.
 
         What ends a residual branch starts smaller in deeper models, as in GPT-2. The head starts
-        at zero, as in LlamaGen, so that the first loss is log(codebook_size) exactly. Gains of
-        norms keep the 1 that they are built with.
+        at zero, as in LlamaGen, so that the first loss is log(codebook_size) exactly.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -134,7 +131,9 @@ class GPT(nn.Module):
             tokens = tokens + positions[..., 2] * config.codebook_size
         x = self.token_embedding(tokens)
         if prefix is not None:
-            x = torch.cat([self._embed_prefix(prefix), x], dim=1)  # (B, P + T, dim)
+            parts = config.split_prefix(prefix)
+            embedded = [getattr(self, part.layer)(given) for part, given in parts]
+            x = torch.cat([*embedded, x], dim=1)  # (B, P + T, dim)
         if config.positions != "rotary":
             lengths = [self.prefix_length, math.prod(config.latent_dim)]
             of_prefix, of_grid = self.position_embedding.split(lengths)
@@ -295,12 +294,6 @@ class GPT(nn.Module):
         except (safetensors.SafetensorError, ValueError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"{weights} does not fit {path.name}: {error}") from error
         return model.eval().to(device)
-
-    def _embed_prefix(self, prefix: Tensor) -> Tensor:
-        """The prefix (B,) or (B, P) -> (B, prefix_length, dim)."""
-        parts = self.config.split_prefix(prefix)
-        parts = [(part, x if part.dim else x.long()) for part, x in parts]
-        return torch.cat([getattr(self, part.layer)(x) for part, x in parts], dim=1)
 
     def _rotary(self, grid: GridPositions, positions: Tensor, begins: bool) -> Rotary:
         """cos and sin of positions (T, 3) or (B, T, 3), with those of the prefix if any.

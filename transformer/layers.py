@@ -83,8 +83,7 @@ class LoRALinear(nn.Linear):
 class SelfAttention(nn.Module):
     """Multi-head attention with normalised queries and keys (QK-norm, arXiv 2302.05442).
 
-    With fewer heads of keys and values than of queries, these share them in equal groups
-    (grouped-query attention, arXiv 2305.13245), and the cache shrinks accordingly.
+    Where heads of keys and values are fewer, equal groups of queries share them (arXiv 2305.13245).
     """
 
     def __init__(self, config: GPTConfig) -> None:

@@ -26,9 +26,7 @@ class AdversarialConfig:
     disc_weight: float = option(0.0, "weight of the adversarial loss; VQGAN: 0.8")
     disc_loss: str = _part("hinge", "loss of the discriminator", choices=LOSSES)
     disc_start: float = _part(0.5, "fraction of the training without it")
-    disc_adaptive_schedule: bool = _part(
-        True, "ramp the loss up, and down where reconstructions get worse"
-    )
+    disc_adaptive_schedule: bool = _part(True, "ramp up, and down where the error rises")
     disc_warmup: float = _part(0.05, "fraction for the discriminator", ADAPTIVE)
     disc_ramp: float = _part(0.2, "fraction for the ramp up", ADAPTIVE)
     disc_bound: float = _part(0.1, "tolerated rise of the error, a fraction", ADAPTIVE)

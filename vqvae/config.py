@@ -7,7 +7,6 @@ from vqvae.quantizers import QUANTIZERS, QuantizerOptions
 from vqvae.quantizers.base import check_fields, option
 
 FORMAT_VERSION = 2  # of config.json; raised when an older version could misread it
-RESAMPLING = ("", "bicubic", "nearest")
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,10 @@ class VQVAEConfig:
         None, "1 grey, 3 RGB, 4 with alpha; default: as the data", choices=(1, 3, 4)
     )
     value_range: tuple[float, float] | None = option(
-        None,
-        "values that become black and white, as -1000,3000; default: as the data need",
-        min=float("-inf"),
+        None, "values of black and white, as -1000,3000; default: the data's", min=float("-inf")
     )
     resampling: str = option(
-        "", "nearest is for label maps; default: as the data need", choices=RESAMPLING
+        "", "nearest: for label maps; default: the data's", choices=("", "bicubic", "nearest")
     )
     patch_size: int = option(4, "side of the blocks moved into channels", min=1)
     channels: int = option(64, "width of the first level", min=1, max=1 << 16)
@@ -53,10 +50,7 @@ class VQVAEConfig:
 
     @classmethod
     def create(cls, **values: Any) -> Self:
-        """A config from flat settings: of the network, and options of its quantizer.
-
-        A ValueError if a name is unknown or has no effect, or a value has another type or range.
-        """
+        """A config from flat settings; a ValueError for a wrong value, or a name without effect."""
         quantizer = values.get("quantizer", cls.quantizer)
         if quantizer not in tuple(QUANTIZERS):
             raise ValueError(f"quantizer must be one of {', '.join(QUANTIZERS)}, got {quantizer!r}")
@@ -81,10 +75,7 @@ class VQVAEConfig:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """The config that config.json holds.
-
-        A ValueError if it holds another model, of a newer format, or other settings.
-        """
+        """The config of a config.json; a ValueError where this version reads no VQVAE from it."""
         model, version = values.pop("model", None), values.pop("format_version", 1)
         if model != "VQVAE":
             raise ValueError(f"it holds a {model!s:.80}, but a VQVAE is needed here")

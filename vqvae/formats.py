@@ -140,8 +140,8 @@ def import_weights(
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the keys that were ignored.
 
-    Of the settings of its config file, those of `NOT_IN_WEIGHTS` are used, the others must agree. A
-    ValueError for another network, missing or unknown keys, or settings that contradict weights.
+    Settings beside the weights are those of `NOT_IN_WEIGHTS`, and the quantizer. A ValueError for
+    another network or quantizer, or missing or unknown keys.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():
@@ -155,10 +155,6 @@ def import_weights(
     except KeyError as error:
         raise ValueError(f"this is not a tokenizer of {project}: it has no {error}") from error
     config = VQVAEConfig.create(**inferred, image_size=image_size)
-    for name, value in settings.items():
-        found = config.to_dict().get(name)
-        if value != found:
-            raise ValueError(f"{name} is {found} in its weights, but {value} in its config")
     keys = layout.all_keys(config)
     ignored = [key for key in state if layout.ignored and key.startswith(layout.ignored)]
     missing = sorted(set(keys.values()) - set(state))
@@ -197,7 +193,9 @@ def infer_settings(
         raise ValueError(f"levels of widths {widths} are not multiples of the first, {channels}")
     known = layout.quantizers
     found = [x for x in known if state.keys() >= set(known[x].values())] or [*known]
-    quantizer = quantizer if quantizer in found else found[0]
+    quantizer = quantizer or found[0]
+    if quantizer not in found:
+        raise ValueError(f"quantizer is {found[0]} in its weights, but {quantizer} in its config")
     codes = state[known[quantizer]["quantizer.embedding.weight"]]
     beta = 0.25 if quantizer == "ema" else layout.commitment_cost
     return {
@@ -218,10 +216,7 @@ def infer_settings(
 
 
 def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
-    """The weights of a `VQVAE` under another project's keys.
-
-    A ValueError if the other project has no such network.
-    """
+    """The weights of a `VQVAE` under another project's keys; a ValueError if it has no such one."""
     layout, config = FORMATS[project], model.config
     required = {**FIXED, **layout.required}
     allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
@@ -256,8 +251,8 @@ def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
 def smooth_image(config: VQVAEConfig) -> Tensor:
     """A random image (1, C, H, W) in [-1, 1] without sharp edges, the same in each call."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(1, config.in_channels or 3, 8, 8, generator=generator)
-    return F.interpolate(noise, size=config.image_size or (64, 64), mode="bicubic").clamp(-1, 1)
+    noise = torch.randn(1, config.in_channels, 8, 8, generator=generator)
+    return F.interpolate(noise, size=config.image_size, mode="bicubic").clamp(-1, 1)
 
 
 @torch.no_grad()
@@ -273,16 +268,15 @@ def reconstruction_error(model: VQVAE) -> float:
 
 @torch.no_grad()
 def describe_lookup(model: VQVAE) -> tuple[float, dict[str, float]]:
-    """How well codes fit the encodings of smooth random images, to notice a wrong reading.
+    """How well codes fit the encodings of a smooth random image, to notice a wrong reading.
 
     Returns the error of the codes relative to that of a zero vector, below 1 for a model that is
     read as it was trained, and the share of equal indices by each lookup.
     """
-    config, quantizer = model.config, model.quantizer
-    z_e = model.encoder(smooth_image(config))
-    vectors, indices = z_e.permute(0, 2, 3, 1).flatten(0, 2), quantizer.nearest(z_e).flatten()
-    vectors = F.normalize(vectors, dim=1) if config.quantizer == "cosine" else vectors
-    codes = quantizer.lookup(torch.arange(config.codebook_size))
+    quantizer: Any = model.quantizer
+    z_e = model.encoder(smooth_image(model.config))
+    vectors = quantizer.project(z_e.permute(0, 2, 3, 1).flatten(0, 2))
+    codes, indices = quantizer.codebook, quantizer.nearest(z_e).flatten()
     error = (vectors - codes[indices]).square().sum() / vectors.square().sum()
     products, lengths = vectors @ codes.T, codes.norm(dim=1)
     scores = {

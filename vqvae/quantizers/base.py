@@ -41,9 +41,8 @@ def entropy_weight(default: float | None) -> Any:
 def check_fields(config: Any) -> None:
     """Give the fields of a frozen dataclass their types (JSON has lists and whole floats).
 
-    Numbers with a fraction are weights and thresholds: finite and not negative.
-
-    A ValueError if a value has another type, or is not within `min`, `max` or `choices`.
+    A ValueError if a value has another type, or is not within `min`, `max` or `choices`. Floats
+    are weights and thresholds: finite and not negative.
     """
     hints = get_type_hints(type(config))
     for each in fields(config):

@@ -1,6 +1,5 @@
 """Learned codebooks: lookup, k-means initialisation, usage, dead-code reset, collapse."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -44,35 +43,6 @@ def nearest_codes(vectors: Tensor, codebook: Tensor, offsets: Tensor | None = No
         return fused_nearest_codes(vectors, codebook, offsets)
     chunks = vectors.split(max(1, CHUNK // len(codebook)))
     return torch.cat([torch.addmm(offsets, x, codebook.T, alpha=-1).argmin(dim=1) for x in chunks])
-
-
-def next_generator(rng_offset: Tensor) -> torch.Generator:
-    """A generator seeded with the number of earlier calls, which it counts in place.
-
-    All processes therefore sample the same, and so does a resumed training.
-    """
-    generator = torch.Generator().manual_seed(int(rng_offset))
-    rng_offset.add_(1)
-    return generator
-
-
-def kmeans(
-    vectors: Tensor, size: int, rng_offset: Tensor, project: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """`size` centres of the vectors (N, D) of all processes, (size, D).
-
-    `project` maps a mean to a valid code, for example onto the unit sphere.
-    """
-    vectors = all_gather(vectors)
-    order = torch.randperm(max(len(vectors), size), generator=next_generator(rng_offset))
-    centres = vectors[order[:size].to(vectors.device) % len(vectors)].clone()
-    for _ in range(KMEANS_STEPS):
-        nearest = nearest_codes(vectors, centres)
-        counts = torch.bincount(nearest, minlength=size)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
-        occupied = counts > 0  # an unassigned centre stays where it is
-        centres[occupied] = project(sums[occupied] / counts[occupied, None])
-    return centres
 
 
 @dataclass(frozen=True)
@@ -142,11 +112,24 @@ class CodebookQuantizer(Quantizer):
             self.initialise(torch.cat(micro_batches))
         super().observe(micro_batches)
 
+    def next_generator(self) -> torch.Generator:
+        """A generator seeded with the number of earlier calls, so the same in all processes."""
+        generator = torch.Generator().manual_seed(int(self.rng_offset))
+        self.rng_offset.add_(1)
+        return generator
+
     @torch.no_grad()
     def initialise(self, vectors: Tensor) -> None:
         """Set the codes to the k-means centres of the vectors (N, D) of all processes."""
-        size, vectors = self.options.codebook_size, self.project(vectors)
-        centres = kmeans(vectors, size, self.rng_offset, self.project)
+        size, vectors = self.options.codebook_size, all_gather(self.project(vectors))
+        order = torch.randperm(max(len(vectors), size), generator=self.next_generator())
+        centres = vectors[order[:size].to(vectors.device) % len(vectors)].clone()
+        for _ in range(KMEANS_STEPS):
+            nearest = nearest_codes(vectors, centres)
+            counts = torch.bincount(nearest, minlength=size)
+            sums = torch.zeros_like(centres).index_add_(0, nearest, vectors)
+            occupied = counts > 0  # an unassigned centre stays where it is
+            centres[occupied] = self.project(sums[occupied] / counts[occupied, None])
         self.set_codes(torch.arange(size, device=vectors.device), centres)
         self.initialised.fill_(True)
 
@@ -181,7 +164,7 @@ class CodebookQuantizer(Quantizer):
             # As k-means++ samples its centres, also from a batch that is not finite.
             errors = all_gather((vectors - self.lookup(indices)).square().sum(dim=1))
             weights = errors.cpu().double().nan_to_num(0, 0) + 1e-12
-            generator = next_generator(self.rng_offset)
+            generator = self.next_generator()
             rows = torch.multinomial(weights, len(dead), replacement=True, generator=generator)
             self.set_codes(dead, all_gather(vectors)[rows.to(vectors.device)])
             self.usage_ema[dead] = 1 / self.options.codebook_size

@@ -41,8 +41,7 @@ class FSQOptions(QuantizerOptions):
 class FiniteScalarQuantizer(Quantizer):
     """Finite scalar quantization (arXiv 2309.15505, section 3.1): codes are a grid in [-1, 1]^D.
 
-    Dimension i has `levels[i]` values. Index 0 is the lowest value of each, and the first dimension
-    varies fastest.
+    Dimension i has `levels[i]` values, in index 0 the lowest; the first dimension varies fastest.
     """
 
     options: FSQOptions

@@ -38,10 +38,7 @@ class VQOptions(CodebookOptions):
 
     commitment_cost: float = base.commitment_cost()
     gradient: str = option(
-        "straight_through",
-        "straight_through, or rotation (the rotation trick)",
-        choices=tuple(GRADIENTS),
-        training_only=True,
+        "straight_through", "or the rotation trick", choices=tuple(GRADIENTS), training_only=True
     )
 
 
@@ -129,9 +126,8 @@ class IBQOptions(CodebookOptions):
 class IndexBackpropagationQuantizer(CodebookQuantizer):
     """Index backpropagation (arXiv 2412.02692, section 3.2): argmax forward, softmax backward.
 
-    All codes get a gradient in every step. The logits are -|z - c|^2, in units of a vector's mean
-    squared distance to the codes, or inner products, as in the paper. Training computes N x K
-    logits.
+    All codes get a gradient in every step, from N x K logits: -|z - c|^2, in units of a vector's
+    mean squared distance to the codes, or inner products, as in the paper.
     """
 
     options: IBQOptions
