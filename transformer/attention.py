@@ -44,7 +44,10 @@ def window_is_full(window: int, grid: tuple[int, int]) -> bool:
 def visible_mask(
     queries: Tensor, keys: Tensor, *, width: int, window: int, prefix: int, depth: int = 1
 ) -> Tensor:
-    """Whether queries (Q,) attend to keys (S,), numbers in the sequence: (Q, S), bool."""
+    """Whether queries (Q,) attend to keys (S,), as places in the sequence: (Q, S), bool.
+
+    The sequence begins with the prefix, and its grid has `width` columns.
+    """
     q, k = queries[:, None], keys[None, :]
     causal = k <= q
     if window == 0:

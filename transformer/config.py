@@ -300,7 +300,7 @@ class FineTuningConfig:
     init_from: str = option("", "GPT to start from: its weights and shape, with a new optimiser")
     grid_positions: str = option(
         "interpolate",
-        "positions of a grid of another size: in the former range, or beyond it",
+        "positions of a grid of another size: compressed into the former range, or beyond it",
         choices=("interpolate", "extrapolate"),
         needs="init_from",
     )
@@ -315,7 +315,7 @@ class FineTuningConfig:
     )
     lora_rank: int = option(
         0,
-        "train updates of this rank to the blocks' matrices, and the prefix (LoRA); 0: all weights",
+        "train only updates of this rank to the blocks (LoRA), merged when saved; 0: all weights",
         min=0,
         needs="init_from",
     )
