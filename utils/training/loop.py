@@ -337,8 +337,10 @@ def keep_best(
     With `always` the latest model counts as the best.
     """
     progress = state.progress
-    if progress.improved(score) or always:
+    progress.evaluations_without_improvement += 1
+    if score < progress.best or always:  # NaN is never better
         progress.evaluations_without_improvement = 0
+        progress.best = min(progress.best, score)
         checkpoints.save_model(state.ema.model)
     if 2 * progress.step <= state.schedule.total_steps:
         progress.best_halfway = progress.best

@@ -88,13 +88,6 @@ class Progress:
     skipped: int = 0  # batches without an update, because a number was NaN or infinite
     run_id: str = ""  # the MLflow run
 
-    def improved(self, score: float) -> bool:
-        """Record a validation score. Is it the best so far? NaN never is."""
-        self.evaluations_without_improvement += 1
-        if score < self.best:
-            self.best, self.evaluations_without_improvement = score, 0
-        return self.evaluations_without_improvement == 0
-
 
 class CheckpointState:
     """The parts of a training: modules, optimisers, tensors of counts, or what has a `state_dict`.
