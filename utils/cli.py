@@ -149,10 +149,8 @@ def build_or_error(
     make: Callable[..., typing.Any], *arguments: object, **values: object
 ) -> typing.Any:
     """`make(*arguments, **values)`; a UserError if it rejects a value, or lacks something."""
-    try:
+    with user_error("%s", ValueError, ImportError, OSError):
         return make(*arguments, **values)
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(str(error)) from error
 
 
 def positive(text: str) -> int:
