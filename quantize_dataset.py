@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,11 +113,7 @@ def grid_meta(tokenizer: LoadedModel) -> GridMeta:
 
 
 def with_splits(rows: Rows, origin: Provenance) -> Rows:
-    """The rows, each with its split.
-
-    Without a split column they are split as they were for the tokenizer, whose validation images
-    are then new to the transformer as well.
-    """
+    """The rows with a split, by default the tokenizer's: its validation images are new to a GPT."""
     splits = ["train"] * len(rows)
     for row in split_rows(rows, val_fraction=origin.val_fraction, seed=origin.seed)[1].tolist():
         splits[row] = "val"
@@ -146,7 +141,7 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.condition_model_dir is not None:
         second = load_condition_tokenizer(arguments.condition_model_dir, device)
         condition = second.model.config
-        options: dict[str, Any] = condition.image_options
+        options = condition.image_options
         images = ImageDataset(data, reading, column="condition_path", **options)
         sizes[CONDITION] = condition.codebook_size
         extra = f"; conditions of {'x'.join(map(str, condition.latent_dim))}"

@@ -174,10 +174,7 @@ def train_step(
     accumulate: int,
     scale: float = 1.0,
 ) -> Tensor:
-    """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
-
-    `loss` is `GPT.loss` of the `inputs`; `scale` multiplies the gradients.
-    """
+    """Accumulate gradients of `GPT.loss`, times `scale`, in micro-batches; the bits per token."""
     bits = torch.zeros((), device=inputs[0].device)
     for micro_batch in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
         with distributed.autocast(bits.device, precision):
