@@ -330,8 +330,8 @@ def main(arguments: cli.Flags) -> None:
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs = model.training_inputs(*batch, state.progress.step / schedule.total_steps)
-        scale = state.loss_scale.value
-        return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate, scale)}
+        options = precision, config.accumulate, state.loss_scale
+        return {"bits_per_token": train_step(loss, inputs, *options)}
 
     if config.dry_run:
         shown = picture_of(data.grids[data.val_rows[:SAMPLES]], data, tokenizer, group.device)

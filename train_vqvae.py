@@ -313,7 +313,7 @@ def main(arguments: cli.Flags) -> None:
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
 
     def step_on(images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        now = {"step": state.progress.step, "scale": state.loss_scale.value}
+        now = {"step": state.progress.step, "scale": state.loss_scale}
         return forward_backward(forward, images, losses, autocast, **now, **options)
 
     group.print(f"{dataset}\n{len(train_rows):,} images to train on, {len(val_rows):,} to validate")

@@ -86,6 +86,8 @@ class Progress:
     best_halfway: float = math.inf  # in the first half
     evaluations_without_improvement: int = 0  # since then
     skipped: int = 0  # batches without an update, because a number was NaN or infinite
+    loss_scale: float = 2.0**16  # of fp16: a power of two
+    steps_without_overflow: int = 0  # since it last halved
     run_id: str = ""  # the MLflow run
 
 
