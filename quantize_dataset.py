@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,33 +32,19 @@ from vqvae import VQVAE
 
 @torch.inference_mode()
 def quantize(
-    model: VQVAE, images: ImageSet, settings: Settings, *crop: Augmentation, flip: bool = False
-) -> list[Tensor]:
-    """Images, or a crop of each, as indices (N, h, w[, depth]), int32.
+    model: VQVAE, images: ImageSet, settings: Settings, *crops: Augmentation, flip: bool = False
+) -> Tensor:
+    """Images, or crops of each, as indices (N, views, h, w[, depth]), int32.
 
-    With `flip`, their mirror images as well. Each process encodes a part of them.
+    With `flip`, their mirror images follow. Each process encodes a part of the images.
     """
 
     def encode(pixels: Tensor) -> dict[str, Tensor]:
-        views = {"": pixels} | ({"mirrored": pixels.flip(3)} if flip else {})
-        return {name: model.encode(view).int() for name, view in views.items()}
+        views = (pixels, pixels.flip(3)) if flip else (pixels,)
+        return {"grids": torch.stack([model.encode(view).int() for view in views], dim=1)}
 
-    return [*images.map(settings, "", encode, *crop).values()]
-
-
-def quantize_crops(
-    model: VQVAE, images: ImageSet, settings: Settings, flags: argparse.Namespace
-) -> Tensor:
-    """Random crops of images, then with `--flip` those of mirror images: (N, crops, h, w[, depth]).
-
-    Of each image, which is larger than the crops, there are `--crops`, or for 0 the image itself.
-    A crop is a function of seed, row and its number.
-    """
-    views = []
-    for view in range(max(flags.crops, 1)):
-        crop = Augmentation(False, flags.crops > 0, flags.seed, epoch=view)
-        views.append(quantize(model, images, settings, crop, flip=flags.flip))
-    return torch.stack([grids for kind in zip(*views, strict=True) for grids in kind], dim=1)
+    found = [images.map(settings, "", encode, crop)["grids"] for crop in crops or (None,)]
+    return torch.stack(found, dim=2).flatten(1, 2)
 
 
 def make_shards(
@@ -128,11 +113,7 @@ def grid_meta(tokenizer: LoadedModel) -> GridMeta:
 
 
 def with_splits(rows: Rows, origin: Provenance) -> Rows:
-    """The rows, each with its split.
-
-    Without a split column they are split as they were for the tokenizer, whose validation images
-    are then new to the transformer as well.
-    """
+    """The rows with a split, by default the tokenizer's: its validation images are new to a GPT."""
     splits = ["train"] * len(rows)
     for row in split_rows(rows, val_fraction=origin.val_fraction, seed=origin.seed)[1].tolist():
         splits[row] = "val"
@@ -155,15 +136,17 @@ def main(arguments: argparse.Namespace) -> None:
     dataset = ImageDataset(data, reading, **config.image_options)
     sizes, second, extra = {"indices": config.codebook_size}, None, ""
     images = larger = dataset  # of conditions, and of crops
+    # Each crop is a function of seed, row and its number.
+    crops = [Augmentation(False, True, arguments.seed, epoch=n) for n in range(arguments.crops)]
     if arguments.condition_model_dir is not None:
         second = load_condition_tokenizer(arguments.condition_model_dir, device)
         condition = second.model.config
-        options: dict[str, Any] = condition.image_options
+        options = condition.image_options
         images = ImageDataset(data, reading, column="condition_path", **options)
         sizes[CONDITION] = condition.codebook_size
         extra = f"; conditions of {'x'.join(map(str, condition.latent_dim))}"
-    elif more := 2 * max(arguments.crops, 1) if arguments.flip else arguments.crops:
-        if arguments.crops:
+    elif more := 2 * max(len(crops), 1) if arguments.flip else len(crops):
+        if crops:
             larger = ImageDataset(data, reading, random_crop=True, **config.image_options)
         sizes[CROPS] = config.codebook_size
         extra = f"; and {more} more of each"
@@ -189,11 +172,12 @@ def main(arguments: argparse.Namespace) -> None:
 
     def make(rows: Tensor) -> dict[str, Tensor]:
         """All arrays of some rows."""
-        found = {"indices": quantize(model, ImageSet(dataset, rows), settings)[0]}
+        found = {"indices": quantize(model, ImageSet(dataset, rows), settings)[:, 0]}
         if second is not None:
-            found[CONDITION] = quantize(second.model, ImageSet(images, rows), settings)[0]
+            found[CONDITION] = quantize(second.model, ImageSet(images, rows), settings)[:, 0]
         if CROPS in sizes:
-            found[CROPS] = quantize_crops(model, ImageSet(larger, rows), settings, arguments)
+            part, flip = ImageSet(larger, rows), arguments.flip
+            found[CROPS] = quantize(model, part, settings, *crops, flip=flip)
         return found
 
     with run:

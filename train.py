@@ -174,10 +174,7 @@ def train_step(
     accumulate: int,
     scale: float = 1.0,
 ) -> Tensor:
-    """Accumulate the gradients of one batch, in micro-batches. Returns its bits per token.
-
-    `loss` is `GPT.loss` of the `inputs`; `scale` multiplies the gradients.
-    """
+    """Accumulate gradients of `GPT.loss`, times `scale`, in micro-batches; the bits per token."""
     bits = torch.zeros((), device=inputs[0].device)
     for micro_batch in zip(*(x.chunk(accumulate) for x in inputs), strict=True):
         with distributed.autocast(bits.device, precision):
@@ -333,8 +330,8 @@ def main(arguments: cli.Flags) -> None:
 
     def step_on(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         inputs = model.training_inputs(*batch, state.progress.step / schedule.total_steps)
-        scale = state.loss_scale.value
-        return {"bits_per_token": train_step(loss, inputs, precision, config.accumulate, scale)}
+        options = precision, config.accumulate, state.loss_scale
+        return {"bits_per_token": train_step(loss, inputs, *options)}
 
     if config.dry_run:
         shown = picture_of(data.grids[data.val_rows[:SAMPLES]], data, tokenizer, group.device)

@@ -37,6 +37,7 @@ from vqvae.quantizers.codebook import CollapseMonitor
 from vqvae.train_step import compile_model, forward_backward
 
 PICTURES = 32  # validation images that are shown
+SMALL = "vqvae-small"  # the default preset
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,6 @@ class StartConfig:
     reset_codebook_on_collapse: bool = cli.flag(
         False, "start the codebook over from the data when few codes are in use"
     )
-
-
-CONFIGS = TrainingConfig, DataConfig, StartConfig, LossConfig, AdversarialConfig
 
 
 class Evaluated(NamedTuple):
@@ -108,6 +106,17 @@ def log_pictures(run: tracking.Run, model: VQVAE, seen: Evaluated, step: int) ->
         run.picture(f"pictures/{name}", picture, step)
 
 
+def read_configs(flags: cli.Flags) -> list[Any]:
+    """The configs of a training; the larger presets change the default of the learning rate."""
+    if flags.preset != SMALL and "learning_rate" not in flags.given | flags.stored:
+        flags.learning_rate = 1e-4  # about as they were published
+    kinds = TrainingConfig, DataConfig, StartConfig, LossConfig, AdversarialConfig
+    configs = [cli.read_flags(kind, flags) for kind in kinds]
+    for config in configs:
+        cli.reject_unused_flags(config, flags)
+    return configs
+
+
 def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:
     """The tokenizer of --init_from, if there is one, and the settings of the one to train.
 
@@ -116,10 +125,10 @@ def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | Non
     names = {field.name for field in (*fields(VQVAEConfig), *fields(all_options()))}
     given = {name: getattr(flags, name) for name in names & (flags.given | flags.stored)}
     if not config.init_from:
-        preset = flags.preset or "vqvae-small"
-        start, model_config = None, cli.build_or_error(VQVAEConfig.from_preset, preset, **given)
+        start = None
+        model_config = cli.build_or_error(VQVAEConfig.from_preset, flags.preset, **given)
     else:
-        if flags.preset:
+        if "preset" in flags.given:
             raise cli.UserError("--preset cannot be combined with --init_from; leave it out")
         start = load_model(config.init_from, VQVAE)
         settings = start.model.config.to_dict()
@@ -273,9 +282,7 @@ def make_optimizers(
 
 def main(arguments: cli.Flags) -> None:
     resumed = continue_training(arguments)
-    configs = [cli.read_flags(kind, arguments) for kind in CONFIGS]
-    for one in configs:
-        cli.reject_unused_flags(one, arguments)
+    configs = read_configs(arguments)
     config, data, start_config, loss_config, adversarial_config = configs
     sign = sign_of(config.best_metric, metrics.SIGNS)
     group = distributed.init_distributed(config.device, config.seed)
@@ -306,7 +313,7 @@ def main(arguments: cli.Flags) -> None:
     options: dict[str, Any] = {"accumulate": config.accumulate, "adversary": adversary}
 
     def step_on(images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        now = {"step": state.progress.step, "scale": state.loss_scale.value}
+        now = {"step": state.progress.step, "scale": state.loss_scale}
         return forward_backward(forward, images, losses, autocast, **now, **options)
 
     group.print(f"{dataset}\n{len(train_rows):,} images to train on, {len(val_rows):,} to validate")
@@ -354,9 +361,8 @@ def main(arguments: cli.Flags) -> None:
 
 def make_parser() -> cli.Parser:
     parser = cli.make_parser(__doc__)
-    # The large ones were published with about this learning rate.
-    rate = {"learning_rate": 1e-4}
-    parser.add_presets({name: x and {**x, **rate} for name, x in PRESETS.items()})
+    text = "flags that go together; others override it"
+    parser.add_argument("--preset", choices=tuple(PRESETS), default=SMALL, help=text)
     cli.add_flags(parser, DataConfig, "images")
     cli.add_flags(parser, TrainingConfig, "training")
     cli.add_flags(parser, VQVAEConfig, "tokenizer")

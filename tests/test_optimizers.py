@@ -10,7 +10,7 @@ from transformer import GPT, GPTConfig
 from utils.distributed import Distributed, autocast
 from utils.training.config import TrainingConfig
 from utils.training.loop import (
-    LossScale,
+    GROWTH_STEPS,
     Schedule,
     TrainState,
     clip_gradients,
@@ -131,22 +131,23 @@ def test_the_loss_scale_of_fp16_changes_no_step_and_halves_after_an_overflow() -
         optimizers = {"optimizer": make_optimizer(net, config, (0.9, 0.95))}
         state = TrainState(config, schedule, alone, net, optimizers, {"precision": precision})
         loss = net(torch.arange(3.0)).mean()
-        (loss * state.loss_scale.value).backward()
+        (loss * state.loss_scale).backward()
         assert optimizer_step(state, torch.arange(2), {"loss": loss.detach()})
         weights.append(net.weight.detach().clone())
         states.append(state)
     assert torch.equal(*weights)
-    assert [state.loss_scale.value for state in states] == [1, 2**16]
+    assert [state.loss_scale for state in states] == [1, 2**16]
     net.weight.grad = torch.full_like(net.weight, math.inf)
     assert not optimizer_step(state, torch.arange(2), {"loss": torch.ones(())})
     assert torch.equal(net.weight, weights[1])
     assert net.weight.grad is None
-    assert (state.loss_scale.value, state.progress.skipped) == (2**15, 0)
-    resumed = LossScale("fp16")
-    resumed.load_state_dict(state.loss_scale.state_dict())
-    for _ in range(LossScale.GROWTH_STEPS):
-        resumed.grow()
-    assert resumed.value == 2**16
+    assert (state.loss_scale, state.progress.skipped) == (2**15, 0)
+    assert state.checkpoint.files()["training.json"]["progress"]["loss_scale"] == 2**15
+    for step in range(GROWTH_STEPS):
+        assert state.loss_scale == 2**15, step
+        net.weight.grad = torch.zeros_like(net.weight)
+        assert optimizer_step(state, torch.arange(2), {"loss": torch.ones(())})
+    assert state.loss_scale == 2**16
 
 
 def test_gradients_in_fp16_are_nearly_those_in_fp32() -> None:

@@ -62,7 +62,7 @@ def train(
         optimizer_step(state, numbers, {"loss": loss.detach(), **draws})
         counts[state.progress.step % 2] += 1
         seen += [loss.item(), *map(float, draws.values())]
-        state.progress.improved(loss.item())
+        state.progress.best = min(state.progress.best, loss.item())
         if state.progress.step == steps:
             break
     checkpoints.save()

@@ -174,6 +174,20 @@ def test_every_preset_takes_every_quantizer(preset: str, name: str) -> None:
         assert config.codebook_dim == PRESETS[preset]["codebook_dim"]
 
 
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("", 1e-3),
+        ("--preset vqvae-small", 1e-3),
+        ("--preset vqgan-f16", 1e-4),
+        ("--preset vqgan-f16 --learning_rate 1e-3", 1e-3),
+    ],
+)
+def test_presets_change_the_default_of_the_learning_rate(words: str, rate: float) -> None:
+    flags = train_vqvae.make_parser().parse_args(["--path_to_data", "x", *words.split()])
+    assert train_vqvae.read_configs(flags)[0].learning_rate == rate
+
+
 def test_levels_override_the_codebook_of_a_preset() -> None:
     words = "--path_to_data x --preset vqgan-f16 --quantizer fsq --levels 8,5,5,5"
     _, config = train_vqvae.read_start(

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -149,10 +149,8 @@ def build_or_error(
     make: Callable[..., typing.Any], *arguments: object, **values: object
 ) -> typing.Any:
     """`make(*arguments, **values)`; a UserError if it rejects a value, or lacks something."""
-    try:
+    with user_error("%s", ValueError, ImportError, OSError):
         return make(*arguments, **values)
-    except (ValueError, ImportError, OSError) as error:
-        raise UserError(str(error)) from error
 
 
 def positive(text: str) -> int:
@@ -165,8 +163,8 @@ def positive(text: str) -> int:
 class Flags(argparse.Namespace):
     """Parsed flags.
 
-    `given` names those on the command line (no default, no preset), `stored` those whose values
-    are of the training that `--resume` continues.
+    `given` names those on the command line (no default), `stored` those whose values are of the
+    training that `--resume` continues.
     """
 
     __slots__ = ("given", "stored")  # apart from the flags themselves, which are vars()
@@ -196,20 +194,11 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser with a flag that changes the defaults of others; it makes `Flags`."""
-
-    presets: Mapping[typing.Any, Mapping[str, object]] = types.MappingProxyType({})
+    """A parser that makes `Flags`."""
 
     def __init__(self, **options: typing.Any) -> None:
         own: dict[str, typing.Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(**own | options)
-
-    def add_presets(self, presets: Mapping[typing.Any, Mapping[str, object]]) -> None:
-        """Add `--preset`: names of sets of flags, each of which may still be given by itself."""
-        self.presets = presets
-        self.add_argument(
-            "--preset", choices=tuple(presets), help="flags that go together; others override it"
-        )
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -217,8 +206,6 @@ class Parser(argparse.ArgumentParser):
         absent: list[object] = []  # argparse extends a copy of it where an action appends
         probe = argparse.Namespace(**{action.dest: absent for action in self._actions})
         super().parse_known_args(args, probe)
-        preset = getattr(probe, "preset", absent)
-        self.set_defaults(**({} if preset is absent else self.presets.get(preset, {})))
         flags, rest = super().parse_known_args(args, namespace or Flags())
         flags.given = frozenset(name for name, x in vars(probe).items() if x is not absent)
         flags.stored = frozenset()

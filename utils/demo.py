@@ -83,10 +83,9 @@ def run_steps(run: Callable[[list[str]], None]) -> None:
     shutil.rmtree(OUTPUT, ignore_errors=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
-    jobs: list[tuple[str, Callable[[], None]]] = [
-        (f"\n$ python {step}", partial(run, shlex.split(step))) for step in STEPS
-    ]
-    for title, job in (*jobs, ("", classify)):
+    jobs: dict[str, Callable[[], None]]
+    jobs = {f"\n$ python {step}": partial(run, shlex.split(step)) for step in STEPS}
+    for title, job in (jobs | {"": classify}).items():
         print(title, flush=True)
         process = context.Process(target=job)
         process.start()

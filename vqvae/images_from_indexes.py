@@ -25,6 +25,7 @@ from utils.data.images import ImageConfig, ImageDataset
 from utils.data.index_dataset import read_conditions
 from utils.data.indices import Indices, digest, lineage_of, read_indices
 from utils.data.masks import KnownPixels
+from utils.data.sources import column_of
 from utils.data.sources.csv import write_table
 from utils.distributed import Distributed
 from utils.files import choose_output_dir
@@ -94,25 +95,22 @@ def write_images(
     metadata: PngInfo,
     group: Distributed,
 ) -> Tensor:
-    """Write all images as PNG files and list them; the first SHOWN images (N, C, H, W).
-
-    Each process writes a part of them.
-    """
+    """Write all images as PNG files, each process a part; the first SHOWN images (N, C, H, W)."""
     count, shown = len(indices.grids), []
+    names = [f"{number:05}.png" for number in range(count)]
     batches = torch.arange(count)[group.block(count, flags.batch_size)].split(flags.batch_size)
     for rows in ProgressBar(batches, unit=" batches"):
         images = decode(indices.grids[rows], rows)
         for number, image in zip(rows.tolist(), images, strict=True):
-            figures.to_pil(image).save(folder / f"{number:05}.png", pnginfo=metadata)
+            figures.to_pil(image).save(folder / names[number], pnginfo=metadata)
         shown.append(images[rows < SHOWN])
     first = group.join(torch.cat(shown))
     if not group.is_main:
         return first
-    columns = ["label", *(["caption"] if any(row.caption for row in indices.rows) else [])]
-    texts = ([getattr(row, name) for name in columns] for row in indices.rows)
-    names = [f"{number:05}.png" for number in range(count)]
-    table = ([name, *values] for name, values in zip(names, texts, strict=True))
-    write_table(folder / LIST, ["image_path", *columns], table)
+    columns = {"image_path": names, "label": column_of(indices.rows, "label")}
+    if any(captions := column_of(indices.rows, "caption")):
+        columns["caption"] = captions
+    write_table(folder / LIST, [*columns], zip(*columns.values(), strict=True))
     if flags.npz:  # as OpenAI's guided-diffusion evaluates: arr_0
         pictures = (Image.open(folder / name).convert("RGB") for name in names)
         np.savez(folder / NPZ, np.stack([np.asarray(picture) for picture in pictures]))

@@ -187,8 +187,7 @@ class Checkpointer(AbstractContextManager):
         """Write a model folder, `best` before the checkpoint whose progress counts it."""
         files = self._model_files(model)
         if self._is_main:
-            _check_finite(files)
-            write_folder(self._home / name, files)
+            _write_finite(self._home / name, files)
 
     def _model_files(self, model: nn.Module) -> Files:
         with whole(model) as gathered:
@@ -205,12 +204,9 @@ class Checkpointer(AbstractContextManager):
         files = self._model_files(self._state.model) | self._state.files()
         written = self._write_shards(files[TENSORS])
         folder = self._home / FOLDER / f"step-{step:08}"
-        if not self._is_main:
+        if not self._is_main or is_intact(folder):
             return
-        _check_finite(files)
-        if is_intact(folder):
-            return
-        write_folder(folder, files, written)
+        _write_finite(folder, files, *written)
         for path in written:
             shutil.rmtree(path.parent)
         intact = 0
@@ -230,8 +226,7 @@ class Checkpointer(AbstractContextManager):
         names = [SHARDS.replace("*", f"{rank:05}") for rank in range(group.world_size)]
         paths = [self._home / FOLDER / f"{name}{TEMPORARY}" / name for name in names]
         own = {names[group.rank]: {name: tensors.pop(name).to_local() for name in shards}}
-        _check_finite(own)
-        write_folder(paths[group.rank].parent, own)
+        _write_finite(paths[group.rank].parent, own)
         group.all_reduce_max(0)  # waits for all
         return paths
 
@@ -282,8 +277,8 @@ class Checkpointer(AbstractContextManager):
         print(f"stopped at once; --resume {home} goes on from the last checkpoint", file=sys.stderr)
 
 
-def _check_finite(files: Files) -> None:
-    """Raise a UserError if a number in the tensors is NaN or infinite."""
+def _write_finite(folder: Path, files: Files, *written: Path) -> None:
+    """`write_folder`, but a UserError if a number in the tensors is NaN or infinite."""
     for name, content in files.items():
         for key, value in content.items() if name.endswith(".safetensors") else ():
             if value.is_floating_point() and not value.isfinite().all():
@@ -291,3 +286,4 @@ def _check_finite(files: Files) -> None:
                     f"{key} has NaN or infinite values, so nothing is saved; lower "
                     "--learning_rate or use --precision fp32, then --resume"
                 )
+    write_folder(folder, files, written)

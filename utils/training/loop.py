@@ -24,6 +24,7 @@ from utils.training.state import CheckpointState, Progress, StopSignals
 T = TypeVar("T")
 FAST = 0.1  # relative improvement in the second half of a training that was too short
 ROWS_SHOWN = 64  # of a batch with NaN or infinite numbers
+GROWTH_STEPS = 2000  # without an overflow, until the loss scale doubles
 
 
 class Schedule:
@@ -121,37 +122,6 @@ class Averages:
         self._since = time.perf_counter() - float(self._sums.pop("seconds"))
 
 
-class LossScale:
-    """What losses are multiplied by, so that gradients do not vanish in fp16 (arXiv 1710.03740).
-
-    A power of two, which halves when gradients overflow and `grow`s in 2,000 steps without;
-    1 in any other precision.
-    """
-
-    GROWTH_STEPS = 2000
-
-    def __init__(self, precision: str) -> None:
-        self.value, self._steps = 2.0**16 if precision == "fp16" else 1.0, 0
-
-    def grow(self) -> None:
-        self._steps += 1
-        if self.value > 1 and self._steps % self.GROWTH_STEPS == 0:
-            self.value *= 2
-
-    def back_off(self) -> bool:
-        """After an overflow; False where the scale is not the reason."""
-        if self.value <= 1:
-            return False
-        self.value, self._steps = self.value / 2, 0
-        return True
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"state": torch.tensor([self.value, self._steps], dtype=torch.double)}
-
-    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        self.value, self._steps = float(tensors["state"][0]), int(tensors["state"][1])
-
-
 @dataclass
 class TrainState:
     """All that the steps of a training read and change; `checkpoint` saves and restores it.
@@ -186,14 +156,17 @@ class TrainState:
         self.settings = asdict(self.config) | self.settings
         if self.settings["shuffle"] == "auto":
             self.settings["shuffle"] = "shards" if len(self.starts) > 1 else "rows"
-        self.loss_scale = LossScale(self.settings["precision"])
         parts = {"averages": self.averages, **self.optimizers, **self.parts}
         parts["average"] = self.ema.model if self.config.ema_decay else None
-        parts["loss_scale"] = self.loss_scale if self.settings["precision"] == "fp16" else None
         self.checkpoint = CheckpointState(
             self.group, self.model, self.settings, progress=self.progress, **parts
         )
         self.snapshot: list[dict[str, Tensor]] = []  # of `changed_by_forward`, before this batch
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor of losses against gradients that vanish in fp16 (arXiv 1710.03740); else 1."""
+        return self.progress.loss_scale if self.settings["precision"] == "fp16" else 1.0
 
 
 def checkpoint_activations(model: nn.Module) -> None:
@@ -275,12 +248,14 @@ def optimizer_step(
     learning_rate = state.schedule.learning_rate(progress.step)
     values = dict(values)
     for name, optimizer in state.optimizers.items():
-        norm = clip_gradients(optimizer, state.config.max_grad_norm, state.loss_scale.value)
+        norm = clip_gradients(optimizer, state.config.max_grad_norm, state.loss_scale)
         values[name.replace("optimizer", "gradient_norm")] = norm
     progress.step += 1
     numbers = torch.stack([x.to(group.device, torch.float32) for x in values.values()])
     if group.all_reduce_max(int(not numbers.isfinite().all())):
-        if not state.loss_scale.back_off():
+        if state.loss_scale > 1:  # the gradients overflowed
+            progress.loss_scale, progress.steps_without_overflow = state.loss_scale / 2, 0
+        else:
             odd = {
                 f"{name} {x}"
                 for process in group.all_gather(numbers.tolist())
@@ -299,7 +274,9 @@ def optimizer_step(
         update_weights(optimizer, learning_rate)
     if state.config.ema_decay:
         state.ema.update(state.model, progress.step)
-    state.loss_scale.grow()
+    progress.steps_without_overflow += 1
+    if state.loss_scale > 1 and progress.steps_without_overflow % GROWTH_STEPS == 0:
+        progress.loss_scale *= 2
     state.averages.add({**values, "learning_rate": learning_rate})
     return True
 
@@ -337,8 +314,10 @@ def keep_best(
     With `always` the latest model counts as the best.
     """
     progress = state.progress
-    if progress.improved(score) or always:
+    progress.evaluations_without_improvement += 1
+    if score < progress.best or always:  # NaN is never better
         progress.evaluations_without_improvement = 0
+        progress.best = min(progress.best, score)
         checkpoints.save_model(state.ema.model)
     if 2 * progress.step <= state.schedule.total_steps:
         progress.best_halfway = progress.best

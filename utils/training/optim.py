@@ -60,20 +60,28 @@ class Muon(Optimizer):
     A parameter (rows, columns) that stacks several linear maps, as queries, keys and values, is
     orthogonalized map by map: `maps` has the rows of each. Steps are scaled to the size of
     AdamW's (arXiv 2502.16982, section 2.2), so that one learning rate fits both. Maps of one shape
-    are computed in one batch.
+    are computed in one batch. An optimiser of the other parameters takes its steps as a part of
+    this one, for clipping, schedule and checkpoint.
     """
 
     def __init__(
-        self, maps: Mapping[nn.Parameter, Sequence[int]], lr: float, weight_decay: float
+        self,
+        maps: Mapping[nn.Parameter, Sequence[int]],
+        lr: float,
+        weight_decay: float,
+        others: Optimizer | None = None,
     ) -> None:
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95}
-        super().__init__([{"params": [*maps]}], defaults)
-        self.rows = [list(rows) for rows in maps.values()]
+        own = {"params": [*maps], "lr": lr, "weight_decay": weight_decay, "momentum": 0.95}
+        super().__init__([own, *(others.param_groups if others else ())], {})
+        self.rows, self.others = [list(rows) for rows in maps.values()], others
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
         """Take a step, if there are gradients."""
-        group = self.param_groups[0]
+        group, *rest = self.param_groups
+        if self.others is not None:  # `load_state_dict` replaces groups and state by new objects
+            self.others.state, self.others.param_groups = self.state, rest
+            self.others.step()
         lr, momentum = group["lr"], group["momentum"]
         by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
         for parameter, rows in zip(group["params"], self.rows, strict=True):
@@ -91,25 +99,6 @@ class Muon(Optimizer):
             updates = orthogonalize(torch.stack([part for _, part in pairs]))
             for (weight, _), update in zip(pairs, updates, strict=True):
                 weight.add_(update, alpha=-lr * 0.2 * max(shape) ** 0.5)
-
-
-class CombinedOptimizer(Optimizer):
-    """Optimisers of different parameters as one, for clipping, schedule and checkpoint.
-
-    Its parameter groups are those of all parts in order, and the parts share its state.
-    """
-
-    def __init__(self, *parts: Optimizer) -> None:
-        self.parts = parts
-        super().__init__([group for part in parts for group in part.param_groups], {})
-
-    def step(self, closure: Any = None) -> None:
-        """Take a step of every part."""
-        groups = iter(self.param_groups)
-        for part in self.parts:  # `load_state_dict` replaces groups and state by new objects
-            part.state = self.state
-            part.param_groups = [next(groups) for _ in part.param_groups]
-            part.step()
 
 
 def make_optimizer(
@@ -133,7 +122,7 @@ def make_optimizer(
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused)
     if not for_muon:
         return adamw
-    return CombinedOptimizer(Muon(for_muon, config.learning_rate, decay), adamw)
+    return Muon(for_muon, config.learning_rate, decay, adamw)
 
 
 class EMA:

@@ -86,14 +86,9 @@ class Progress:
     best_halfway: float = math.inf  # in the first half
     evaluations_without_improvement: int = 0  # since then
     skipped: int = 0  # batches without an update, because a number was NaN or infinite
+    loss_scale: float = 2.0**16  # of fp16: a power of two
+    steps_without_overflow: int = 0  # since it last halved
     run_id: str = ""  # the MLflow run
-
-    def improved(self, score: float) -> bool:
-        """Record a validation score. Is it the best so far? NaN never is."""
-        self.evaluations_without_improvement += 1
-        if score < self.best:
-            self.best, self.evaluations_without_improvement = score, 0
-        return self.evaluations_without_improvement == 0
 
 
 class CheckpointState:
