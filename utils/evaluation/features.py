@@ -55,10 +55,7 @@ class Images(Protocol):
 
 
 class DecodedImages:
-    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer.
-
-    `tokenizer` has decode and config.
-    """
+    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer."""
 
     def __init__(self, grids: Tensor | ShardedArray, rows: Sequence[Row], tokenizer: Any) -> None:
         self.grids, self.rows, self._decode = grids, rows, tokenizer.decode
@@ -80,15 +77,12 @@ class DecodedImages:
 
 
 class Settings(NamedTuple):
-    """Where and in which batches networks run; `seed` of resamples and random choices.
-
-    Where several processes evaluate, each runs the networks on its part of the images.
-    """
+    """Where and in which batches networks run."""
 
     device: torch.device
     batch_size: int
-    seed: int
-    group: Distributed = ALONE
+    seed: int  # of resamples and random choices
+    group: Distributed = ALONE  # each process runs the networks on its part of the images
 
 
 class ImageSet(NamedTuple):
