@@ -69,14 +69,12 @@ def home_of(run_id: str) -> Path | None:
     """The output folder of a training's run; None if either is missing, or it was reused."""
     if not run_id:
         return None
-    try:
+    with suppress(OSError, ValueError, UserError):
         home = addresses.output_dir_of(run_id)
         lineage = provenance.from_json((home / LINEAGE).read_text(), str(home))
-    except (OSError, ValueError, UserError):
-        return None
-    if not lineage or lineage[-1].run_id != run_id:  # of another training by now
-        return None
-    return home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+        if lineage and lineage[-1].run_id == run_id:  # else it is of another training by now
+            return home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+    return None
 
 
 def continue_run(

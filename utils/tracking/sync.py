@@ -42,16 +42,13 @@ FIELDS = {  # kind of an event: the fields that it must have
 
 @dataclass(frozen=True)
 class Event:
-    """A line of mlflow.jsonl, or of metrics.jsonl; see `FIELDS`.
-
-    Paths are relative to the folder of the log if they are inside.
-    """
+    """A line of mlflow.jsonl, or of metrics.jsonl; see `FIELDS`."""
 
     time: float  # seconds since 1970
     run_id: str
     kind: str = "metric"
     name: str = ""
-    path: str = ""
+    path: str = ""  # relative to the folder of the log if it is inside
     step: int = 0
     values: dict[str, float] = field(default_factory=dict)
     lower_is_better: bool = True  # for the first of `values`
