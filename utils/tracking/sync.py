@@ -48,7 +48,7 @@ class Event:
     run_id: str
     kind: str = "metric"
     name: str = ""
-    path: str = ""  # relative to the folder of the log if it is inside
+    path: str = ""  # relative to the folder of the log
     step: int = 0
     values: dict[str, float] = field(default_factory=dict)
     lower_is_better: bool = True  # for the first of `values`
