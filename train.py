@@ -63,8 +63,7 @@ def make_validation(
     if count := flags.fd_samples:
         from utils.evaluation.samples import SampleEvaluator  # only where samples are compared
 
-        inputs = tokenizer, data.grids, data.rows, data.train_rows, data.val_rows[:count]
-        evaluator = SampleEvaluator(*inputs, seed=flags.seed, group=group)
+        evaluator = SampleEvaluator(data, tokenizer, count, flags.seed, group)
     most = MAX_TOKENS // data.grids[0].numel() + 1  # that they use
     splits = data.grids[data.train_rows[:most]], data.grids[data.val_rows[:most]]
     sizes = data.vocabulary.codebook_size, data.vocabulary.depth

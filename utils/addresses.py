@@ -105,15 +105,12 @@ def open_client() -> Any:
 
 @contextmanager
 def store_errors(what: str, remedy: Callable[[str], str] = lambda _: "") -> Iterator[None]:
-    """Report any error as one line: each kind of MLflow or artifact store raises errors of its own.
-
-    The UserError states `what` and the error, without passwords, and the `remedy` for it.
-    """
+    """Any error as a UserError: `what`, the error without passwords, and the `remedy` for it."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # each kind of MLflow or artifact store raises its own
         parts = f"{what} ({without_credentials(one_line(error))})", remedy(str(error))
         raise UserError("; ".join(filter(None, parts))) from error
 

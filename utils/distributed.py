@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -241,8 +241,6 @@ def pick_precision(name: str, device: torch.device, *, on_cpu: str) -> str:
     return on_cpu if device.type == "cpu" and has_bf16 else "fp32"
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which a model runs in `precision`: fp32, bf16 or fp16."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, dtype=DTYPES[precision])
+    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)

@@ -42,10 +42,7 @@ def sha256(path: Path) -> str:
 
 
 def write_folder(folder: Path, files: Files, written: Iterable[Path] = ()) -> None:
-    """Write or replace a folder of files by name, as a whole; see `new_folder`.
-
-    Those that are `written` already are moved there.
-    """
+    """Write or replace a folder of `files`, and move those `written` there; see `new_folder`."""
     with new_folder(folder) as staging:
         for name, content in files.items():
             if name.endswith(".safetensors"):

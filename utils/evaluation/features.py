@@ -55,10 +55,7 @@ class Images(Protocol):
 
 
 class DecodedImages:
-    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer.
-
-    `tokenizer` has decode and config.
-    """
+    """Grids of indices (N, h, w[, depth]) as a source of images, decoded by their tokenizer."""
 
     def __init__(self, grids: Tensor | ShardedArray, rows: Sequence[Row], tokenizer: Any) -> None:
         self.grids, self.rows, self._decode = grids, rows, tokenizer.decode
@@ -70,25 +67,19 @@ class DecodedImages:
 
     @torch.no_grad()
     def batches(self, batches_of_rows: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
-        """The images of each batch of row numbers, (B, C, H, W) in [-1, 1].
-
-        Their values are those of 8-bit images, as if they had been saved and read.
-        """
+        """(B, C, H, W) in [-1, 1] of each batch of row numbers, in 8 bits as if saved and read."""
         for rows in batches_of_rows:
             images = self._decode(self.grids[rows].long().to(device))
             yield images.add(1).mul(127.5).round().div(127.5).sub(1)
 
 
 class Settings(NamedTuple):
-    """Where and in which batches networks run; `seed` of resamples and random choices.
-
-    Where several processes evaluate, each runs the networks on its part of the images.
-    """
+    """Where and in which batches networks run."""
 
     device: torch.device
     batch_size: int
-    seed: int
-    group: Distributed = ALONE
+    seed: int  # of resamples and random choices
+    group: Distributed = ALONE  # each process runs the networks on its part of the images
 
 
 class ImageSet(NamedTuple):
@@ -228,10 +219,7 @@ def class_targets(network: FeatureNetwork, rows: Sequence[Row], what: str) -> Te
 
 
 def label_agreement(found: Features, targets: Tensor, weights: Tensor) -> Estimate:
-    """The share of N images that a classifier assigns to their target class (N,).
-
-    Images with the target `UNKNOWN` do not count.
-    """
+    """The share of N images of known classes (N,) that a classifier assigns to their class."""
     right, known = found.logits.argmax(dim=1).cpu() == targets, targets != UNKNOWN
     sums = [weights.cpu().double() @ one.double() for one in (right, known)]
     return estimate(sums[0] / sums[1].clamp(min=1), SHARE)

@@ -133,10 +133,7 @@ def read_real(
 
 
 def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Samples:
-    """The samples of --images, a CSV or what images_from_indexes.py wrote, or of --indexes_path.
-
-    Indices are decoded by their tokenizer when they are needed.
-    """
+    """The samples of --images, a CSV or what images_from_indexes.py wrote, or of --indexes_path."""
     if bool(flags.images) == bool(flags.indexes_path):
         raise UserError("give the samples by either --images or --indexes_path")
     if flags.images:

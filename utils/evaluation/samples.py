@@ -1,12 +1,11 @@
 """How close the samples of a GPT are to real images, measured during its training."""
 
-from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 
 from utils.cli import UserError
-from utils.data.sources import Row, ShardedArray
+from utils.data.index_dataset import IndexDataset
 from utils.distributed import Distributed
 from utils.evaluation import features
 from utils.evaluation.features import DecodedImages, Features, ImageSet, Settings
@@ -26,33 +25,29 @@ class SampleEvaluator:
 
     def __init__(
         self,
+        data: IndexDataset,
         tokenizer: LoadedModel | None,
-        grids: Tensor | ShardedArray,
-        rows: Sequence[Row],
-        train: Tensor,
-        held_out: Tensor,
-        *,
+        count: int,
         seed: int,
         group: Distributed,
     ) -> None:
         """Train a classifier on decoded training grids, apart from some to compare samples with.
 
-        `train` and `held_out` are row numbers of the grids (N, h, w). Only the main process of
-        the group works.
+        At most `count` validation grids are compared. Only the main process of the group works.
         """
-        self.rows, self._group = held_out, group
+        self.rows, self._group = data.val_rows[:count], group
         if tokenizer is None:
             raise UserError("--fd_samples needs the tokenizer of the indices; add --model_dir")
-        if len(held_out) < 2:
-            left = f"--fd_samples leaves {len(held_out)} validation images to compare with"
+        if len(self.rows) < 2:
+            left = f"--fd_samples leaves {len(self.rows)} validation images to compare with"
             raise UserError(f"{left}; use 2 or more, or 0 for none")
         if not group.is_main:
             return
         settings = Settings(group.device, BATCH, seed)
-        images = DecodedImages(grids, rows, tokenizer.model)
-        known, others = features.reserve(ImageSet(images, train), len(held_out), seed)
+        images = DecodedImages(data.grids, data.rows, tokenizer.model)
+        known, others = features.reserve(ImageSet(images, data.train_rows), len(self.rows), seed)
         network = features.train_classifier(others, "--fd_samples", settings)
-        extract, real = features.extract_features, ImageSet(images, held_out)
+        extract, real = features.extract_features, ImageSet(images, self.rows)
         self._tokenizer, self._seed = tokenizer.model, seed
         self._extract = partial(extract, network, settings=settings, what="features")
         self._real = self._extract(real)

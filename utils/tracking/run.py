@@ -69,14 +69,12 @@ def home_of(run_id: str) -> Path | None:
     """The output folder of a training's run; None if either is missing, or it was reused."""
     if not run_id:
         return None
-    try:
+    with suppress(OSError, ValueError, UserError):
         home = addresses.output_dir_of(run_id)
         lineage = provenance.from_json((home / LINEAGE).read_text(), str(home))
-    except (OSError, ValueError, UserError):
-        return None
-    if not lineage or lineage[-1].run_id != run_id:  # of another training by now
-        return None
-    return home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+        if lineage and lineage[-1].run_id == run_id:  # else it is of another training by now
+            return home.relative_to(Path.cwd()) if home.is_relative_to(Path.cwd()) else home
+    return None
 
 
 def continue_run(
@@ -244,29 +242,23 @@ class Run(AbstractContextManager):
         named = {f"{section}/{name}": value for name, value in values.items()}
         new = {name: value for name, value in named.items() if (name, step) not in self._logged}
         if new:
-            self._record(Event(time.time(), self.run_id, step=step, values=new))
+            self._log("metric", step=step, values=new)
 
-    def _record(self, event: Event) -> None:
-        """Write an event to its log at once, and send it to MLflow soon."""
-        if not self._is_open:
-            return
-        try:
-            sync.append(self._metrics if event.kind == "metric" else self._events, event)
-        finally:  # MLflow gets what it can on a full disk as well
-            if self._senders:
-                self._senders[event.kind not in ("metric", "status")].put(event)
-
-    def _log(self, kind: str, name: str = "", path: Path | None = None, **fields: Any) -> Event:
-        """Record an event, whose path becomes relative: it is valid where the folder is moved."""
+    def _log(self, kind: str, name: str = "", path: Path | None = None, **fields: Any) -> None:
+        """Write an event to its log at once, and send it to MLflow soon; see `Event`."""
         if name.split("/")[0] == RESERVED:
             raise ValueError(f"{name}: MLflow's UI reserves the artifact folder {RESERVED}/")
-        if path is not None:
-            inside, home = Path(os.path.abspath(path)), Path(os.path.abspath(self.output_dir))
-            inside = inside.relative_to(home) if inside.is_relative_to(home) else inside
-            fields["path"] = str(inside)
-        event = Event(time.time(), self.run_id, kind, name, **fields)
-        self._record(event)
-        return event
+        if not self._is_open:
+            return
+        if path is not None:  # valid where the folder is moved
+            fields["path"] = os.path.relpath(path, self.output_dir)
+        fields = {"time": time.time(), **fields}
+        event = Event(run_id=self.run_id, kind=kind, name=name, **fields)
+        try:
+            sync.append(self._metrics if kind == "metric" else self._events, event)
+        finally:  # MLflow gets what it can on a full disk as well
+            if self._senders:
+                self._senders[kind not in ("metric", "status")].put(event)
 
     def _log_lineage(self) -> None:
         for run_id in sorted({stage.run_id for stage in self.lineage} - {""}):
@@ -304,9 +296,10 @@ class Run(AbstractContextManager):
         the first of `values` is the best so far; see `lower_is_better` in `Event`.
         """
         self.folder(folder, f"checkpoints/{folder.name}")
-        event = self._log("model", register, folder, values=values, step=step, **fields)
+        now = time.time()
+        self._log("model", register, folder, time=now, step=step, values=values, **fields)
         if (next(iter(values)), step) not in self._logged:
-            self._record(Event(event.time, self.run_id, step=step, values=values))
+            self._log("metric", time=now, step=step, values=values)
 
     def _warn_once(self, error: Exception) -> None:
         if self._warned.acquire(blocking=False):

@@ -42,16 +42,13 @@ FIELDS = {  # kind of an event: the fields that it must have
 
 @dataclass(frozen=True)
 class Event:
-    """A line of mlflow.jsonl, or of metrics.jsonl; see `FIELDS`.
-
-    Paths are relative to the folder of the log if they are inside.
-    """
+    """A line of mlflow.jsonl, or of metrics.jsonl; see `FIELDS`."""
 
     time: float  # seconds since 1970
     run_id: str
     kind: str = "metric"
     name: str = ""
-    path: str = ""
+    path: str = ""  # relative to the folder of the log
     step: int = 0
     values: dict[str, float] = field(default_factory=dict)
     lower_is_better: bool = True  # for the first of `values`
@@ -87,22 +84,16 @@ def end_line(path: Path) -> None:
 
 def read_metrics(folder: Path) -> list[Event]:
     """All lines of metrics.jsonl but damaged ones; none before anything was logged."""
-
-    def parse(line: dict[str, Any]) -> Event:
-        known = {key: line.pop(key) for key in ("step", "time", "run_id") if key in line}
-        return typed(Event, known | {"values": line})
-
-    return _read_lines(folder / METRICS, parse)
+    return _read(folder / METRICS)
 
 
 def read_events(folder: Path) -> list[Event]:
     """The events of all logs in a folder, in the order of time."""
-    paths = sorted(folder.glob(f"*{EVENTS}"))
-    events = [one for path in paths for one in _read_lines(path, lambda x: typed(Event, x))]
+    events = [event for path in sorted(folder.glob(f"*{EVENTS}")) for event in _read(path)]
     return sorted(events, key=lambda event: event.time)
 
 
-def _read_lines(path: Path, parse: Callable[[Any], Event]) -> list[Event]:
+def _read(path: Path) -> list[Event]:
     """The events of a log; damaged lines, as a crash leaves, are counted and skipped."""
     if not path.is_file():
         return []
@@ -110,7 +101,11 @@ def _read_lines(path: Path, parse: Callable[[Any], Event]) -> list[Event]:
     found = []
     for line in lines:
         with suppress(ValueError, LookupError, TypeError, AttributeError, UserError):
-            found.append(parse(json.loads(line)))
+            fields = json.loads(line)
+            if path.name == METRICS:
+                known = {x: fields.pop(x) for x in ("step", "time", "run_id") if x in fields}
+                fields = known | {"values": fields}
+            found.append(typed(Event, fields))
     if damaged := len(lines) - len(found):
         warn(f"{path}: {damaged} damaged lines are skipped")
     return found
