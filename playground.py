@@ -80,10 +80,11 @@ class Playground:
     def open(self, file: str, fields: Namespace) -> Images:
         """The image of a file of any size, with the class and the prompt of the fields."""
         options = {name: x for name, x in self.tokenizer.config.image_options.items() if x}
-        pixels = read_image(file, **options)
-        if isinstance(pixels, str):
-            raise UserError(f"{Path(file).name} cannot be read as an image: {pixels}")
-        image = torch.tensor(pixels)[None].to(self.device).float() / 127.5 - 1
+        found = read_image(file, **options)
+        if isinstance(found, str):
+            raise UserError(f"{Path(file).name} cannot be read as an image: {found}")
+        pixels = torch.tensor(found[1], device=self.device).permute(2, 0, 1)
+        image = pixels[None].float() / 127.5 - 1
         row = Row(PICTURE, "".join(fields.labels[:1]), "", caption="".join(fields.prompt))
         return Images(self.tokenizer.encode(image).cpu(), image.cpu(), [row])
 

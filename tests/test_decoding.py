@@ -283,6 +283,29 @@ def test_jpeg_files_have_the_values_that_pillow_decodes(
     assert np.array_equal(seen, expected)
 
 
+def test_cmyk_jpeg_files_are_converted_for_any_number_of_channels(tmp_path: Path) -> None:
+    inks = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+    file = save(Image.fromarray(inks, "CMYK"), tmp_path / "a.jpg")
+    expected = np.asarray(Image.open(file).convert("RGB"))
+    assert np.array_equal(np.moveaxis(read_image(file, 3, (16, 16)), 0, 2), expected)
+    seen = read_image(file, 4, (16, 16))
+    assert np.array_equal(np.moveaxis(seen[:3], 0, 2), expected)
+    assert (seen[3] == 255).all()
+
+
+def test_without_torchvision_pillow_decodes_and_no_other_library_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.so").write_bytes(b"not a library")
+    monkeypatch.setattr(decoding, "find_spec", lambda _: None)
+    decoding._jpeg_decoder.cache_clear()
+    assert decoding._jpeg_decoder() is None
+    file = save(Image.new("L", (4, 4), 9), tmp_path / "a.jpg")
+    assert (read_image(file, 1, (4, 4)) == 9).all()
+    decoding._jpeg_decoder.cache_clear()
+
+
 def test_jpeg_files_with_flipped_bits_are_those_of_pillow(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
     content = Path(save(Image.fromarray(pixels), tmp_path / "a.jpg")).read_bytes()

@@ -11,7 +11,7 @@ import torch
 
 from tests.conftest import TINY_TOKENIZER, parsed, write_images
 from utils import cli
-from utils.data import images
+from utils.data import images, workers
 from utils.training.checkpoint import checkpoints_in, step_of
 
 Call = Callable[..., str]
@@ -20,7 +20,7 @@ Call = Callable[..., str]
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch, own_folder: Path) -> Path:
     """A CSV whose images do not fit into memory."""
-    monkeypatch.setattr(images.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
+    monkeypatch.setattr(workers.psutil, "virtual_memory", lambda: SimpleNamespace(available=0))
     return write_images(own_folder / "data")
 
 

@@ -3,6 +3,7 @@
 import csv
 import os
 import resource
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from utils.cli import UserError
-from utils.data import workers
+from utils.data import images, workers
 from utils.data.images import Augmentation, DataConfig, ImageConfig, ImageDataset
 from vqvae import VQVAEConfig
 
@@ -141,6 +142,26 @@ def test_the_good_images_are_found_where_all_of_the_first_sample_are_bad(tmp_pat
     dataset = ImageDataset(write_csv(tmp_path, names), ImageConfig(skip_bad_images=64))
     assert (len(dataset), dataset.size, dataset.channels) == (64, (2, 3), 3)
     assert dataset.pixels[:, :, 0, 0].tolist() == [[1, 2, 3]] * 64
+
+
+def test_a_second_pass_takes_no_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pixels of the first pass are gone before those of the second are made."""
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "b.png")
+    path = write_csv(tmp_path, ["b.png" if row == UNSAMPLED else "a.png" for row in range(150)])
+    made: list[weakref.ref] = []
+
+    def shared_memory(shape: tuple[int, ...]) -> torch.Tensor:
+        assert all(memory() is None for memory in made)
+        memory = torch.empty(shape, dtype=torch.uint8)
+        made.append(weakref.ref(memory.untyped_storage()))
+        return memory
+
+    monkeypatch.setattr(images, "shared_memory", shared_memory)
+    assert ImageDataset(path).channels == 3
+    assert len(made) == 2
 
 
 AUGMENTED = {"horizontal_flip": True, "random_crop": True, "seed": 0, "epoch": 0}
@@ -298,8 +319,12 @@ def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.undo()
     (tmp_path / "max").write_text("9000000")
     (tmp_path / "current").write_text("8999900")
-    monkeypatch.setattr(workers, "CGROUP_FILES", [(tmp_path / "max", tmp_path / "current")])
+    (tmp_path / "stat").write_text("total_inactive_file 9000000\ninactive_file 0\n")
+    names = [tuple(tmp_path / name for name in ("max", "current", "stat"))]
+    monkeypatch.setattr(workers, "CGROUP_FILES", names)
     assert ImageDataset(path).pixels is None
+    (tmp_path / "stat").write_text("anon 0\ninactive_file 900000\n")  # which is given up
+    assert ImageDataset(path).pixels is not None
     (tmp_path / "max").write_text("max")
     assert ImageDataset(path).pixels is not None
 

@@ -1,6 +1,7 @@
 """Decoded images are decoded once, and again when anything has changed."""
 
 import os
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,46 @@ def test_a_changed_file_is_decoded_anew(place: Path, decoder: Decoder) -> None:
     assert decoder.calls == 3 * COUNT
 
 
+def test_a_changed_file_of_the_same_size_and_time_is_decoded_anew(tmp_path: Path) -> None:
+    """As an archive with fixed times leaves it, unpacked over an older one."""
+    for shade in (10, 200):
+        Image.new("L", (4, 4), shade).save("a.bmp")
+        os.utime("a.bmp", (0, 0))
+        Path("data.csv").write_text("image_path\na.bmp\n")
+        assert (ImageDataset("data.csv", value_range=(0, 255)).pixels == shade).all()
+
+
+@pytest.mark.parametrize("name", ["photos.tar", "set.parquet", "photos"])
+def test_a_changed_file_in_a_folder_of_any_name_is_decoded_anew(tmp_path: Path, name: str) -> None:
+    Path(name).mkdir()
+    for shade in (10, 200):
+        Image.new("L", (4, 4), shade).save(f"{name}/a.png")
+        Path("data.csv").write_text(f"image_path\n{name}/a.png\n")
+        assert (ImageDataset("data.csv", value_range=(0, 255)).pixels == shade).all()
+
+
+def test_a_changed_archive_is_decoded_anew(place: Path, tmp_path: Path) -> None:
+    for shade in (10, 200):
+        Image.new("L", (4, 4), shade).save(place / "a.png")
+        with tarfile.open("data.tar", "w") as archive:
+            archive.add(place / "a.png", "a.png")
+        assert (ImageDataset("data.tar", value_range=(0, 255)).pixels == shade).all()
+
+
+def test_other_versions_decode_anew(
+    place: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ImageDataset(place)
+    monkeypatch.setattr(decoding, "VERSION", decoding.VERSION + 1)
+    ImageDataset(place)
+    assert decoder.calls == 2 * COUNT
+
+
+def test_cached_images_that_exceed_the_memory_are_streamed(place: Path) -> None:
+    ImageDataset(place)
+    assert ImageDataset(place, max_memory=10).pixels is None
+
+
 def test_bad_images_stay_left_out(place: Path, decoder: Decoder) -> None:
     (place / "2.png").write_bytes(b"no image")
     config = ImageConfig(skip_bad_images=1)
@@ -107,26 +148,29 @@ def test_streamed_images_are_not_cached(place: Path) -> None:
     assert not cache.CACHE.exists()
 
 
+@pytest.mark.parametrize("end", [0, 9, -9])
 @pytest.mark.parametrize("ending", ["npy", "json"])
-def test_a_damaged_cache_is_made_again(place: Path, decoder: Decoder, ending: str) -> None:
+def test_a_damaged_cache_is_made_again(
+    place: Path, decoder: Decoder, ending: str, end: int
+) -> None:
     expected = ImageDataset(place).pixels
     for file in cache.CACHE.glob(f"*.{ending}"):
-        file.write_bytes(file.read_bytes()[:-9])
+        file.write_bytes(file.read_bytes()[:end])
     assert torch.equal(ImageDataset(place).pixels, expected)
     ImageDataset(place)
     assert decoder.calls == 2 * COUNT
 
 
 def test_the_longest_unused_go_first(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sides = range(8, 12)
-    monkeypatch.setattr(cache, "CACHE_BYTES", 2 * 3 * COUNT * max(sides) ** 2 + 300)
-    for age, side in enumerate(sides):
-        ImageDataset(place, size=(side, side))
-        for file in cache.CACHE.glob("*.npy"):
+    """Room for two sets: the third takes that of the second, as the first was used again."""
+    monkeypatch.setattr(cache, "CACHE_BYTES", 4600)
+    for side in (8, 9, 8, 10):
+        for file in cache.CACHE.glob("*"):
             seconds = file.stat().st_mtime
-            os.utime(file, (seconds, seconds - 10 * (len(sides) - age)))
-    shapes = {np.load(file, mmap_mode="r").shape[1] for file in cache.CACHE.glob("*.npy")}
-    assert shapes == {10, 11}
+            os.utime(file, (seconds, seconds - 100))
+        ImageDataset(place, size=(side, side))
+    files = cache.CACHE.glob("*.npy")
+    assert {np.load(file, mmap_mode="r").shape[1] for file in files} == {8, 10}
 
 
 def test_a_disk_without_room_costs_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,6 +179,22 @@ def test_a_disk_without_room_costs_nothing(place: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(np, "save", full)
     assert len(ImageDataset(place).pixels) == COUNT
+    assert not list(cache.CACHE.iterdir())
+    monkeypatch.undo()
+    monkeypatch.chdir(place.parent)
+    cache.CACHE.rmdir()
+    cache.CACHE.write_text("a file")
+    monkeypatch.setattr(images, "CACHED_FILES", 0)
+    assert len(ImageDataset(place).pixels) == COUNT
+
+
+def test_an_interrupted_write_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(np, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ImageDataset(place)
     assert not list(cache.CACHE.iterdir())
 
 

@@ -28,7 +28,9 @@ ORIENTATION = 0x0112  # the EXIF tag
 # Pillow reads more formats, but starts other programs for some; these only decode.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 JPEG_START, JPEG_NAMES = b"\xff\xd8\xff", (".jpg", ".jpeg")
-JPEG_FRAME = re.compile(rb"\xff(?:[\xc0-\xc2]..\x08(..)(..)|\xe1)", re.DOTALL)  # its size, or EXIF
+JPEG_HEAD = 1 << 16  # bytes that hold its frame header: height, width and number of components
+JPEG_FRAME = re.compile(rb"\xff(?:[\xc0-\xc2]..\x08(..)(..)(.)|\xe1)", re.DOTALL)  # \xe1: EXIF
+VERSION = 1  # of the values that files are decoded to; raised when they change
 MAX_PIXELS = 64_000_000
 TOO_MANY_PIXELS = "its header says more pixels than --max_pixels allows"
 
@@ -192,24 +194,33 @@ def _to_eight_bits(image: Image.Image, value_range: tuple[float, float] | None) 
 
 
 @functools.cache
-def _jpeg_decoder() -> Callable[..., torch.Tensor]:
+def _jpeg_decoder() -> Callable[..., torch.Tensor] | None:
     """torchvision's, by its library alone: importing torchvision takes longer than torch."""
     spec = find_spec("torchvision")
-    folder = Path(spec.origin).parent if spec and spec.origin else Path()
-    torch.ops.load_library(next(folder.glob("image*.so")))
-    return torch.ops.image.decode_jpeg
+    for folder in (spec and spec.submodule_search_locations) or ():
+        for library in Path(folder).glob("image*.so"):
+            with suppress(OSError, AttributeError):
+                torch.ops.load_library(library)
+                return torch.ops.image.decode_jpeg
+    return None
 
 
 def _read_jpeg(file: str, channels: int, size: tuple[int, int]) -> np.ndarray | None:
-    """A JPEG file that has just these values: Pillow's, in half of its time. None for others."""
+    """The pixels of a JPEG file of this size and so many channels, in half of Pillow's time.
+
+    They are those that Pillow decodes. None where it has to: for other files, rotated or broken.
+    """
     with open_file(file) as stream:
-        content = bytearray(stream.read())
-    frames = JPEG_FRAME.findall(content) if content.startswith(JPEG_START) else []
-    found = {(int.from_bytes(height), int.from_bytes(width)) for height, width in frames}
-    if found == {size}:
-        with suppress(RuntimeError, OSError, StopIteration):  # a broken file, no such library
-            pixels = _jpeg_decoder()(torch.frombuffer(content, dtype=torch.uint8), 0, False)
-            return pixels.permute(1, 2, 0).numpy() if len(pixels) == channels else None
+        head = stream.read(JPEG_HEAD)
+        frames = JPEG_FRAME.findall(head) if head.startswith(JPEG_START) else []
+        wanted = (*size, channels)
+        if not frames or any(tuple(map(int.from_bytes, x)) != wanted for x in frames):
+            return None
+        content = bytearray(head + stream.read())
+    if (decode := _jpeg_decoder()) is not None:
+        with suppress(RuntimeError):
+            pixels = decode(torch.frombuffer(content, dtype=torch.uint8), 0, False)
+            return pixels.permute(1, 2, 0).numpy()
     return None
 
 
@@ -234,9 +245,9 @@ def read_image(
     Returns the reason as a string where the file cannot be read; only MemoryError is raised.
     """
     height, width = size
-    plain = height * width <= max_pixels and value_range in (None, EIGHT_BITS)
-    plain = plain and file.lower().endswith(JPEG_NAMES)
-    if plain and (pixels := _read_jpeg(file, channels, size)) is not None:
+    is_jpeg = file.lower().endswith(JPEG_NAMES) and channels in (1, 3)
+    is_jpeg = is_jpeg and value_range in (None, EIGHT_BITS) and height * width <= max_pixels
+    if is_jpeg and (pixels := _read_jpeg(file, channels, size)) is not None:
         return Header(size, grey=channels == 1, alpha=False), pixels
     with open_image(file, max_pixels) as image:
         header = _header(image)

@@ -5,26 +5,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 
 from utils.cli import UserError, first_few, flag
 from utils.data import decoding
-from utils.data.cache import CONTAINER, PixelCache
+from utils.data.cache import PixelCache
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
-from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
+from utils.data.sources import Rows, column_of, container_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.data.workers import available_cores, available_memory, load_files, shared_memory
 from utils.progress import ProgressBar
 
 CHUNK = 256  # files that a worker reads at a time, where all files are read
-CACHED_FILES = 1000  # of fewer, decoded pixels are not cached
+CACHED_FILES = 1000  # of so many or fewer, pixels are not cached
 SAMPLED_FILES = 64  # from which the range of values is decided
 SKIPPED = "skipped.csv"
 
@@ -80,9 +80,11 @@ class Headers:
     grey: bool = True
     alpha: bool = True
 
-    def add(self, header: Header, name: str) -> None:
-        self.sizes.setdefault(header.size, name)
-        self.grey, self.alpha = self.grey and header.grey, self.alpha and header.alpha
+    def add(self, header: Header | str, name: str) -> None:
+        """Count a header, unless it is the complaint about a bad file."""
+        if isinstance(header, Header):
+            self.sizes.setdefault(header.size, name)
+            self.grey, self.alpha = self.grey and header.grey, self.alpha and header.alpha
 
     @property
     def channels(self) -> int:
@@ -154,10 +156,12 @@ class ImageDataset:
         options = size, channels, value_range, resampling
         cache = None
         if max_memory and len(self) > CACHED_FILES:
-            way = PIL.__version__, self._scale, self._max_pixels, self._skippable
-            with suppress(OSError):  # a file vanished
-                cache = PixelCache(self.files, *way)
-        if cache and (cached := cache.read(options)):
+            reader = [decoding.VERSION, *(version(name) for name in ("pillow", "torchvision"))]
+            reader += [self._scale, self._max_pixels, self._skippable]
+            with suppress(OSError):
+                cache = PixelCache(self.files, self._containers(), reader)
+        cached = cache and cache.read(options)
+        if cached and cached[0].nbytes <= max_memory:
             self.pixels, (self.size, self.channels, self.value_range, self.resampling), bad = cached
             if bad:
                 self._skip(bad)
@@ -173,8 +177,7 @@ class ImageDataset:
         # not, another pass follows.
         seen, chosen = Headers(), None
         for row, header in zip(sample, map(read_header, files), strict=True):
-            if isinstance(header, Header):
-                seen.add(header, self._file_name(row))
+            seen.add(header, self._file_name(row))
         while chosen != (choice := (size or seen.common_size(path), channels or seen.channels)):
             chosen = choice
             self.size, self.channels = choice
@@ -208,9 +211,14 @@ class ImageDataset:
         """The first row of each tar, Parquet or Arrow file; [0] without, or for auto in memory."""
         if self.pixels is not None and shuffle == "auto":
             return [0]
-        inside = map(CONTAINER.search, column_of(self.rows, self._column))
-        names = [match and match.string[: match.end()] for match in inside]
+        names = self._containers()
         return [row for row, name in enumerate(names) if row == 0 or name != names[row - 1]]
+
+    def _containers(self) -> list[str]:
+        """The tar, Parquet or Arrow file of each row, "" for a file of its own."""
+        folders = [os.path.dirname(file) for file in self.files]
+        found = {folder: container_of(folder) for folder in {*folders}}
+        return [found[folder] for folder in folders]
 
     @property
     def files(self) -> list[str]:
@@ -291,6 +299,7 @@ class ImageDataset:
 
         Workers write pixels directly into memory that all processes share.
         """
+        self.pixels = None  # of an earlier pass
         pixels = shared_memory((len(self), *self.resize_size, self.channels)) if keep else None
         read_into = partial(_read_into, pixels, read)
         lists = [piece.tolist() for piece in torch.arange(len(self)).split(CHUNK)]
@@ -301,10 +310,9 @@ class ImageDataset:
         )
         headers, bad = Headers(), dict[int, str]()
         for row, header in enumerate(bar):
+            headers.add(header, self._file_name(row))
             if isinstance(header, str):
                 bad[row] = header
-            else:
-                headers.add(header, self._file_name(row))
         if bad:
             kept = self._skip(bad)
             if pixels is not None:
@@ -315,7 +323,7 @@ class ImageDataset:
 
     def _skip(self, bad: dict[int, str]) -> list[int]:
         """Leave out rows of bad files; all others. A UserError for more than may be left out."""
-        if len(bad) > self._skippable or len(bad) == len(self):
+        if len(self.skipped) + len(bad) > self._skippable or len(bad) == len(self):
             raise self._refusal(bad)
         for row, complaint in bad.items():
             self.skipped.append((self._numbers[row], self._file_name(row), complaint))

@@ -3,6 +3,7 @@
 import math
 import mmap
 import os
+import re
 import resource
 import signal
 import sys
@@ -21,9 +22,9 @@ from utils.cli import UserError
 
 START = "fork" if sys.platform == "linux" else "spawn"  # spawn imports torch in each worker
 CGROUP = Path("/sys/fs/cgroup")
-CGROUP_FILES = (  # the limit of memory and what is used of it, in versions 2 and 1
-    ("memory.max", "memory.current"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+CGROUP_FILES = (  # the limit of memory, what is used of it, and for what, in versions 2 and 1
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
 )
 
 
@@ -40,8 +41,9 @@ def available_memory() -> int:
         limits.append(address_space - psutil.Process().memory_info().vms)
     for names in CGROUP_FILES:
         with suppress(OSError, ValueError):  # ValueError: "max", which is no limit
-            most, used = (int((CGROUP / name).read_text()) for name in names)
-            limits.append(most - used)
+            most, used, stat = ((CGROUP / name).read_text() for name in names)
+            cached = re.search(r"\binactive_file (\d+)", stat)  # of files, given up when needed
+            limits.append(int(most) - int(used) + (int(cached[1]) if cached else 0))
     return max(0, min(limits))
 
 
@@ -49,9 +51,11 @@ def shared_memory(shape: Sequence[int]) -> Tensor:
     """uint8 memory into which workers can write."""
     if START != "fork":
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
-    # Other shared memory is small in containers.
-    size = math.prod(shape)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8).view(shape)
+    try:  # not in /dev/shm, which is small in containers
+        memory = mmap.mmap(-1, math.prod(shape))
+    except OSError as error:
+        raise MemoryError(f"{math.prod(shape):,} bytes for images") from error
+    return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
 def load_files(

@@ -195,10 +195,15 @@ def open_file(file: str | Path) -> BinaryIO:
     try:
         return open(file, "rb")
     except NotADirectoryError:  # for a plain file, nothing more is done
-        container = os.path.dirname(file)
-        while not os.path.exists(container):
-            container = os.path.dirname(container)
+        container = container_of(os.path.dirname(file))
         return io.BytesIO(_reader(container)(str(file)[len(container) + 1 :]))
+
+
+def container_of(folder: str) -> str:
+    """The file that a row's folder is or is inside of, such as x.tar for x.tar/cats; else ""."""
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return "" if os.path.isdir(folder) else folder
 
 
 @cache
