@@ -83,8 +83,8 @@ class Playground:
         found = read_image(file, **options)
         if isinstance(found, str):
             raise UserError(f"{Path(file).name} cannot be read as an image: {found}")
-        pixels = torch.tensor(found[1], device=self.device).permute(2, 0, 1)
-        image = pixels[None].float() / 127.5 - 1
+        pixels = torch.tensor(found[1][None], device=self.device)
+        image = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         row = Row(PICTURE, "".join(fields.labels[:1]), "", caption="".join(fields.prompt))
         return Images(self.tokenizer.encode(image).cpu(), image.cpu(), [row])
 

@@ -1,13 +1,14 @@
 """Decoded images, kept in files that the next run maps into memory."""
 
-import hashlib
 import json
 import os
 import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -18,17 +19,15 @@ from utils.files import CACHE, flush
 
 CACHE_BYTES = 20 << 30  # of all cached images
 FREE_PART = 10  # cached images take at most this part of the free disk
+_writers: list[Thread] = []
 
 
 class PixelCache:
     """Pixels by the state of their files, and by options of decoding (None: to be found there)."""
 
     def __init__(self, files: Sequence[str], containers: Sequence[str], reader: object) -> None:
-        """Files, those that contain them, or "", and all else that decides what is read from them.
-
-        An OSError if a file vanished.
-        """
-        digest, stored = hashlib.sha256(repr(reader).encode()), set()
+        """Of files, their archives or "", and how they are read. An OSError if a file vanished."""
+        digest, stored = sha256(repr(reader).encode()), set()
         for file, container in zip(files, containers, strict=True):
             digest.update(f"{file}\n".encode(errors="surrogateescape"))
             stored.add(container or file)
@@ -38,46 +37,52 @@ class PixelCache:
         self._key = digest.hexdigest()
 
     def _file(self, options: object) -> Path:
-        digest = hashlib.sha256(repr((self._key, options)).encode()).hexdigest()
-        return CACHE / f"images-{digest[:16]}.json"
+        return CACHE / f"images-{sha256(repr((self._key, options)).encode()).hexdigest()[:16]}.json"
 
     def read(self, options: object) -> tuple[Tensor, list[Any], dict[int, str]] | None:
         """What `write` was given for these options, or None."""
+        while _writers:
+            _writers.pop().join()
         with suppress(OSError, EOFError, ValueError, LookupError):
             about = json.loads(self._file(options).read_bytes())
-            pixels = np.load(CACHE / about["pixels"], mmap_mode="c", allow_pickle=False)
-            with suppress(OSError):  # files of another user
-                for name in (self._file(options).name, about["pixels"]):
-                    os.utime(CACHE / name)
+            stored = CACHE / f"{about['pixels']}.npy"
+            pixels = np.load(stored, mmap_mode="c", allow_pickle=False)
+            with suppress(OSError):  # of another user
+                os.utime(stored)
+                os.utime(self._file(options))
             found = [tuple(x) if isinstance(x, list) else x for x in about["options"]]
             bad = {int(row): complaint for row, complaint in about["bad"].items()}
             return torch.from_numpy(pixels).permute(0, 3, 1, 2), found, bad
         return None
 
-    def write(
-        self, options: object, pixels: Tensor, found: tuple[Any, ...], bad: dict[int, str]
-    ) -> None:
+    def write(self, options: object, pixels: Tensor, found: object, bad: dict[int, str]) -> None:
         """Keep (N, C, H, W) pixels, the options with what was found, and the rows of bad files.
 
-        A later stage, which gives all options, finds them as well. Files that were not used for
-        the longest time make room.
+        A later stage, which gives all options, finds them as well. A thread writes them.
         """
-        stored = self._file(found).with_suffix(".npy")
-        staging = stored.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
-        with suppress(OSError):  # the cache saves time only
-            CACHE.mkdir(parents=True, exist_ok=True)
-            if pixels.nbytes > min(CACHE_BYTES, shutil.disk_usage(CACHE).free // FREE_PART):
-                return
-            try:
-                with staging.open("wb") as stream:
-                    np.save(stream, pixels.permute(0, 2, 3, 1).numpy())
-                flush(staging)
-                staging.replace(stored)
-            finally:
-                staging.unlink(missing_ok=True)
-            about = json.dumps({"pixels": stored.name, "options": found, "bad": bad})
-            for file in (self._file(options), self._file(found)):
-                file.write_text(about)
-            kept = sorted(CACHE.glob("images-*"), key=lambda x: x.stat().st_mtime)
-            while sum(x.stat().st_size for x in kept) > CACHE_BYTES:
-                kept.pop(0).unlink()
+        about = json.dumps({"pixels": self._file(found).stem, "options": found, "bad": bad})
+        jobs = [self._file(options), self._file(found)], about, pixels.permute(0, 2, 3, 1).numpy()
+        _writers.append(Thread(target=_write, args=jobs))
+        _writers[-1].start()
+
+
+def _write(files: list[Path], about: str, pixels: np.ndarray) -> None:
+    """Write pixels, and about them, where there is room; the longest unused files go."""
+    stored = files[-1].with_suffix(".npy")
+    staging = stored.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
+    with suppress(OSError):  # the cache saves time only
+        CACHE.mkdir(parents=True, exist_ok=True)
+        if pixels.nbytes > min(CACHE_BYTES, shutil.disk_usage(CACHE).free // FREE_PART):
+            return
+        try:
+            with staging.open("wb") as stream:
+                np.save(stream, pixels)
+            flush(staging)
+            staging.replace(stored)
+        finally:
+            staging.unlink(missing_ok=True)
+        for file in files:
+            file.write_text(about)
+        kept = sorted(CACHE.glob("images-*"), key=lambda x: x.stat().st_mtime)
+        while sum(x.stat().st_size for x in kept) > CACHE_BYTES:
+            kept.pop(0).unlink()

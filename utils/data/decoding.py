@@ -235,12 +235,11 @@ def read_image(
 ) -> tuple[Header, np.ndarray]:
     """The header of an image file, and its pixels (height, width, channels), uint8.
 
-    It is resized to cover `size`, then cropped.
-
-    The values of `value_range` become 0 to 255 (None: those that `common_range` finds in the file,
-    or all of 8-bit files), and NaN the lowest. Palettes and CMYK are converted, EXIF rotation is
-    applied, and of an animation the first frame is used. With 4 channels, colours are premultiplied
-    by alpha, so that hidden ones do not count; with fewer, transparency becomes white.
+    It is resized to cover `size`, then cropped. The values of `value_range` become 0 to 255 (None:
+    those that `common_range` finds in the file, or all of 8-bit files), and NaN the lowest.
+    Palettes and CMYK are converted, EXIF rotation is applied, and of an animation the first frame
+    is used. With 4 channels, colours are premultiplied by alpha, so that hidden ones do not count;
+    with fewer, transparency becomes white.
 
     Returns the reason as a string where the file cannot be read; only MemoryError is raised.
     """

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from utils.cli import UserError, first_few, flag
-from utils.data import decoding
+from utils.data import decoding, sources
 from utils.data.cache import PixelCache
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
-from utils.data.sources import Rows, column_of, container_of, read_rows, root_of, seeded_generator
+from utils.data.sources import Rows, column_of, read_rows, root_of, seeded_generator
 from utils.data.sources.csv import write_table
 from utils.data.workers import available_cores, available_memory, load_files, shared_memory
 from utils.progress import ProgressBar
@@ -173,14 +173,12 @@ class ImageDataset:
         found = decoding.common_range([x for x in values if not isinstance(x, str)])
         self.value_range, self.resampling = value_range or found[0], resampling or found[1]
 
-        # Headers and pixels are read in one pass, as if all files were like the sample. If they are
-        # not, another pass follows.
+        # One pass reads headers and pixels as if all files were like the sample; else another does.
         seen, chosen = Headers(), None
         for row, header in zip(sample, map(read_header, files), strict=True):
             seen.add(header, self._file_name(row))
         while chosen != (choice := (size or seen.common_size(path), channels or seen.channels)):
-            chosen = choice
-            self.size, self.channels = choice
+            chosen = self.size, self.channels = choice
             keep = self.size_in_memory <= max_memory
             seen = self._read_files(self._decode if keep or self._skippable else read_header, keep)
         if cache and self.pixels is not None and os.environ.get("LOCAL_RANK", "0") == "0":
@@ -217,7 +215,7 @@ class ImageDataset:
     def _containers(self) -> list[str]:
         """The tar, Parquet or Arrow file of each row, "" for a file of its own."""
         folders = [os.path.dirname(file) for file in self.files]
-        found = {folder: container_of(folder) for folder in {*folders}}
+        found = {folder: sources.container_of(folder) for folder in {*folders}}
         return [found[folder] for folder in folders]
 
     @property
@@ -329,8 +327,7 @@ class ImageDataset:
             self.skipped.append((self._numbers[row], self._file_name(row), complaint))
         kept = [row for row in range(len(self)) if row not in bad]
         self._numbers = [self._numbers[row] for row in kept]
-        columns = self.rows.columns.items()
-        self.rows = Rows({name: [values[row] for row in kept] for name, values in columns})
+        self.rows = Rows({name: [x[row] for row in kept] for name, x in self.rows.columns.items()})
         return kept
 
     def _refusal(self, bad: dict[int, str]) -> UserError:
