@@ -240,10 +240,10 @@ def loading(flags: argparse.Namespace) -> Rows:
 
         ways = {"first": first, "again": again, "next": lambda: epoch(kept[0]), "stock": stock}
         seconds = medians(ways, flags.rounds)
-        name = "ImageFolder, DataLoader (torchvision)"
-        yield Row("first epoch of images", name, seconds["stock"] / seconds["first"], 1.5)
-        yield Row("first epoch of a second run", name, seconds["stock"] / seconds["again"], 1.5)
-        yield Row("next epoch of images", name, seconds["stock"] / seconds["next"], 20)
+    name = "ImageFolder, DataLoader (torchvision)"
+    yield Row("first epoch of images", name, seconds["stock"] / seconds["first"], 1.5)
+    yield Row("first epoch of a second run", name, seconds["stock"] / seconds["again"], 1.5)
+    yield Row("next epoch of images", name, seconds["stock"] / seconds["next"], 20)
 
 
 def quantization(flags: argparse.Namespace) -> Rows:
