@@ -18,7 +18,7 @@ def accepts(path: Path) -> bool:
 def read_rows(path: Path) -> list[Row]:
     """The images of a folder, in the order of their paths; a UserError if there are none."""
     files = sorted(
-        os.path.relpath(os.path.join(folder, name), path).replace(os.sep, "/")
+        os.path.join(folder, name).removeprefix(os.path.join(path, "")).replace(os.sep, "/")
         for folder, _, names in os.walk(path, followlinks=True)
         for name in names
         if not name.startswith(".")
