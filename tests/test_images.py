@@ -307,6 +307,17 @@ def test_max_pixels(tmp_path: Path) -> None:
     assert len(ImageDataset(path, ImageConfig(max_pixels=60))) == 2
 
 
+def test_no_memory_for_the_pixels_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(workers.mmap, "mmap", full)
+    with pytest.raises(UserError, match=r"Cannot allocate memory.*--stream"):
+        ImageDataset(write_noise(tmp_path))
+
+
 def test_limits_of_the_process_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_noise(tmp_path)
     assert ImageDataset(path, ImageConfig(stream=True)).pixels is None

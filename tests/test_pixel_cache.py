@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ COUNT = 6
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of images, in whose parent the cache is; also few images are cached."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(images, "CACHED_FILES", 0)
@@ -26,13 +27,34 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for number in range(COUNT):
         pixels = generator.integers(0, 256, (4, 5, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+    yield folder
+    wait()
 
 
 def wait() -> None:
     """Until all is written."""
     for thread in cache._writers:
         thread.join()
+
+
+class Later:
+    """A thread that begins late: its work, until `run` does it."""
+
+    work: list[Callable[[], None]] = []  # noqa: RUF012
+
+    def __init__(self, target: Callable[..., None], args: tuple) -> None:
+        self.work.append(lambda: target(*args))
+
+    def start(self) -> None:
+        pass
+
+    def join(self) -> None:
+        pass
+
+    @classmethod
+    def run(cls) -> None:
+        while cls.work:
+            cls.work.pop()()
 
 
 class Decoder:
@@ -69,6 +91,15 @@ def test_a_later_stage_that_gives_all_options_decodes_nothing(
     later = ImageDataset(place, resampling=first.resampling, **options)
     assert decoder.calls == COUNT
     assert torch.equal(first.pixels, later.pixels)
+
+
+def test_the_cache_is_where_the_run_began(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "Thread", Later)
+    ImageDataset(place)
+    monkeypatch.chdir(place)
+    Later.run()
+    assert not list(place.glob("outputs/cache/*"))
+    assert len(list(place.parent.glob("outputs/cache/*.npy"))) == 1
 
 
 def test_what_is_changed_in_memory_stays_there(place: Path) -> None:

@@ -37,19 +37,21 @@ class PixelCache:
         self._key = digest.hexdigest()
 
     def _file(self, options: object) -> Path:
-        return CACHE / f"images-{sha256(repr((self._key, options)).encode()).hexdigest()[:16]}.json"
+        name = sha256(repr((self._key, options)).encode()).hexdigest()[:16]
+        return CACHE.absolute() / f"images-{name}.json"
 
     def read(self, options: object) -> tuple[Tensor, list[Any], dict[int, str]] | None:
         """What `write` was given for these options, or None."""
         while _writers:
             _writers.pop().join()
         with suppress(OSError, EOFError, ValueError, LookupError):
-            about = json.loads(self._file(options).read_bytes())
-            stored = CACHE / f"{about['pixels']}.npy"
+            file = self._file(options)
+            about = json.loads(file.read_bytes())
+            stored = file.with_name(f"{about['pixels']}.npy")
             pixels = np.load(stored, mmap_mode="c", allow_pickle=False)
             with suppress(OSError):  # of another user
                 os.utime(stored)
-                os.utime(self._file(options))
+                os.utime(file)
             found = [tuple(x) if isinstance(x, list) else x for x in about["options"]]
             bad = {int(row): complaint for row, complaint in about["bad"].items()}
             return torch.from_numpy(pixels).permute(0, 3, 1, 2), found, bad
@@ -68,11 +70,11 @@ class PixelCache:
 
 def _write(files: list[Path], about: str, pixels: np.ndarray) -> None:
     """Write pixels, and about them, where there is room; the longest unused files go."""
-    stored = files[-1].with_suffix(".npy")
+    folder, stored = files[-1].parent, files[-1].with_suffix(".npy")
     staging = stored.with_suffix(f".{socket.gethostname()}-{os.getpid()}")
     with suppress(OSError):  # the cache saves time only
-        CACHE.mkdir(parents=True, exist_ok=True)
-        if pixels.nbytes > min(CACHE_BYTES, shutil.disk_usage(CACHE).free // FREE_PART):
+        folder.mkdir(parents=True, exist_ok=True)
+        if pixels.nbytes > min(CACHE_BYTES, shutil.disk_usage(folder).free // FREE_PART):
             return
         try:
             with staging.open("wb") as stream:
@@ -83,6 +85,6 @@ def _write(files: list[Path], about: str, pixels: np.ndarray) -> None:
             staging.unlink(missing_ok=True)
         for file in files:
             file.write_text(about)
-        kept = sorted(CACHE.glob("images-*"), key=lambda x: x.stat().st_mtime)
+        kept = sorted(folder.glob("images-*"), key=lambda x: x.stat().st_mtime)
         while sum(x.stat().st_size for x in kept) > CACHE_BYTES:
             kept.pop(0).unlink()

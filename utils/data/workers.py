@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from utils.cli import UserError
+from utils.cli import UserError, user_error
 
 START = "fork" if sys.platform == "linux" else "spawn"  # spawn imports torch in each worker
 CGROUP = Path("/sys/fs/cgroup")
@@ -51,10 +51,8 @@ def shared_memory(shape: Sequence[int]) -> Tensor:
     """uint8 memory into which workers can write."""
     if START != "fork":
         return torch.empty(shape, dtype=torch.uint8).share_memory_()
-    try:  # not in /dev/shm, which is small in containers
-        memory = mmap.mmap(-1, math.prod(shape))
-    except OSError as error:
-        raise MemoryError(f"{math.prod(shape):,} bytes for images") from error
+    with user_error("no memory for decoded images (%s); use --stream", OSError):
+        memory = mmap.mmap(-1, math.prod(shape))  # /dev/shm is small in containers
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape)
 
 
