@@ -3,6 +3,7 @@
 import os
 import tarfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,18 @@ def test_a_disk_without_room_costs_nothing(place: Path, monkeypatch: pytest.Monk
     cache.CACHE.write_text("a file")
     monkeypatch.setattr(images, "CACHED_FILES", 0)
     assert len(ImageDataset(place).pixels) == COUNT
+
+
+def test_packages_of_unknown_version_are_not_cached(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(images, "version", unknown)
+    assert len(ImageDataset(place)) == COUNT
+    wait()
+    assert not cache.CACHE.exists()
 
 
 def test_one_process_writes(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,9 +156,9 @@ class ImageDataset:
         options = size, channels, value_range, resampling
         cache = None
         if max_memory and len(self) > CACHED_FILES:
-            reader = [decoding.VERSION, *(version(name) for name in ("pillow", "torchvision"))]
-            reader += [self._scale, self._max_pixels, self._skippable]
-            with suppress(OSError):
+            with suppress(OSError, ImportError):  # a file vanished; packages of unknown version
+                reader = [decoding.VERSION, *(version(name) for name in ("pillow", "torchvision"))]
+                reader += [self._scale, self._max_pixels, self._skippable]
                 cache = PixelCache(self.files, self._containers(), reader)
         cached = cache and cache.read(options)
         if cached and cached[0].nbytes <= max_memory:
