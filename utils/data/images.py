@@ -102,7 +102,7 @@ class Headers:
 
 
 class ImageDataset:
-    """The images of a data source, decoded once into memory where they fit, else streamed.
+    """The images of a data source, decoded into memory where they fit and cached, else streamed.
 
     Attributes:
         rows: of the source, without those of bad images that were skipped.
