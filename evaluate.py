@@ -46,7 +46,7 @@ def run_evaluation(
     flags: argparse.Namespace,
     settings: Settings,
     evaluate: Callable[[], Record],
-    place: tuple[Path, Path, str],
+    place: tuple[str | Path, Path, str],
     data: dict[str, ImageDataset],
     protocol: dict[str, Any],
 ) -> None:

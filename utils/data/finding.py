@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 
+from utils import addresses
 from utils.cli import UserError, first_few
 from utils.progress import ProgressBar
 
@@ -89,7 +90,10 @@ def expand(path: str | Path) -> dict[Path, str]:
     if not os.path.exists(path):
         names = _expand_braces(f"{{{path}}}")
     for name in names:
-        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        if addresses.is_url(name):
+            matches = [str(x) for x in addresses.download(name, IMAGES + CONTAINERS)]
+        else:
+            matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         if not matches and (len(names) > 1 or glob.has_magic(name)):
             raise UserError(f"no such file or folder: {name}; correct --path_to_data")
         for match in matches or [name]:

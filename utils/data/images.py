@@ -138,7 +138,7 @@ class ImageDataset:
         A UserError for what `read_rows` refuses, bad files, different sizes without `size`, a
         missing column, and a worker that dies.
         """
-        self.path, config = Path(path), config or ImageConfig()
+        self.path, config = path, config or ImageConfig()
         self.rows = read_rows(path, allow_outside_paths=config.allow_outside_paths)
         self._column, self._skippable = column, config.skip_bad_images
         if not all(column_of(self.rows, column)):

@@ -77,10 +77,10 @@ class Samples(NamedTuple):
 
 
 def read_images(
-    flags: argparse.Namespace, flag: str, path: Path | None = None, **options: Any
+    flags: argparse.Namespace, flag: str, path: str | Path = "", **options: Any
 ) -> ImageDataset:
     """The images that a flag names, or those at `path`; `options` are those of `ImageDataset`."""
-    path = path or Path(getattr(flags, flag))
+    path = path or getattr(flags, flag)
     if not all(part.exists() for part in expand(path)):
         takes = f"--{flag} takes a CSV of images, or a folder of class folders"
         raise UserError(f"no such CSV file: {path}; {takes}")
@@ -90,7 +90,7 @@ def read_images(
     return dataset
 
 
-def _check_count(flags: argparse.Namespace, images: Images, path: Path) -> None:
+def _check_count(flags: argparse.Namespace, images: Images, path: str | Path) -> None:
     needed = NEEDED[flags.kind]
     if len(images) < needed:
         raise UserError(f"{path} has only {len(images)} images; give {needed} or more")

@@ -78,12 +78,12 @@ class Record:
         print(f"written to {folder}: {', '.join(file.name for file in files)}")
 
 
-def name_of(path: Path) -> str:
+def name_of(path: str | Path) -> str:
     """The name of the evaluation on a CSV or a folder: its parent folder and its own name.
 
     So `train.csv` of two data sets stay apart, in files as well as in MLflow.
     """
-    path = path.resolve()
+    path = Path(path).resolve()
     parts = path.parent.name, path.stem if path.suffix == ".csv" else path.name
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", "-".join(filter(None, parts)))
 

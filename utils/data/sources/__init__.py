@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.addresses import download_named
 from utils.cli import UserError, first_few
 from utils.files import sha256
 
@@ -167,6 +168,7 @@ def _read_part(path: Path, root: Path, allow_outside_paths: bool) -> dict[str, l
     folder = os.path.relpath(root_of(path), root)
     for name in FILE_COLUMNS:
         files = [file for file in columns[name] if file and not file.startswith(inside)]
+        download_named(root_of(path), files)
         if respelled := find_files(path, root_of(path), files, allow_outside_paths):
             columns[name] = [respelled.get(file, file) for file in columns[name]]
         if folder != ".":
