@@ -3,10 +3,17 @@
 Both decode with Pillow in this process and give batches in [-1, 1]. The stock readers are
 torchvision's ImageFolder in a DataLoader, pyarrow row by row, and tarfile (WebDataset's way) in
 the order of the file. Ours read in the order of the file, and in the random order of a training.
+
+The tar file comes from a web server of this machine as well: the stock reader streams it, ours
+copies it first (cold), or finds the copy of an earlier run unchanged (warm).
 """
 
 import argparse
+import contextlib
 import io
+import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
@@ -21,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from benchmarks import record
 from benchmarks.gpt import medians
-from utils import cli
+from utils import addresses, cli
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.sources import epoch_order
 
@@ -107,9 +114,11 @@ def stock_table(path: Path, size: int) -> None:
     read_batches(rows(), size)
 
 
-def stock_tar(path: Path, size: int) -> None:
+def stock_tar(path: Path | str, size: int) -> None:
+    import fsspec
+
     def members() -> Iterator[Image.Image]:
-        with tarfile.open(path, "r|") as archive:
+        with fsspec.open(str(path)) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
                 content = archive.extractfile(member)
                 if content is not None and member.name.endswith(".jpg"):
@@ -121,6 +130,29 @@ def stock_tar(path: Path, size: int) -> None:
 def read(dataset: ImageDataset, order: Tensor, size: int) -> None:
     for _ in dataset.batches(order.split(size), torch.device("cpu")):
         pass
+
+
+@contextlib.contextmanager
+def web_server(folder: Path) -> Iterator[str]:
+    """The address of a folder in a web server of this machine."""
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    options = {"cwd": folder, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, text=True, **options) as process:
+        try:
+            yield process.stdout.readline().split("(")[1].split("/)")[0]
+        finally:
+            process.kill()
+
+
+def read_remote(url: str, size: int, *, cold: bool) -> None:
+    """Read a tar file at a URL as a training does at its start."""
+    addresses.download.cache_clear()
+    addresses.copies.clear()
+    if cold:
+        shutil.rmtree(addresses.REMOTE, ignore_errors=True)
+    config = ImageConfig(stream=True, num_workers=0)
+    dataset = ImageDataset(url, config, value_range=(0, 255))
+    read(dataset, torch.arange(len(dataset)), size)
 
 
 STOCK = {"folder": stock_folder, "csv": stock_folder, "tar": stock_tar}
@@ -153,6 +185,18 @@ def main(flags: argparse.Namespace) -> None:
             columns += [f"{ratio:.2f}" for ratio in ratios]
             print(f"| {name} | {' | '.join(columns)} |", flush=True)
             results[name] = speeds
+        with web_server(folder) as address, contextlib.chdir(folder):
+            url = f"{address}/data.tar"
+            ways = {
+                "stock": partial(stock_tar, url, flags.batch_size),
+                "cold": partial(read_remote, url, flags.batch_size, cold=True),
+                "warm": partial(read_remote, url, flags.batch_size, cold=False),
+            }
+            found = medians(ways, flags.rounds)
+        speeds = results["tar at a URL"] = {way: flags.count / x for way, x in found.items()}
+        columns = [f"{way} {speed:,.0f}" for way, speed in speeds.items()]
+        columns += [f"{way} {speeds[way] / speeds['stock']:.2f}" for way in ("cold", "warm")]
+        print(f"\ntar at a URL: {', '.join(columns[:3])}; beside stock: {', '.join(columns[3:])}")
     print(f"\nwritten: {record.write('sources', results)}")
 
 
