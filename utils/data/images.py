@@ -50,7 +50,8 @@ class DataConfig(ImageConfig):
 
     path_to_data: str = flag(
         "",
-        "CSV with columns image_path[,label][,split], folder of class folders, Parquet or tar file",
+        "CSV with columns image_path[,label][,split], folder of class folders, Parquet or tar "
+        "file, or a URL of these",
         metavar="DATA",
     )
     val_fraction: float = flag(0.1, "share of the images for validation, without a split column")
