@@ -1,7 +1,6 @@
 """Data at URLs: copied once, completed after an interruption, brought up to date; then as local."""
 
 import io
-import os
 import shutil
 import tarfile
 import threading
@@ -74,7 +73,8 @@ def bucket(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def new_process() -> None:
     """Forget what this process knows of copies."""
     addresses.download.cache_clear()
-    addresses.copies.clear()
+    addresses.Mirror.cache_clear()
+    addresses._originals.clear()
 
 
 @pytest.mark.parametrize("name", ["data.csv", "images", "shards", "shards/{0,1}.tar", "shards/*"])
@@ -144,7 +144,7 @@ def test_an_interrupted_download_continues(bucket: Any, monkeypatch: pytest.Monk
     assert len(ImageDataset("memory://bucket/data.csv")) == 20
     # The thread may have begun with another file when the process ended.
     assert {*NAMES[12:]} <= {*bucket.downloaded} <= {*NAMES[10:]}
-    assert not [*addresses.REMOTE.rglob("*.part")]
+    assert not [*addresses.REMOTE.glob("*/staging/*")]
 
 
 def test_a_file_that_is_missing_is_named(bucket: Any) -> None:
@@ -156,7 +156,7 @@ def test_a_file_that_is_missing_is_named(bucket: Any) -> None:
     bucket.downloaded.clear()
     with pytest.raises(UserError, match=r"2 of 3 files .* do not exist"):
         sources.read_rows("memory://bucket/data.csv")
-    assert {*bucket.downloaded} == {"data.csv"}
+    assert not {*bucket.downloaded} & {"/etc/passwd", "etc/passwd"}
 
 
 @pytest.mark.parametrize("name", ["none.csv", "none", "shards/*.zip"])
@@ -168,27 +168,45 @@ def test_nothing_there(bucket: Any, name: str) -> None:
 
 def test_processes_share_a_copy(bucket: Any) -> None:
     def fetch(_: int) -> list[Path]:
-        return addresses.download.__wrapped__("memory://bucket/shards")
+        url = "memory://bucket/shards"
+        return addresses.download.__wrapped__((url,))[url]
 
     with ThreadPoolExecutor(4) as pool:
         assert len({str(x) for x in pool.map(fetch, range(4))}) == 1
     assert bucket.downloaded == {"shards/0.tar": 1, "shards/1.tar": 1}
 
 
-def test_the_longest_unused_copies_make_room(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    copies = [addresses.fetch(f"memory://bucket/images/{x}") for x in "ab"]
-    os.utime(copies[0].parent, (1, 1))
-    usage = shutil.disk_usage(".")
-
-    def full_until_one_is_gone(_: Path) -> Any:
-        return usage._replace(free=10 if copies[0].exists() else usage.free)
-
-    monkeypatch.setattr(addresses.shutil, "disk_usage", full_until_one_is_gone)
-    addresses.fetch("memory://bucket/shards/0.tar")
-    assert [x.exists() for x in copies] == [False, True]
-    monkeypatch.setattr(addresses.shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(UserError, match=r"bytes are more than nine tenths of the free disk"):
+def test_no_room_is_said_before_the_download(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(".")._replace(free=10)
+    monkeypatch.setattr(addresses.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(UserError, match=r"bytes, but room for 9; clear outputs/cache/remote"):
         addresses.fetch("memory://bucket/data.csv")
+    assert not bucket.downloaded
+
+
+def test_files_stay_in_the_cache(bucket: Any, own_folder: Path) -> None:
+    """A bucket may have any names."""
+    bucket.pipe({"/bucket/evil/../../../../x.png": png(0), "/bucket/evil//etc/y.png": png(1)})
+    with pytest.raises(UserError, match="outside of its root"):
+        sources.read_rows("memory://bucket/evil")
+    assert not [*own_folder.rglob("x.png")]
+    bucket.rm("/bucket/evil/../../../../x.png")
+    assert len(sources.read_rows("memory://bucket/evil")) == 1
+
+
+def test_a_csv_and_its_folder_share_the_copies(bucket: Any) -> None:
+    for path in ("memory://bucket/images", "memory://bucket/data.csv", "memory://bucket/images"):
+        assert len(ImageDataset(path)) == 20
+        new_process()
+    assert set(bucket.downloaded.values()) == {1}
+
+
+@pytest.mark.parametrize("url", ["https://me:hush@host/a.csv", "https://host/a.csv?token=hush"])
+def test_passwords_are_refused(url: str) -> None:
+    """They would be in the settings of the run, in the cache and in MLflow."""
+    with pytest.raises(UserError, match="has a password") as caught:
+        sources.read_rows(url)
+    assert "hush" not in str(caught.value)
 
 
 @pytest.fixture
@@ -211,5 +229,13 @@ def test_the_stages_from_a_web_server(here: Path, server: str) -> None:
     run_script("quantize_dataset.py", "--model_dir", "tokenizer", *local)
     for name in ("indices.npy", "manifest.csv"):
         assert Path("indices", name).read_bytes() == Path("others", name).read_bytes()
+    (here / "a%41 #b").mkdir()
+    shutil.copy(here / NAMES[0], here / "a%41 #b" / "c?d.png")
+    (here / "odd.csv").write_text("image_path\na%41 #b/c?d.png\n")
+    assert torch.equal(
+        ImageDataset(f"{server}/odd.csv").pixels, ImageDataset(here / NAMES[0][:8]).pixels[:1]
+    )
+    with pytest.raises(UserError, match="a web page; give the URL of a file"):
+        sources.read_rows(server)
     with pytest.raises(UserError, match=r"cannot fetch http://127\.0\.0\.1:1/x\.tar"):
         sources.read_rows("http://127.0.0.1:1/x.tar")

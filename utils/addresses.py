@@ -8,18 +8,21 @@ import hashlib
 import importlib
 import logging
 import os
+import posixpath
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import urllib.parse
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from utils.cli import UserError, one_line
+from utils.cli import UserError, first_few, one_line
 from utils.files import CACHE
 from utils.progress import ProgressBar
 
@@ -35,20 +38,25 @@ QUIET = {
 }
 REMOTE = CACHE / "remote"  # copies of files at URLs
 THREADS = 32  # that download
-DIGEST = 16  # characters
+VERSION = (
+    *("etag", "md5hash", "content-md5", "checksum", "mtime", "modified", "last-modified"),
+    *("lastmodified", "last_modified", "updated", "created", "generation", "blob_id"),
+)  # what file systems call that which changes with a file
 SECRET = r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"
-copies: list["Copy"] = []  # that this process uses
+_originals: dict[Path, tuple["Mirror", str]] = {}  # of folders into which files were downloaded
 
 
 def is_url(address: str | Path) -> bool:
     """Whether an address is s3://, https:// or one of another file system, not a path."""
-    return bool(re.match(r"[a-z][a-z0-9+]*://", str(address)))
+    return bool(re.match(r"(?i)(?!file:)[a-z][a-z0-9+]*://", str(address)))
 
 
 def fetch(address: str) -> Path:
     """The local path of an address, downloaded if it is not local; a UserError if that fails."""
     if not address.startswith(MLFLOW):
-        return download(address)[0] if is_url(address) else Path(address)
+        if is_url(address):
+            return download((address,))[address][0]
+        return Path(address.removeprefix("file://"))
     parts = address.split("/")[1:]
     if re.search(r"[%?#\\\x00-\x1f]", address) or {".", ".."} & set(parts) or "" in parts[:-1]:
         raise UserError(
@@ -64,118 +72,147 @@ def fetch(address: str) -> Path:
 
 
 @functools.cache
-def download(url: str, endings: tuple[str, ...] = ("",)) -> list[Path]:
-    """The local copy of a file or a folder at a URL, or of each file that its `*` stands for.
+def download(urls: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> dict[str, list[Path]]:
+    """Local copies, by URL, of the file or folder there, or of all that its `*` stands for.
 
-    Of a folder, files with one of the `endings`. Copies stay in `outputs/cache`, and later only
-    what has changed is downloaded. A UserError for no files, no connection and a full disk.
+    Of a folder, files with one of the `endings`. Copies stay in `outputs/cache/remote`, and later
+    only what has changed is downloaded. A UserError for no files, no connection, no room on the
+    disk, and a password in a URL.
     """
+    with ThreadPool(THREADS) as pool:
+        found = pool.map(functools.partial(_find, endings=endings), urls)
+    files: dict[Mirror, dict[str, Any]] = {}
+    for mirror, _, some in found:
+        files.setdefault(mirror, {}).update(some)
+    copies: dict[str, list[Path]] = {}
+    with store_errors(f"cannot fetch {first_few(urls)}"):
+        for mirror, some in files.items():
+            mirror.update(some)
+        for url, (mirror, paths, some) in zip(urls, found, strict=True):
+            copies[url] = [mirror.copy_of(path) for path in paths]
+            kept = {*map(mirror.copy_of, some)}
+            for copy, path in zip(copies[url], paths, strict=True):
+                _originals[copy.parent] = mirror, path.rpartition("/")[0]
+                for file in {*copy.rglob("*")} - kept:  # in a folder: what is not there any more
+                    if file.is_file() and file.name.lower().endswith(endings):
+                        file.unlink()
+    return copies
+
+
+def download_named(folder: Path, names: Sequence[str]) -> None:
+    """Download files named in one that `download` has put into this folder; else, do nothing.
+
+    This is done once, as if they never changed. Those that do not exist are left out.
+    """
+    if names and folder in _originals:
+        mirror, root = _originals[folder]
+        with store_errors(f"cannot fetch what is named in {folder}"):
+            mirror.update({mirror.join(root, name): {} for name in names if name[0] != "/"})
+
+
+def _find(url: str, endings: tuple[str, ...]) -> tuple["Mirror", list[str], dict[str, Any]]:
+    """The paths that a URL stands for, and what is known of each file there."""
     import fsspec
-    from fsspec.implementations.local import LocalFileSystem
 
     with store_errors(f"cannot fetch {without_credentials(url)}"):
+        if url != without_credentials(url):
+            raise UserError(
+                f"{without_credentials(url)} has a password, which logs would show; give it in the "
+                "environment or in the settings of fsspec"
+            )
         system, path = fsspec.url_to_fs(url)
-        if isinstance(system, LocalFileSystem):
-            return [Path(path)]
-        found = system.glob(path, detail=True) if "*" in path else {path: system.info(path)}
-        root = path.partition("*")[0].rpartition("/")[0]
-        if is_folder := path in found and found[path]["type"] == "directory":
-            files = system.find(path, detail=True).items()
-            root, found = path, {name: x for name, x in files if name.lower().endswith(endings)}
-        if not found:
+        paths = sorted(system.glob(path)) if re.search(r"[*[]", path) else [path]
+        files: dict[str, Any] = {}
+        for path in paths:
+            about = system.info(path)
+            if about["type"] == "directory":
+                inside = system.find(path, detail=True).items()
+                files |= {name: x for name, x in inside if name.lower().endswith(endings)}
+            elif about.get("mimetype") == "text/html":
+                raise OSError("a web page; give the URL of a file")
+            else:
+                files[path] = about
+        if not files:
             raise FileNotFoundError("no such files")
-        copy = Copy(system, root)
-        names = {name[len(root) + 1 :]: about for name, about in found.items()}
-        copy.update(names, is_complete=is_folder)
-        return [copy.folder] if is_folder else [copy.folder / name for name in names]
+        return Mirror(system), paths, files
 
 
-def download_named(folder: Path, names: Iterable[str]) -> None:
-    """Download files of these names, if they exist, into a folder where `download` has put some.
+@functools.cache
+class Mirror:
+    """Local copies of files in a file system of fsspec, by their path there."""
 
-    Those that are there already are taken to be unchanged. Other folders are left as they are.
-    """
-    for copy in copies:
-        if folder.is_relative_to(copy.folder):
-            place = folder.relative_to(copy.folder)
-            inside = (str(place / x) for x in names if not x.startswith("/") and ".." not in x)
-            with store_errors(f"cannot fetch the files of {folder}"):
-                copy.update({name: {} for name in inside})
+    def __init__(self, system: Any) -> None:
+        self._system, self._is_web = system, "http" in system.protocol
+        # Where the file system is; of S3, the environment may say it.
+        place = system.protocol, system.storage_options, os.environ.get("AWS_ENDPOINT_URL")
+        self._home = REMOTE.absolute() / hashlib.sha256(repr(place).encode()).hexdigest()[:16]
 
+    def join(self, root: str, name: str) -> str:
+        """The path of a file that is named below a folder."""
+        return f"{root}/{urllib.parse.quote(name) if self._is_web else name}"
 
-class Copy:
-    """The local copy of files below a folder in a file system of fsspec.
+    def copy_of(self, path: str) -> Path:
+        """Where the copy of a file or folder is; a ValueError for a path that leaves its root."""
+        if self._is_web:
+            parts = urllib.parse.urlsplit(path)
+            path = parts.netloc + urllib.parse.unquote(parts.path)
+        inside = posixpath.normpath(path.lstrip("/"))
+        if inside.startswith(".."):
+            raise ValueError(f"{path} is outside of its root")
+        return self._home / "files" / inside
 
-    Attributes:
-        folder: where the copies are; it has the name of the original.
-    """
+    def update(self, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Download files that are not here, or have changed; an interrupted download continues.
 
-    def __init__(self, system: Any, root: str) -> None:
-        self._system, self._root = system, root
-        key = hashlib.sha256(system.unstrip_protocol(root).encode()).hexdigest()[:16]
-        self.folder = (REMOTE / key / PurePosixPath(root).name).absolute()
-        copies.append(self)
-
-    def update(self, files: Mapping[str, Any], *, is_complete: bool = False) -> None:
-        """Download the files that are not there yet, or have changed.
-
-        Args:
-            files: what the file system says about each, by name; {}: it never changes.
-            is_complete: there are no others; what is left of them is removed.
+        `files` are, by path, what the file system says about each; {}: it never changes.
         """
-        home = self.folder.parent
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(home / "lock"), (home / "versions").open("a+", newline="\n") as log:
-            os.utime(home)
+        staging = self._home / "staging"
+        staging.mkdir(parents=True, exist_ok=True)
+        lock, versions = FileLock(self._home / "lock"), self._home / "versions"
+        with lock, versions.open("a+", newline="\n") as log:
             log.seek(0)
-            known = {line[DIGEST + 1 : -1]: line[:DIGEST] for line in log}
-            versions = {name: about and _version(about) for name, about in files.items()}
-            wanted = [
-                name
-                for name, version in versions.items()
-                if (version and version != known.get(name)) or not (self.folder / name).is_file()
-            ]
-            for name in known.keys() - versions.keys() if is_complete else ():
-                (self.folder / name).unlink(missing_ok=True)
-            _make_room(home, sum(files[name].get("size") or 0 for name in wanted))
+            known = {path: version for version, _, path in (x[:-1].partition(" ") for x in log)}
+            wanted = {}
+            for path, about in files.items():
+                version = _version(about)
+                if (version and known.get(path) != version) or not self.copy_of(path).is_file():
+                    wanted[path] = version
+            size = sum(files[path].get("size") or 0 for path in wanted)
+            if size > (free := shutil.disk_usage(staging).free * 9 // 10):
+                raise OSError(f"{size:,} bytes, but room for {free:,}; clear {REMOTE}")
+            for file in staging.iterdir():  # of a process that was killed
+                file.unlink()
             with ThreadPool(THREADS) as pool:
                 done = pool.imap_unordered(self._get, wanted)
-                for name in ProgressBar(done, "downloading", len(wanted), unit=" files"):
-                    if version := versions.get(name):
-                        log.write(f"{version} {name}\n")
+                for path in ProgressBar(done, "downloading", len(wanted), unit=" files"):
+                    if version := wanted.get(path):
+                        log.write(f"{version} {path}\n")
 
-    def _get(self, name: str, pauses: Sequence[float] = (1, 5)) -> str:
-        """Download a file, and again after pauses; its name, or "" if it does not exist."""
-        file = self.folder / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        staging = file.with_name(f"{file.name}.part")
-        try:
-            self._system.get_file(f"{self._root}/{name}", str(staging))
-        except FileNotFoundError:
-            return ""
-        except Exception:  # each file system raises its own
-            if not pauses:
-                raise
-            time.sleep(pauses[0])
-            return self._get(name, pauses[1:])
-        staging.replace(file)
-        return name
+    def _get(self, path: str) -> str:
+        """Download a file and return its path, or "" if it does not exist."""
+        copy = self.copy_of(path)
+        # After an error, threads of this process may write while the next one downloads.
+        staging = self._home / "staging" / f"{os.getpid()}-{threading.get_ident()}"
+        for pause in (1, 5, 0):
+            try:
+                self._system.get_file(path, str(staging))
+                break
+            except FileNotFoundError:
+                return ""
+            except Exception:  # each file system raises its own
+                if not pause:
+                    raise
+                time.sleep(pause)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        staging.replace(copy)
+        return path
 
 
 def _version(about: Mapping[str, Any]) -> str:
-    """A digest of what says whether a file has changed."""
-    # A server may redirect to another URL each time.
-    known = sorted((key, str(value)) for key, value in about.items() if key != "url")
-    return hashlib.sha256(repr(known).encode()).hexdigest()[:DIGEST]
-
-
-def _make_room(home: Path, size: int) -> None:
-    """Remove the longest unused copies but `home` until so many bytes fit on the disk."""
-    others = sorted({*REMOTE.iterdir()} - {home}, key=lambda x: x.stat().st_mtime)
-    while size > (free := shutil.disk_usage(REMOTE).free * 9 // 10):
-        if not others:
-            raise OSError(f"{size:,} bytes are more than nine tenths of the free disk, {free:,}")
-        shutil.rmtree(others.pop(0))
+    """A digest of what changes with a file, "" for {}; if nothing does, another one each time."""
+    known = sorted((key, str(value)) for key, value in about.items() if key.lower() in VERSION)
+    text = repr((known, about.get("size"))) if known else str(time.time_ns())
+    return hashlib.sha256(text.encode()).hexdigest()[:16] if about else ""
 
 
 def tracking_uri() -> str:

@@ -89,11 +89,10 @@ def expand(path: str | Path) -> dict[Path, str]:
     names, found = [str(path)], []
     if not os.path.exists(path):
         names = _expand_braces(f"{{{path}}}")
+    copies = addresses.download(tuple(filter(addresses.is_url, names)), IMAGES + CONTAINERS)
     for name in names:
-        if addresses.is_url(name):
-            matches = [str(x) for x in addresses.download(name, IMAGES + CONTAINERS)]
-        else:
-            matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        matches = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        matches = [str(copy) for copy in copies.get(name, ())] or matches
         if not matches and (len(names) > 1 or glob.has_magic(name)):
             raise UserError(f"no such file or folder: {name}; correct --path_to_data")
         for match in matches or [name]:
