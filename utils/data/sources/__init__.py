@@ -133,10 +133,10 @@ def read_rows(path: str | Path, *, allow_outside_paths: bool = False) -> Rows:
     left_out = [str(part) for part, split in parts.items() if has_split and not split]
     if left_out:
         note(f"{path}: {len(left_out):,} other files are left out: {first_few(left_out)}")
-    columns: dict[str, list[str]] = {name: [] for name in Row._fields}
+    root, columns = root_of(path), {name: list[str]() for name in Row._fields}
     for part, split in parts.items():
         if split or not has_split:
-            found = _read_part(part, root_of(path), allow_outside_paths)
+            found = _read_part(part, root, allow_outside_paths)
             found["split"] = [own or (split if has_split else "") for own in found["split"]]
             for name, values in columns.items():
                 values += found[name]
