@@ -162,8 +162,7 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     address, config = flags.indexes_path, tokenizer.model.config
     path = addresses.fetch(address)
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
+    indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
     decoded = DecodedImages(indices.grids, indices.rows, tokenizer.model)
     _check_count(flags, decoded, path)
     # What was fetched lies in a cache.
