@@ -53,13 +53,12 @@ def read_known(arguments: argparse.Namespace, vocabulary: Vocabulary) -> Known:
         codebook_size=vocabulary.codebook_size,
         depth=vocabulary.depth,
     )
-    if found.meta is not None:
-        vocabulary.check_tokenizer(found.meta.tokenizer_sha256, path)
+    vocabulary.check_tokenizer(found.meta.tokenizer_sha256, path)
     count, times = arguments.num_images, arguments.variations
     rows = [row for row in found.rows[:count] for _ in range(times)]
     paths = [row.image_path or f"{number:05}.png" for number, row in enumerate(rows)]
-    pixels = read_masks(text, paths, found.latent_dim)
-    masks = known_positions(pixels, found.latent_dim).expand(len(rows), -1, -1)
+    pixels = read_masks(text, paths, found.meta.latent_dim)
+    masks = known_positions(pixels, found.meta.latent_dim).expand(len(rows), -1, -1)
     if arguments.candidates > 1 and not sampling.later_known_mask(masks).any():
         raise cli.UserError(
             f"--candidates are ranked by known indices behind sampled ones, but --mask {text} "

@@ -4,6 +4,7 @@ import csv
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -195,18 +196,28 @@ def test_damaged_conditions(own_folder: Path) -> None:
     own = Vocabulary(16, (2, 2), condition=GridMeta(300, (1, 3)))
     taken = choose_conditions(flags, own, 6, required=True)
     assert taken.grids[:].long().equal(conditions[[0, 0, 1, 1, 0, 0]])
+    Path("low.txt").write_text("0 1 2 300\n")
+    square = GridMeta(301, (2, 2))
+    found = load_conditions(Path("low.txt"), square, allow_images=True)
+    assert found.grids[:].tolist() == [[[0, 1], [2, 300]]]
+    with pytest.raises(UserError, match="line 1, number 4: 300 is not an index of the codebook"):
+        load_conditions(Path("low.txt"), replace(square, codebook_size=300), allow_images=True)
     with pytest.raises(UserError, match=r"\(3, 1\), but indices has latent_dim \(1, 3\)"):
         load_conditions(path, GridMeta(300, (3, 1)), allow_images=False)
     (path / "sha256.json").unlink()
     array = np.load(path / "condition.npy")
-    for bad in (array[:1], array.astype(np.int32), array + 1, array[:, :, :2]):
+    for bad in (array.astype(np.int32), array + 1, array[:, :, :2]):
         np.save(path / "condition.npy", bad)
         with pytest.raises(UserError, match=r"condition\.npy holds"):
             read_conditions(path, indices)
-    (path / "condition.npy").unlink()
-    with pytest.raises(UserError, match=r"has no condition\.npy, which meta\.json"):
+    np.save(path / "condition.npy", array[:1])
+    with pytest.raises(UserError, match=r"has 2 rows for 1 grids in condition\.npy"):
         read_conditions(path, indices)
-    assert read_conditions(path, indices._replace(meta=None)) is None
+    (path / "condition.npy").unlink()
+    with pytest.raises(UserError, match=r"has 2 rows for 0 grids in condition\.npy"):
+        read_conditions(path, indices)
+    plain = replace(indices.meta, condition=None)
+    assert read_conditions(path, indices._replace(meta=plain)) is None
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,11 @@ def test_what_does_not_fit_is_refused(tokenizer: VQVAE, error_of: Callable[..., 
     del sums["crops.npy"]  # as who changes it on purpose does
     (folder / CHECKSUMS).write_text(json.dumps(sums))
     for array, complaint in (
-        (good[1:], r"holds uint8 \(11, 2, 6, 10\), but meta\.json says uint8 \(12, N, 6, 10\)"),
-        (good.astype(np.uint16), "holds uint16"),
+        (good[1:], r"manifest\.csv has 12 rows for 11 grids in crops\.npy"),
+        (
+            good.astype(np.uint16),
+            r"holds uint16 \(12, 2, 6, 10\), but meta\.json says uint8 \(N, crops, 6, 10\)",
+        ),
         (good[..., :-1], "holds uint8"),
         (good + np.uint8(16), "holds the index"),
     ):

@@ -38,7 +38,7 @@ def test_round_trip(tmp_path: Path, per_shard: int) -> None:
     assert torch.equal(indices.grids[:].long(), GRIDS)
     assert list(indices.rows) == ROWS
     assert indices.meta == META
-    assert indices.latent_dim == (2, 5)
+    assert indices.meta.shape == (2, 5)
     expected = {0: ["indices.npy"], 3: 3, 1: 7}[per_shard]
     files = sorted(file.name for file in folder.glob("*.npy"))
     assert files == expected or len(files) == expected
@@ -69,7 +69,7 @@ def test_text_beside_the_folder(tmp_path: Path) -> None:
     folder = written(tmp_path, text=True)
     indices = read_indices(folder / "indices.txt", latent_dim=(2, 5))
     assert torch.equal(indices.grids[:].long(), GRIDS)
-    assert indices.meta is None
+    assert indices.meta == IndicesMeta(int(GRIDS.max()) + 1, (2, 5))
 
 
 def test_written_again_it_takes_the_place_of_the_old(tmp_path: Path) -> None:

@@ -69,12 +69,11 @@ def test_shards_are_not_loaded(tmp_path: Path) -> None:
     """The whole is 32 MB; reading the folder, checks included, and some rows takes 2 MB."""
     grids = torch.arange(1 << 14).reshape(-1, 1, 1).expand(-1, 32, 32) % 300
     rows = [Row(f"{number}.png", "a", "train") for number in range(len(grids))]
-    folder = indices.write_indices(
-        tmp_path / "indices", grids, rows, IndicesMeta(300, (32, 32)), per_shard=512
-    )
+    meta = IndicesMeta(300, (32, 32))
+    folder = indices.write_indices(tmp_path / "indices", grids, rows, meta, per_shard=512)
     assert len(indices.shards_of(folder, "indices")) == 32
     tracemalloc.start()
-    array = indices.open_grids(folder, "indices", (32, 32), 300)
+    array = indices.open_grids(folder, "indices", meta, len(rows))
     assert array[torch.tensor([0, 9999, 5])][:, 0, 0].tolist() == [0, 9999 % 300, 5]
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()
@@ -99,7 +98,7 @@ def test_damage_in_one_shard_is_named(tmp_path: Path) -> None:
     np.save(folder / "crops-00000.npy", np.zeros((6, 2, 2, 3), np.uint16))
     np.save(folder / "crops-00001.npy", np.zeros((2, 2, 2, 3), np.uint16))
     options = {"latent_dim": None, "val_fraction": 0.5, "seed": 0}
-    with pytest.raises(UserError, match="has 8 grids in crops, not 7"):
+    with pytest.raises(UserError, match="has 7 rows for 8 grids in crops"):
         IndexDataset(folder, None, **options)
 
 

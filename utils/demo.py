@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from utils import cli
 
@@ -43,28 +41,23 @@ STEPS = (
 )
 
 
-def read_images(path: Path) -> tuple[np.ndarray, Any]:
-    """The pixels (N, 64) on scikit-learn's scale 0..16, and the table, of a CSV of digits."""
-    import pandas
-
-    table = pandas.read_csv(path, dtype=str)
-    pixels = [np.asarray(Image.open(path.parent / name)).ravel() for name in table["image_path"]]
-    return np.stack(pixels) * (16 / 255), table
-
-
 def classify() -> None:
     """Print how often a classifier of the real digits agrees with the samples' labels."""
     from sklearn.svm import SVC
 
-    pixels, table = read_images(DATA / "digits.csv")
-    train, labels = (table["split"] == "train").to_numpy(), table["label"].to_numpy()
-    classifier = SVC(gamma=0.001).fit(pixels[train], labels[train])
-    accuracy = classifier.score(pixels[~train], labels[~train])
-    samples, table = read_images(OUTPUT / "images" / "images.csv")
-    agreement = classifier.score(samples, table["label"])
+    from utils.data.images import ImageDataset
+    from utils.data.sources import column_of, split_rows
+
+    real, samples = map(ImageDataset, (DATA / "digits.csv", OUTPUT / "images" / "images.csv"))
+    pixels, found = (x.pixels.flatten(1).numpy() * (16 / 255) for x in (real, samples))
+    labels, wanted = (np.array(column_of(x.rows, "label")) for x in (real, samples))
+    train, val = split_rows(real.rows, val_fraction=0, seed=0)
+    classifier = SVC(gamma=0.001).fit(pixels[train], labels[train])  # on scikit-learn's scale
+    accuracy = classifier.score(pixels[val], labels[val])
+    agreement = classifier.score(found, wanted)
     print(
-        f"an SVC trained on the real digits: {accuracy:.1%} right on {(~train).sum()} held-out "
-        f"digits, agrees with {agreement:.1%} of {len(table)} samples"
+        f"an SVC trained on the real digits: {accuracy:.1%} right on {len(val)} held-out "
+        f"digits, agrees with {agreement:.1%} of {len(samples)} samples"
     )
 
 

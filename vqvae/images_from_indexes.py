@@ -48,7 +48,7 @@ def prepare(folder: Path) -> None:
 def decode_conditions(address: str, path: Path, indices: Indices, device: torch.device) -> Tensor:
     """The conditions of the first images, at most SHOWN, as images (N, C, H, W) in [-1, 1]."""
     conditions = read_conditions(path, indices)
-    if conditions is None or not (indices.meta and indices.meta.condition):
+    if conditions is None or indices.meta.condition is None:
         raise cli.UserError(f"{path} has no conditions; leave out --condition_model_dir")
     tokenizer = load_model(address, VQVAE, device)
     owner = f"the condition of {path}"
@@ -128,10 +128,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise cli.UserError("--npz holds no transparency, which these images have; omit it")
     codes = {"codebook_size": config.codebook_size, "depth": config.depth}
     indices = read_indices(path, latent_dim=arguments.latent_dim, **codes)
-    gpt_run_id = ""
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
-        gpt_run_id = indices.meta.gpt_run_id
+    indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
     conditions = None
     if arguments.condition_model_dir:
         conditions = decode_conditions(arguments.condition_model_dir, path, indices, device)
@@ -142,7 +139,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = tracking.continue_run(
         output_dir.parent,
         arguments.run_id,
-        gpt_run_id or origin.run_id,
+        indices.meta.gpt_run_id or origin.run_id,
         stage="images",
         part=output_dir.name,
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},

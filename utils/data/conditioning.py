@@ -35,18 +35,16 @@ def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> No
 def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:
     """The conditions in an indices folder, which must belong to `wanted`.
 
-    With `allow_images`, a folder without condition.npy gives its own grids, which is what
-    quantize_dataset.py makes of a CSV of conditioning images.
+    With `allow_images`, a text file or a folder without condition.npy gives its own grids;
+    quantize_dataset.py makes such a folder of a CSV of conditioning images.
     """
-    indices = read_indices(path, depth=None)
-    grids = read_conditions(path, indices)
-    if grids is not None:
-        meta = indices.meta.condition
-    elif allow_images:
-        grids = indices.grids
-        meta = indices.meta or GridMeta(wanted.codebook_size, indices.latent_dim)
-    else:
-        raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
+    size = wanted.codebook_size if path.is_file() else None  # which a text file does not state
+    indices = read_indices(path, codebook_size=size, depth=None)
+    meta, grids = indices.meta.condition, read_conditions(path, indices)
+    if meta is None:
+        if not allow_images:
+            raise UserError(f"{path} has no conditions, which this GPT needs; add --conditions")
+        meta, grids = indices.meta, indices.grids
     wanted.check_tokenizer(meta.tokenizer_sha256, path, meta, "the condition of the GPT")
     return Conditions(grids, indices.rows)
 

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from utils import addresses
 from utils.cli import UserError, check_limits, flag
 from utils.data import sources
-from utils.data.indices import Indices, open_array, open_grids, read_indices
+from utils.data.indices import Indices, open_array, open_grids, read_indices, shards_of
 from utils.data.sources import Row, Rows, ShardedArray, column_of, seeded_generator, split_rows
 from utils.data.vocabulary import GridMeta, TextMeta, Vocabulary
 from utils.provenance import LoadedModel
@@ -73,15 +72,18 @@ class IndexDataset:
         """
         self.path, self._seed = path, seed
         config = tokenizer.model.config if tokenizer is not None else None
-        # A text file does not say what it belongs to.
+        # A text file does not state what it belongs to.
         size = config.codebook_size if config is not None and path.is_file() else None
         indices = read_indices(path, latent_dim=latent_dim, codebook_size=size, depth=None)
         if ignore_labels:
             columns = {x: column_of(indices.rows, x) for x in Row._fields if x != "label"}
             indices = indices._replace(rows=Rows(columns))
-        self.vocabulary = _vocabulary_of(indices, tokenizer)
+        self.vocabulary = _vocabulary_of(indices)
         if tokenizer is not None:
             self.vocabulary.check_tokenizer(tokenizer.sha256, tokenizer.folder, config, path)
+            if path.is_file():
+                known = replace(self.vocabulary, tokenizer_sha256=tokenizer.sha256)
+                self.vocabulary = replace(known, tokenizer_run_id=tokenizer.provenance.run_id)
         self.rows, self.grids = indices.rows, indices.grids
         self.classes = torch.tensor(self.vocabulary.tokens(column_of(self.rows, "label")))
         self.conditions, self.embeddings = read_conditions(path, indices), None
@@ -161,21 +163,16 @@ def choose_crops(num_rows: int, num_crops: int, seed: int, epoch: int) -> Tensor
 
 def read_crops(folder: Path, indices: Indices) -> Tensor | ShardedArray | None:
     """The crops of an indices folder, memory-mapped; None where it has none."""
-    if indices.meta is None:
+    if not shards_of(folder, CROPS):
         return None
-    shape: Any = "N", *indices.meta.shape
-    return open_grids(folder, CROPS, shape, indices.meta.codebook_size, len(indices.rows))
+    return open_grids(folder, CROPS, indices.meta, len(indices.rows), "crops")
 
 
 def read_conditions(folder: Path, indices: Indices) -> Tensor | ShardedArray | None:
     """The conditions of an indices folder, memory-mapped; None where it has none."""
-    meta = indices.meta.condition if indices.meta is not None else None
-    if meta is None:
+    if indices.meta.condition is None:
         return None
-    found = open_grids(folder, CONDITION, meta.latent_dim, meta.codebook_size, len(indices.rows))
-    if found is None:
-        raise UserError(f"{folder} has no {CONDITION}.npy, which meta.json names; make it again")
-    return found
+    return open_grids(folder, CONDITION, indices.meta.condition, len(indices.rows))
 
 
 def check_finite(vectors: np.ndarray, address: str) -> None:
@@ -187,20 +184,14 @@ def check_finite(vectors: np.ndarray, address: str) -> None:
             raise UserError(f"{address} has NaN or infinity in row {row}; make it again")
 
 
-def _vocabulary_of(indices: Indices, tokenizer: LoadedModel | None) -> Vocabulary:
+def _vocabulary_of(indices: Indices) -> Vocabulary:
     """The vocabulary of a data set of indices: its codes, and its labels in order."""
-    meta: GridMeta | None = indices.meta
-    if meta is None:  # a plain text file: the codebook of the tokenizer, or as large as it needs
-        meta = GridMeta(max(2, int(indices.grids[:].long().max()) + 1), indices.latent_dim)
-        if tokenizer is not None:
-            origin = tokenizer.sha256, tokenizer.provenance.run_id
-            meta = GridMeta(tokenizer.model.config.codebook_size, indices.latent_dim, *origin)
+    meta = indices.meta
     counts = Counter(column_of(indices.rows, "label"))
     names = tuple(sorted(counts.keys() - {""}, key=natural_order))
-    grid: dict[str, Any] = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
-    condition = getattr(meta, "condition", None)
-    class_counts = tuple(counts[name] for name in names)
-    return Vocabulary(**grid, class_names=names, class_counts=class_counts, condition=condition)
+    grid = {field.name: getattr(meta, field.name) for field in fields(GridMeta)}
+    counted = tuple(counts[name] for name in names)
+    return Vocabulary(**grid, class_names=names, class_counts=counted, condition=meta.condition)
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -19,7 +19,7 @@ import os
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,23 +45,13 @@ class IndicesMeta(GridMeta):
     lineage: Lineage = ()  # the commands up to the one that made them
     condition: GridMeta | None = None  # of the grids in condition.npy, None without them
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
-        return self.latent_dim if self.depth == 1 else (*self.latent_dim, self.depth)
-
 
 class Indices(NamedTuple):
     """Grids (N, h, w[, depth]) of the smallest unsigned type, and the row of each."""
 
     grids: Tensor | ShardedArray
     rows: Sequence[Row]
-    meta: IndicesMeta | None  # None for a plain text file
-
-    @property
-    def latent_dim(self) -> tuple[int, int]:
-        """Rows and columns (h, w) of a grid."""
-        return self.grids.shape[1], self.grids.shape[2]
+    meta: IndicesMeta  # that of a text file names no tokenizer
 
 
 # Writing.
@@ -191,14 +181,9 @@ def read_indices(
                 "indices and models of one tokenizer, and no --latent_dim with an indices folder"
             )
     files.check_links(path)
-    grids = open_grids(path, "indices", meta.shape, meta.codebook_size)
     files.verify(path / MANIFEST)
-    rows, count = read_table(path / MANIFEST)[1], 0 if grids is None else len(grids)
-    if grids is None or len(rows) != count:
-        raise UserError(
-            f"{path / MANIFEST} has {len(rows)} rows for {count} grids; make the folder again"
-        )
-    return Indices(grids, rows, meta)
+    rows = read_table(path / MANIFEST)[1]
+    return Indices(open_grids(path, "indices", meta, len(rows)), rows, meta)
 
 
 def _read_meta(folder: Path) -> IndicesMeta:
@@ -234,28 +219,28 @@ def open_array(path: Path, shape: tuple, dtypes: Any, demand: str = "it must be"
 
 
 def open_grids(
-    folder: Path, array: str, shape: tuple[int | str, ...], codebook_size: int, count: int = 0
-) -> Tensor | ShardedArray | None:
-    """An array (N, *shape) of an indices folder, whose indices must be below `codebook_size`.
+    folder: Path, array: str, meta: GridMeta, count: int, *axes: str
+) -> Tensor | ShardedArray:
+    """An array (count, *axes, h, w[, depth]) of an indices folder, as its meta.json describes it.
 
-    None without files of it. A UserError for damaged ones, and for another N than `count`, if any.
+    The axes have any sizes. A UserError for missing or damaged files, and for another count.
     """
-    paths = shards_of(folder, array)
-    size: Any = count if count and len(paths) == 1 else "N"
+    paths, found, kinds = shards_of(folder, array), 0, [smallest_type(meta.codebook_size)]
     for path in paths:  # one at a time is in memory
-        one = open_array(path, (size, *shape), [smallest_type(codebook_size)], f"{META} says")
-        if (found := one.max()) >= codebook_size:
+        one = open_array(path, ("N", *axes, *meta.shape), kinds, f"{META} says")
+        if (largest := one.max()) >= meta.codebook_size:
             raise UserError(
-                f"{path} holds the index {found}, but its codebook has only {codebook_size} "
-                "codes; make it again"
+                f"{path} holds the index {largest}, but its codebook has only "
+                f"{meta.codebook_size} codes; make it again"
             )
-    if not paths:
-        return None
+        found += len(one)
+    if not found or found != count:
+        raise UserError(
+            f"{folder / MANIFEST} has {count} rows for {found} grids in {array}.npy; make the "
+            "folder again"
+        )
     with warnings.catch_warnings(action="ignore"):  # that it must not be written to
-        grids = torch.from_numpy(one) if len(paths) == 1 else ShardedArray(paths)
-    if count not in (0, len(grids)):
-        raise UserError(f"{folder} has {len(grids)} grids in {array}, not {count}; make it again")
-    return grids
+        return torch.from_numpy(one) if len(paths) == 1 else ShardedArray(paths)
 
 
 def digest(path: Path) -> str:
@@ -280,7 +265,7 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
     with user_error(f"{path} is not a text file of indices: %s", UnicodeError):
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     side = max(1, math.isqrt(len(lines[0].split()) // depth))
-    shape = IndicesMeta(limit, latent_dim or (side, side), depth=depth).shape
+    meta = IndicesMeta(limit, latent_dim or (side, side), depth=depth)
     grids = []
     for number, line in enumerate(lines, 1):
         words = line.split()
@@ -290,14 +275,16 @@ def _read_text(path: Path, latent_dim: tuple[int, int] | None, limit: int, depth
                     f"{path} line {number}, number {place}: {word:.20} is not an index of the "
                     f"codebook; write integers from 0 to {limit - 1}, separated by spaces"
                 )
-        if len(words) != math.prod(shape):
+        if len(words) != math.prod(meta.shape):
             raise UserError(
                 f"{path} line {number}: it has {len(words)} indices, but a grid of "
-                f"{','.join(map(str, shape))} takes {math.prod(shape)}; write a line for each "
-                "image, or give the grid by --latent_dim H,W"
+                f"{','.join(map(str, meta.shape))} takes {math.prod(meta.shape)}; write a line "
+                "for each image, or give the grid by --latent_dim H,W"
             )
         grids.append(np.fromiter(map(int, words), np.uint32))
     values = np.stack(grids)
-    dtype = smallest_type(limit if limit < LARGEST_CODEBOOK else max(2, int(values.max()) + 1))
+    if limit == LARGEST_CODEBOOK:  # not known: as large as it needs to be
+        meta = replace(meta, codebook_size=max(2, int(values.max()) + 1))
+    values = values.astype(smallest_type(meta.codebook_size)).reshape(-1, *meta.shape)
     rows = [Row(f"line {number}", "", "") for number in range(1, len(grids) + 1)]
-    return Indices(torch.from_numpy(values.astype(dtype).reshape(-1, *shape)), rows, None)
+    return Indices(torch.from_numpy(values), rows, meta)

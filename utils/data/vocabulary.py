@@ -31,6 +31,11 @@ class GridMeta:
         if min(*self.latent_dim, self.depth) < 1:
             raise ValueError(f"latent_dim and depth must be 1 or more, got {self}")
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one grid's indices: (h, w), or (h, w, depth) for a depth above 1."""
+        return self.latent_dim if self.depth == 1 else (*self.latent_dim, self.depth)
+
     def check_tokenizer(
         self, sha256: str, where: str | Path, config: Any = None, owner: str | Path = "the GPT"
     ) -> None:

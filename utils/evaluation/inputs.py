@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import addresses, cli, provenance
-from utils.cli import UserError, one_line, user_error
+from utils.cli import UserError, user_error
 from utils.data.finding import expand
 from utils.data.images import ImageConfig, ImageDataset
 from utils.data.indices import digest, lineage_of, read_indices
@@ -162,8 +163,7 @@ def read_samples(flags: argparse.Namespace, tokenizer: LoadedModel | None) -> Sa
     address, config = flags.indexes_path, tokenizer.model.config
     path = addresses.fetch(address)
     indices = read_indices(path, codebook_size=config.codebook_size, depth=config.depth)
-    if indices.meta is not None:
-        indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
+    indices.meta.check_tokenizer(tokenizer.sha256, tokenizer.folder, owner=path)
     decoded = DecodedImages(indices.grids, indices.rows, tokenizer.model)
     _check_count(flags, decoded, path)
     # What was fetched lies in a cache.
@@ -236,13 +236,10 @@ def open_network(name: str | None, path: str, device: torch.device) -> FeatureNe
             raise UserError("--feature_weights needs --features inception or dinov2; add one")
         return None
     make, package, weights = PUBLISHED[name]
-    try:
+    with user_error(f"--features {name} needs {package}: pip install {package}", ImportError):
+        import_module(package.replace("-", "_"))
+    text = f"--features {name} cannot use {path or 'what it downloads'} (%s); give {weights} as "
+    text += "--feature_weights, or use --features classifier"
+    with user_error(text, Exception):  # no network, no such file, other weights: of many types
         network = make(path).requires_grad_(False).eval().to(device)
-    except ImportError as error:
-        raise UserError(f"--features {name} needs {package}: pip install {package}") from error
-    except Exception as error:  # no network, no such file, other weights: of many types
-        raise UserError(
-            f"--features {name} cannot use {path or 'what it downloads'} ({one_line(error, 150)}); "
-            f"give {weights} as --feature_weights, or use --features classifier"
-        ) from error
     return FeatureNetwork(name, network, make.preprocessing)

@@ -143,10 +143,7 @@ def mean_errors(
 
 def _moments(features: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Mean (D,) and unbiased covariance (D, D) of features (N, D), each `weights` (N,) times."""
-    count = weights.sum()
-    average = weights @ features / count
-    centred = features - average
-    return average, (centred * weights[:, None]).T @ centred / (count - 1)
+    return weights @ features / weights.sum(), features.T.cov(fweights=weights.long())
 
 
 def _frechet(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
