@@ -310,7 +310,7 @@ class GPT(nn.Module):
                 prefix = torch.cat([prefix[:1], condition, prefix[1:]])
             prefix = prefix.expand(*coordinates.shape[:-2], -1, -1)
             coordinates = torch.cat([prefix, coordinates], dim=-2)
-        cos, sin = rotary_cos_sin(coordinates, config.head_dim, config.rope_base)
+        cos, sin = rotary_cos_sin(coordinates, config.dim // config.num_heads, config.rope_base)
         if begins and config.blank_prefix:
             cos = F.pad(cos[..., 1:, :], (0, 0, 1, 0))
         return (cos, sin) if positions.dim() == 2 else (cos[:, None], sin[:, None])
