@@ -131,10 +131,12 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
 
 
 def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
-    """A config from the parsed flags; `known` are fields without one. See `build_or_error`."""
+    """A config from the parsed flags; `known` are fields without one. For errors see below."""
     names = {field.name for field in dataclasses.fields(config_class) if "help" in field.metadata}
     values = {name: getattr(arguments, name) for name in names} | known
-    return build_or_error(config_class, **values)
+    config = build_or_error(config_class, **values)
+    reject_unused_flags(config, arguments)
+    return config
 
 
 def reject_unused_flags(config: typing.Any, flags: argparse.Namespace) -> None:
