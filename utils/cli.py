@@ -35,6 +35,7 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
     "stream": "--stream (images are not kept in memory)",
 }
+DEVICES = ("auto", "cpu", "cuda", "mps")
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
     *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from", "embeddings"),
@@ -103,15 +104,16 @@ def flag(default: typing.Any, text: str, **metadata: object) -> typing.Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What config dataclasses inherit: a ValueError for a field that is not within its `LIMITS`."""
+class Checked:
+    """A dataclass that raises a ValueError for a field, or a part of it, beyond its `LIMITS`."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            parts = value if isinstance(value, tuple) else (value,)
             for key, (words, holds) in LIMITS.items():
                 limit = field.metadata.get(key)
-                if limit is not None and not holds(value, limit):
+                if limit is not None and not all(holds(part, limit) for part in parts):
                     raise ValueError(f"{field.name} must be {words} {limit}, got {value}")
 
 
@@ -354,9 +356,7 @@ def unused(path: Path) -> Path:
 
 def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """The flags of all scripts that run a model without training it."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=positive, default=batch_size, help="images at once")
 
 

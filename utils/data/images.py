@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import Config, UserError, first_few, flag
+from utils.cli import Checked, UserError, first_few, flag
 from utils.data import decoding, sources
 from utils.data.cache import PixelCache
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
@@ -30,7 +30,7 @@ SKIPPED = "skipped.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig(Config):
+class ImageConfig(Checked):
     """How image files are read: the flags of every script that reads images."""
 
     allow_outside_paths: bool = flag(False, "accept image paths that leave the folder of the CSV")

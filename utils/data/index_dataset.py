@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils import addresses
-from utils.cli import Config, UserError, flag
+from utils.cli import Checked, UserError, flag
 from utils.data import sources
 from utils.data.indices import Indices, open_array, open_grids, read_indices
 from utils.data.sources import Row, Rows, ShardedArray, column_of, seeded_generator, split_rows
@@ -25,7 +25,7 @@ VECTORS = "float16", "float32", "float64"
 
 
 @dataclass(frozen=True)
-class IndicesConfig(Config):
+class IndicesConfig(Checked):
     """The data of a training on indices."""
 
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")

@@ -5,13 +5,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from utils.cli import Config, UserError, flag
+from utils.cli import DEVICES, Checked, UserError, flag
 
 EPOCHS, MIN_STEPS = 20, 1000  # the default length of a training: whichever is longer
 
 
 @dataclass(frozen=True)
-class TrainingConfig(Config):
+class TrainingConfig(Checked):
     """The flags of every training."""
 
     output_dir: str = flag("", "where to write; default: outputs/<run name>")
@@ -19,7 +19,7 @@ class TrainingConfig(Config):
     experiment: str = flag("", "MLflow experiment", metavar="NAME")
     register: str = flag("", "registered model in MLflow; champion: the best", metavar="NAME")
     seed: int = flag(0, "seed of all random numbers")
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "where to compute", choices=DEVICES)
     precision: str = flag(
         "auto",
         "bf16: matrix products in bfloat16; auto: where that is faster; fp16: for GPUs without it",
