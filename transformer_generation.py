@@ -240,9 +240,8 @@ def main(arguments: argparse.Namespace) -> None:
     output_dir = group.on_main(choose)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
-        *(output_dir.parent, arguments.run_id, gpt.provenance.run_id),
+        *(output_dir, arguments.run_id, gpt.provenance.run_id),
         stage="samples",
-        part=output_dir.name,
         inputs=read_inputs(arguments, gpt, guide, tokenizer),
         upstream=joined(gpt.lineage, *map(indices.lineage_of, folders)),
         enabled=group.is_main,

@@ -20,7 +20,7 @@ import safetensors.torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from utils.cli import UserError, check_writable, unused, user_error
+from utils.cli import UserError, check_writable, one_line, unused, user_error
 
 CACHE = Path("outputs/cache")  # of what can be made again
 CHECKSUMS = "sha256.json"
@@ -195,9 +195,11 @@ def flush(path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a JSON file of at most 64 MiB; a UserError if there is none."""
-    with user_error(f"cannot read {path}: %s", OSError, ValueError, RecursionError):
+    try:
         check_size(path, JSON_BYTES)
         content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object")
     return content
@@ -205,9 +207,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, verified; a UserError if it is missing or damaged."""
-    with user_error(f"cannot read {path}: %s", OSError, safetensors.SafetensorError):
+    try:
         verify(path)
         return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def verify(path: Path) -> None:
@@ -276,8 +280,10 @@ def typed(make: type, values: dict[str, Any]) -> Any:
         except TypeError as error:
             kind = getattr(hints[name], "__name__", hints[name])
             raise UserError(f"{name} must be {kind}, got {value!r:.80}") from error
-    with user_error("%s", TypeError, ValueError, ArithmeticError):  # TypeError: one is missing
+    try:
         return make(**converted)
+    except (TypeError, ValueError, ArithmeticError) as error:  # TypeError: a value is missing
+        raise UserError(one_line(error)) from error
 
 
 def _convert(value: Any, kind: Any) -> Any:

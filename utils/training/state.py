@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -17,11 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.cli import UserError, user_error
+from utils.cli import UserError, one_line
 from utils.data.sources import note
 from utils.distributed import Distributed, shard_like
 from utils.files import Files, read_json, read_tensors, typed
-from utils.progress import warn
 from utils.provenance import WEIGHTS
 
 TENSORS, RECORDS = "training.safetensors", "training.json"
@@ -147,10 +147,7 @@ class CheckpointState:
         shards = [read_tensors(path) for path in sorted(folder.glob(SHARDS))]
         tensors |= {name: torch.cat([x[name] for x in shards]) for name in (*shards, {})[0]}
         changes = self._compare_settings(records.get("settings", {}), folder)
-        differ = ", ".join(changes.values()) or "which do not differ"
-        text = f"{folder} does not fit this training: %s; resume with the flags it began with "
-        kinds = KeyError, TypeError, ValueError, RuntimeError, UserError
-        with user_error(f"{text}({differ})", *kinds):
+        try:
             vars(self.progress).update(vars(typed(Progress, records["progress"])))
             if changes.keys() & LONGER:
                 self.progress.evaluations_without_improvement = 0
@@ -167,6 +164,11 @@ class CheckpointState:
                 torch.set_rng_state(random["torch"])
             if "device" in random and self.group.device.type != "cpu":
                 torch.get_device_module(self.group.device).set_rng_state(random["device"])
+        except (KeyError, TypeError, ValueError, RuntimeError, UserError) as error:
+            raise UserError(
+                f"{folder} does not fit this training: {one_line(error)}; resume with the flags "
+                f"it began with ({', '.join(changes.values()) or 'which do not differ'})"
+            ) from error
 
     def _compare_settings(self, before: dict[str, Any], folder: Path) -> dict[str, str]:
         """Which settings differ from the checkpoint's: warn, or a UserError for `REFUSED` ones."""
@@ -186,10 +188,11 @@ class CheckpointState:
                 "flags it began with (--accumulate N saves memory at the same --batch_size), or "
                 "begin a new training from its weights by --init_from"
             )
-        if changes and self.group.is_main:
-            warn(
-                "resuming with changed settings; the result will differ from an uninterrupted "
-                f"run: {', '.join(changes.values())}"
+        if changes and self.group.rank == 0:
+            print(
+                "warning: resuming with changed settings; the result will differ from an "
+                f"uninterrupted run: {', '.join(changes.values())}",
+                file=sys.stderr,
             )
         return changes
 
