@@ -300,7 +300,6 @@ def add_common_flags(command: argparse.ArgumentParser, model_dir: str = "") -> N
     add("--seed", type=int, default=0, help="of the classifier and all resamples")
     cli.add_inference_flags(command, batch_size=256)
     cli.add_flags(command, ImageConfig, "images")
-    cli.add_diagnostic_flags(command)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -152,11 +152,10 @@ def main(arguments: argparse.Namespace) -> None:
         extra = f"; and {more} more of each"
     inputs = {data: sources.digest(dataset.path), arguments.model_dir: tokenizer.sha256}
     run = tracking.continue_run(
-        output_dir.parent,
+        output_dir,
         arguments.run_id,
         origin.run_id,
         stage="indices",
-        part=output_dir.name,
         inputs=inputs,
         upstream=tokenizer.lineage,
         enabled=group.is_main,

@@ -84,7 +84,6 @@ def load_tokenizer(address: str, device: torch.device) -> LoadedModel | None:
 def read_start(flags: cli.Flags, data: IndexDataset) -> Start:
     """The GPT of --init_from; a UserError if its indices are not of the tokenizer of the data."""
     tuning = cli.read_flags(FineTuningConfig, flags)
-    cli.reject_unused_flags(tuning, flags)
     if not tuning.init_from:
         return Start(tuning)
     if tuning.lora_rank and flags.optimizer == "muon":
@@ -187,8 +186,7 @@ def train_step(
 def evaluate(
     model: GPT, data: IndexDataset, rows: Tensor, state: TrainState, group: Distributed
 ) -> Tensor:
-    """Bits per token of these rows at each latent position (h, w), by all of `group`."""
-    model.eval()
+    """Bits per token of these rows at each latent position (h, w), in eval mode, by `group`."""
     height, width, depth = *model.config.latent_dim, model.config.depth
     total = torch.zeros(height * width * depth + 1, dtype=torch.float64)  # nats by token, images
     rows = group.shard(rows)  # none, where there are fewer rows than processes
@@ -198,7 +196,6 @@ def evaluate(
             nats = model.loss(prefix, indices)
         total[:-1] += nats.sum(dim=0).cpu()
         total[-1] += len(indices)
-    model.train()
     total = group.all_reduce_sum(total.to(group.device, torch.float32)).cpu()
     return (total[:-1] / total[-1] / math.log(2)).view(height, width, -1).mean(dim=2)
 
@@ -207,12 +204,10 @@ def sample_grid(model: GPT, data: IndexDataset, tokenizer: LoadedModel | None) -
     """A picture of samples of seed 0, of all classes or of the prefixes of validation images."""
     from transformer.sampling import generate  # only where something is sampled
 
-    training_mode, model = model.training, model.eval()
     prefix = torch.arange(SAMPLES) % max(1, len(data.vocabulary.class_names))
     if len(model.config.prefix_parts) > 1:
         prefix = make_prefix(*data.prefix_inputs(data.val_rows[:SAMPLES]))
     indices = generate(model, prefix, seed=0)
-    model.train(training_mode)
     return picture_of(indices, data, tokenizer, model.head.weight.device)
 
 
@@ -252,15 +247,17 @@ def evaluate_and_log(state: TrainState, run: tracking.Run, validation: Validatio
     data, group, evaluator = validation.data, state.group, validation.evaluator
     step, values = state.progress.step, {}
     with distributed.whole(state.ema.model) as model:
+        model.eval()
         if evaluator is not None:
             from transformer.sampling import generate
 
             inputs = make_prefix(*data.prefix_inputs(evaluator.rows))
-            values = group.on_main(lambda: evaluator.metrics(generate(model.eval(), inputs)))
+            values = group.on_main(lambda: evaluator.metrics(generate(model, inputs)))
         by_position = evaluate(model, data, evaluation_rows(data.val_rows, state), state, group)
         if group.is_main and pictures_are_due(state, data.grids[0].numel()):
             run.picture("pictures/bits_by_position", figures.heat(by_position), step)
             run.picture("pictures/samples", sample_grid(model, data, validation.tokenizer), step)
+    state.model.train()
     values["bits_per_token"] = float(by_position.mean())
     values["unigram_bits_per_token"] = validation.unigram
     values["bigram_bits_per_token"] = validation.bigram

@@ -110,10 +110,7 @@ def read_configs(flags: cli.Flags) -> list[Any]:
     if flags.preset != SMALL and "learning_rate" not in flags.given | flags.stored:
         flags.learning_rate = 1e-4  # about as they were published
     kinds = TrainingConfig, DataConfig, StartConfig, LossConfig, AdversarialConfig
-    configs = [cli.read_flags(kind, flags) for kind in kinds]
-    for config in configs:
-        cli.reject_unused_flags(config, flags)
-    return configs
+    return [cli.read_flags(kind, flags) for kind in kinds]
 
 
 def read_start(config: StartConfig, flags: cli.Flags) -> tuple[LoadedModel | None, VQVAEConfig]:

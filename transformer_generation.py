@@ -110,18 +110,6 @@ def check_flags(flags: argparse.Namespace, config: GPTConfig, on_gpu: bool) -> N
         )
 
 
-def choose_size(
-    arguments: argparse.Namespace, known: Known | None, model: GPT, params: SamplingParams
-) -> tuple[int, int]:
-    """The size of the grids; a UserError if the GPT has no such grids, or not in --steps."""
-    size = arguments.latent_dim or model.config.latent_dim
-    if known is not None:
-        size = known.masks.shape[1], known.masks.shape[2]
-    cli.build_or_error(model.grid_positions, size, PositionExtension(arguments.position_extension))
-    cli.build_or_error(sampling.samples_in_order, model.config, size, params)
-    return size
-
-
 def choose_batch_size(
     model: GPT, guide: GPT | None, size: tuple[int, int], params: SamplingParams
 ) -> int:
@@ -235,7 +223,11 @@ def main(arguments: argparse.Namespace) -> None:
     condition = conditioning.choose_conditions(arguments, vocabulary, count, required=required)
     rows = (known or condition).rows
     labels, captions = conditioning.choose_texts(arguments, vocabulary, rows, count)
-    size = choose_size(arguments, known, gpt.model, options["params"])
+    size = arguments.latent_dim or config.latent_dim
+    if known is not None:
+        size = known.masks.shape[1], known.masks.shape[2]
+    cli.build_or_error(gpt.model.grid_positions, size, options["position_extension"])
+    cli.build_or_error(sampling.samples_in_order, config, size, options["params"])
     given = [[""] * count] * 2 if arguments.unconditional else (labels, captions)
     texts = encode(given[1], vocabulary.captions)
     vectors = conditioning.choose_embeddings(arguments, vocabulary, count, arguments.variations)
@@ -247,9 +239,8 @@ def main(arguments: argparse.Namespace) -> None:
     output_dir = group.on_main(choose)
     folders = [addresses.fetch(x) for x in (arguments.complete, arguments.conditions) if x]
     run = tracking.continue_run(
-        *(output_dir.parent, arguments.run_id, gpt.provenance.run_id),
+        *(output_dir, arguments.run_id, gpt.provenance.run_id),
         stage="samples",
-        part=output_dir.name,
         inputs=read_inputs(arguments, gpt, guide, tokenizer),
         upstream=joined(gpt.lineage, *map(indices.lineage_of, folders)),
         enabled=group.is_main,

@@ -35,6 +35,7 @@ LESS_MEMORY = {
     "num_workers": "fewer --num_workers",
     "stream": "--stream (images are not kept in memory)",
 }
+DEVICES = ("auto", "cpu", "cuda", "mps")
 INPUTS = (
     *("path_to_data", "path_to_train", "path_to_test", "indexes_path", "vocabulary_path"),
     *("model_dir", "model_path", "condition_model_dir", "guide_path", "init_from", "embeddings"),
@@ -102,14 +103,18 @@ def flag(default: typing.Any, text: str, **metadata: object) -> typing.Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
-def check_limits(config: typing.Any) -> None:
-    """A ValueError for a field that is not within the `LIMITS` of its metadata."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for key, (words, holds) in LIMITS.items():
-            limit = field.metadata.get(key)
-            if limit is not None and not holds(value, limit):
-                raise ValueError(f"{field.name} must be {words} {limit}, got {value}")
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """A dataclass that raises a ValueError for a field, or a part of it, beyond its `LIMITS`."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            parts = value if isinstance(value, tuple) else (value,)
+            for key, (words, holds) in LIMITS.items():
+                limit = field.metadata.get(key)
+                if limit is not None and not all(holds(part, limit) for part in parts):
+                    raise ValueError(f"{field.name} must be {words} {limit}, got {value}")
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -> None:
@@ -128,10 +133,12 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
 
 
 def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
-    """A config from the parsed flags; `known` are fields without one. See `build_or_error`."""
+    """A config from the parsed flags; `known` are fields without one. For errors see below."""
     names = {field.name for field in dataclasses.fields(config_class) if "help" in field.metadata}
     values = {name: getattr(arguments, name) for name in names} | known
-    return build_or_error(config_class, **values)
+    config = build_or_error(config_class, **values)
+    reject_unused_flags(config, arguments)
+    return config
 
 
 def reject_unused_flags(config: typing.Any, flags: argparse.Namespace) -> None:
@@ -168,6 +175,7 @@ class Flags(argparse.Namespace):
     """
 
     __slots__ = ("given", "stored")  # apart from the flags themselves, which are vars()
+    debug, profile = False, ""  # where they are not given
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -194,11 +202,16 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that makes `Flags`."""
+    """A parser that makes `Flags`, with --debug and --profile, also in subcommands."""
 
     def __init__(self, **options: typing.Any) -> None:
         own: dict[str, typing.Any] = {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(**own | options)
+        debug = "show the traceback of an error, not only its line"
+        trace = "profile a short run: write a trace for chrome://tracing, print what takes longest"
+        absent = argparse.SUPPRESS  # a subcommand's default would replace what is given before it
+        self.add_argument("--debug", action="store_true", default=absent, help=debug)
+        self.add_argument("--profile", default=absent, metavar="FILE", help=trace)
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
@@ -214,18 +227,7 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description: str | None, prog: str | None = None) -> Parser:
     """The parser that all scripts start from; `prog` is how one that `python -m` runs is called."""
-    parser = Parser(description=description, prog=prog)
-    add_diagnostic_flags(parser, debug=False, profile="")
-    return parser
-
-
-def add_diagnostic_flags(parser: argparse.ArgumentParser, **defaults: object) -> None:
-    """`--debug` and `--profile`; without defaults in a subcommand, where those before it count."""
-    debug = "show the traceback of an error, not only its line"
-    trace = "profile a short run: write a trace for chrome://tracing, print what takes longest"
-    parser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=debug)
-    parser.add_argument("--profile", default=argparse.SUPPRESS, metavar="FILE", help=trace)
-    parser.set_defaults(**defaults)
+    return Parser(description=description, prog=prog)
 
 
 def configure_process() -> None:
@@ -354,9 +356,7 @@ def unused(path: Path) -> Path:
 
 def add_inference_flags(parser: argparse.ArgumentParser, batch_size: int) -> None:
     """The flags of all scripts that run a model without training it."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="where to compute"
-    )
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="where to compute")
     parser.add_argument("--batch_size", type=positive, default=batch_size, help="images at once")
 
 

@@ -18,7 +18,7 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from utils import files
 from utils.addresses import fetch, without_credentials
-from utils.cli import UserError, command_line, user_error
+from utils.cli import Checked, UserError, command_line, user_error
 
 ROOT = Path(__file__).resolve().parents[1]
 PNG_KEY, SPLIT_KEY = "lineage", "split"
@@ -51,15 +51,11 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Split:
+class Split(Checked):
     """How a training split data whose CSV has no split column."""
 
-    val_fraction: float
+    val_fraction: float = field(metadata={"min": 0, "max": 1})
     seed: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction <= 1:
-            raise ValueError(f"val_fraction must be in [0, 1], got {self.val_fraction}")
 
 
 Lineage = tuple[Stage, ...]  # in the order in which they were run

@@ -137,11 +137,10 @@ def main(arguments: argparse.Namespace) -> None:
     choose = partial(choose_output_dir, arguments.output_dir, default, LIST)
     output_dir = group.on_main(choose)
     run = tracking.continue_run(
-        output_dir.parent,
+        output_dir,
         arguments.run_id,
         indices.meta.gpt_run_id or origin.run_id,
         stage="images",
-        part=output_dir.name,
         inputs={arguments.indexes_path: digest(path), arguments.model_dir: tokenizer.sha256},
         upstream=provenance.joined(tokenizer.lineage, lineage_of(path)),
         enabled=group.is_main,

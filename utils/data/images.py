@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.cli import UserError, first_few, flag
+from utils.cli import Checked, UserError, first_few, flag
 from utils.data import decoding, sources
 from utils.data.cache import PixelCache
 from utils.data.decoding import EIGHT_BITS, MAX_PIXELS, Header
@@ -30,18 +30,14 @@ SKIPPED = "skipped.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageConfig:
+class ImageConfig(Checked):
     """How image files are read: the flags of every script that reads images."""
 
     allow_outside_paths: bool = flag(False, "accept image paths that leave the folder of the CSV")
-    max_pixels: int = flag(MAX_PIXELS, "refuse image files whose header says more")
-    skip_bad_images: int = flag(0, "leave out up to this many files that cannot be read as images")
+    max_pixels: int = flag(MAX_PIXELS, "refuse image files whose header says more", min=1)
+    skip_bad_images: int = flag(0, "leave out up to this many images that cannot be read", min=0)
     num_workers: int = flag(-1, "processes that decode images; -1: one a core")
     stream: bool = flag(False, "decode images again in each epoch, not once into memory")
-
-    def __post_init__(self) -> None:
-        if self.max_pixels < 1 or self.skip_bad_images < 0:
-            raise ValueError("max_pixels must be 1 or more, skip_bad_images must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +50,9 @@ class DataConfig(ImageConfig):
         "file, or a URL of these",
         metavar="DATA",
     )
-    val_fraction: float = flag(0.1, "share of the images for validation, without a split column")
+    val_fraction: float = flag(0.1, "share for validation without a split column", above=0, below=1)
     random_crop: bool = flag(False, "train on random crops of images that are an eighth larger")
     horizontal_flip: bool = flag(False, "mirror half of the training images")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be between 0 and 1, got {self.val_fraction}")
 
 
 class Augmentation(NamedTuple):

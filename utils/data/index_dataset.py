@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from utils import addresses
-from utils.cli import UserError, check_limits, flag
+from utils.cli import Checked, UserError, flag
 from utils.data import sources
 from utils.data.indices import Indices, open_array, open_grids, read_indices, shards_of
 from utils.data.sources import Row, Rows, ShardedArray, column_of, seeded_generator, split_rows
@@ -24,7 +24,7 @@ VECTORS = "float16", "float32", "float64"
 
 
 @dataclass(frozen=True)
-class IndicesConfig:
+class IndicesConfig(Checked):
     """The data of a training on indices."""
 
     path_to_data: str = flag("", "indices folder, runs:/..., or a text file of indices")
@@ -33,9 +33,6 @@ class IndicesConfig:
     val_fraction: float = flag(0.1, "share of a text file's lines for validation", above=0, below=1)
     ignore_labels: bool = flag(False, "train without classes, whatever labels the data have")
     fd_samples: int = flag(0, "samples for the FD (classifier) of an evaluation; 0: none", min=0)
-
-    def __post_init__(self) -> None:
-        check_limits(self)
 
 
 class IndexDataset:

@@ -1,11 +1,11 @@
 """vocabulary.json: the meaning of a GPT's tokens, and the tokenizer that indices belong to."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import UserError, first_few, user_error
+from utils.cli import Checked, UserError, first_few, user_error
 from utils.files import read_json, typed, verify
 
 FILE = "vocabulary.json"
@@ -14,22 +14,14 @@ LARGEST_CODEBOOK = 1 << 32  # of text files and .npy files of uint32
 
 
 @dataclass(frozen=True)
-class GridMeta:
+class GridMeta(Checked):
     """The codebook, the size and the tokenizer that a grid of indices belongs to."""
 
-    codebook_size: int  # K; every index is below it
-    latent_dim: tuple[int, int]  # rows and columns (h, w) of a grid
+    codebook_size: int = field(metadata={"min": 2, "max": LARGEST_CODEBOOK})  # K, above any index
+    latent_dim: tuple[int, int] = field(metadata={"min": 1})  # rows and columns (h, w) of a grid
     tokenizer_sha256: str = ""  # of its model.safetensors; "" if not known, as the next
     tokenizer_run_id: str = ""  # its MLflow run
-    depth: int = 1  # indices per latent position
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.codebook_size <= LARGEST_CODEBOOK:
-            raise ValueError(
-                f"codebook_size must be from 2 to {LARGEST_CODEBOOK}, got {self.codebook_size}"
-            )
-        if min(*self.latent_dim, self.depth) < 1:
-            raise ValueError(f"latent_dim and depth must be 1 or more, got {self}")
+    depth: int = field(default=1, metadata={"min": 1})  # indices per latent position
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,16 +52,13 @@ class GridMeta:
 
 
 @dataclass(frozen=True)
-class TextMeta:
+class TextMeta(Checked):
     """The text tokens of captions, see `utils.data.captions`."""
 
     tokenizer: str  # JSON of the library `tokenizers`
-    vocabulary_size: int  # text tokens; the one after them pads, and is "not given"
-    length: int  # text tokens of a caption
-
-    def __post_init__(self) -> None:
-        if min(self.vocabulary_size, self.length) < 1:
-            raise ValueError("vocabulary_size and length of the captions must be 1 or more")
+    # Text tokens; the one after them pads, and is "not given".
+    vocabulary_size: int = field(metadata={"min": 1})
+    length: int = field(metadata={"min": 1})  # text tokens of a caption
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,8 @@ def continue_run(
     `PARENTS`; `options`: see `Run`. A UserError if --run_id names no run or another stage's.
     """
     homes, missing = homes or PARENTS.get(stage, ()), ""
+    if stage:  # it writes a folder of its own, and its logs are beside that
+        output_dir, options["part"] = output_dir.parent, output_dir.name
     if not options.pop("enabled", True):
         return Run(output_dir, stage=stage, enabled=False, **options)
     if run_id is not None:

@@ -5,13 +5,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from utils.cli import UserError, check_limits, flag
+from utils.cli import DEVICES, Checked, UserError, flag
 
 EPOCHS, MIN_STEPS = 20, 1000  # the default length of a training: whichever is longer
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """The flags of every training."""
 
     output_dir: str = flag("", "where to write; default: outputs/<run name>")
@@ -19,7 +19,7 @@ class TrainingConfig:
     experiment: str = flag("", "MLflow experiment", metavar="NAME")
     register: str = flag("", "registered model in MLflow; champion: the best", metavar="NAME")
     seed: int = flag(0, "seed of all random numbers")
-    device: str = flag("auto", "where to compute", choices=("auto", "cpu", "cuda", "mps"))
+    device: str = flag("auto", "where to compute", choices=DEVICES)
     precision: str = flag(
         "auto",
         "bf16: matrix products in bfloat16; auto: where that is faster; fp16: for GPUs without it",
@@ -62,6 +62,7 @@ class TrainingConfig:
     nonfinite_limit: int = flag(10, "batches that --on_nonfinite skip may leave out", min=0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if any(sign in self.register for sign in "/:'\""):
             raise ValueError(f"register must be a name without / : and quotes, got {self.register}")
         every = self.checkpoint_every
@@ -69,7 +70,6 @@ class TrainingConfig:
             raise ValueError(
                 f"checkpoint_every must be steps as 500 or minutes as 5m, got {every!r}"
             )
-        check_limits(self)
 
 
 def sign_of(metric: str, signs: Mapping[str, int]) -> int:
