@@ -106,8 +106,9 @@ def download_named(folder: Path, names: Sequence[str]) -> None:
     """
     if names and folder in _originals:
         mirror, root = _originals[folder]
+        quote: Callable[[str], str] = urllib.parse.quote if mirror.is_web else str
         with store_errors(f"cannot fetch what is named in {folder}"):
-            mirror.update({mirror.join(root, name): {} for name in names if name[0] != "/"})
+            mirror.update({f"{root}/{quote(name)}": {} for name in names if name[0] != "/"})
 
 
 def _find(url: str, endings: tuple[str, ...]) -> tuple["Mirror", list[str], dict[str, Any]]:
@@ -142,18 +143,14 @@ class Mirror:
     """Local copies of files in a file system of fsspec, by their path there."""
 
     def __init__(self, system: Any) -> None:
-        self._system, self._is_web = system, "http" in system.protocol
+        self._system, self.is_web = system, "http" in system.protocol
         # Where the file system is; of S3, the environment may say it.
         place = system.protocol, system.storage_options, os.environ.get("AWS_ENDPOINT_URL")
         self._home = REMOTE.absolute() / hashlib.sha256(repr(place).encode()).hexdigest()[:16]
 
-    def join(self, root: str, name: str) -> str:
-        """The path of a file that is named below a folder."""
-        return f"{root}/{urllib.parse.quote(name) if self._is_web else name}"
-
     def copy_of(self, path: str) -> Path:
         """Where the copy of a file or folder is; a ValueError for a path that leaves its root."""
-        if self._is_web:
+        if self.is_web:
             parts = urllib.parse.urlsplit(path)
             path = parts.netloc + urllib.parse.unquote(parts.path)
         inside = posixpath.normpath(path.lstrip("/"))
