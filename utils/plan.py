@@ -38,7 +38,6 @@ def parameters_of(config: GPTConfig, part: str = "") -> int:
 
 def flops_per_token(config: GPTConfig) -> float:
     """Forward and backward pass (arXiv 2204.02311, appendix B): 6 a weight, and the attention."""
-    config = config.resolve_defaults()
     weights = parameters_of(config, "blocks") + config.depth * config.codebook_size * config.dim
     return 6 * weights + 12 * config.num_layers * config.dim * math.prod(config.latent_dim)
 
