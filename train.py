@@ -101,7 +101,7 @@ def read_start(flags: cli.Flags, data: IndexDataset) -> Start:
 def read_model_config(flags: cli.Flags, data: Vocabulary, start: Start) -> GPTConfig:
     """The config of the GPT to train; a UserError if flags contradict --init_from."""
     if start.gpt is None:
-        return cli.read_flags(GPTConfig, flags, **data.model_values).resolve_defaults()
+        return cli.read_flags(GPTConfig, flags, **data.model_values)
     from transformer.fine_tuning import config_from
 
     names = {field.name for field in fields(GPTConfig)} & (flags.given | flags.stored)

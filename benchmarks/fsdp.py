@@ -70,7 +70,6 @@ def fsdp_memory(flags: Any) -> Iterator[tuple[str, dict[str, float]]]:
     side, codes, images = (4, 64, 4) if flags.tiny else (16, 16384, 16)
     size = "tiny" if flags.tiny else flags.size
     config = GPTConfig(codes, num_classes=1000, latent_dim=(side, side), size=size, dropout=0.0)
-    config = config.resolve_defaults()
     for parallel in ("ddp", "fsdp"):
         gc.collect()
         if flags.device == "cuda":

@@ -117,7 +117,7 @@ def make_config(flags: argparse.Namespace, side: int) -> GPTConfig:
         latent_dim=(side, side),
         size=flags.size,
         dropout=0.0,
-    ).resolve_defaults()
+    )
 
 
 def sampling(flags: argparse.Namespace) -> Rows:

@@ -220,7 +220,7 @@ def train_gpt(job: Job, flags: argparse.Namespace) -> Curve:
         dim=flags.dim,
         dropout=0.0,
     )
-    model = GPTS[job.model](config.resolve_defaults()).to(device)
+    model = GPTS[job.model](config).to(device)
     train_rows = len(indices) - VALIDATION
 
     def loss_of(rows: Tensor) -> Tensor:

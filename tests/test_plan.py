@@ -6,7 +6,7 @@ from tests.conftest import run_script
 from transformer import GPT, GPTConfig
 from utils import plan
 
-CONFIG = GPTConfig(64, latent_dim=(6, 5), num_layers=4, num_heads=2, dim=32).resolve_defaults()
+CONFIG = GPTConfig(64, latent_dim=(6, 5), num_layers=4, num_heads=2, dim=32)
 
 
 def test_parameters_and_activations_are_those_of_the_model() -> None:

@@ -117,7 +117,7 @@ def test_models_from_before_captions_still_load(own_folder: Path) -> None:
     content = Vocabulary(CODES, (3, 4)).content()
     del content["captions"]
     Path(FILE).write_text(json.dumps(content))
-    plain = GPTConfig(CODES, latent_dim=(3, 4)).resolve_defaults()
+    plain = GPTConfig(CODES, latent_dim=(3, 4))
     read_vocabulary(own_folder).check_model(plain, own_folder)
 
 

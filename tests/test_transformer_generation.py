@@ -341,13 +341,13 @@ def test_likelihood_ranks_all_images(models: Path) -> None:
 
 
 def test_named_sizes_fill_in_what_is_not_given() -> None:
-    config = GPTConfig(codebook_size=8, size="L").resolve_defaults()
+    config = GPTConfig(codebook_size=8, size="L")
     shape = (config.num_layers, config.dim, config.num_heads, config.hidden_dim)
     assert shape == (24, 1024, 16, 2816)
-    few = GPTConfig(codebook_size=8, size="B", num_layers=2, num_kv_heads=2).resolve_defaults()
+    few = GPTConfig(codebook_size=8, size="B", num_layers=2, num_kv_heads=2)
     assert (few.num_layers, few.num_kv_heads, few.dim) == (2, 2, 768)
-    assert GPTConfig(**asdict(config)) == config == config.resolve_defaults()
-    assert GPTConfig(codebook_size=8, dim=128).resolve_defaults().hidden_dim == 384
+    assert GPTConfig(**asdict(config)) == config
+    assert GPTConfig(codebook_size=8, dim=128).hidden_dim == 384
     with pytest.raises(ValueError, match="num_kv_heads"):
         GPTConfig(codebook_size=8, num_kv_heads=3)
 

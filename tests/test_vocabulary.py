@@ -108,7 +108,7 @@ def test_damaged(tmp_path: Path, content: str) -> None:
     ],
 )
 def test_another_gpt_is_refused_with_both_values(change: dict, complaint: str) -> None:
-    fitting = asdict(GPTConfig(512, latent_dim=(7, 4), num_classes=3).resolve_defaults())
+    fitting = asdict(GPTConfig(512, latent_dim=(7, 4), num_classes=3))
     WORDS.check_model(SimpleNamespace(**fitting), Path("best"))
     with pytest.raises(UserError, match=complaint):
         WORDS.check_model(SimpleNamespace(**fitting | change), Path("best"))

@@ -9,7 +9,7 @@ these parts has a value for "not given": one more token, and infinity for vector
 import math
 import operator
 import types
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -156,8 +156,16 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        shape = self._shape()
-        heads, kv_heads, dim = shape["num_heads"], shape["num_kv_heads"], shape["dim"]
+        # Dimensions of 0 become those of `size`.
+        names = "num_layers", "num_heads", "dim", "hidden_dim"
+        defaults = dict(zip(names, SIZES[self.size], strict=True))
+        if self.dim not in (0, defaults["dim"]):
+            # About as many weights as a plain layer of width 4 * dim, in whole 64s.
+            defaults["hidden_dim"] = -(-8 * self.dim // (3 * 64)) * 64
+        defaults |= {"num_kv_heads": self.num_heads or defaults["num_heads"], "caption_length": 0}
+        for name, value in defaults.items():
+            object.__setattr__(self, name, getattr(self, name) or value)
+        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.dim
         if heads % kv_heads:
             raise ValueError(f"num_heads {heads} must be a multiple of num_kv_heads {kv_heads}")
         if dim % (4 * heads):
@@ -169,20 +177,6 @@ class GPTConfig:
                 raise ValueError(f"order_anneal must rise, got {self.order_anneal}")
             if self.window_size:
                 raise ValueError("order_anneal needs window_size 0: there are no rows above")
-
-    def _shape(self) -> dict[str, Any]:
-        """The dimensions, each 0 replaced by its value."""
-        names = "num_layers", "num_heads", "dim", "hidden_dim"
-        shape = dict(zip(names, SIZES[self.size], strict=True))
-        if self.dim not in (0, shape["dim"]):
-            # About as many weights as a plain layer of width 4 * dim, in whole 64s.
-            shape["hidden_dim"] = -(-8 * self.dim // (3 * 64)) * 64
-        shape |= {name: getattr(self, name) for name in names if getattr(self, name)}
-        return shape | {"num_kv_heads": self.num_kv_heads or shape["num_heads"]}
-
-    def resolve_defaults(self) -> "GPTConfig":
-        """This config with the dimensions that are 0 replaced by those of `size`."""
-        return replace(self, caption_length=self.caption_length or 0, **self._shape())
 
     @classmethod
     def from_json(cls, values: Any) -> "GPTConfig":
@@ -203,13 +197,13 @@ class GPTConfig:
     @property
     def prefix_parts(self) -> list[PrefixPart]:
         """The class, then condition, embeddings and caption where the GPT takes them."""
-        condition, caption = math.prod(self.condition_latent_dim or (0,)), self.caption_length or 0
+        condition = math.prod(self.condition_latent_dim or (0,))
         length, dim = self.embeddings_shape or (0, 0)
         parts: tuple[tuple[Any, ...], ...] = (
             ("class", 1, self.num_classes, self.class_dropout),
             ("condition", condition, self.condition_codebook_size, self.condition_dropout),
             ("embeddings", length, math.inf, self.embeddings_dropout, dim),
-            ("caption", caption, self.caption_vocabulary_size, self.caption_dropout),
+            ("caption", self.caption_length, self.caption_vocabulary_size, self.caption_dropout),
         )
         return [PrefixPart(*part) for part in parts if part[1]]
 
@@ -261,7 +255,7 @@ class GPTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head, of a config whose defaults are resolved."""
+        """Width of one attention head."""
         return self.dim // self.num_heads
 
     def check_guide(self, other: "GPTConfig") -> None:

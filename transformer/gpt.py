@@ -42,8 +42,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, attend: Callable[..., Tensor] = attend) -> None:
         """Build and initialise the layers; `attend` may be a `FlexAttention`."""
         super().__init__()
-        self.config, self.attend = config.resolve_defaults(), attend
-        config, self.prefix_length = self.config, config.prefix_length
+        self.config, self.attend, self.prefix_length = config, attend, config.prefix_length
         size, scale = config.latent_dim, config.position_scale
         self.grid = GridPositions(size, size, config.depth, scale=scale)
         positions = math.prod(config.latent_dim)

@@ -95,7 +95,6 @@ def memory(config: GPTConfig, images: float, gpus: int, parallel: str, ema: bool
 
 def main(flags: argparse.Namespace) -> None:
     config = GPTConfig(flags.codebook_size, latent_dim=flags.latent_dim, size=flags.size)
-    config = config.resolve_defaults()
     tokens = math.prod(flags.latent_dim)
     images = flags.images * flags.epochs
     flops_a_token = flops_per_token(config)
