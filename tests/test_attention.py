@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.test_kv_cache import make_model, some_input
 from transformer import GPT, FlexAttention, attention
-from transformer.attention import attend, block_mask, visible_mask
+from transformer.attention import attend, visible_mask
 
 # grid and tokens per position
 GRIDS = {
@@ -138,22 +138,21 @@ def test_a_wrong_length_is_refused() -> None:
 @pytest.mark.parametrize("grid", [(13, 17), (3, 50), (40, 5)])
 def test_flex_attention_is_the_window(grid: tuple[int, int], window: int, prefix: int) -> None:
     length = prefix + grid[0] * grid[1]
-    mask = block_mask(grid, window, prefix, 1, torch.device("cpu"))
+    shape = {"grid": grid, "window": window, "prefix": prefix, "depth": 1}
+    flex = FlexAttention(torch.device("cpu"), **shape)
     positions = torch.arange(length)
     sees = torch.vmap(
-        torch.vmap(lambda q, k: mask.mask_mod(None, None, q, k), (None, 0)), (0, None)
+        torch.vmap(lambda q, k: flex.mask.mask_mod(None, None, q, k), (None, 0)), (0, None)
     )
     assert torch.equal(sees(positions, positions), dense_mask(grid, window, prefix))
     q, k, v = torch.randn(3, 2, 2, length, 16)
-    ours = attend(q, k, v, grid=grid, window=window, prefix=prefix)
-    shape = {"grid": grid, "window": window, "prefix": prefix, "depth": 1}
-    theirs = FlexAttention(torch.device("cpu"), **shape)(q, k, v, **shape)
-    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    ours = attend(q, k, v, **shape)
+    torch.testing.assert_close(flex(q, k, v, **shape), ours, rtol=1e-4, atol=1e-5)
 
 
 def test_blocks_that_nobody_sees_are_left_out() -> None:
-    mask = block_mask((64, 64), 4, 1, 1, torch.device("cpu"))
-    assert mask.sparsity() > 85
+    flex = FlexAttention(torch.device("cpu"), grid=(64, 64), window=4)
+    assert flex.mask.sparsity() > 85
 
 
 def test_a_compiled_model_does_not_make_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +163,7 @@ def test_a_compiled_model_does_not_make_the_mask(monkeypatch: pytest.MonkeyPatch
     flex.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = model.loss(prefix, indices)
-        monkeypatch.setattr(attention, "block_mask", None)
+        monkeypatch.setattr(torch.nn.attention.flex_attention, "create_block_mask", None)
         monkeypatch.setattr(attention, "_attend_rows", None)
         torch._dynamo.reset()
         loss = torch.compile(flex.loss, backend="eager", fullgraph=True)

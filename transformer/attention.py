@@ -182,35 +182,28 @@ def _attend_rows(
     return y[:, :, :height, :width].flatten(2, 3)
 
 
-def block_mask(
-    grid: tuple[int, int], window: int, prefix: int, depth: int, device: torch.device
-) -> Any:
-    """`visible_mask` as a FlexAttention `BlockMask`, whose empty blocks are skipped."""
-    from torch.nn.attention.flex_attention import create_block_mask  # takes half a second
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        shape = {"window": window, "prefix": prefix, "depth": depth}
-        return visible_mask(query[None], key[None], width=grid[1], **shape)[0, 0]
-
-    length, make = prefix + grid[0] * grid[1] * depth, create_block_mask
-    if device.type == "cuda":
-        make = torch.compile(make)  # which never materialises the mask of all pairs
-    return make(visible, None, None, length, length, device=device)
-
-
 class FlexAttention:
     """`attend` as one fused kernel (arXiv 2412.05496); it has a backward pass on CUDA only."""
 
     def __init__(self, device: torch.device, **shape: Any) -> None:
         """Make the mask of a grid, with the arguments of `attend`, outside of a compiled model."""
-        from torch.nn.attention.flex_attention import flex_attention
+        from torch.nn.attention import flex_attention  # takes half a second
 
-        self.kernel: Any = flex_attention
-        if device.type == "cuda":
-            self.kernel = torch.compile(flex_attention)  # only this one is fast
         self.shape = {"prefix": 1, "depth": 1, **shape}
-        is_full = window_is_full(shape["window"], shape["grid"])
-        self.mask = None if is_full else block_mask(**self.shape, device=device)
+        grid, window, prefix, depth = (self.shape[x] for x in ("grid", "window", "prefix", "depth"))
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            near = {"window": window, "prefix": prefix, "depth": depth}
+            return visible_mask(query[None], key[None], width=grid[1], **near)[0, 0]
+
+        self.mask, length = None, prefix + grid[0] * grid[1] * depth
+        make_mask: Any = flex_attention.create_block_mask
+        self.kernel: Any = flex_attention.flex_attention
+        if device.type == "cuda":
+            make_mask = torch.compile(make_mask)  # which never materialises the mask of all pairs
+            self.kernel = torch.compile(self.kernel)  # only this one is fast
+        if not window_is_full(window, grid):
+            self.mask = make_mask(visible, None, None, length, length, device=device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **shape: Any) -> Tensor:
         """Like `attend`; a grid of another shape is left to `attend`."""
