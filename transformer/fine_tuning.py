@@ -5,7 +5,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from transformer.config import FineTuningConfig, GPTConfig
 from transformer.gpt import GPT
@@ -59,8 +58,12 @@ def start_from(
     for name in state.keys() & own.keys() & {"position_embedding", "target_embedding.weight"}:
         before, now = (x.prefix_length * (name == "position_embedding") for x in (source, model))
         kept, table = state[name][: min(before, now)], state[name][before:]
-        if source.grid.size != model.grid.size:
-            table = _fit_positions(table, source, model, tuning)
+        if tuning.grid_positions == "interpolate":
+            table = resize_embeddings(table, source.grid.size, model.grid.size)
+        else:
+            sizes = model.grid.size, source.grid.size
+            grid = GridPositions(*sizes, extension=PositionExtension.EXTRAPOLATE)
+            table = grid.embed(grid.raster(), table)
         state[name] = torch.cat([kept, own[name][before:now], table])  # a prefix may be longer
     anew = (*TOKENS, "condition_embedding") if tuning.reset_embeddings else ()
     for name, weight in state.items():
@@ -74,15 +77,6 @@ def start_from(
     if tuning.lora_rank:
         _add_updates(model, tuning)
     _freeze(model, tuning.freeze)
-
-
-def _fit_positions(table: Tensor, source: GPT, model: GPT, tuning: FineTuningConfig) -> Tensor:
-    """Embeddings (h * w, dim) of the positions of the model's grid from those of the source's."""
-    before, size = source.grid.size, model.grid.size
-    if tuning.grid_positions == "interpolate":
-        return resize_embeddings(table, before, size)
-    grid = GridPositions(size, before, extension=PositionExtension.EXTRAPOLATE)
-    return grid.embed(grid.raster(), table)
 
 
 def _add_updates(model: GPT, tuning: FineTuningConfig) -> None:
