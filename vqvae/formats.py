@@ -31,7 +31,6 @@ class Format:
     keys: dict[str, str]  # parts of our keys, as regular expressions, and what they are there
     # Quantizers with their keys of the weights by ours. Without a setting, the first that fits.
     quantizers: Mapping[str, Mapping[str, str]]
-    writes: tuple[str, ...]  # quantizers that its class can be given
     # Settings that its class cannot vary, beside `FIXED`.
     required: Mapping[str, Any] = field(default_factory=dict)
     # Weight of the encoder's loss term in its trainings. Legacy quantizers apply beta to the
@@ -75,10 +74,9 @@ FORMATS = {
             r"\.mid\.1\.": ".mid.attn_1.",
             r"\.mid\.2\.": ".mid.block_2.",
         },
-        # The last is that of github.com/TencentARC/SEED-Voken.
+        # Its EMAVQ cannot be built (in its quantizer two names are undefined): `ema` is written as
+        # VQModel. The last is that of github.com/TencentARC/SEED-Voken.
         quantizers={"gumbel": GUMBEL, "ema": VQ | EMA, "vq": VQ, "ibq": VQ},
-        # Its EMAVQ cannot be built (in its quantizer two names are undefined): written as VQModel.
-        writes=("gumbel", "vq", "ema"),
         required={"mid_attention": True},
         decoder_from_top=True,
         ignored=("loss.", "model_ema.", "quantize.used", "colorize"),
@@ -91,7 +89,6 @@ FORMATS = {
             r"\.(down|up)\.(\d+)\.": r".conv_blocks.\2.",
         },
         quantizers={"cosine": VQ},
-        writes=("cosine",),
         commitment_cost=0.25,
         required={"mid_attention": True, "channels": 128, "num_res_blocks": 2, "in_channels": 3},
         ignored=("quantize.codebook_used",),
@@ -114,13 +111,10 @@ FORMATS = {
             r"\.proj_out\.": ".to_out.0.",
         },
         quantizers={"vq": VQ, "ema": VQ | EMA},
-        writes=("vq", "ema"),
     ),
 }
 FIRST_KEY = "encoder.conv_in.weight"  # the same in all projects
 MAX_LEVELS = 32
-# Settings that do not show in the weights.
-NOT_IN_WEIGHTS = ("dropout", "entropy_weight")
 # Networks that `VQVAE` does not cover, by a part of a key that only they have.
 OTHERS = {
     "VAR (residual grids of several sizes)": r"quantize\.quant_resi\.",
@@ -140,8 +134,8 @@ def import_weights(
 ) -> tuple[VQVAE, list[str]]:
     """A `VQVAE` with the weights of another project's, and the keys that were ignored.
 
-    Settings beside the weights are those of `NOT_IN_WEIGHTS`, and the quantizer. A ValueError for
-    another network or quantizer, or missing or unknown keys.
+    The settings are those that do not show in the weights: dropout, entropy_weight, the quantizer.
+    A ValueError for another network or quantizer, or missing or unknown keys.
     """
     layout = FORMATS[project]
     for other, pattern in OTHERS.items():
@@ -149,12 +143,11 @@ def import_weights(
             raise ValueError(f"this is {other}, which is no network of {project}")
     # Lightning's LitEma keeps moving averages beside the weights, without the dots of their keys.
     state = {key: state.get(f"model_ema.{key.replace('.', '')}", x) for key, x in state.items()}
-    unseen = {name: settings[name] for name in NOT_IN_WEIGHTS if name in settings}
     try:
-        inferred = infer_settings(layout, state, settings.get("quantizer", "")) | unseen
+        inferred = infer_settings(layout, state, settings.get("quantizer", ""))
     except KeyError as error:
         raise ValueError(f"this is not a tokenizer of {project}: it has no {error}") from error
-    config = VQVAEConfig.create(**inferred, image_size=image_size)
+    config = VQVAEConfig.create(**inferred | dict(settings), image_size=image_size)
     keys = layout.all_keys(config)
     ignored = [key for key in state if layout.ignored and key.startswith(layout.ignored)]
     missing = sorted(set(keys.values()) - set(state))
@@ -176,9 +169,7 @@ def import_weights(
     return model.eval(), ignored
 
 
-def infer_settings(
-    layout: Format, state: Mapping[str, Tensor], quantizer: str = ""
-) -> dict[str, Any]:
+def infer_settings(layout: Format, state: Mapping[str, Tensor], quantizer: str) -> dict[str, Any]:
     """Settings of `VQVAEConfig` from keys and shapes; a KeyError if they have another layout."""
 
     def numbers(key: str) -> list[int]:
@@ -218,8 +209,9 @@ def infer_settings(
 def export_weights(project: str, model: VQVAE) -> dict[str, Tensor]:
     """The weights of a `VQVAE` under another project's keys; a ValueError if it has no such one."""
     layout, config = FORMATS[project], model.config
-    required = {**FIXED, **layout.required}
-    allowed = {"quantizer": layout.writes} | {name: (x,) for name, x in required.items()}
+    written = [name for name in layout.quantizers if name != "ibq"]  # SEED-Voken's is only read
+    allowed: dict[str, Any] = {"quantizer": written}
+    allowed |= {name: (x,) for name, x in {**FIXED, **layout.required}.items()}
     if project == "llamagen":
         allowed["attention_levels"] = ((len(config.channel_multipliers) - 1,),)
     for name, values in allowed.items():
