@@ -1,7 +1,7 @@
 """Vector quantizers: `vq`, `ema`, `cosine`, `ibq`, and `residual` with several codes a position."""
 
 from dataclasses import dataclass, fields
-from typing import cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -199,8 +199,7 @@ class ResidualQuantizer(Quantizer):
     def __init__(self, options: ResidualOptions) -> None:
         super().__init__(options)
         one = VQOptions(**{field.name: getattr(options, field.name) for field in fields(VQOptions)})
-        layers = nn.ModuleList(EMAQuantizer(one) for _ in range(options.depth))
-        self.layers = cast(list[EMAQuantizer], layers)
+        self.layers: Any = nn.ModuleList(EMAQuantizer(one) for _ in range(options.depth))
 
     def assign(self, vectors: Tensor) -> Tensor:
         indices = []
