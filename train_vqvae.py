@@ -31,7 +31,6 @@ from utils.training.state import RowDigests, StopSignals
 from vqvae import PRESETS, QUANTIZERS, VQVAE, VQVAEConfig
 from vqvae.adversarial import AdversarialConfig, AdversarialLoss
 from vqvae.config import all_options, training_only
-from vqvae.inspect import inspect_codebook
 from vqvae.losses import LossConfig, ReconstructionLoss
 from vqvae.quantizers.codebook import CollapseMonitor
 from vqvae.train_step import compile_model, forward_backward
@@ -96,11 +95,11 @@ def in_words(values: dict[str, float]) -> str:
 
 def log_pictures(run: tracking.Run, model: VQVAE, seen: Evaluated, step: int) -> None:
     """Images and errors; how often the codes are used, where they lie, what each looks like."""
-    usage, projection, decoded_codes = inspect_codebook(model, seen.counts)
+    usage, codes, decoded_codes = model.inspect_codebook(seen.counts)
     for name, picture in {
         "reconstructions": figures.comparison(seen.originals, seen.reconstructions),
         "code_usage": figures.bars(usage),
-        "code_embedding": figures.points(projection, usage),
+        "code_embedding": figures.points(figures.principal_components(codes), usage),
         "decoded_codes": figures.grid(decoded_codes),
     }.items():
         run.picture(f"pictures/{name}", picture, step)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import train_vqvae
 from utils.distributed import ALONE
+from utils.figures import principal_components
 from vqvae import QUANTIZERS, VQVAE, VQVAEConfig
-from vqvae.inspect import inspect_codebook, principal_components
 
 EVERY = pytest.mark.parametrize("name", QUANTIZERS)
 
@@ -40,10 +40,11 @@ def test_statistics_start_with_the_most_used_codes(name: str) -> None:
     model = make_model(name)
     counts = torch.zeros(model.quantizer.options.num_codes)
     counts[[5, 9, 2]] = torch.tensor([1.0, 6.0, 3.0])
-    usage, projection, decoded_codes = inspect_codebook(model, counts, 50, max_decoded=4)
+    usage, codes, decoded_codes = model.inspect_codebook(counts, 50, max_decoded=4)
     torch.testing.assert_close(usage[:4], torch.tensor([0.6, 0.3, 0.1, 0.0]))
     assert len(usage) == len(counts)
-    assert projection.shape == (50, 2)
+    assert torch.equal(codes[:3], model.quantizer.codes(torch.tensor([9, 2, 5])))
+    assert principal_components(codes).shape == (50, 2)
     assert decoded_codes.shape == (4, 3, 4, 4)
     assert model.training
     if model.config.depth == 1:

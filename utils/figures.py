@@ -145,6 +145,19 @@ def bars(shares: Tensor) -> Image.Image:
     return picture
 
 
+def principal_components(vectors: Tensor) -> Tensor:
+    """Vectors (n, D) -> their two first principal components, (n, 2), on the CPU.
+
+    The sign of each axis is fixed, so that pictures of different steps compare.
+    """
+    vectors = vectors.double().cpu()
+    vectors = vectors - vectors.mean(dim=0)
+    axes = torch.linalg.eigh(vectors.T @ vectors).eigenvectors[:, -2:].flip(1)  # (D, 2)
+    largest = axes.gather(0, axes.abs().argmax(dim=0, keepdim=True))
+    projected = (vectors @ (axes * largest.sign())).float()
+    return F.pad(projected, (0, 2 - projected.shape[1]))  # where D is 1
+
+
 def points(places: Tensor, shares: Tensor) -> Image.Image:
     """Points (n, 2) in the plane with areas in proportion to the first n of the shares (K,)."""
     picture = _empty(f"the first {len(places):,}; area: share, hollow: none")

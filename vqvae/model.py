@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vqvae.config import FORMAT_VERSION, VQVAEConfig
 from vqvae.quantizers import QUANTIZERS, Quantized
 
+TILES = 5  # latent positions on a side of the grid from whose middle a code's picture is taken
 FILE_ERRORS = ValueError, TypeError, AttributeError, RuntimeError  # of damaged or other files
 
 
@@ -224,6 +225,27 @@ class VQVAE(nn.Module):
     def decode(self, indices: Tensor) -> Tensor:
         """Indices (B, h, w) -> images (B, C, H, W), clamped to [-1, 1]."""
         return self.decoder(self.embed(indices)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def inspect_codebook(
+        self, counts: Tensor, max_codes: int = 4096, max_decoded: int = 256
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The codebook, learned or implicit, from the most to the least used code.
+
+        Returns the fraction of each code, (K,), by counts as `Quantizer.count` orders them; the
+        first codes, (max_codes, D); what the first decode to among their like, (max_decoded, C, f,
+        f) in [-1, 1].
+        """
+        usage, order = (counts / counts.sum()).sort(descending=True, stable=True)
+        codes = self.quantizer.codes(order[:max_codes])
+        training, f = self.training, self.config.downsampling
+        # Alone, in a grid of 1x1, a code would lose to GroupNorm what it shows.
+        height, width = (min(side, TILES) for side in self.config.latent_dim)
+        grids = codes[:max_decoded, :, None, None].expand(-1, -1, height, width)
+        decoded = torch.cat([self.eval().decoder(grid) for grid in grids.split(64)]).clamp(-1, 1)
+        self.train(training)
+        top, left = height // 2 * f, width // 2 * f
+        return usage, codes, decoded[:, :, top : top + f, left : left + f]
 
     def pretrained_config(self) -> dict[str, Any]:
         """The content of config.json, which `VQVAEConfig.from_json` reads."""
