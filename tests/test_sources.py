@@ -33,17 +33,17 @@ def test_labels_stay_text(tmp_path: Path) -> None:
 
 def test_columns_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, "split, label ,x,image_path\nval,7,?,a.png\n\ntrain,8,?,b.png\n")
-    assert read_rows(path) == [Row("a.png", "7", "val"), Row("b.png", "8", "train")]
+    assert [*read_rows(path)] == [Row("a.png", "7", "val"), Row("b.png", "8", "train")]
 
 
 def test_only_paths(tmp_path: Path) -> None:
-    assert read_rows(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
+    assert [*read_rows(write(tmp_path, "image_path\na.png\n"))] == [Row("a.png", "", "")]
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
     path = write(tmp_path, "")
     path.write_bytes("\ufeffimage_path,label\r\na.png,ä\r\n".encode())
-    assert read_rows(path) == [Row("a.png", "ä", "")]
+    assert [*read_rows(path)] == [Row("a.png", "ä", "")]
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_split_is_the_same_in_every_version() -> None:
 def test_rows_are_a_sequence() -> None:
     rows = Rows({"label": ["x", "y", "z"], "image_path": ["a.png", "b.png", "c.png"]})
     expected = [Row("a.png", "x", ""), Row("b.png", "y", ""), Row("c.png", "z", "", "", "")]
-    assert rows == expected
+    assert [*rows] == expected
     assert [rows[0], rows[-2], rows[-1]] == list(rows) == rows[:5] == expected
     assert rows[1:] == expected[1:] != rows
     assert (len(rows), expected[1] in rows) == (3, True)
@@ -233,8 +233,8 @@ def test_a_new_form_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(sources, "__path__", [*sources.__path__, str(tmp_path / "forms")])
     Image.new("L", (2, 2)).save(tmp_path / "a.png")
     (tmp_path / "data.list").write_text("a.png")
-    assert ImageDataset(tmp_path / "data.list").rows == [Row("a.png", "", "")]
-    assert read_rows(write(tmp_path, "image_path\na.png\n")) == [Row("a.png", "", "")]
+    assert [*ImageDataset(tmp_path / "data.list").rows] == [Row("a.png", "", "")]
+    assert [*read_rows(write(tmp_path, "image_path\na.png\n"))] == [Row("a.png", "", "")]
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -248,7 +248,7 @@ def test_a_folder_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture
     names = ("dog/2.JPG", "dog/more/1.png", "cat/1.webp", "cat/.hidden.png", "cat/notes.txt")
     pets = touch(tmp_path / "pets", *names)
     before = sources.digest(pets)
-    assert read_rows(pets) == [
+    assert [*read_rows(pets)] == [
         Row("cat/1.webp", "cat", ""),
         Row("dog/2.JPG", "dog", ""),
         Row("dog/more/1.png", "dog", ""),
@@ -260,7 +260,7 @@ def test_a_folder_of_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_folders_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     touch(tmp_path, "train/cat/1.png", "valid/cat/1.png", "test/cat/1.png", "train/dog/3.png")
-    assert read_rows(tmp_path) == [
+    assert [*read_rows(tmp_path)] == [
         Row("train/cat/1.png", "cat", "train"),
         Row("train/dog/3.png", "dog", "train"),
         Row("valid/cat/1.png", "cat", "val"),
@@ -269,7 +269,7 @@ def test_folders_of_a_split(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 
 
 def test_a_folder_of_images_without_labels_and_one_of_none(tmp_path: Path) -> None:
-    assert read_rows(touch(tmp_path / "flat", "a.png")) == [Row("a.png", "", "")]
+    assert [*read_rows(touch(tmp_path / "flat", "a.png"))] == [Row("a.png", "", "")]
     with pytest.raises(UserError, match=r"no images below .*none; .*\(found: a\.heic, b\.csv\)"):
         read_rows(touch(tmp_path / "none", "a.heic", "b.csv"))
 

@@ -74,7 +74,7 @@ def test_columns(images: Path) -> None:
     paths = [f"{number}.png" for number in range(3)]
     columns = {"Image Path": paths, "label": [7, None, 1], "text": ["x", None, "y"]}
     path = write(images.parent / "a.parquet", **columns, split=["train", "val", "validation"])
-    assert sources.read_rows(path) == [
+    assert [*sources.read_rows(path)] == [
         Row("0.png", "7", "train", "", "x"),
         Row("1.png", "", "val", "", ""),
         Row("2.png", "1", "val", "", "y"),

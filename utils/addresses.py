@@ -185,23 +185,21 @@ class Mirror:
                     if version := wanted.get(path):
                         log.write(f"{version} {path}\n")
 
-    def _get(self, path: str) -> str:
-        """Download a file and return its path, or "" if it does not exist."""
-        copy = self.copy_of(path)
+    def _get(self, path: str, pauses: Sequence[float] = (1, 5)) -> str:
+        """Download a file, with pauses between attempts; its path, or "" if it does not exist."""
         # After an error, threads of this process may write while the next one downloads.
         staging = self._home / "staging" / f"{os.getpid()}-{threading.get_ident()}"
-        for pause in (1, 5, 0):
-            try:
-                self._system.get_file(path, str(staging))
-                break
-            except FileNotFoundError:
-                return ""
-            except Exception:  # each file system raises its own
-                if not pause:
-                    raise
-                time.sleep(pause)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        staging.replace(copy)
+        try:
+            self._system.get_file(path, str(staging))
+        except FileNotFoundError:
+            return ""
+        except Exception:  # each file system raises its own
+            if not pauses:
+                raise
+            time.sleep(pauses[0])
+            return self._get(path, pauses[1:])
+        self.copy_of(path).parent.mkdir(parents=True, exist_ok=True)
+        staging.replace(self.copy_of(path))
         return path
 
 

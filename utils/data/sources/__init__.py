@@ -66,9 +66,6 @@ class Rows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return map(Row, *self.columns.values())
 
-    def __eq__(self, other: object) -> bool:
-        return [*self] == other
-
 
 class ShardedArray:
     """Several .npy files of arrays (n, ...), one after the other as one (N, ...).
