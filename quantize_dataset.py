@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,9 +74,8 @@ def make_shards(
     for number in todo:
         arrays = make(parts[number])
         for name, path in paths(number).items() if number % group.world_size == group.rank else ():
-            grids = arrays[name].cpu().numpy()
             with files.disk_errors(folder):
-                np.save(path, grids.astype(indices.smallest_type(sizes[name])))
+                indices.save_grids(path, arrays[name], sizes[name])
                 files.seal(path)
     group.all_gather(None)  # all have written theirs
     return staging

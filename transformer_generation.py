@@ -20,6 +20,7 @@ from transformer import GPT, GPTConfig, PositionExtension, SamplingParams, make_
 from utils import addresses, cli, distributed, figures, tracking
 from utils.data import conditioning, indices
 from utils.data.captions import encode
+from utils.data.index_dataset import CONDITION
 from utils.data.masks import REGIONS, KnownPixels, known_positions, read_masks
 from utils.data.sources import Row
 from utils.data.vocabulary import Vocabulary, find_vocabulary, read_vocabulary
@@ -267,7 +268,8 @@ def main(arguments: argparse.Namespace) -> None:
             if known is not None and tokenizer is not None:
                 picture_of(known, grids, tokenizer.model).save(folder / PICTURE)
             if condition.rows:
-                conditioning.write_conditions(folder, condition.grids, meta.condition.codebook_size)
+                codes = meta.condition.codebook_size
+                indices.save_grids(folder / f"{CONDITION}.npy", condition.grids, codes)
         run.folder(output_dir, f"generated/{output_dir.name}")
 
     if known is not None:

@@ -17,9 +17,9 @@ from tests.conftest import TINY_GPT, write_images
 from tests.test_transformer_generation import call
 from transformer import GPT, GPTConfig
 from utils.cli import UserError
-from utils.data.conditioning import choose_conditions, load_conditions, write_conditions
+from utils.data.conditioning import choose_conditions, load_conditions
 from utils.data.index_dataset import read_conditions
-from utils.data.indices import IndicesMeta, read_indices, write_indices
+from utils.data.indices import IndicesMeta, read_indices, save_grids, write_indices
 from utils.data.sources import Row, read_rows
 from utils.data.vocabulary import FILE, GridMeta, Vocabulary, read_vocabulary
 from utils.evaluation.features import Settings
@@ -187,7 +187,7 @@ def test_damaged_conditions(own_folder: Path) -> None:
     meta = IndicesMeta(16, (2, 2), condition=GridMeta(300, (1, 3)))
     conditions = torch.tensor([[[0, 1, 299]], [[2, 3, 4]]])
     path = write_indices("indices", grids, rows, meta)
-    write_conditions(path, conditions, 300)
+    save_grids(path / "condition.npy", conditions, 300)
     indices = read_indices(path)
     assert indices.meta == meta
     assert read_conditions(path, indices)[:].dtype == torch.uint16

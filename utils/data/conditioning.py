@@ -13,8 +13,8 @@ from torch import Tensor
 
 from utils import addresses
 from utils.cli import UserError, user_error
-from utils.data.index_dataset import CONDITION, VECTORS, check_finite, read_conditions
-from utils.data.indices import open_array, read_indices, smallest_type
+from utils.data.index_dataset import VECTORS, check_finite, read_conditions
+from utils.data.indices import open_array, read_indices
 from utils.data.sources import Row
 from utils.data.vocabulary import GridMeta, Vocabulary
 
@@ -24,12 +24,6 @@ class Conditions(NamedTuple):
 
     grids: Any  # a ShardedArray as loaded, a Tensor once chosen
     rows: Sequence[Row]
-
-
-def write_conditions(folder: Path, conditions: Tensor, codebook_size: int) -> None:
-    """Write condition.npy, (N, hc, wc), in the smallest unsigned type."""
-    grids = conditions.cpu().numpy().astype(smallest_type(codebook_size))
-    np.save(folder / f"{CONDITION}.npy", grids)
 
 
 def load_conditions(path: Path, wanted: GridMeta, *, allow_images: bool) -> Conditions:

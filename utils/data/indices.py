@@ -120,9 +120,14 @@ def write_indices(
     parts = shard_rows(len(indices), meta, per_shard)
     with new_folder(folder, rows, meta, text=text) as staging:
         for number, part in enumerate(parts):
-            grids = indices[part].cpu().numpy().astype(smallest_type(meta.codebook_size))
-            np.save(shard_path(staging, "indices", number, len(parts)), grids)
+            path = shard_path(staging, "indices", number, len(parts))
+            save_grids(path, indices[part], meta.codebook_size)
     return folder
+
+
+def save_grids(path: Path, grids: Tensor, codebook_size: int) -> None:
+    """Write grids of any integer type as an .npy file of the smallest type for the codebook."""
+    np.save(path, grids.cpu().numpy().astype(smallest_type(codebook_size)))
 
 
 def shard_rows(count: int, meta: IndicesMeta, per_shard: int) -> list[Tensor]:

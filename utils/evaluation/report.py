@@ -155,8 +155,7 @@ def report_reconstructions(
             targets = features.class_targets(network, dataset.rows, str(dataset.path))
         features.check_network(network, real, targets)
         pairs = distances.pair_distances(real, made, (weights, weights))
-        for name, metric in pairs.items():
-            found[f"r{distances.key(name, network.name)}"] = metric
+        found |= {f"r{distances.key(name, network.name)}": x for name, x in pairs.items()}
         if targets is not None:
             for prefix, part in (("", made), ("real_", real)):
                 agreement = features.label_agreement(part, targets, weights)
@@ -207,8 +206,7 @@ def report_samples(
         images = seen[prefix] = extract_features(network, part, settings, what)
         targets = features.class_targets(network, part.rows, f"the {what}")
         values = distances.set_metrics(reference, images, (weights, own), labels, targets, seed)
-        for name, metric in values.items():
-            found[f"{prefix}{distances.key(name, network.name)}"] = metric
+        found |= {f"{prefix}{distances.key(name, network.name)}": x for name, x in values.items()}
 
     columns, pictures = _columns(sampled.rows), {}
     if network.class_names:
