@@ -22,11 +22,14 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from PIL import Image
+from torch import Tensor
 
 from benchmarks.reading import call_script
 from tests.forks import Forked
 from utils import cli, tracking
-from utils.data import download
+from utils.data import download, indices
+from utils.data.indices import IndicesMeta
+from utils.data.sources import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TOKENIZER = (
@@ -94,6 +97,18 @@ def write_images(
 def parsed(**flags: object) -> Any:
     """A parser of flags that are parsed already, for `cli.run`."""
     return SimpleNamespace(parse_args=lambda: Namespace(**flags))
+
+
+def write_shards(
+    folder: str | Path, grids: Tensor, rows: list[Row], meta: IndicesMeta, per_shard: int
+) -> Path:
+    """An indices folder with so many grids in each file."""
+    parts = grids.split(per_shard)
+    with indices.new_folder(Path(folder), rows, meta) as staging:
+        for number, part in enumerate(parts):
+            path = indices.shard_path(staging, "indices", number, len(parts))
+            indices.save_grids(path, part, meta.codebook_size)
+    return Path(folder)
 
 
 def run_script(script: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:

@@ -8,8 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.conftest import write_shards
 from utils.cli import UserError
-from utils.data.indices import IndicesMeta, read_indices, smallest_type, write_indices
+from utils.data.indices import (
+    IndicesMeta,
+    new_folder,
+    read_indices,
+    save_grids,
+    smallest_type,
+    write_indices,
+)
 from utils.data.sources import Row
 from utils.provenance import LoadedModel, Provenance
 
@@ -21,8 +29,8 @@ ROWS = [
 GRIDS = torch.arange(70).reshape(7, 2, 5) + 229
 
 
-def written(folder: Path, **options: object) -> Path:
-    return write_indices(folder / "indices", GRIDS, ROWS, META, **options)
+def written(folder: Path) -> Path:
+    return write_indices(folder / "indices", GRIDS, ROWS, META)
 
 
 def unsealed(folder: Path) -> Path:
@@ -31,15 +39,15 @@ def unsealed(folder: Path) -> Path:
     return folder / "indices"
 
 
-@pytest.mark.parametrize("per_shard", [0, 3, 1])
+@pytest.mark.parametrize("per_shard", [7, 3, 1])
 def test_round_trip(tmp_path: Path, per_shard: int) -> None:
-    folder = written(tmp_path, per_shard=per_shard)
+    folder = write_shards(tmp_path / "indices", GRIDS, ROWS, META, per_shard)
     indices = read_indices(folder)
     assert torch.equal(indices.grids[:].long(), GRIDS)
     assert list(indices.rows) == ROWS
     assert indices.meta == META
     assert indices.meta.shape == (2, 5)
-    expected = {0: ["indices.npy"], 3: 3, 1: 7}[per_shard]
+    expected = {7: ["indices.npy"], 3: 3, 1: 7}[per_shard]
     files = sorted(file.name for file in folder.glob("*.npy"))
     assert files == expected or len(files) == expected
 
@@ -66,14 +74,15 @@ def test_what_does_not_fit_is_not_written(tmp_path: Path) -> None:
 
 
 def test_text_beside_the_folder(tmp_path: Path) -> None:
-    folder = written(tmp_path, text=True)
-    indices = read_indices(folder / "indices.txt", latent_dim=(2, 5))
+    with new_folder(tmp_path / "indices", ROWS, META, text=True) as staging:
+        save_grids(staging / "indices.npy", GRIDS, META.codebook_size)
+    indices = read_indices(tmp_path / "indices" / "indices.txt", latent_dim=(2, 5))
     assert torch.equal(indices.grids[:].long(), GRIDS)
     assert indices.meta == IndicesMeta(int(GRIDS.max()) + 1, (2, 5))
 
 
 def test_written_again_it_takes_the_place_of_the_old(tmp_path: Path) -> None:
-    written(tmp_path, per_shard=1)
+    write_shards(tmp_path / "indices", GRIDS, ROWS, META, 1)
     folder = write_indices(tmp_path / "indices", GRIDS[:2] - 200, ROWS[:2], META)
     assert torch.equal(read_indices(folder).grids[:].long(), GRIDS[:2] - 200)
     assert [path.name for path in tmp_path.iterdir()] == ["indices"]
@@ -238,7 +247,7 @@ def test_a_flipped_bit_in_the_header_of_the_array(tmp_path: Path) -> None:
 
 def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     """A flipped bit in an index or a label was trained on."""
-    folder = written(tmp_path, per_shard=3)
+    folder = write_shards(tmp_path / "indices", GRIDS, ROWS, META, 3)
     for file in sorted(folder.iterdir()):
         good = file.read_bytes()
         if file.name != "sha256.json":

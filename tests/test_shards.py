@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from quantize_dataset import make_shards
-from tests.conftest import TINY_GPT, write_images
+from tests.conftest import TINY_GPT, write_images, write_shards
 from tests.forks import Forked
 from tests.test_transformer_generation import CODES, call, write_tokenizer
 from utils.cli import UserError
@@ -70,7 +70,7 @@ def test_shards_are_not_loaded(tmp_path: Path) -> None:
     grids = torch.arange(1 << 14).reshape(-1, 1, 1).expand(-1, 32, 32) % 300
     rows = [Row(f"{number}.png", "a", "train") for number in range(len(grids))]
     meta = IndicesMeta(300, (32, 32))
-    folder = indices.write_indices(tmp_path / "indices", grids, rows, meta, per_shard=512)
+    folder = write_shards(tmp_path / "indices", grids, rows, meta, 512)
     assert len(indices.shards_of(folder, "indices")) == 32
     tracemalloc.start()
     array = indices.open_grids(folder, "indices", meta, len(rows))
@@ -82,7 +82,7 @@ def test_shards_are_not_loaded(tmp_path: Path) -> None:
 def test_damage_in_one_shard_is_named(tmp_path: Path) -> None:
     grids = torch.arange(42).reshape(7, 2, 3)
     rows = [Row(f"{number}.png", "", "") for number in range(7)]
-    folder = indices.write_indices(tmp_path / "indices", grids, rows, META, per_shard=2)
+    folder = write_shards(tmp_path / "indices", grids, rows, META, 2)
     second = folder / "indices-00001.npy"
     good = np.load(second)
     np.save(second, good + np.uint16(280))
@@ -259,7 +259,7 @@ def test_a_training_on_shards_resumes_exactly(
     """--shuffle shards orders indices of several files in two levels; it is stored."""
     grids = torch.randint(16, (60, 2, 3), generator=torch.Generator().manual_seed(0))
     rows = [Row(f"{number}.png", "", "val" if number % 6 == 0 else "train") for number in range(60)]
-    indices.write_indices("shards", grids, rows, IndicesMeta(16, (2, 3)), per_shard=10)
+    write_shards("shards", grids, rows, IndicesMeta(16, (2, 3)), 10)
     indices.write_indices("whole", grids, rows, IndicesMeta(16, (2, 3)))
     real, stop_after = loop.batches, math.inf
 

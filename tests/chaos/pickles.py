@@ -102,7 +102,9 @@ def _readers() -> dict[str, tuple[Path, Callable[[], Any]]]:
     write_folder(Path("gpt"), files | {vocabulary.FILE: words.content()})
     rows = [sources.Row("a.png", "", "train")] * 3
     grids = torch.zeros(3, *GRID, dtype=torch.long)
-    indices.write_indices("indices", grids, rows, indices.IndicesMeta(16, GRID), text=True)
+    meta = indices.IndicesMeta(16, GRID)
+    with indices.new_folder(Path("indices"), rows, meta, text=True) as staging:
+        indices.save_grids(staging / "indices.npy", grids, meta.codebook_size)
     for folder in ("model", "gpt", "indices"):
         (Path(folder) / CHECKSUMS).unlink()  # which would stop all of them at once
     Image.new("RGB", (8, 8)).save("a.png")

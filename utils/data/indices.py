@@ -99,17 +99,11 @@ def allocate(path: Path, shape: tuple[int, ...], codebook_size: int) -> np.ndarr
 
 
 def write_indices(
-    folder: str | Path,
-    indices: Tensor,
-    rows: Sequence[Row],
-    meta: IndicesMeta,
-    *,
-    text: bool = False,
-    per_shard: int = 0,
+    folder: str | Path, indices: Tensor, rows: Sequence[Row], meta: IndicesMeta
 ) -> Path:
     """Write indices (N, h, w[, depth]), of any integer type, with N rows as an indices folder.
 
-    See `shard_rows`. A UserError if something else is there.
+    A UserError if something else is there.
     """
     folder = Path(folder)
     files.check_unused(folder, META)
@@ -117,11 +111,8 @@ def write_indices(
         raise ValueError(
             f"indices from {indices.min()} to {indices.max()} for {meta.codebook_size} codes"
         )
-    parts = shard_rows(len(indices), meta, per_shard)
-    with new_folder(folder, rows, meta, text=text) as staging:
-        for number, part in enumerate(parts):
-            path = shard_path(staging, "indices", number, len(parts))
-            save_grids(path, indices[part], meta.codebook_size)
+    with new_folder(folder, rows, meta) as staging:
+        save_grids(shard_path(staging, "indices", 0, 1), indices, meta.codebook_size)
     return folder
 
 
