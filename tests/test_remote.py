@@ -132,18 +132,18 @@ def test_an_interrupted_download_continues(bucket: Any, monkeypatch: pytest.Monk
         if name.removeprefix("/bucket/") in broken:
             raise ConnectionError("reset by peer")  # after a part of the file, so to say
 
-    monkeypatch.setattr(addresses.time, "sleep", lambda _: None)
     monkeypatch.setattr(addresses, "THREADS", 1)
     monkeypatch.setattr(type(bucket), "get_file", fail)
     with pytest.raises(UserError, match=r"cannot fetch .*reset by peer"):
         sources.read_rows("memory://bucket/data.csv")
-    assert max(bucket.downloaded.values()) == 3  # attempts
+    for thread in threading.enumerate():
+        if "(worker)" in thread.name:  # a real process would have ended
+            thread.join()
     broken.clear()
     bucket.downloaded.clear()
     new_process()
     assert len(ImageDataset("memory://bucket/data.csv")) == 20
-    # The thread may have begun with another file when the process ended.
-    assert {*NAMES[12:]} <= {*bucket.downloaded} <= {*NAMES[10:]}
+    assert {*bucket.downloaded} == {*NAMES[10:]}
     assert not [*addresses.REMOTE.glob("*/staging/*")]
 
 
@@ -204,7 +204,7 @@ def test_a_csv_and_its_folder_share_the_copies(bucket: Any) -> None:
 @pytest.mark.parametrize("url", ["https://me:hush@host/a.csv", "https://host/a.csv?token=hush"])
 def test_passwords_are_refused(url: str) -> None:
     """They would be in the settings of the run, in the cache and in MLflow."""
-    with pytest.raises(UserError, match="has a password") as caught:
+    with pytest.raises(UserError, match="logs would show its password") as caught:
         sources.read_rows(url)
     assert "hush" not in str(caught.value)
 

@@ -12,8 +12,8 @@ import posixpath
 import re
 import shutil
 import threading
-import time
 import urllib.parse
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
@@ -75,19 +75,15 @@ def fetch(address: str) -> Path:
 def download(urls: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> dict[str, list[Path]]:
     """Local copies, by URL, of the file or folder there, or of all that its `*` stands for.
 
-    Of a folder, files with one of the `endings`. Copies stay in `outputs/cache/remote`, and later
-    only what has changed is downloaded. A UserError for no files, no connection, no room on the
-    disk, and a password in a URL.
+    Of a folder, files with one of the `endings`. Copies stay in `outputs/cache/remote`; later, only
+    what has changed is downloaded. A UserError if there are no files, or for lack of room.
     """
     with ThreadPool(THREADS) as pool:
         found = pool.map(functools.partial(_find, endings=endings), urls)
-    files: dict[Mirror, dict[str, Any]] = {}
-    for mirror, _, some in found:
-        files.setdefault(mirror, {}).update(some)
     copies: dict[str, list[Path]] = {}
     with store_errors(f"cannot fetch {first_few(urls)}"):
-        for mirror, some in files.items():
-            mirror.update(some)
+        for mirror in {mirror for mirror, _, _ in found}:
+            mirror.update(dict(ChainMap(*(some for one, _, some in found if one is mirror))))
         for url, (mirror, paths, some) in zip(urls, found, strict=True):
             copies[url] = [mirror.copy_of(path) for path in paths]
             kept = {*map(mirror.copy_of, some)}
@@ -117,10 +113,7 @@ def _find(url: str, endings: tuple[str, ...]) -> tuple["Mirror", list[str], dict
 
     with store_errors(f"cannot fetch {without_credentials(url)}"):
         if url != without_credentials(url):
-            raise UserError(
-                f"{without_credentials(url)} has a password, which logs would show; give it in the "
-                "environment or in the settings of fsspec"
-            )
+            raise OSError("logs would show its password; use the environment or fsspec's settings")
         system, path = fsspec.url_to_fs(url)
         paths = sorted(system.glob(path)) if re.search(r"[*[]", path) else [path]
         files: dict[str, Any] = {}
@@ -185,19 +178,14 @@ class Mirror:
                     if version := wanted.get(path):
                         log.write(f"{version} {path}\n")
 
-    def _get(self, path: str, pauses: Sequence[float] = (1, 5)) -> str:
-        """Download a file, with pauses between attempts; its path, or "" if it does not exist."""
+    def _get(self, path: str) -> str:
+        """Download a file; its path, or "" if it does not exist."""
         # After an error, threads of this process may write while the next one downloads.
         staging = self._home / "staging" / f"{os.getpid()}-{threading.get_ident()}"
         try:
             self._system.get_file(path, str(staging))
         except FileNotFoundError:
             return ""
-        except Exception:  # each file system raises its own
-            if not pauses:
-                raise
-            time.sleep(pauses[0])
-            return self._get(path, pauses[1:])
         self.copy_of(path).parent.mkdir(parents=True, exist_ok=True)
         staging.replace(self.copy_of(path))
         return path
@@ -206,7 +194,7 @@ class Mirror:
 def _version(about: Mapping[str, Any]) -> str:
     """A digest of what changes with a file, "" for {}; if nothing does, another one each time."""
     known = sorted((key, str(value)) for key, value in about.items() if key.lower() in VERSION)
-    text = repr((known, about.get("size"))) if known else str(time.time_ns())
+    text = repr((known, about.get("size"))) if known else os.urandom(8).hex()
     return hashlib.sha256(text.encode()).hexdigest()[:16] if about else ""
 
 

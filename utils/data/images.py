@@ -46,8 +46,7 @@ class DataConfig(ImageConfig):
 
     path_to_data: str = flag(
         "",
-        "CSV with columns image_path[,label][,split], folder of class folders, Parquet or tar "
-        "file, or a URL of these",
+        "CSV with columns image_path[,label][,split], folder of classes, Parquet, tar, or a URL",
         metavar="DATA",
     )
     val_fraction: float = flag(0.1, "share for validation without a split column", above=0, below=1)
