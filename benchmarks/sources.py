@@ -147,7 +147,7 @@ def web_server(folder: Path) -> Iterator[str]:
 def read_remote(url: str, size: int, *, cold: bool) -> None:
     """Read a tar file at a URL as a training does at its start."""
     addresses.download.cache_clear()
-    addresses.copies.clear()
+    addresses.Mirror.cache_clear()
     if cold:
         shutil.rmtree(addresses.REMOTE, ignore_errors=True)
     config = ImageConfig(stream=True, num_workers=0)
