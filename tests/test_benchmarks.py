@@ -43,6 +43,7 @@ def test_every_source_is_measured_beside_a_stock_reader(
     monkeypatch.setattr(sys, "argv", ["benchmarks/sources.py"])
     sources.main(sources.make_parser().parse_args(words))
     results = json.loads((own_folder / "benchmarks/results/sources.json").read_text())["results"]
+    assert set(results.pop("tar at a URL")) == {"stock", "cold", "warm"}
     assert set(results) == set(sources.STOCK)
     for speeds in results.values():
         assert set(speeds) == {"stock", "in order", "random"}
