@@ -56,6 +56,8 @@ def here(tmp_path: Path) -> Path:
 def bucket(here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The same files in a file system in memory, which counts what is downloaded."""
     memory = fsspec.filesystem("memory")
+    memory.store.clear()  # of what other tests left: a folder is put into one of the same name
+    memory.pseudo_dirs[:] = [""]
     memory.put(str(here), "/bucket", recursive=True)
     get_file = type(memory).get_file
     memory.downloaded = Counter()
