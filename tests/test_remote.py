@@ -211,6 +211,15 @@ def test_passwords_are_refused(url: str) -> None:
     assert "hush" not in str(caught.value)
 
 
+def test_a_row_that_names_a_folder_harms_nothing(bucket: Any) -> None:
+    """fsspec makes a folder of it where a file should be written."""
+    bucket.pipe("/bucket/bad.csv", b"image_path\nimages\n")
+    with pytest.raises(UserError, match="images"):
+        sources.read_rows("memory://bucket/bad.csv")
+    new_process()
+    assert len(sources.read_rows("memory://bucket/data.csv")) == 20
+
+
 @pytest.fixture
 def server(here: Path) -> Iterator[str]:
     handler: Callable[..., Any] = partial(SimpleHTTPRequestHandler, directory=str(here))
@@ -237,6 +246,9 @@ def test_the_stages_from_a_web_server(here: Path, server: str) -> None:
     assert torch.equal(
         ImageDataset(f"{server}/odd.csv").pixels, ImageDataset(here / NAMES[0][:8]).pixels[:1]
     )
+    copies = {addresses.fetch(f"{server}/{NAMES[1]}?id={number}") for number in (1, 2)}
+    assert len(copies) == 2  # a server may answer by the query
+    assert all(copy.suffix == ".png" and copy.read_bytes() == png(1) for copy in copies)
     with pytest.raises(UserError, match="a web page; give the URL of a file"):
         sources.read_rows(server)
     with pytest.raises(UserError, match=r"cannot fetch http://127\.0\.0\.1:1/x\.tar"):

@@ -13,7 +13,6 @@ import re
 import shutil
 import threading
 import urllib.parse
-from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from multiprocessing.pool import ThreadPool
@@ -37,11 +36,9 @@ QUIET = {
     "urllib3.connectionpool": logging.ERROR,  # one line per attempt
 }
 REMOTE = CACHE / "remote"  # copies of files at URLs
-THREADS = 32  # that download
-VERSION = (
-    *("etag", "md5hash", "content-md5", "checksum", "mtime", "modified", "last-modified"),
-    *("lastmodified", "last_modified", "updated", "created", "generation", "blob_id"),
-)  # what file systems call that which changes with a file
+THREADS = 32  # that download; where several would mix up files, one
+VERSION = "(?i)etag|md5|checksum|modified|mtime|updated|created|generation|blob_id"  # of a file
+SERVER = "ENDPOINT_URL|HF_ENDPOINT|AWS_PROFILE|STORAGE_(ACCOUNT_NAME|EMULATOR)"  # variables
 SECRET = r"(?i)([?&][^=&\s]*(?:pass|pwd|secret|token|key|sig)[^=&\s]*=)[^&\s'\")]+"
 _originals: dict[Path, tuple["Mirror", str]] = {}  # of folders into which files were downloaded
 
@@ -83,7 +80,8 @@ def download(urls: tuple[str, ...], endings: tuple[str, ...] = ("",)) -> dict[st
     copies: dict[str, list[Path]] = {}
     with store_errors(f"cannot fetch {first_few(urls)}"):
         for mirror in {mirror for mirror, _, _ in found}:
-            mirror.update(dict(ChainMap(*(some for one, _, some in found if one is mirror))))
+            own = [some for one, _, some in found if one is mirror]
+            mirror.update({path: about for some in own for path, about in some.items()})
         for url, (mirror, paths, some) in zip(urls, found, strict=True):
             copies[url] = [mirror.copy_of(path) for path in paths]
             kept = {*map(mirror.copy_of, some)}
@@ -112,14 +110,17 @@ def _find(url: str, endings: tuple[str, ...]) -> tuple["Mirror", list[str], dict
     import fsspec
 
     with store_errors(f"cannot fetch {without_credentials(url)}"):
-        if url != without_credentials(url):
+        if re.search(rf"://[^/\s]*:[^/\s]*@|{SECRET.removeprefix('(?i)')}", url, re.IGNORECASE):
             raise OSError("logs would show its password; use the environment or fsspec's settings")
-        system, path = fsspec.url_to_fs(url)
+        options = {"timeout": 1e5} if re.match("(?i)http", url) else {}  # not aiohttp's 5 minutes
+        system, path = fsspec.url_to_fs(url, **options)
         paths = sorted(system.glob(path)) if re.search(r"[*[]", path) else [path]
         files: dict[str, Any] = {}
         for path in paths:
             about = system.info(path)
             if about["type"] == "directory":
+                if getattr(system.find, "__func__", 0) is fsspec.AbstractFileSystem.find:
+                    raise OSError("a folder there cannot be listed reliably; give files")
                 inside = system.find(path, detail=True).items()
                 files |= {name: x for name, x in inside if name.lower().endswith(endings)}
             elif about.get("mimetype") == "text/html":
@@ -137,15 +138,16 @@ class Mirror:
 
     def __init__(self, system: Any) -> None:
         self._system, self.is_web = system, "http" in system.protocol
-        # Where the file system is; of S3, the environment may say it.
-        place = system.protocol, system.storage_options, os.environ.get("AWS_ENDPOINT_URL")
+        server = [item for item in sorted(os.environ.items()) if re.search(SERVER, item[0])]
+        place = system.protocol, system.storage_options, server
         self._home = REMOTE.absolute() / hashlib.sha256(repr(place).encode()).hexdigest()[:16]
 
     def copy_of(self, path: str) -> Path:
         """Where the copy of a file or folder is; a ValueError for a path that leaves its root."""
         if self.is_web:
             parts = urllib.parse.urlsplit(path)
-            path = parts.netloc + urllib.parse.unquote(parts.path)
+            name, ending = posixpath.splitext(urllib.parse.unquote(parts.path))
+            path = parts.netloc + name + urllib.parse.quote(parts.query, "") + ending
         inside = posixpath.normpath(path.lstrip("/"))
         if inside.startswith(".."):
             raise ValueError(f"{path} is outside of its root")
@@ -156,10 +158,11 @@ class Mirror:
 
         `files` are, by path, what the file system says about each; {}: it never changes.
         """
-        staging = self._home / "staging"
-        staging.mkdir(parents=True, exist_ok=True)
-        lock, versions = FileLock(self._home / "lock"), self._home / "versions"
-        with lock, versions.open("a+", newline="\n") as log:
+        self._home.mkdir(parents=True, exist_ok=True)
+        lock, staging = FileLock(self._home / "lock"), self._home / "staging"
+        with lock, (self._home / "versions").open("a+", newline="\n") as log:
+            shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
+            staging.mkdir()
             log.seek(0)
             known = {path: version for version, _, path in (x[:-1].partition(" ") for x in log)}
             wanted = {}
@@ -170,13 +173,10 @@ class Mirror:
             size = sum(files[path].get("size") or 0 for path in wanted)
             if size > (free := shutil.disk_usage(staging).free * 9 // 10):
                 raise OSError(f"{size:,} bytes, but room for {free:,}; clear {REMOTE}")
-            for file in staging.iterdir():  # of a process that was killed
-                file.unlink()
-            with ThreadPool(THREADS) as pool:
+            with ThreadPool(1 if self._system.protocol in ("ftp", "tar") else THREADS) as pool:
                 done = pool.imap_unordered(self._get, wanted)
                 for path in ProgressBar(done, "downloading", len(wanted), unit=" files"):
-                    if version := wanted.get(path):
-                        log.write(f"{version} {path}\n")
+                    log.write(f"{wanted.get(path)} {path}\n")
 
     def _get(self, path: str) -> str:
         """Download a file; its path, or "" if it does not exist."""
@@ -193,7 +193,7 @@ class Mirror:
 
 def _version(about: Mapping[str, Any]) -> str:
     """A digest of what changes with a file, "" for {}; if nothing does, another one each time."""
-    known = sorted((key, str(value)) for key, value in about.items() if key.lower() in VERSION)
+    known = sorted((key, str(value)) for key, value in about.items() if re.search(VERSION, key))
     text = repr((known, about.get("size"))) if known else os.urandom(8).hex()
     return hashlib.sha256(text.encode()).hexdigest()[:16] if about else ""
 
