@@ -108,7 +108,7 @@ def _make_files() -> dict[str, Reader]:
 
     def read_grids() -> Any:
         indices = read_indices("indices")
-        return indices.grids[:].tolist(), indices.rows, indices.meta
+        return indices.grids[:].tolist(), [*indices.rows], indices.meta
 
     def read_checkpoint() -> Any:
         folder = find_checkpoint("training", "")
