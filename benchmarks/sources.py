@@ -118,7 +118,12 @@ def stock_tar(path: Path | str, size: int) -> None:
     import fsspec
 
     def members() -> Iterator[Image.Image]:
-        with fsspec.open(str(path)) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
+        # A stream: the server of Python has no ranges.
+        options = {"block_size": 0} if addresses.is_url(path) else {}
+        with (
+            fsspec.open(str(path), **options) as stream,
+            tarfile.open(fileobj=stream, mode="r|") as archive,
+        ):
             for member in archive:
                 content = archive.extractfile(member)
                 if content is not None and member.name.endswith(".jpg"):
