@@ -133,7 +133,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type, title: str) -
 
 
 def read_flags(config_class: type, arguments: argparse.Namespace, **known: object) -> typing.Any:
-    """A config from the parsed flags; `known` are fields without a flag. See `reject_unused_flags`."""
+    """A config from the parsed flags, and `known` fields. See also `reject_unused_flags`."""
     names = {field.name for field in dataclasses.fields(config_class) if "help" in field.metadata}
     values = {name: getattr(arguments, name) for name in names} | known
     config = build_or_error(config_class, **values)
